@@ -1,0 +1,84 @@
+"""Checks of configuration values: one line that names the field, the value and what is allowed."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Collection
+from typing import Any
+
+
+def fail(owner: str, field: str, value: object, allowed: str) -> typing.NoReturn:
+    """Raise the one error that every configuration raises."""
+    raise ValueError(f"{owner}.{field} = {value!r}: must be {allowed}")
+
+
+def check_types(config: Any) -> None:
+    """Hold every field of a dataclass to its annotation; an int is accepted where a float is meant.
+
+    Raises:
+        ValueError: a field holds a value of another type, or a float that is not finite.
+    """
+    owner = type(config).__name__
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        hint = hints[field.name]
+        union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        options = typing.get_args(hint) if union else (hint,)
+        if not any(_is(value, option) for option in options):
+            names = " or ".join("None" if o is type(None) else o.__name__ for o in options)
+            fail(owner, field.name, value, f"of type {names}")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(owner, field.name, value, "finite")
+
+
+def _is(value: object, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_choice(config: Any, field: str, choices: Collection[str]) -> None:
+    """Hold a field to a set of names."""
+    value = getattr(config, field)
+    if value not in choices:
+        fail(type(config).__name__, field, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def check_range(
+    config: Any,
+    field: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Hold a number to an interval; the ends belong to it unless they are declared open."""
+    value = getattr(config, field)
+    if value is None:
+        return
+    below = low is not None and (value <= low if open_low else value < low)
+    above = high is not None and (value >= high if open_high else value > high)
+    if below or above:
+        if low is None or high is None:
+            sign = (">" if open_low else ">=") if low is not None else ("<" if open_high else "<=")
+            allowed = f"{sign} {low if low is not None else high}"
+        else:
+            allowed = f"in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        fail(type(config).__name__, field, value, allowed)
+
+
+def check_keys(
+    owner: str, data: object, allowed: Collection[str], required: Collection[str]
+) -> None:
+    """Hold a mapping to known keys, all required ones present."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{owner} = {data!r}: must be a mapping")
+    for key in data:
+        if key not in allowed:
+            raise ValueError(f"{owner}: unknown key {key!r}; allowed are {', '.join(allowed)}")
+    for key in required:
+        if key not in data:
+            raise ValueError(f"{owner}: key {key!r} is missing")

@@ -1,0 +1,1 @@
+"""Memory Caching in JAX/Flax."""

@@ -1,0 +1,1 @@
+"""Training: data, optimiser, checkpoints, the loop and the `mc` command."""

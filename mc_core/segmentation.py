@@ -79,10 +79,19 @@ class Plan:
         return np.repeat(np.arange(self.segments), self.lengths)
 
     @cached_property
-    def chunk_start(self) -> np.ndarray:
-        """[t] True where a token opens a chunk."""
-        offset = np.arange(self.tokens) - (self.ends - np.asarray(self.lengths))[self.segment_of]
-        return offset % self.chunk_size == 0
+    def offset_of(self) -> np.ndarray:
+        """[t] each token's place in its segment."""
+        return np.arange(self.tokens) - (self.ends - np.asarray(self.lengths))[self.segment_of]
+
+    @cached_property
+    def opens_segment(self) -> np.ndarray:
+        """[t] True where a token is a segment's first."""
+        return self.offset_of == 0
+
+    @cached_property
+    def opens_chunk(self) -> np.ndarray:
+        """[t] True where a token is a chunk's first."""
+        return self.offset_of % self.chunk_size == 0
 
     @cached_property
     def place_of(self) -> np.ndarray:

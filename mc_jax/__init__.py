@@ -1,1 +1,19 @@
-"""Memory Caching in JAX/Flax."""
+"""Memory Caching in JAX: functional recurrences under thin Flax NNX modules."""
+
+from mc_jax.backends import Coefficients, MemoryState
+from mc_jax.cache import Cache, Segments
+from mc_jax.functional import Result, memory_caching
+from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.model import LanguageModel
+
+__all__ = [
+    "Cache",
+    "Coefficients",
+    "LanguageModel",
+    "MemoryCachingLayer",
+    "MemoryState",
+    "Result",
+    "Segments",
+    "Trace",
+    "memory_caching",
+]

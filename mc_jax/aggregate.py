@@ -1,0 +1,142 @@
+"""The reads of online and cached memories (section 5), each in its fast form (section 6)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mc_core.config import MCConfig
+from mc_core.segmentation import Plan
+from mc_jax.backends import Memory, Weights
+from mc_jax.backends.base import apply_weights
+from mc_jax.layout import from_chunks, from_segments, to_chunks, to_segments
+from mc_jax.numerics import Array, product
+from mc_jax.chunked import Writes, online_apply
+from mc_jax.sparse import read_selected
+from mc_jax.triangle import sum_over_earlier
+
+
+def read_all(
+    memory: Memory,
+    config: MCConfig,
+    writes: Writes,
+    q: Array,
+    gates: Array,
+    selected: Array | None,
+    plan: Plan,
+) -> Array:
+    """Read every token's online memory and the cached ones.
+
+    Args:
+        memory: the memory kind.
+        config: the aggregation.
+        writes: a chunked write of the same tokens.
+        q: queries [b, t, h, k].
+        gates: [b, t, h, n + 1], the online memory last.
+        selected: [b, t, h, top_k] under `ssc`.
+        plan: segments and chunks.
+
+    Returns:
+        [b, t, h, v] in the state dtype.
+    """
+    cached = jax.lax.stop_gradient(writes.ends) if config.detach_cached_states else writes.ends
+    if config.aggregation == "none" or plan.segments == 1:
+        return read_online(memory, writes, q, plan) * gates[..., -1:]
+    if config.aggregation == "soup" and not memory.mixes_linearly:
+        return read_soup(memory, writes, cached, q, gates, plan)
+    online = read_online(memory, writes, q, plan) * gates[..., -1:]
+    if config.aggregation == "ssc":
+        assert selected is not None
+        return online + read_sparse(memory, cached, q, gates, selected)
+    if config.aggregation in ("residual", "mean") and memory.mixes_linearly:
+        return online + read_sum(memory, cached, q, plan) * gates[..., :1]
+    return online + read_dense(memory, cached, q, gates, plan)
+
+
+def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
+    """Read each token's own memory `M_t(q_t)`: [b, t, h, v]."""
+
+    @jax.checkpoint
+    def read(writes: Writes, q: Array) -> Array:
+        return memory.read(online_apply(writes, q.dtype), q)
+
+    return from_chunks(read(writes, to_chunks(q, plan)), plan)
+
+
+def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
+    """Read the sum of all earlier memories, for memories whose reads add up (equation 7)."""
+    earlier = jax.tree.map(lambda w: jnp.cumsum(w, axis=1) - w, cached)
+    earlier = jax.tree.map(lambda w: w.swapaxes(1, 2), earlier)  # [b, h, n, o, i]
+    apply = apply_weights(earlier, q.dtype)
+    return from_segments(memory.read(apply, to_segments(q, plan)), plan)
+
+
+def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
+    """Read every earlier memory, weighted by its gate (equations 7 and 9)."""
+
+    def read(x: Array, weights: Weights) -> Array:
+        return memory.read(apply_weights(weights, x.dtype), x)
+
+    x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
+    return from_segments(sum_over_earlier(read, x, weight, cached), plan)
+
+
+def read_soup(
+    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: Plan
+) -> Array:
+    """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer."""
+    weight = to_segments(gates[..., :-1], plan)
+    own = to_chunks(gates[..., -1], plan)[..., None]
+
+    def one_layer(a: Array, weights: Weights) -> Array:
+        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+
+    @partial(jax.checkpoint, static_argnums=0)
+    def layer_online(layer: int, a: Array, writes: Writes) -> Array:
+        return own * online_apply(writes, q.dtype)(layer, a)
+
+    def apply(layer: int, a: Array) -> Array:
+        a = a.astype(q.dtype)
+        tokens = to_segments(from_chunks(a, plan), plan)
+        mixed = sum_over_earlier(one_layer, tokens, weight, (cached[layer],))
+        return layer_online(layer, a, writes) + to_chunks(from_segments(mixed, plan), plan)
+
+    return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
+
+
+def read_sparse(memory: Memory, cached: Weights, q: Array, gates: Array, selected: Array) -> Array:
+    """Read the selected memories, weighted by their gates (equation 17)."""
+    n = gates.shape[-1] - 1
+    reads = read_selected(memory, cached, q, selected)
+    slot = jnp.minimum(selected, n - 1)
+    weight = jnp.take_along_axis(gates[..., :n], slot, axis=-1)
+    weight = jnp.where(selected < n, weight, jnp.zeros_like(weight))
+    return jnp.sum(reads * weight[..., None], axis=-2)
+
+
+def read_token(
+    memory: Memory, config: MCConfig, online: Weights, cached: Weights, q: Array, gates: Array
+) -> Array:
+    """Read one token as section 5 writes it: every memory in turn, or the mixture built in full.
+
+    Args:
+        memory: the memory kind.
+        config: the aggregation.
+        online: the token's memory, each [b, h, o, i].
+        cached: memories [b, n, h, o, i].
+        q: queries [b, h, k].
+        gates: [b, h, n + 1].
+
+    Returns:
+        [b, h, v].
+    """
+    if config.detach_cached_states:
+        cached = jax.lax.stop_gradient(cached)
+    stacked = jax.tree.map(lambda c, w: jnp.concatenate([c, w[:, None]], axis=1), cached, online)
+    weight = gates.swapaxes(1, 2)  # [b, n + 1, h]
+    if config.aggregation == "soup":
+        mixed = jax.tree.map(lambda w: jnp.sum(weight[..., None, None] * w, axis=1), stacked)
+        return memory.read(apply_weights(mixed, q.dtype), q[..., None, :])[..., 0, :]
+    x = jnp.broadcast_to(q[:, None, :, None], (*weight.shape, 1, q.shape[-1]))
+    reads = memory.read(apply_weights(stacked, q.dtype), x)[..., 0, :]
+    return jnp.sum(weight[..., None] * reads, axis=1)

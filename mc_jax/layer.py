@@ -1,0 +1,270 @@
+"""The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mc_core.config import MCConfig
+from mc_core.segmentation import make_plan
+from mc_jax.backends import Coefficients, Norm, Weights
+from mc_jax.cache import Cache
+from mc_jax.functional import Result, memory_caching
+from mc_jax.numerics import Array, Dtype, align, l2_normalize, product, rms_norm, state_dtype
+
+START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
+
+
+class Trace(NamedTuple):
+    """What a layer did with a sequence, one row a token; from the pass that made the output."""
+
+    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    entropy: Array  # of the gates' shares, in nats [b, t, h]
+    token_index: Array  # [t]
+    segment_index: Array  # [t] the segment of each token
+    cached_count: Array  # [t] the memories cached before that segment
+    segment_norm: Array  # Frobenius norm of each cached memory, all layers [b, n, h]
+    segment_length: Array  # real tokens of each segment [b, n]
+
+
+class Coefficient(nnx.Module):
+    """One write coefficient: a sigmoid into its range, of a head's bias or of the token (section 2).
+
+    Args:
+        config: the layer's configuration.
+        name: the memory configuration's field, which is also where the coefficient starts.
+        rngs: draws the kernel.
+        param_dtype: dtype of the parameters.
+    """
+
+    def __init__(self, config: MCConfig, name: str, *, rngs: nnx.Rngs, param_dtype: Dtype):
+        memory = config.memory
+        self.mode = memory.coefficients
+        self.start = float(getattr(memory, name))
+        self.low, self.high = memory.ranges[name]
+        share = (self.start - self.low) / (self.high - self.low)
+        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        self.heads = config.num_heads
+        if self.mode == "constant":
+            return
+        bias = np.full(self.heads, np.log(share) - np.log1p(-share))
+        self.bias = nnx.Param(jnp.asarray(bias, param_dtype))
+        if self.mode == "token":
+            draw = nnx.initializers.normal(0.02)
+            self.kernel = nnx.Param(draw(rngs.params(), (config.d_model, self.heads), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
+        dtype = state_dtype(x.dtype)
+        shape = (*x.shape[:2], self.heads)
+        if self.mode == "constant":
+            return jnp.full_like(x, self.start, shape=shape, dtype=dtype)
+        logit = jnp.broadcast_to(align(self.bias[...].astype(dtype), 3), shape)
+        if self.mode == "token":
+            logit = logit + product("btd,dh->bth", x, self.kernel[...], dtype=x.dtype)
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(logit)
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution (Titans, section 4.4); starts as the identity."""
+
+    def __init__(self, width: int, features: int, *, param_dtype: Dtype):
+        kernel = jnp.zeros((width, features), param_dtype).at[-1].set(1)
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: Array) -> Array:
+        """Convolve tokens [b, t, d] over t; those before the first count as zero."""
+        kernel = self.kernel[...].astype(x.dtype)
+        width, t = kernel.shape[0], x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+        taps = [padded[:, i : i + t] * align(kernel[i], 3) for i in range(width)]
+        return sum(taps[1:], taps[0])
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last axis, with a learned scale of the given shape."""
+
+    def __init__(self, *shape: int, param_dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...])
+
+
+class MemoryNorm(nnx.Module):
+    """Gain and bias of a memory's layer norm; ordinary parameters that no inner step writes."""
+
+    def __init__(self, heads: int, width: int, *, param_dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((heads, width), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((heads, width), param_dtype))
+
+
+class MemoryCachingLayer(nnx.Module):
+    """A recurrent memory that caches its states, in the place of attention.
+
+    Args:
+        config: the layer's configuration.
+        rngs: draws the parameters (stream `params`).
+        dtype: compute dtype of matrix products; None = that of the input.
+        param_dtype: dtype of the parameters.
+
+    Example:
+        >>> config = MCConfig(d_model=128, num_heads=4, memory=TitansConfig(), segment_size=64)
+        >>> layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0))
+        >>> y = layer(x)  # [b, t, 128] -> [b, t, 128]
+    """
+
+    def __init__(
+        self,
+        config: MCConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
+        self.config = config
+        self.dtype = dtype
+        d, h, width = config.d_model, config.num_heads, config.head_dim
+
+        def linear() -> nnx.Linear:
+            return nnx.Linear(d, d, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        if config.gated and not config.use_q_as_u:
+            self.u_proj = linear()
+        self.out_proj = linear()
+        if config.conv_width:
+            self.q_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
+            self.k_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
+            self.v_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
+        self.coefficients = nnx.Dict(
+            {
+                name: Coefficient(config, name, rngs=rngs, param_dtype=param_dtype)
+                for name in config.memory.ranges
+            }
+        )
+        self.initial = nnx.List(_initial_memory(config, rngs, param_dtype))
+        if getattr(config.memory, "norm", "none") == "layer":
+            self.memory_norm = MemoryNorm(h, width, param_dtype=param_dtype)
+        if config.output_norm == "rms":
+            self.output_norm = RMSNorm(h, width, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None = None,
+        segment_lengths: Sequence[int] | None = None,
+    ) -> Array:
+        """Mix tokens.
+
+        Args:
+            x: [b, t, d].
+            mask: bool [b, t], True = a real token; the output of a masked one is 0.
+            segment_lengths: explicit lengths that cover t.
+
+        Returns:
+            [b, t, d] in the dtype of `x`.
+        """
+        return self._run(x, mask, segment_lengths)[0]
+
+    def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
+        """Mix tokens, and return the cached memories, their pools and lengths too."""
+        y, result = self._run(x, mask)
+        return y, result.cache
+
+    def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
+        """Mix tokens, and return what their reads weighed."""
+        y, result = self._run(x, mask)
+        plan = make_plan(x.shape[1], self.config)
+        segments, gates = result.cache.segments, result.gates
+        total = jnp.sum(gates, axis=-1, keepdims=True)
+        share = gates / jnp.where(total > 0, total, jnp.ones_like(total))
+        squares = [jnp.sum(w * w, axis=(-2, -1)) for w in segments.weights]
+        trace = Trace(
+            gates=gates,
+            entropy=jnp.sum(jax.scipy.special.entr(share), axis=-1),
+            token_index=jnp.arange(x.shape[1], dtype=jnp.int32),
+            segment_index=jnp.asarray(plan.segment_of, jnp.int32),
+            cached_count=jnp.asarray(plan.segment_of, jnp.int32),
+            segment_norm=jnp.sqrt(sum(squares[1:], squares[0])),
+            segment_length=segments.length,
+        )
+        return y, trace
+
+    def _run(
+        self, x: Array, mask: Array | None, segment_lengths: Sequence[int] | None = None
+    ) -> tuple[Array, Result]:
+        config = self.config
+        if x.ndim != 3 or x.shape[-1] != config.d_model:
+            raise ValueError(f"x has shape {x.shape}: must be [b, t, {config.d_model}]")
+        dtype = x.dtype
+        x = x if self.dtype is None else x.astype(self.dtype)
+        if mask is not None:
+            x = jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
+        q, k, v, u = self._project(x)
+        at = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
+        norm: Norm = None
+        if hasattr(self, "memory_norm"):
+            norm = (self.memory_norm.scale[...], self.memory_norm.bias[...])
+        result = memory_caching(
+            q,
+            k,
+            v,
+            u,
+            self._initial(),
+            Coefficients(
+                step=at["newest"] if "newest" in at else at["step"],
+                retention=at["retention"],
+                momentum=at.get("momentum"),
+                previous=at.get("previous"),
+            ),
+            config,
+            mask=mask,
+            segment_lengths=segment_lengths,
+            norm=norm,
+        )
+        y = result.output
+        if config.output_norm == "rms":
+            y = self.output_norm(y)
+        y = self.out_proj(y.reshape(*y.shape[:2], config.d_model))
+        return y.astype(dtype), result
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
+        config = self.config
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if config.conv_width:
+            q, k, v = self.q_conv(q), self.k_conv(k), self.v_conv(v)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if config.normalizes_qk:
+            q, k = l2_normalize(q), l2_normalize(k)
+        if not config.gated:
+            return q, k, v, None
+        return q, k, v, q if config.use_q_as_u else self._heads(self.u_proj(x))
+
+    def _initial(self) -> Weights:
+        if len(self.initial):
+            return tuple(weight[...] for weight in self.initial)
+        h, width = self.config.num_heads, self.config.head_dim
+        return (jnp.zeros((h, width, width), jnp.float32),)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+
+
+def _initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.Variable]:
+    """Return W_0: random and learned for an MLP, else zero, learned on request."""
+    memory, h, width = config.memory, config.num_heads, config.head_dim
+    if memory.kind in ("linear", "swla"):
+        zero = jnp.zeros((h, width, width), dtype)
+        return [nnx.Param(zero)] if memory.learn_initial else []
+    hidden = [width * memory.expansion] * (memory.depth - 1)
+    dims = [width, *hidden, width]
+    return [
+        nnx.Param(
+            jax.random.normal(rngs.params(), (h, out, into), dtype) * np.asarray(into**-0.5, dtype)
+        )
+        for into, out in zip(dims[:-1], dims[1:], strict=True)
+    ]

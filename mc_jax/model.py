@@ -1,0 +1,137 @@
+"""A language model of pre-norm blocks: Memory Caching layer, then SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mc_core.config import ModelConfig
+from mc_jax.layer import MemoryCachingLayer, RMSNorm, Trace
+from mc_jax.numerics import Array, Dtype, product
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward `W_down (silu(W_gate x) * W_up x)`."""
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Dtype = None, param_dtype: Dtype
+    ):
+        d, f = config.layer.d_model, config.ffn_dim
+
+        def linear(into: int, out: int) -> nnx.Linear:
+            return nnx.Linear(
+                into, out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)
+
+    def __call__(self, x: Array) -> Array:
+        """Transform each token of [b, t, d] by itself."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """`x + memory(norm(x))`, then `x + ffn(norm(x))`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
+        d = config.layer.d_model
+        self.mixer_norm = RMSNorm(d, param_dtype=param_dtype)
+        self.mixer = MemoryCachingLayer(
+            config.layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )
+        self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
+        self.ffn = SwiGLU(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Mix and transform tokens [b, t, d]; `mask` is bool [b, t]."""
+        x = x + self.mixer(self.mixer_norm(x), mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
+        """Do the same, and return the mixer's trace."""
+        y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), trace
+
+
+class LanguageModel(nnx.Module):
+    """Token ids in, next-token logits out.
+
+    Args:
+        config: the model's configuration.
+        rngs: draws the parameters (stream `params`).
+        dtype: compute dtype of activations and matrix products; None = `param_dtype`.
+        param_dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Dtype = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
+        self.config = config
+        self.dtype = param_dtype if dtype is None else dtype
+        d = config.layer.d_model
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            d,
+            embedding_init=nnx.initializers.normal(0.02),
+            param_dtype=param_dtype,
+            dtype=self.dtype,
+            rngs=rngs,
+        )
+        self.blocks = nnx.List(
+            [
+                Block(config, rngs=rngs, dtype=self.dtype, param_dtype=param_dtype)
+                for _ in range(config.num_layers)
+            ]
+        )
+        self.norm = RMSNorm(d, param_dtype=param_dtype)
+        if not config.tie_embeddings:
+            self.head = nnx.Linear(
+                d,
+                config.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
+        """Predict the next token at every place.
+
+        Args:
+            tokens: ids [b, t], int32, each below `vocab_size`: larger ones are not noticed here.
+            mask: bool [b, t], True = a real token.
+
+        Returns:
+            logits [b, t, vocab_size], float32 (float64 where the model computes in it).
+        """
+        x = self.embed(tokens)
+        for block in self.blocks:
+            run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+            x = run(block, x, mask)
+        return self._logits(x)
+
+    def inspect(self, tokens: Array, mask: Array | None = None) -> tuple[Array, tuple[Trace, ...]]:
+        """Predict, and return the trace of every block's memory layer."""
+        x, traces = self.embed(tokens), []
+        for block in self.blocks:
+            x, trace = block.inspect(x, mask)
+            traces.append(trace)
+        return self._logits(x), tuple(traces)
+
+    def _logits(self, x: Array) -> Array:
+        x = self.norm(x)
+        if self.config.tie_embeddings:
+            return product("btd,sd->bts", x, self.embed.embedding[...], dtype=x.dtype)
+        return product("btd,ds->bts", x, self.head.kernel[...], dtype=x.dtype)

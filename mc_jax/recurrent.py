@@ -1,0 +1,130 @@
+"""The definition: a scan over tokens that writes, caches, gates and reads one at a time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mc_core.config import MCConfig
+from mc_core.segmentation import Plan
+from mc_jax.aggregate import read_token
+from mc_jax.backends import Coefficients, Memory, MemoryState, Weights
+from mc_jax.cache import Cache, Segments, choose, start_state
+from mc_jax.gates import gate, pooled, scores
+from mc_jax.numerics import Array, state_dtype
+
+
+class Token(NamedTuple):
+    """One token of every sequence, and where it stands."""
+
+    q: Array  # [b, h, k], as k and u
+    k: Array
+    v: Array  # [b, h, v]
+    u: Array
+    coefficients: Coefficients  # each [b, h]
+    real: Array  # bool [b]
+    segment: Array  # int32 [], its segment
+    opens_segment: Array  # bool []
+    opens_chunk: Array  # bool []
+
+
+def run_tokens(
+    memory: Memory,
+    config: MCConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    initial: Weights,
+    coefficients: Coefficients,
+    mask: Array,
+    plan: Plan,
+) -> tuple[Array, Cache, Array]:
+    """Run a sequence token by token.
+
+    Args:
+        memory: the memory kind.
+        config: the layer's configuration.
+        q: [b, t, h, k], as k and u; zero at masked tokens.
+        k: as q.
+        v: [b, t, h, v].
+        u: as q.
+        initial: W_0, first layer first, each [h, o, i].
+        coefficients: each [b, t, h].
+        mask: bool [b, t].
+        plan: the segments and chunks.
+
+    Returns:
+        output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
+    """
+    start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
+    sequence = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, u, coefficients, mask))
+    places = (
+        jnp.asarray(plan.segment_of, jnp.int32),
+        jnp.asarray(plan.opens_segment),
+        jnp.asarray(plan.opens_chunk),
+    )
+    tokens = Token(*sequence, *places)
+
+    def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
+        return run_token(memory, config, start, cache, token)
+
+    cache = _empty_cache(start, k, plan.segments)
+    cache, (output, gates) = jax.lax.scan(step, cache, tokens)
+    return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
+
+
+def run_token(
+    memory: Memory, config: MCConfig, start: MemoryState, cache: Cache, token: Token
+) -> tuple[Cache, tuple[Array, Array]]:
+    """Write one token, then read it: sections 2 to 5, in their order.
+
+    Args:
+        memory: the memory kind.
+        config: the layer's configuration.
+        start: the state before a first token, for segments that restart.
+        cache: the stream so far.
+        token: the token.
+
+    Returns:
+        the new cache; output [b, h, v] and gates [b, h, n + 1].
+    """
+    state = cache.state
+    if config.state_init_mode == "restart":
+        state = _where(token.opens_segment, start, state)
+    if memory.is_mlp:
+        fresh = state._replace(anchor=state.weights)
+        state = _where(token.opens_chunk, fresh, state)
+    written = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
+    state = choose(token.real, written, state)
+
+    pool_sum = _where(token.opens_segment, jnp.zeros_like(cache.pool_sum), cache.pool_sum)
+    pool_sum = pool_sum + token.k.astype(pool_sum.dtype)
+    count = _where(token.opens_segment, jnp.zeros_like(cache.length), cache.length)
+    count = count + token.real.astype(count.dtype)
+    running = pooled(pool_sum, count[:, None], config.pooling)
+
+    score = scores(token.u[:, None], cache.segments.pool, running[:, None], config)
+    gates = gate(score, token.segment[None], config)[0][:, 0]
+    output = read_token(memory, config, state.weights, cache.segments.weights, token.q, gates)
+    here = Segments(state.weights, running, count)
+    segments = jax.tree.map(lambda all_, x: all_.at[:, token.segment].set(x), cache.segments, here)
+    return Cache(segments, state, pool_sum, count, cache.position + 1), (output, gates)
+
+
+def _empty_cache(start: MemoryState, k: Array, n: int) -> Cache:
+    """Return the cache before the first of `n` segments; `k` [b, t, h, k] gives its shapes."""
+    zero = jnp.zeros_like(k[:, 0], dtype=state_dtype(k.dtype))
+    count = jnp.zeros_like(k[:, 0, 0, 0], dtype=jnp.int32)
+    one = Segments(jax.tree.map(jnp.zeros_like, start.weights), zero, count)
+    return Cache(
+        segments=jax.tree.map(lambda x: jnp.stack([x] * n, axis=1), one),
+        state=start,
+        pool_sum=zero,
+        length=count,
+        position=count,
+    )
+
+
+def _where(condition: Array, yes, no):  # type: ignore[no-untyped-def]
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

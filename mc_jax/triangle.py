@@ -1,0 +1,99 @@
+"""Sums over all pairs of a segment and an earlier memory, at half the work of the masked square.
+
+The triangle of pairs is cut into squares: the upper half of the segments reads the lower half of
+the memories, then both halves are cut in the same way, side by side. Squares of one size run
+together in one scan over their memories, so no weight is copied and each product spans all of a
+square's tokens.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mc_jax.backends import Weights
+from mc_jax.numerics import Array
+
+# (tokens [a, b, h, c, i], weights each [a, b, h, o, i]) -> [a, b, h, c, o], a: squares side by side
+Read = Callable[[Array, Weights], Array]
+
+
+def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+    """Return, for the tokens of each segment s, `Σ_{i<s} gates_i read(x, weights_i)`.
+
+    Args:
+        read: how tokens read one memory.
+        x: tokens by segment [b, h, n, c, i], n >= 2.
+        gates: [b, h, n, c, n], entry (s, i) weighs memory i for a token of segment s.
+        weights: memories, each [b, n, h, o, i].
+
+    Returns:
+        [b, h, n, c, o] in the gates' dtype.
+    """
+    b, h, n, c, _ = x.shape
+    total, half = None, 1
+    while half < n:
+        rows, memories = _squares(n, half)
+        part = _read_squares(
+            read,
+            x[:, :, rows.clip(max=n - 1)],
+            _gates_of(gates, rows, memories),
+            tuple(w[:, memories] for w in weights),
+        )
+        part = part.reshape(b, h, rows.size, c, -1)
+        if total is None:
+            total = jnp.zeros_like(part, shape=(b, h, n, c, part.shape[-1]))
+        inside = rows.reshape(-1) < n
+        kept = part if inside.all() else part[:, :, np.flatnonzero(inside)]
+        total = total.at[:, :, rows.reshape(-1)[inside]].add(kept)
+        half *= 2
+    assert total is not None
+    return total
+
+
+def pairs_read(n: int) -> int:
+    """Count the (segment, memory) pairs that `sum_over_earlier` reads for n segments."""
+    count, half = 0, 1
+    while half < n:
+        rows, _ = _squares(n, half)
+        count += rows.size * half
+        half *= 2
+    return count
+
+
+def _squares(n: int, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the segments [a, rows] and memories [a, half] of the squares of one size."""
+    first = np.arange(half, n, 2 * half)
+    # A square that stands alone is cut off at the last segment; others are padded to one shape.
+    rows = min(half, n - half) if len(first) == 1 else half
+    return first[:, None] + np.arange(rows), first[:, None] - half + np.arange(half)
+
+
+def _gates_of(gates: Array, rows: np.ndarray, memories: np.ndarray) -> Array:
+    """Gather [half, a, b, h, rows * c] from [b, h, n, c, n]."""
+    n = gates.shape[2]
+    picked = gates[:, :, rows.clip(max=n - 1)[:, :, None], :, memories[:, None, :]]
+    a, r, m, b, h, c = picked.shape  # advanced indices come first
+    return picked.transpose(2, 0, 3, 4, 1, 5).reshape(m, a, b, h, r * c)
+
+
+def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+    b, h, a, r, c, i = x.shape
+    x = x.transpose(2, 0, 1, 3, 4, 5).reshape(a, b, h, r * c, i)
+    memories = tuple(w.transpose(2, 1, 0, 3, 4, 5) for w in weights)
+
+    # Only the tokens and one memory are kept for the backward pass, never a product's result.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def weighted(x: Array, gate: Array, memory: Weights) -> Array:
+        return gate[..., None] * read(x, memory)
+
+    def step(total: Array, one: tuple[Array, Weights]) -> tuple[Array, None]:
+        gate, memory = one
+        return total + weighted(x, gate, memory), None
+
+    first = weighted(x, gates[0], tuple(w[0] for w in memories))
+    rest = (gates[1:], tuple(w[1:] for w in memories))
+    total = first if gates.shape[0] == 1 else jax.lax.scan(step, first, rest)[0]
+    return total.reshape(a, b, h, r, c, -1).transpose(1, 2, 0, 3, 4, 5)

@@ -1,0 +1,397 @@
+"""Memory Caching (arXiv:2602.24281) in NumPy float64: one head, one token at a time.
+
+The slow reading of the equations that the fast forms are held to. Letters: b batch, t tokens,
+h heads, k key width, v value width, n segments; a weight is `[out, in]`, so a read is `W @ q`.
+Below `memory_caching` every function sees a single head of a single sequence.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mc_core import MCConfig
+from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR, MemoryConfig
+
+Array = np.ndarray
+Layers = tuple[Array, ...]  # weights, first layer first, each [out, in]
+Norm = tuple[Array, Array] | None  # gain and bias of the layer norm, each [v]
+
+
+class OracleResult(NamedTuple):
+    """What `memory_caching` returns; all float64."""
+
+    output: Array  # [b, t, h, v], 0 at masked tokens
+    gates: (
+        Array  # [b, t, h, n + 1], the weight of each cached segment's memory, the online one last
+    )
+    states: tuple[Array, ...]  # per layer [b, n, h, out, in], after each segment's last token
+    pools: Array  # [b, n, h, k], the pooled key of each segment
+    normalizers: Array | None  # [b, n, h, k], normalised linear memories only
+    momentum: (
+        tuple[Array, ...] | None
+    )  # per layer [b, h, out, in], after the last token; titans only
+
+
+class Memory(NamedTuple):
+    """What a read needs, and what is cached."""
+
+    weights: Layers
+    normalizer: Array | None  # [k]
+
+
+class State(NamedTuple):
+    """What the next write needs."""
+
+    memory: Memory
+    momentum: Layers | None
+    previous: tuple[Array, Array] | None  # key [k] and value [v] of the last unmasked token
+
+
+class Write(NamedTuple):
+    """The coefficients of one write."""
+
+    step: float = 1.0  # η; λ for swla
+    retention: float = 1.0  # α
+    momentum: float = 0.0  # β of titans
+    previous: float = 0.0  # β of swla
+
+
+def gelu(z: Array) -> Array:
+    """Return the exact GELU, `z Φ(z)`."""
+    return z * _normal_cdf(z)
+
+
+def gelu_slope(z: Array) -> Array:
+    """Return GELU's derivative, `Φ(z) + z Φ'(z)`."""
+    return _normal_cdf(z) + z * np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi)
+
+
+def _normal_cdf(z: Array) -> Array:
+    return np.array([0.5 * (1.0 + math.erf(x / math.sqrt(2.0))) for x in z])
+
+
+def feature(x: Array, memory: MemoryConfig) -> Array:
+    """Return φ(x): the identity, or `elu(x) + 1`, of x [k]."""
+    if memory.feature_map == "identity":
+        return x
+    return np.array([x_i + 1.0 if x_i > 0.0 else math.exp(x_i) for x_i in x])
+
+
+def layer_norm(z: Array, gain: Array, bias: Array) -> Array:
+    """Return `(z - mean) / sqrt(var + eps) * gain + bias` of z [v]."""
+    return (z - z.mean()) / math.sqrt(z.var() + NORM_EPS) * gain + bias
+
+
+def layer_norm_backward(gradient: Array, z: Array, gain: Array) -> Array:
+    """Return the gradient at z [v] from the one at the layer norm's output [v]."""
+    spread = math.sqrt(z.var() + NORM_EPS)
+    unit = (z - z.mean()) / spread
+    at_unit = gradient * gain
+    # The mean and the spread move with z, which takes out the two directions they follow.
+    return (at_unit - at_unit.mean() - unit * (at_unit * unit).mean()) / spread
+
+
+def mlp(
+    weights: Sequence[Array], x: Array, memory: MemoryConfig, norm: Norm = None
+) -> tuple[Array, list[Array], list[Array]]:
+    """Run the MLP memory on x [k].
+
+    Returns M(x) [v], the activations `a_0 = x, a_1, ...` that enter each layer, and each `z_l`.
+    """
+    entering, outgoing = [x], []
+    for weight in weights:
+        outgoing.append(weight @ entering[-1])
+        entering.append(gelu(outgoing[-1]))
+    z = outgoing[-1]
+    if memory.norm == "layer":
+        return x + layer_norm(z, *norm), entering[:-1], outgoing
+    return (x + z if memory.residual else z), entering[:-1], outgoing
+
+
+def inner_loss(
+    weights: Sequence[Array], k: Array, v: Array, memory: MemoryConfig, norm: Norm = None
+) -> float:
+    """Return `-<M(k), v>` (dot) or `||M(k) - v||²` (l2) for key k [k] and value v [v]."""
+    y = mlp(weights, k, memory, norm)[0]
+    return float(-(y @ v) if memory.objective == "dot" else (y - v) @ (y - v))
+
+
+def inner_gradient(
+    weights: Sequence[Array], k: Array, v: Array, memory: MemoryConfig, norm: Norm = None
+) -> list[tuple[Array, Array]]:
+    """Return the inner loss's gradient as one pair (δ [out], a [in]) a layer, first layer first.
+
+    Layer l's gradient is `δ_l a_{l-1}ᵀ`. Nothing is clipped here: the δ handed to the layer below
+    is the unscaled one.
+    """
+    y, entering, outgoing = mlp(weights, k, memory, norm)
+    delta = -v if memory.objective == "dot" else 2.0 * (y - v)
+    if memory.norm == "layer":
+        delta = layer_norm_backward(delta, outgoing[-1], norm[0])
+    pairs = [(delta, entering[-1])]
+    for layer in range(len(weights) - 1, 0, -1):
+        delta = (weights[layer].T @ delta) * gelu_slope(outgoing[layer - 1])
+        pairs.insert(0, (delta, entering[layer - 1]))
+    return pairs
+
+
+def clipped(delta: Array, activation: Array, clip: float | None) -> Array:
+    """Return `δ aᵀ` [out, in], scaled down to a Frobenius norm of at most `clip`."""
+    gradient = np.outer(delta, activation)
+    if clip is None:
+        return gradient
+    size = math.sqrt((delta @ delta) * (activation @ activation) + CLIP_EPS)
+    return gradient * (clip / max(clip, size))
+
+
+def read(memory: Memory, q: Array, config: MemoryConfig, norm: Norm = None) -> Array:
+    """Return M(q) [v] for q [k]."""
+    if config.kind in ("dla", "titans"):
+        return mlp(memory.weights, q, config, norm)[0]
+    (weight,) = memory.weights
+    if config.kind == "swla":
+        return weight @ q
+    phi = feature(q, config)
+    if not config.normalize:
+        return weight @ phi
+    return weight @ phi / max(memory.normalizer @ phi, NORMALIZER_FLOOR)  # equation 2
+
+
+def start(weights: Layers, config: MemoryConfig) -> State:
+    """Return the state before any token."""
+    normalized = config.kind == "linear" and config.normalize
+    return State(
+        Memory(weights, np.zeros(weights[0].shape[1]) if normalized else None),
+        tuple(np.zeros_like(w) for w in weights) if config.kind == "titans" else None,
+        None,
+    )
+
+
+def write(
+    state: State, anchor: Layers, k: Array, v: Array, by: Write, config: MemoryConfig, norm: Norm
+) -> State:
+    """Write key k [k] and value v [v] of one unmasked token.
+
+    Gradients are taken at `anchor`, the weights as they stood when the token's chunk began.
+    """
+    weights, normalizer = state.memory
+    momentum = state.momentum
+    if config.kind == "linear":  # equations 2 and 12
+        phi = feature(k, config)
+        weights = (by.retention * weights[0] + by.step * np.outer(v, phi),)
+        if config.normalize:
+            normalizer = by.retention * normalizer + by.step * phi
+    elif config.kind == "swla":  # equations 26 and 28
+        new = by.retention * weights[0] + by.step * np.outer(v, k)
+        if state.previous is not None:
+            k_before, v_before = state.previous
+            new = new + by.previous * np.outer(v_before, k_before)
+        weights = (new,)
+    else:
+        pairs = inner_gradient(anchor, k, v, config, norm)
+        steps = [by.step * clipped(delta, a, config.inner_clip) for delta, a in pairs]
+        if config.kind == "dla":  # equation 30
+            changes = [-step for step in steps]
+        else:  # equations 34 and 35, with the sign that descends
+            changes = [by.momentum * s - step for s, step in zip(momentum, steps, strict=True)]
+            momentum = tuple(changes)
+        weights = tuple(by.retention * w + x for w, x in zip(weights, changes, strict=True))
+    return State(Memory(weights, normalizer), momentum, (k, v))
+
+
+def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = None) -> list[int]:
+    """Return the lengths of the segments that cover `tokens` tokens."""
+    if explicit is not None:
+        if min(explicit) < 1 or sum(explicit) != tokens:
+            raise ValueError(f"segment lengths {list(explicit)} do not cover {tokens} tokens")
+        return [int(length) for length in explicit]
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        if config.segmentation == "constant":
+            lengths.append(min(config.segment_size, left))
+        else:  # logarithmic: the largest power of two that fits
+            power = 1
+            while 2 * power <= left:
+                power *= 2
+            lengths.append(power)
+    return lengths
+
+
+def pooled(keys: Sequence[Array], width: int, pooling: str) -> Array:
+    """Return the mean or the sum [k] of a segment's unmasked keys; 0 if there are none."""
+    total = np.zeros(width)
+    for key in keys:
+        total = total + key
+    return total / len(keys) if pooling == "mean" and keys else total
+
+
+def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array:
+    """Return the weights [s + 1] with which a token of segment s reads its memories.
+
+    `pools` are the pooled keys [k] of the s cached segments, then the running one of the online
+    segment; u is [k], or None where the aggregation has no scores.
+    """
+    cached = len(pools) - 1
+    if config.aggregation == "none":
+        return np.array([0.0] * cached + [1.0])
+    if config.aggregation == "residual":  # equation 7
+        return np.ones(cached + 1)
+    if config.aggregation == "mean":
+        return np.full(cached + 1, 1.0 / (cached + 1))
+    scores = np.array([u @ pool for pool in pools])  # equation 10
+    chosen = list(range(cached))
+    if config.aggregation == "ssc":  # equation 16; the sort is stable: ties to the earlier segment
+        chosen = sorted(chosen, key=lambda i: -scores[i])[: config.ssc_top_k]
+    chosen.append(cached)
+    logits = scores[chosen] / config.softmax_temperature
+    gates = np.zeros(cached + 1)
+    gates[chosen] = np.exp(logits - logits.max())
+    return gates / gates.sum()
+
+
+def soup(memories: Sequence[Memory], gates: Array) -> Memory:
+    """Return the memory whose every weight is the gated sum of that weight (equation 15)."""
+    weights = tuple(
+        sum(gate * w for gate, w in zip(gates, layer, strict=True))
+        for layer in zip(*(memory.weights for memory in memories), strict=True)
+    )
+    if memories[0].normalizer is None:
+        return Memory(weights, None)
+    return Memory(weights, sum(g * m.normalizer for g, m in zip(gates, memories, strict=True)))
+
+
+def aggregate(
+    memories: Sequence[Memory], gates: Array, q: Array, config: MCConfig, norm: Norm = None
+) -> Array:
+    """Return the read [v] of q [k] over cached memories and the online one (equations 7, 9, 15)."""
+    if config.aggregation == "soup":
+        return read(soup(memories, gates), q, config.memory, norm)
+    used = [(gate, m) for gate, m in zip(gates, memories, strict=True) if gate != 0.0]
+    return sum(gate * read(m, q, config.memory, norm) for gate, m in used)
+
+
+class _Head(NamedTuple):
+    output: Array  # [t, v]
+    gates: Array  # [t, n + 1]
+    cached: list[Memory]  # n
+    pools: list[Array]  # n, each [k]
+    final: State
+
+
+def _run_head(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    mask: Array,
+    initial: Layers,
+    writes: Sequence[Write],
+    lengths: Sequence[int],
+    config: MCConfig,
+    norm: Norm,
+) -> _Head:
+    """Run one head of one sequence: q, k, u [t, k]; v [t, v]; mask [t]; a write a token."""
+    output, gates = np.zeros_like(v), np.zeros((len(v), len(lengths) + 1))
+    cached: list[Memory] = []
+    pools: list[Array] = []
+    state = start(initial, config.memory)
+    t = 0
+    for length in lengths:
+        if config.state_init_mode == "restart":
+            state = start(initial, config.memory)
+        keys: list[Array] = []
+        for place in range(length):
+            if place % config.chunk_size == 0:
+                anchor = state.memory.weights
+            if mask[t]:
+                state = write(state, anchor, k[t], v[t], writes[t], config.memory, norm)
+                keys.append(k[t])
+                running = pooled(keys, k.shape[1], config.pooling)
+                weight = gates_of(None if u is None else u[t], [*pools, running], config)
+                memories = [*cached, state.memory]
+                output[t] = aggregate(memories, weight, q[t], config, norm)
+                gates[t, : len(cached)], gates[t, -1] = weight[:-1], weight[-1]
+            t += 1
+        cached.append(state.memory)
+        pools.append(pooled(keys, k.shape[1], config.pooling))
+    return _Head(output, gates, cached, pools, state)
+
+
+def memory_caching(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    initial: tuple[Array, ...],
+    coefficients: Any,
+    config: MCConfig,
+    *,
+    mask: Array | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    norm: tuple[Array, Array] | None = None,
+) -> OracleResult:
+    """Write and read every token of every head.
+
+    Args:
+        q, k: queries and keys [b, t, h, k].
+        v: values [b, t, h, v].
+        u: connectors [b, t, h, k]; None without gates, or for q where the config says so.
+        initial: W_0, first layer first, each [h, out, in].
+        coefficients: has `step`, `retention`, `momentum`, `previous`, each [b, t, h]; None stands
+            for 1, 1, 0 and 0. For swla `step` is λ and `previous` is β.
+        config: the layer; projections, convolution and norms around the memory are not done here.
+        mask: [b, t], True for a real token.
+        segment_lengths: explicit lengths in place of the config's segmentation.
+        norm: gain and bias, each [h, v], of MLP memories with a layer norm.
+
+    Raises:
+        ValueError: u is missing where the aggregation has gates.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    if u is None and config.gated:
+        if not config.use_q_as_u:
+            raise ValueError(f"aggregation {config.aggregation!r} needs u")
+        u = q
+    u = None if u is None else np.asarray(u, np.float64)
+    initial = tuple(np.asarray(w, np.float64) for w in initial)
+    batch, tokens, heads, _ = q.shape
+    mask = np.ones((batch, tokens), bool) if mask is None else np.asarray(mask, bool)
+    lengths = lengths_of(tokens, config, segment_lengths)
+    given = {name: getattr(coefficients, name) for name in Write._fields}
+    given = {name: np.asarray(x, np.float64) for name, x in given.items() if x is not None}
+
+    def run(b: int, h: int) -> _Head:
+        return _run_head(
+            *(x[b, :, h] for x in (q, k, v)),
+            None if u is None else u[b, :, h],
+            mask[b],
+            tuple(w[h] for w in initial),
+            [Write(**{name: x[b, t, h] for name, x in given.items()}) for t in range(tokens)],
+            lengths,
+            config,
+            None if norm is None else tuple(np.asarray(x, np.float64)[h] for x in norm),
+        )
+
+    runs = [[run(b, h) for h in range(heads)] for b in range(batch)]
+
+    def stack(pick: Callable[[_Head], Any]) -> Array:  # [b, h, ...]
+        return np.array([[pick(head) for head in row] for row in runs])
+
+    def states(layer: int) -> Array:
+        return stack(lambda head: [m.weights[layer] for m in head.cached]).swapaxes(1, 2)
+
+    memory, layers = config.memory, range(len(initial))
+    normalized = memory.kind == "linear" and memory.normalize
+    normalizers = stack(lambda head: [m.normalizer for m in head.cached])
+    return OracleResult(
+        output=stack(lambda head: head.output).swapaxes(1, 2),
+        gates=stack(lambda head: head.gates).swapaxes(1, 2),
+        states=tuple(states(layer) for layer in layers),
+        pools=stack(lambda head: head.pools).swapaxes(1, 2),
+        normalizers=normalizers.swapaxes(1, 2) if normalized else None,
+        momentum=tuple(stack(lambda head, i=i: head.final.momentum[i]) for i in layers)
+        if memory.kind == "titans"
+        else None,
+    )

@@ -23,15 +23,11 @@ class OracleResult(NamedTuple):
     """What `memory_caching` returns; all float64."""
 
     output: Array  # [b, t, h, v], 0 at masked tokens
-    gates: (
-        Array  # [b, t, h, n + 1], the weight of each cached segment's memory, the online one last
-    )
-    states: tuple[Array, ...]  # per layer [b, n, h, out, in], after each segment's last token
+    gates: Array  # [b, t, h, n + 1], each cached segment's weight, the online memory's last
+    states: Layers  # per layer [b, n, h, out, in], after each segment's last token
     pools: Array  # [b, n, h, k], the pooled key of each segment
     normalizers: Array | None  # [b, n, h, k], normalised linear memories only
-    momentum: (
-        tuple[Array, ...] | None
-    )  # per layer [b, h, out, in], after the last token; titans only
+    momentum: Layers | None  # per layer [b, h, out, in], after the last token; titans only
 
 
 class Memory(NamedTuple):

@@ -1,0 +1,172 @@
+"""Checkpoints: parameters, optimiser, random state, data position, step and configuration."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from mc_jax import LanguageModel
+from train.config import TrainConfig, first_difference, from_dict
+from train.errors import UserError
+from train.step import TrainState, build
+
+
+class Meta(NamedTuple):
+    """What a checkpoint says about itself; plain values, saved as JSON."""
+
+    config: dict[str, Any]
+    fingerprint: str  # of the corpus
+    seconds: float  # of training, over all sittings
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    A checkpoint is written beside its place and renamed into it, so a process that dies at any
+    moment leaves whole checkpoints only. Older ones go after the new one is in place.
+    """
+
+    def __init__(self, run: Path, keep: int | None = None):
+        self.directory = (run / "checkpoints").resolve()
+        self.run = run
+        self._keep = keep
+        self._open: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._open:
+            self._open.close()
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Opening makes the directory, so it waits until there is something to read or write.
+        if self._open is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, enable_async_checkpointing=False
+            )
+            self._open = ocp.CheckpointManager(self.directory, options=options)
+        return self._open
+
+    def latest(self) -> int | None:
+        """Return the last saved step, or None."""
+        return self._manager.latest_step() if self.directory.is_dir() else None
+
+    def meta(self, step: int) -> Meta:
+        """Return what the checkpoint of a step says about itself.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return Meta(**self._restore(step, args).meta)
+
+    def save(
+        self, step: int, state: TrainState, batches: grain.DatasetIterator, meta: Meta
+    ) -> None:
+        """Save the state after `step` steps and the position of the data.
+
+        Raises:
+            UserError: it cannot be written; the checkpoints before it stay.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_tree(state)),
+            data=CheckpointSave(batches),
+            meta=ocp.args.JsonSave(meta._asdict()),
+        )
+        last = self.latest()
+        try:
+            self._manager.save(step, args=args, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.run}: cannot save the checkpoint of step {step} ({_reason(error)}); "
+                f"make room and run the same command: it goes on from step {last or 0}"
+            ) from error
+
+    def restore(
+        self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None
+    ) -> TrainState:
+        """Return the state after `step` steps, shaped `like`, and set the position of `batches`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
+        if batches is not None:
+            items["data"] = CheckpointRestore(batches)
+        restored = self._restore(step, ocp.args.Composite(**items))
+        return TrainState(**restored.state)
+
+    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{self.directory / str(step)}: cannot be read ({_reason(error)}); "
+                "delete it to go back to the checkpoint before"
+            ) from error
+
+
+def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
+    """Hold a checkpoint to the configuration and the text that are about to go on from it.
+
+    Raises:
+        UserError: names the first key that differs.
+    """
+    difference = first_difference(saved.config, now.config)
+    if difference:
+        key, old, new = difference
+        raise UserError(
+            f"{directory} holds a checkpoint of another config: {key} was {old!r} and is {new!r}; "
+            "change it back, or set another run.directory"
+        )
+    if saved.fingerprint != now.fingerprint:
+        raise UserError(
+            f"{directory} holds a checkpoint of other text: what data.corpus names has changed; "
+            "bring it back, or set another run.directory"
+        )
+
+
+def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
+    """Return configuration, model, step and description of a run's last checkpoint.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{directory}: no checkpoint here; name the folder of a run")
+        meta = checkpoints.meta(step)
+        config = from_dict(meta.config)
+        graphdef, like, _ = build(config)
+        state = checkpoints.restore(step, like)
+    return config, nnx.merge(graphdef, state.params, state.rest), step, meta
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return dict(state._asdict())
+
+
+def _reason(error: BaseException) -> str:
+    """Return the shortest useful form of a storage error, which may run to many lines."""
+    known = (
+        "No space left on device",
+        "File too large",
+        "Permission denied",
+        "Disk quota exceeded",
+    )
+    text = " ".join(str(error).split())
+    return next((words for words in known if words.lower() in text.lower()), text[:160])

@@ -1,0 +1,101 @@
+"""The command `mc`. Each command imports what it runs: some libraries take seconds to import."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mc_core import segment_lengths
+from train.errors import NotFiniteError, UserError
+
+app = typer.Typer(
+    help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Segmentation(StrEnum):
+    """How tokens are cut into segments."""
+
+    CONSTANT = "constant"
+    LOGARITHMIC = "logarithmic"
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file, such as configs/demo.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
+    ] = None,
+) -> None:
+    """Train a language model, or go on with a run that was interrupted."""
+    from train.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from train.loop import train as run
+
+    run(loaded, Console())
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(help="a run's directory")]) -> None:
+    """Score a run's last checkpoint on its validation text."""
+    from train.loop import evaluate as score
+
+    score(run, Console())
+
+
+@app.command()
+def variants() -> None:
+    """List the memories and the aggregations, and what each is."""
+    from train.variants import print_variants
+
+    print_variants(Console())
+
+
+@app.command()
+def segments(
+    length: Annotated[int, typer.Option(help="number of tokens")],
+    segmentation: Segmentation = Segmentation.CONSTANT,
+    segment_size: Annotated[int, typer.Option(help="tokens of a constant segment")] = 256,
+) -> None:
+    """Print the lengths of the segments that a number of tokens is cut into."""
+    try:
+        lengths = segment_lengths(length, segmentation, segment_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(*lengths, sep=", ")
+
+
+# Typer carries its own copy of click; this is the base of its usage errors.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main() -> None:
+    """Run the command; an error that the user can put right is one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except (UserError, OSError) as error:
+        code = _fail(_describe(error), 2)
+    except UsageError as error:
+        code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except NotFiniteError as error:
+        code = _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    sys.exit(code)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _fail(message: str, code: int) -> int:
+    print("mc:", " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,312 @@
+"""What a run is: frozen dataclasses, filled from YAML and `key=value` words, strictly."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import yaml
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mc_core import ModelConfig
+from mc_core.checks import check_choice, check_range, fail
+from mc_core.config import MEMORIES
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text.
+
+    Attributes:
+        corpus: files, folders, or the word `stdlib` (the running Python's standard library).
+        tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+        window: tokens that a training example predicts.
+        validation_fraction: share of the documents (or of a single document) that is held out.
+        validation_bytes: at most so much held-out text is scored at the end.
+        train_bytes: at most so much text is trained on; None for all of it.
+    """
+
+    corpus: tuple[str, ...]
+    tokenizer: str = "bytes"
+    window: int = 512
+    validation_fraction: float = 0.05
+    validation_bytes: int = 262_144
+    train_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.corpus:
+            fail("DataConfig", "corpus", list(self.corpus), "at least one file or folder")
+        for name in ("window", "validation_bytes", "train_bytes"):
+            check_range(self, name, 1)
+        check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine to `final_fraction` of the peak.
+
+    Attributes:
+        learning_rate: the peak.
+        warmup_steps: steps from 0 to the peak.
+        final_fraction: the last step's share of the peak.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of kernels and embeddings only.
+        clip_norm: largest global norm of a gradient; None for no limit.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            check_range(self, name, 0.0, open_low=True)
+        for name in ("beta1", "beta2"):
+            check_range(self, name, 0.0, 1.0, open_high=True)
+        check_range(self, "final_fraction", 0.0, 1.0)
+        for name in ("warmup_steps", "weight_decay"):
+            check_range(self, name, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, with what, and what is kept.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: windows of a microbatch.
+        accumulation: microbatches of a step; their mean gradient is applied.
+        seed: of the parameters and of the order of the windows.
+        dtype: compute type, `float32` or `bfloat16`; parameters are float32.
+        directory: where everything goes; `runs/<name of the config file>` unless set.
+        log_every: steps from one row of the curves to the next.
+        save_every: steps from one checkpoint to the next; the last step is always saved.
+        keep: how many checkpoints stay.
+        validate_every: steps from one validation to the next; 0 for the end only.
+        validate_bytes: held-out text that is scored on the way.
+    """
+
+    steps: int
+    batch_size: int = 8
+    accumulation: int = 1
+    seed: int = 0
+    dtype: str = "float32"
+    directory: str = "runs/run"
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    validate_every: int = 0
+    validate_bytes: int = 32_768
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
+            check_range(self, name, 1)
+        check_range(self, "validate_bytes", 1)
+        check_range(self, "seed", 0)
+        check_range(self, "validate_every", 0)
+        check_choice(self, "dtype", ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    run: RunConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.tokenizer == "bytes" and self.model.vocab_size < 256:
+            fail("ModelConfig", "vocab_size", self.model.vocab_size, ">= 256 for bytes")
+        warmup = self.optimizer.warmup_steps
+        if warmup >= self.run.steps:
+            fail("OptimizerConfig", "warmup_steps", warmup, f"< run.steps = {self.run.steps}")
+
+
+# Keys that change nothing about the parameters: a checkpoint resumes under other values of them.
+FREE_KEYS = frozenset(
+    f"run.{key}"
+    for key in ("directory", "log_every", "save_every", "keep", "validate_every", "validate_bytes")
+)
+SECTIONS = {
+    "TrainConfig": "",
+    "DataConfig": "data",
+    "OptimizerConfig": "optimizer",
+    "RunConfig": "run",
+    "ModelConfig": "model",
+    "MCConfig": "model.layer",
+    **{memory.__name__: "model.layer.memory" for memory in MEMORIES.values()},
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, the files that its `base` key names, and `key=value` words on top.
+
+    A `base` is looked up beside the file that names it.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed; names it.
+    """
+    defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
+    merged = _merge(defaults, _load_yaml(path, ()))
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(f"{word}: must have the form key=value")
+        try:
+            merged = _merge(merged, OmegaConf.from_dotlist([word]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"{word}: {_first_line(error)}") from error
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    try:
+        return from_dict(plain)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def from_dict(data: Any) -> TrainConfig:
+    """Build from `to_dict`'s form, strictly.
+
+    Raises:
+        ValueError: one line with the key's path, its value and what is allowed.
+    """
+    try:
+        return _converter().structure(data, TrainConfig)
+    except ClassValidationError as error:
+        raise ValueError(_message(error)) from error
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return plain values."""
+    return _converter().unstructure(config)
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key that trains another model, with both values, or None."""
+    left, right = _flatten(old), _flatten(new)
+    for key in sorted(left.keys() | right.keys()):
+        if key not in FREE_KEYS and left.get(key) != right.get(key):
+            return key, left.get(key), right.get(key)
+    return None
+
+
+def _flatten(data: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {path: data}
+    items: dict[str, Any] = {}
+    for key, value in data.items():
+        items |= _flatten(value, f"{path}.{key}" if path else key)
+    return items
+
+
+def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in above:
+        raise UserError(f"{path}: base: leads back to this file")
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {_first_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}: give a YAML file") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: must be a mapping of data, model, run and optimizer")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base!r}: must be the name of a YAML file")
+    return _merge(_load_yaml(path.parent / base, (*above, path.resolve())), loaded)
+
+
+def _merge(low: DictConfig, high: DictConfig) -> DictConfig:
+    """Lay `high` over `low`; a memory of another kind replaces the whole memory."""
+    kinds = [OmegaConf.select(config, "model.layer.memory.kind") for config in (low, high)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        low = low.copy()
+        del low["model"]["layer"]["memory"]
+    merged = OmegaConf.merge(low, high)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (int, float, str):
+        converter.register_structure_hook(kind, _structure_plain)
+    converter.register_structure_hook_func(lambda t: t == tuple[str, ...], _structure_words)
+    converter.register_structure_hook(ModelConfig, lambda data, _: ModelConfig.from_dict(data))
+    converter.register_unstructure_hook(ModelConfig, ModelConfig.to_dict)
+    converter.register_unstructure_hook_func(lambda t: t == tuple[str, ...], list)
+    for kind in (int, float):
+        converter.register_structure_hook(kind | None, _structure_optional)
+    return converter
+
+
+def _structure_plain(value: object, kind: type) -> Any:
+    wrong = isinstance(value, bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    )
+    if wrong:
+        raise ValueError(f"= {value!r}: must be of type {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"= {value!r}: must be finite")
+    return kind(value)
+
+
+def _structure_optional(value: object, union: Any) -> Any:
+    return None if value is None else _structure_plain(value, union.__args__[0])
+
+
+def _structure_words(value: object, _: type) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"= {value!r}: must be a path, the word stdlib, or a list of them")
+    return tuple(words)
+
+
+def _message(error: ClassValidationError) -> str:
+    """Return the first fault of a tree of them as `key.path = value: must be ...`."""
+    where = ""
+    cause: BaseException = error
+    while isinstance(cause, ClassValidationError):
+        fault = cause.exceptions[0]
+        names = [n.name for n in getattr(fault, "__notes__", []) if hasattr(n, "name")]
+        where, cause = ".".join(filter(None, [where, *names])), fault
+    if isinstance(cause, ForbiddenExtraKeysError):
+        allowed = ", ".join(f.name for f in dataclasses.fields(cause.cl))
+        key = sorted(cause.extra_fields)[0]
+        return f"{where + ': ' if where else ''}unknown key {key!r}; allowed are {allowed}"
+    if isinstance(cause, KeyError):
+        return f"{where}: key is missing"
+    text = str(cause)
+    if text.startswith("= "):
+        return f"{where} {text}"
+    owner = re.match(r"\w+", text)
+    if owner and owner[0] in SECTIONS:
+        return f"{SECTIONS[owner[0]]}{text[owner.end() :]}".lstrip(".: ")
+    return f"{where} must be a mapping of keys" if where else text
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split())

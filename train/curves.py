@@ -1,0 +1,91 @@
+"""The curves of a run: one JSON object a line, and the same for TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from train.errors import UserError
+from train.files import write_atomic
+
+FILE = "metrics.jsonl"
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run; a last line that was cut off by a kill is left out."""
+    path = run / FILE
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+class Curves:
+    """Appends rows; rows after `step`, which an interrupted run wrote, are dropped first.
+
+    TensorBoard's events are written anew from the rows, in this thread: the library's own writer
+    thread would swallow a full disk.
+    """
+
+    def __init__(self, run: Path, step: int):
+        self._path = run / FILE
+        rows = [row for row in read_rows(run) if row["step"] <= step]
+        write_atomic(self._path, "".join(map(_line, rows)).encode())
+        board = run / "tensorboard"
+        board.mkdir(exist_ok=True)
+        for old in board.glob("*.tfevents.*"):
+            old.unlink()
+        self._file = self._path.open("a")
+        self._events = EventsWriter(str(board / "events"))
+        for row in rows:
+            self._add(row)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+            self._events.close()
+        except OSError:
+            # The write that failed has been reported; what is left in the buffers failed with it.
+            if error is None:
+                raise
+
+    def write(self, step: int, **values: float) -> None:
+        """Append a row.
+
+        Raises:
+            UserError: the row cannot be written.
+        """
+        row = {"step": step, "time": time.time(), **values}
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+            self._add(row)
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: {error.strerror}: make room and run the same command: "
+                "it goes on from the last checkpoint"
+            ) from error
+
+    def _add(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key not in ("step", "time"):
+                event = Event(step=row["step"], wall_time=row["time"], summary=scalar(key, value))
+                self._events.write_event(event)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,203 @@
+"""From files to batches: documents, the split, tokens, and windows whose position can be saved."""
+
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import SupportsIndex
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+from train.config import DataConfig, RunConfig
+from train.errors import UserError
+
+STDLIB = "stdlib"
+# Tests are data more than source; the rest of these differs between installations of one version.
+STDLIB_WITHOUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
+STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-")
+
+Encode = Callable[[bytes], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that is trained on and text that never is.
+
+    Attributes:
+        train: [tokens] the training documents, one after another.
+        validation: the held-out documents, one after another.
+        encode: from text to tokens.
+        documents: number of distinct documents on the two sides.
+        fingerprint: changes when the text on either side does.
+    """
+
+    train: np.ndarray
+    validation: bytes
+    encode: Encode
+    documents: tuple[int, int]
+    fingerprint: str
+
+
+def load_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    """Read, split and encode the text.
+
+    Raises:
+        UserError: a file is missing, empty or not text, there is too little of it, or the
+            tokenizer does not fit the model.
+    """
+    encode = load_encoder(config.tokenizer, vocab_size)
+    documents = distinct(read_documents(config.corpus))
+    train, validation = split(documents, config.validation_fraction, config.window)
+    text = clip(b"".join(validation), config.validation_bytes)
+    tokens = encode(clip(b"".join(train), config.train_bytes))
+    if len(tokens) <= config.window:
+        raise UserError(
+            f"data.corpus = {', '.join(config.corpus)}: {len(tokens)} tokens to train on, and "
+            f"data.window = {config.window} needs at least {config.window + 1}: "
+            "give more text or a smaller window"
+        )
+    sums = [hashlib.sha256(part).hexdigest() for part in (tokens.tobytes(), text)]
+    return Corpus(tokens, text, encode, (len(train), len(validation)), "-".join(sums))
+
+
+def read_documents(corpus: Iterable[str]) -> Iterator[bytes]:
+    """Read every file that the words name; empty files inside folders are left out.
+
+    Raises:
+        UserError: a word names nothing, an empty file or an empty folder.
+        OSError: a file cannot be read.
+    """
+    for word in corpus:
+        path = Path(word)
+        if word == STDLIB:
+            yield from filter(None, map(Path.read_bytes, stdlib_files()))
+        elif path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if _is_visible_file(file, path)]
+            documents = list(filter(None, map(Path.read_bytes, files)))
+            if not documents:
+                raise UserError(f"{word}: no file with text in this folder: name another")
+            yield from documents
+        elif not path.exists():
+            raise UserError(f"{word}: no such file or folder: correct data.corpus")
+        else:
+            document = path.read_bytes()
+            if not document:
+                raise UserError(f"{word}: the file is empty: take it out of data.corpus")
+            yield document
+
+
+def _is_visible_file(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file()
+
+
+def stdlib_files() -> list[Path]:
+    """Return the running Python's standard library, as one version has it everywhere."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [
+        file
+        for file in sorted(root.rglob("*.py"))
+        if not any(
+            part in STDLIB_WITHOUT or part.startswith(STDLIB_WITHOUT_PREFIX)
+            for part in file.relative_to(root).parts
+        )
+    ]
+
+
+def distinct(documents: Iterable[bytes]) -> dict[str, bytes]:
+    """Return each content once, under its SHA-256 and in that order; paths play no part."""
+    return dict(sorted((hashlib.sha256(text).hexdigest(), text) for text in documents))
+
+
+def split(
+    documents: dict[str, bytes], fraction: float, gap: int
+) -> tuple[list[bytes], list[bytes]]:
+    """Cut into training and validation documents.
+
+    A document's side is decided by its SHA-256 alone, so the same content is always on the same
+    side. Where that leaves a side empty, the document nearest to the border changes sides. A
+    single document gives its last `fraction`, and `gap` bytes before that are dropped.
+
+    Args:
+        documents: distinct contents under their SHA-256, in that order.
+        fraction: share of the documents to hold out.
+        gap: bytes between the two parts of a single document.
+    """
+    texts = list(documents.values())
+    if len(texts) == 1:
+        text = texts[0]
+        held_out = text[len(clip(text, len(text) - max(1, round(len(text) * fraction)))) :]
+        return [clip(text, max(0, len(text) - len(held_out) - gap))], [held_out]
+    count = sum(int(digest[:16], 16) < fraction * 2**64 for digest in documents)
+    count = min(max(count, 1), len(texts) - 1)
+    return texts[count:], texts[:count]
+
+
+def clip(text: bytes, limit: int | None) -> bytes:
+    """Return at most `limit` bytes from the start, never half of a UTF-8 character."""
+    if limit is None or len(text) <= limit:
+        return text
+    while limit and text[limit] & 0xC0 == 0x80:
+        limit -= 1
+    return text[:limit]
+
+
+def load_encoder(tokenizer: str, vocab_size: int) -> Encode:
+    """Return the function from text to tokens.
+
+    Raises:
+        UserError: the tokenizer file cannot be read, or has more tokens than the model.
+    """
+    if tokenizer == "bytes":
+        return lambda text: np.frombuffer(text, np.uint8)
+    try:
+        loaded = Tokenizer.from_file(tokenizer)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"data.tokenizer = {tokenizer}: {error}") from error
+    size = max(loaded.get_vocab().values()) + 1
+    if size > vocab_size:
+        raise UserError(f"model.vocab_size = {vocab_size}: {tokenizer} needs at least {size}")
+
+    def encode(text: bytes) -> np.ndarray:
+        try:
+            ids = loaded.encode(text.decode(), add_special_tokens=False).ids
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.corpus: {error}: a tokenizer needs UTF-8 text") from error
+        return np.asarray(ids, np.uint16 if size <= 2**16 else np.int32)
+
+    return encode
+
+
+class Windows(grain.sources.RandomAccessDataSource):
+    """Consecutive windows of `size + 1` tokens; neighbours share one: each is predicted once."""
+
+    def __init__(self, tokens: np.ndarray, size: int):
+        self._tokens = tokens
+        self._size = size
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._size
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        start = int(index) * self._size
+        return self._tokens[start : start + self._size + 1].astype(np.int32)
+
+
+def make_batches(tokens: np.ndarray, data: DataConfig, run: RunConfig) -> grain.DatasetIterator:
+    """Iterate without end over [accumulation, batch_size, window + 1] int32 batches.
+
+    Every epoch visits all windows once, in an order of its own that follows from the seed.
+    Grain's checkpoint handler saves and restores the position.
+    """
+    return iter(
+        grain.MapDataset.source(Windows(tokens, data.window))
+        .shuffle(seed=run.seed)
+        .repeat()
+        .batch(run.accumulation * run.batch_size)
+        .map(lambda rows: rows.reshape(run.accumulation, run.batch_size, data.window + 1))
+        # A window is a slice of memory: threads would cost more than they save.
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )

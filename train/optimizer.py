@@ -1,0 +1,48 @@
+"""AdamW as this project uses it."""
+
+from typing import Any
+
+import jax
+import optax
+
+from train.config import OptimizerConfig
+
+DECAYED = ("kernel", "embedding")
+
+
+def decay_mask(params: Any) -> Any:
+    """Return True at the matrices of projections and embeddings, False elsewhere.
+
+    Gains, biases, scales and initial memories are left alone: a memory is written and forgotten by
+    its own recurrence.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: path[-1].key in DECAYED and leaf.ndim >= 2, params
+    )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return the learning rate of each step, counted from 0."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (config.warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Return clipping by global norm, then AdamW."""
+    clip = config.clip_norm
+    return optax.chain(
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,83 @@
+"""How far and how fast a run is: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from train.checkpoint import Meta
+from train.config import TrainConfig
+
+
+class Progress:
+    """Shows step, loss, tokens per second and time left.
+
+    Args:
+        console: where to.
+        start: steps done in earlier sittings.
+        config: the run.
+        meta: tells the training time of earlier sittings.
+    """
+
+    def __init__(self, console: Console, start: int, config: TrainConfig, meta: Meta):
+        run = config.run
+        self._console = console
+        self._steps = run.steps
+        self._tokens_per_step = run.batch_size * run.accumulation * config.data.window
+        self._began = time.monotonic() - meta.seconds
+        self._mark: tuple[int, float] | None = None  # step and time from which speed is measured
+        self._bar = Bar(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "", total=run.steps, completed=start, loss=float("nan"), speed=0.0
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all sittings."""
+        return time.monotonic() - self._began
+
+    def step(self, step: int, loss: float) -> None:
+        """Note that a step is done."""
+        self._bar.update(self._task, completed=step, loss=loss)
+        if self._mark is None:  # the first step of a sitting compiles: no measure of speed
+            self._mark = step, time.monotonic()
+
+    def row(self, step: int, loss: float) -> float:
+        """Show, and return, the tokens per second since the last row."""
+        assert self._mark is not None
+        (since, began), now = self._mark, time.monotonic()
+        speed = (step - since) * self._tokens_per_step / (now - began) if step > since else 0.0
+        self._mark = step, now
+        self._bar.update(self._task, speed=speed)
+        if not self._console.is_terminal:
+            left = (self._steps - step) * self._tokens_per_step / speed if speed else 0.0
+            self._console.print(
+                f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tokens/s"
+                + (f"  {left:.0f} s left" if speed else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+        return speed

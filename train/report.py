@@ -1,0 +1,145 @@
+"""What a finished run shows: a table, the curves and the router's picture."""
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from train.curves import read_rows
+from train.evaluate import References
+from train.files import write_atomic
+
+FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a run; plain values, saved as JSON beside its checkpoints."""
+
+    name: str
+    model: str  # memory and aggregation
+    parameters: int
+    steps: int
+    tokens: int  # trained on, repetitions counted
+    seconds: float  # of training, compilation included
+    bits_per_byte: float
+    validation_bytes: int
+    validation_sha256: str
+    documents: tuple[int, int]  # training, validation
+    references: References
+
+
+def save_report(run: Path, report: Report) -> None:
+    """Write `report.json`."""
+    data = dataclasses.asdict(report) | {"references": report.references._asdict()}
+    write_atomic(run / FILE, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def load_report(run: Path) -> Report | None:
+    """Return the report of a finished run, or None."""
+    path = run / FILE
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text())
+    try:
+        data["references"] = References(**data["references"])
+        data["documents"] = tuple(data["documents"])
+        return Report(**data)
+    except (KeyError, TypeError):
+        return None  # another program's report
+
+
+def siblings(run: Path, report: Report) -> list[Report]:
+    """Return the reports of finished runs beside this one that were scored on the same bytes."""
+    here = run.resolve()
+    others = [load_report(path) for path in sorted(here.parent.iterdir()) if path != here]
+    return [o for o in others if o and o.validation_sha256 == report.validation_sha256]
+
+
+def print_report(console: Console, run: Path, report: Report) -> None:
+    """Print the run, the runs beside it and the references, best first, and say who is ahead."""
+    console.print(
+        f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
+        f"are not among the {report.documents[0]} trained on"
+    )
+    table = Table("what", "bits per byte", f"beside {report.name}", "parameters", "tokens", "time")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: list[tuple[float, list[str]]] = []
+    for result in (report, *siblings(run, report)):
+        size = [f"{result.parameters:,}", f"{result.tokens:,}", f"{result.seconds:.0f} s"]
+        rows.append((result.bits_per_byte, [f"{result.name} ({result.model})", *size]))
+    names = ("uniform", "order-0 entropy", "xz -9 (these bytes only)")
+    rows += [(bits, [name]) for name, bits in zip(names, report.references, strict=True)]
+    for bits, (name, *rest) in sorted(rows, key=lambda row: row[0]):
+        table.add_row(name, f"{bits:.3f}", f"{bits - report.bits_per_byte:+.3f}", *rest)
+    console.print(table)
+    console.print(verdict(report), soft_wrap=True)
+    console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
+
+
+def verdict(report: Report) -> str:
+    """Say in words which references the model beats, and how far it is from the others."""
+    parts = []
+    for name, bits in zip(("uniform", "order-0", "xz -9"), report.references, strict=True):
+        gap = report.bits_per_byte - bits
+        share = f"{abs(gap):.3f} bits per byte, {abs(gap) / bits:.0%}"
+        parts.append(f"beats {name} by {share}" if gap < 0 else f"is behind {name} by {share}")
+    return f"{report.name}: {report.bits_per_byte:.3f} bits per byte; " + "; ".join(parts)
+
+
+def draw_curves(run: Path) -> None:
+    """Draw `curves.png` from the rows of the run."""
+    rows = read_rows(run)
+    panels = {
+        "loss (nats a token)": "loss",
+        "validation bits per byte": "validation_bits_per_byte",
+        "gradient norm": "grad_norm",
+        "learning rate": "learning_rate",
+    }
+    panels = {title: key for title, key in panels.items() if any(key in row for row in rows)}
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axes, (title, key) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    _save(figure, run / "curves.png")
+
+
+def draw_router(run: Path, gates: list[np.ndarray], lengths: tuple[int, ...]) -> None:
+    """Draw `router.png`: the weight of each memory in each token's read, a panel a block.
+
+    Args:
+        run: where to.
+        gates: for each block [t, n + 1], mean over heads: cached segments, the online memory last.
+        lengths: tokens of each segment.
+    """
+    tokens, memories = gates[0].shape
+    figure = Figure(figsize=(10, 0.6 + 2.2 * len(gates)), layout="constrained")
+    panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True)[:, 0]
+    high = max(1.0, *(float(block.max()) for block in gates))
+    for number, (axes, block) in enumerate(zip(panels, gates, strict=True)):
+        image = axes.imshow(block.T, aspect="auto", vmin=0.0, vmax=high, interpolation="nearest")
+        for border in np.cumsum(lengths)[:-1]:
+            axes.axvline(border - 0.5, color="white", linewidth=0.6)
+        axes.set(ylabel=f"block {number}")
+        axes.set_yticks(range(memories), [*(f"segment {i}" for i in range(memories - 1)), "online"])
+    panels[0].set_title("weight of each memory in each token's read (mean over heads)")
+    panels[-1].set_xlabel(f"token of a validation text of {tokens} tokens")
+    figure.colorbar(image, ax=list(panels))
+    _save(figure, run / "router.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,117 @@
+"""One optimiser step as a pure function, and the state that goes in and comes out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mc_jax import LanguageModel
+from train.config import TrainConfig
+from train.errors import NotFiniteError
+from train.optimizer import make_optimizer
+
+Tree = Any  # nested dictionaries of arrays
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, apart from the data's position."""
+
+    params: Tree  # float32
+    optimizer: optax.OptState
+    rest: Tree  # what is no parameter: the model's random streams and their counts
+
+
+class Metrics(NamedTuple):
+    """What a step reports: float32 scalars, and booleans."""
+
+    loss: jax.Array  # nats a token, mean over the batch
+    grad_norm: jax.Array  # before clipping
+    all_finite: jax.Array
+    finite: dict[str, Tree]  # "gradient" and "parameter": True where a tensor is finite
+
+
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+
+
+def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
+    """Return the model's structure, its first state, and the jitted step."""
+    model = LanguageModel(
+        config.model, rngs=nnx.Rngs(config.run.seed), dtype=jnp.dtype(config.run.dtype)
+    )
+    graphdef, params, rest = split(model)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    state = TrainState(params, optimizer.init(params), rest)
+    return graphdef, state, make_train_step(graphdef, optimizer)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """Return structure, parameters and rest; `nnx.merge` puts them together again."""
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
+
+
+def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.Array) -> Any:
+    """Return the losses [b, t], in nats, of tokens [b, t + 1], and the new rest."""
+    model = nnx.merge(graphdef, params, rest)
+    logits = model(tokens[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses, split(model)[2]
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> TrainStep:
+    """Return the jitted step over tokens [accumulation, b, t + 1]; it consumes its state.
+
+    The gradient is the mean over the microbatches, as if they were one batch.
+    """
+
+    def loss_of(params: Tree, rest: Tree, tokens: jax.Array) -> Any:
+        losses, rest = token_losses(graphdef, params, rest, tokens)
+        return losses.mean(), rest
+
+    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        def add(carry: Any, microbatch: jax.Array) -> Any:
+            total, gradient, rest = carry
+            grad_of = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, rest), new = grad_of(state.params, rest, microbatch)
+            return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
+
+        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.rest)
+        (loss, gradient, rest), _ = jax.lax.scan(add, first, tokens)
+        loss, gradient = jax.tree.map(lambda x: x / len(tokens), (loss, gradient))
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jax.tree.map(
+            lambda x: jnp.isfinite(x).all(), {"gradient": gradient, "parameter": params}
+        )
+        flags = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)])
+        metrics = Metrics(loss, optax.global_norm(gradient), flags.all(), finite)
+        return TrainState(params, opt_state, rest), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def check_finite(metrics: Metrics, step: int, last_good: int) -> None:
+    """Stop at a NaN or an infinity.
+
+    Raises:
+        NotFiniteError: names the step, the loss and the first tensor that is not finite.
+    """
+    if metrics.all_finite:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(metrics.finite)
+    first = next((path for path, finite in leaves if not finite), None)
+    tensor = _name(first) if first else "the loss"
+    raise NotFiniteError(
+        f"step {step}: {tensor} is not finite (loss {float(metrics.loss):.4g}, "
+        f"gradient norm {float(metrics.grad_norm):.4g}); "
+        f"the last good checkpoint is step {last_good}"
+    )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Return `gradient of blocks/0/...` for a leaf of `Metrics.finite`."""
+    kind, _, tensor = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+    return f"{kind} of {tensor}"

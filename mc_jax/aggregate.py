@@ -9,9 +9,9 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.backends import Memory, Weights
 from mc_jax.backends.base import apply_weights
+from mc_jax.chunked import Writes, online_apply
 from mc_jax.layout import from_chunks, from_segments, to_chunks, to_segments
 from mc_jax.numerics import Array, product
-from mc_jax.chunked import Writes, online_apply
 from mc_jax.sparse import read_selected
 from mc_jax.triangle import sum_over_earlier
 

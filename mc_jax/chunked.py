@@ -1,4 +1,4 @@
-"""The chunked write: a scan over chunks that carries the memory, all else in parallel (section 6)."""
+"""The chunked write: a scan over chunks carries the memory; all else is parallel (section 6)."""
 
 from functools import partial
 from typing import NamedTuple
@@ -168,7 +168,7 @@ def _restarted(before: Weights, start: Weights, plan: Plan) -> Weights:
 
 
 def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
-    """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the rows' last states."""
+    """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
     if plan.rows > 1:
         return final
     following = before[plan.last_chunk[:-1] + 1, :, 0]

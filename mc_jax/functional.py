@@ -169,7 +169,7 @@ def _check(
         )
     layer_norm = getattr(memory, "norm", "none") == "layer"
     if (norm is not None) != layer_norm:
-        raise ValueError(f"norm is {'given' if norm else 'None'}: memory.norm = {memory.norm!r}")
+        raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
     for name, (value, shape) in shapes.items():
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}: must be {shape}")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_core.config import ModelConfig
-from mc_jax.layer import MemoryCachingLayer, RMSNorm, Trace
+from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.modules import RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
@@ -58,13 +59,9 @@ def run_tokens(
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
     """
     start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
-    sequence = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, u, coefficients, mask))
-    places = (
-        jnp.asarray(plan.segment_of, jnp.int32),
-        jnp.asarray(plan.opens_segment),
-        jnp.asarray(plan.opens_chunk),
-    )
-    tokens = Token(*sequence, *places)
+    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, u, coefficients, mask))
+    where = (plan.segment_of.astype(np.int32), plan.opens_segment, plan.opens_chunk)
+    tokens = Token(*(*by_token, *map(jnp.asarray, where)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)

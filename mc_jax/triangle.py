@@ -93,7 +93,10 @@ def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array
         gate, memory = one
         return total + weighted(x, gate, memory), None
 
-    first = weighted(x, gates[0], tuple(w[0] for w in memories))
-    rest = (gates[1:], tuple(w[1:] for w in memories))
-    total = first if gates.shape[0] == 1 else jax.lax.scan(step, first, rest)[0]
+    one = jax.tree.map(lambda m: m[0], (gates, memories))
+    if len(gates) == 1:
+        total = weighted(x, *one)
+    else:
+        shape = jax.eval_shape(weighted, x, *one).shape
+        total, _ = jax.lax.scan(step, jnp.zeros_like(gates, shape=shape), (gates, memories))
     return total.reshape(a, b, h, r, c, -1).transpose(1, 2, 0, 3, 4, 5)

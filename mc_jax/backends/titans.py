@@ -4,38 +4,21 @@ S_t = β_t S_{t-1} - η_t ∇ℓ(W; k_t, v_t), the gradient taken at the memory 
 W_t = α_t W_{t-1} + S_t
 """
 
-from dataclasses import dataclass
-
 import jax
 
-from mc_core.config import TitansConfig
-from mc_jax.backends import mlp
 from mc_jax.backends.base import (
-    Apply,
     ChunkMix,
     Coefficients,
-    Events,
     MemoryState,
-    Weights,
     decay_products,
     mask_coefficients,
 )
-from mc_jax.backends.dla import token_gradient
+from mc_jax.backends.mlp import MLPMemory, token_gradient
 from mc_jax.numerics import Array, product
 
 
-@dataclass(frozen=True)
-class Titans:
+class Titans(MLPMemory):
     """See the module; implements `base.Memory`."""
-
-    config: TitansConfig
-    norm: mlp.Norm = None
-    is_mlp = True
-    reaches_back = False
-    mixes_linearly = False
-
-    def prepare(self, initial: Weights) -> Weights:
-        return initial
 
     def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
         assert at.momentum is not None
@@ -45,12 +28,6 @@ class Titans:
         surprise = jax.tree.map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
         weights = jax.tree.map(lambda w, s: retention * w + s, state.weights, surprise)
         return state._replace(weights=weights, momentum=surprise)
-
-    def read(self, apply: Apply, q: Array) -> Array:
-        return mlp.read(self.config, self.norm, apply, q)
-
-    def events(self, weights: Weights, k: Array, v: Array) -> Events:
-        return mlp.events(self.config, self.norm, weights, k, v)
 
     def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
         at = mask_coefficients(at, written)

@@ -1,0 +1,102 @@
+"""The layer's parts that hold parameters."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mc_core.config import LinearConfig, MCConfig, SWLAConfig
+from mc_jax.numerics import Array, Dtype, align, product, rms_norm, state_dtype
+
+START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
+
+
+class Coefficient(nnx.Module):
+    """One write coefficient: constant, or a sigmoid of a head's bias or of the token (section 2).
+
+    Args:
+        config: the layer's configuration.
+        name: the memory configuration's field, which is also where the coefficient starts.
+        rngs: draws the kernel.
+        param_dtype: dtype of the parameters.
+    """
+
+    def __init__(self, config: MCConfig, name: str, *, rngs: nnx.Rngs, param_dtype: Dtype):
+        memory = config.memory
+        self.mode = memory.coefficients
+        self.start = float(getattr(memory, name))
+        self.low, self.high = memory.ranges[name]
+        share = (self.start - self.low) / (self.high - self.low)
+        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        self.heads = config.num_heads
+        if self.mode == "constant":
+            return
+        bias = np.full(self.heads, np.log(share) - np.log1p(-share))
+        self.bias = nnx.Param(jnp.asarray(bias, param_dtype))
+        if self.mode == "token":
+            draw = nnx.initializers.normal(0.02)
+            self.kernel = nnx.Param(draw(rngs.params(), (config.d_model, self.heads), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
+        dtype = state_dtype(x.dtype)
+        shape = (*x.shape[:2], self.heads)
+        if self.mode == "constant":
+            return jnp.full_like(x, self.start, shape=shape, dtype=dtype)
+        logit = jnp.broadcast_to(align(self.bias[...].astype(dtype), 3), shape)
+        if self.mode == "token":
+            logit = logit + product("btd,dh->bth", x, self.kernel[...], dtype=x.dtype)
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(logit)
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution (Titans, section 4.4); starts as the identity."""
+
+    def __init__(self, width: int, features: int, *, param_dtype: Dtype):
+        kernel = jnp.zeros((width, features), param_dtype).at[-1].set(1)
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: Array) -> Array:
+        """Convolve tokens [b, t, d] over t; those before the first count as zero."""
+        kernel = self.kernel[...].astype(x.dtype)
+        width, t = kernel.shape[0], x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+        taps = [padded[:, i : i + t] * align(kernel[i], 3) for i in range(width)]
+        return sum(taps[1:], taps[0])
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last axis, with a learned scale of the given shape."""
+
+    def __init__(self, *shape: int, param_dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x` [..., *shape]."""
+        return rms_norm(x, self.scale[...])
+
+
+class MemoryNorm(nnx.Module):
+    """Gain and bias of a memory's layer norm; ordinary parameters that no inner step writes."""
+
+    def __init__(self, heads: int, width: int, *, param_dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((heads, width), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((heads, width), param_dtype))
+
+
+def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.Variable]:
+    """Return W_0: random and learned for an MLP, else zero, learned on request."""
+    memory, h, width = config.memory, config.num_heads, config.head_dim
+    if isinstance(memory, LinearConfig | SWLAConfig):
+        zero = jnp.zeros((h, width, width), dtype)
+        return [nnx.Param(zero)] if memory.learn_initial else []
+    hidden = [width * memory.expansion] * (memory.depth - 1)
+    dims = [width, *hidden, width]
+    return [
+        nnx.Param(
+            jax.random.normal(rngs.params(), (h, out, into), dtype) * np.asarray(into**-0.5, dtype)
+        )
+        for into, out in pairwise(dims)
+    ]

@@ -170,6 +170,7 @@ def _check(
     layer_norm = getattr(memory, "norm", "none") == "layer"
     if (norm is not None) != layer_norm:
         raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
+    shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
     for name, (value, shape) in shapes.items():
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}: must be {shape}")

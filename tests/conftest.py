@@ -1,0 +1,32 @@
+"""Settings of the whole test run; fixtures that hold our own code to stricter rules."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
+# optimisations a jitted gradient takes 1-2 s in place of 10. Four devices are simulated, too.
+_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_force_host_platform_device_count=4",
+)
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
+
+import jax  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def float64() -> Iterator[None]:
+    """Compute in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[None]:
+    """Refuse implicit promotion of dtypes and ranks."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -1,0 +1,55 @@
+"""The JAX implementation under test, fed with `cases.Case`."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+
+from mc_jax import Coefficients, Result, memory_caching
+
+
+def arrays(case: Case, dtype: Any = jnp.float64) -> dict[str, Any]:
+    """Return the differentiable inputs as JAX arrays; parameters stay at least float32."""
+    wide = dtype if dtype == jnp.float64 else jnp.float32
+    to = lambda tree, dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
+    return {
+        **{name: to(getattr(case, name), dtype) for name in "qkvu"},
+        "initial": to(case.initial, wide),
+        "coefficients": Coefficients(*to(tuple(case.coefficients), wide)),
+        "norm": to(case.norm, wide),
+    }
+
+
+def call(inputs: dict[str, Any], case: Case, method: str = "chunked") -> Result:
+    """Run `memory_caching` on inputs that `arrays` made."""
+    return memory_caching(
+        **inputs,
+        config=case.config,
+        mask=None if case.mask is None else jnp.asarray(case.mask),
+        segment_lengths=case.lengths,
+        method=method,
+    )
+
+
+def run(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> Result:
+    """Run a case, compiled."""
+    return jax.jit(partial(call, case=case, method=method))(arrays(case, dtype))
+
+
+def projected(result: Result, seed: int = 0) -> jax.Array:
+    """Return the product of everything a run gives, caches included, with random cotangents."""
+    rng = np.random.default_rng(seed)
+    total = jnp.zeros((), jax.tree.leaves(result)[0].dtype)
+    for leaf in jax.tree.leaves(result):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            total += jnp.sum(leaf * jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype))
+    return total
+
+
+def gradients(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> dict[str, Any]:
+    """Return the gradients of every input under random cotangents."""
+    loss = lambda inputs: projected(call(inputs, case, method))  # noqa: E731
+    return jax.jit(jax.grad(loss))(arrays(case, dtype))

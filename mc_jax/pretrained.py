@@ -1,0 +1,93 @@
+"""The weights of a module as plain arrays, and a module from a file of them."""
+
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mc_core.pretrained import from_metadata, one_dtype
+from mc_core.weights import Flat, check_leaves, leaves, to_jax, to_torch
+from mc_jax.numerics import Dtype
+
+
+def get_weights(module: nnx.Module) -> Flat:
+    """Return every parameter under its path, joined by "."; bfloat16 as `ml_dtypes.bfloat16`."""
+    return {name: np.asarray(param[...]) for name, param in _params(module).items()}
+
+
+def set_weights(module: nnx.Module, flat: Flat) -> None:
+    """Put weights into a module, in place and where its parameters lie now.
+
+    Raises:
+        ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
+            the module is as before.
+    """
+    params = _params(module)
+    check_leaves(leaves(flat), leaves({name: param[...] for name, param in params.items()}))
+    for name, param in params.items():
+        param.set_value(jax.device_put(flat[name], param[...].sharding))
+
+
+def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
+    """Return a safetensors file's configuration, and its tensors in PyTorch's layout.
+
+    Args:
+        path: a file that `mc convert` wrote.
+        kind: `MCConfig`, `ModelConfig`, or the union of both: what the file may hold.
+
+    Raises:
+        ValueError: the file is damaged, of another format or kind, or its configuration is not
+            valid.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            config = from_metadata(file.metadata(), kind)
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_pretrained(
+    cls: Any, kind: Any, path: str | PathLike[str], *, dtype: Dtype, param_dtype: Dtype
+) -> Any:
+    """Build a module from a safetensors file.
+
+    Args:
+        cls: `MemoryCachingLayer` or `LanguageModel`.
+        kind: the class of its configuration.
+        path: a file that `mc convert` wrote.
+        dtype: compute dtype, as `cls` takes it.
+        param_dtype: dtype of the parameters; None = the file's.
+
+    Raises:
+        ValueError: the file is damaged, holds another module, or tensors that do not fit its
+            configuration: lists all that are wrong.
+        OSError: the file cannot be read.
+    """
+    config, tensors = read_file(path, kind)
+    try:
+        param_dtype = jnp.dtype(param_dtype or one_dtype(leaves(tensors)))
+        if jax.dtypes.canonicalize_dtype(param_dtype) != param_dtype:
+            raise ValueError(f"parameters of {param_dtype}: need jax.enable_x64(True)")
+        module = cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+        tensors = {name: array.astype(param_dtype) for name, array in tensors.items()}
+        # In the file's own names, and before a name that the table lacks hides the other faults.
+        check_leaves(leaves(tensors), leaves(to_torch(get_weights(module))))
+        set_weights(module, to_jax(tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return module
+
+
+def _params(module: nnx.Module) -> dict[str, nnx.Param]:
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Param)
+    }

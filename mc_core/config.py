@@ -152,7 +152,7 @@ class TitansConfig(_Dict):
     objective: str = "l2"
     inner_clip: float | None = 1.0
     coefficients: str = "token"
-    step: float = 0.05
+    step: float = 0.02
     momentum: float = 0.9
     retention: float = 0.999
 

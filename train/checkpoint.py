@@ -1,5 +1,7 @@
 """Checkpoints: parameters, optimiser, random state, data position, step and configuration."""
 
+import os
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -85,13 +87,15 @@ class Checkpoints:
             data=CheckpointSave(batches),
             meta=ocp.args.JsonSave(meta._asdict()),
         )
-        last = self.latest()
+        last = self.latest() or 0
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _check_room(self.directory, state)
             self._manager.save(step, args=args, force=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # storage fails as OSError, ValueError, groups of them, ...
             raise UserError(
                 f"{self.run}: cannot save the checkpoint of step {step} ({_reason(error)}); "
-                f"make room and run the same command: it goes on from step {last or 0}"
+                f"make room and run the same command: it goes on from step {last}"
             ) from error
 
     def restore(
@@ -154,6 +158,21 @@ def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
         graphdef, like, _ = build(config)
         state = checkpoints.restore(step, like)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
+
+
+def _check_room(directory: Path, state: TrainState) -> None:
+    """Take the room that a checkpoint may need, and give it back.
+
+    Orbax writes from many threads; out of room in the middle of it, each prints its own traceback.
+
+    Raises:
+        OSError: there is not enough.
+    """
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=directory) as file:
+            # Orbax writes the arrays twice, then drops one copy; small files take blocks each.
+            os.posix_fallocate(file.fileno(), 0, 2 * arrays + 2**20)
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class Segmentation(StrEnum):
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="a YAML file, such as configs/demo.yaml")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
     ] = None,

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from train.errors import UserError
@@ -41,7 +41,8 @@ class Curves:
         for old in board.glob("*.tfevents.*"):
             old.unlink()
         self._file = self._path.open("a")
-        self._events = EventsWriter(str(board / "events"))
+        self._events = RecordWriter(str(board / f"events.out.tfevents.{time.time():.0f}"))
+        self._event(file_version="brain.Event:2")
         for row in rows:
             self._add(row)
 
@@ -54,13 +55,13 @@ class Curves:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        try:
-            self._file.close()
-            self._events.close()
-        except OSError:
-            # The write that failed has been reported; what is left in the buffers failed with it.
-            if error is None:
-                raise
+        for file in (self._file, self._events):
+            try:
+                file.close()
+            except OSError:
+                # After a write that failed and was reported, what is left in the buffer fails too.
+                if error is None:
+                    raise
 
     def write(self, step: int, **values: float) -> None:
         """Append a row.
@@ -76,15 +77,17 @@ class Curves:
             self._events.flush()
         except OSError as error:
             raise UserError(
-                f"{self._path}: {error.strerror}: make room and run the same command: "
+                f"{self._path}: {error.strerror}: make room and run the same command; "
                 "it goes on from the last checkpoint"
             ) from error
 
     def _add(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if key not in ("step", "time"):
-                event = Event(step=row["step"], wall_time=row["time"], summary=scalar(key, value))
-                self._events.write_event(event)
+                self._event(step=row["step"], wall_time=row["time"], summary=scalar(key, value))
+
+    def _event(self, **fields: Any) -> None:
+        self._events.write(Event(**fields).SerializeToString())
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def train(config: TrainConfig, console: Console) -> Report:
         schedule = make_schedule(config.optimizer, run.steps)
         if start:
             state = checkpoints.restore(start, state, batches)
-            console.print(f"{directory}: going on from step {start} of {run.steps}")
+            console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == run.steps)

@@ -28,7 +28,9 @@ class Progress:
         self._steps = run.steps
         self._tokens_per_step = run.batch_size * run.accumulation * config.data.window
         self._began = time.monotonic() - meta.seconds
-        self._mark: tuple[int, float] | None = None  # step and time from which speed is measured
+        self._log_every = run.log_every
+        self._start = start
+        self._mark = start, time.monotonic()  # step and time from which speed is measured
         self._bar = Bar(
             BarColumn(),
             MofNCompleteColumn(),
@@ -62,21 +64,21 @@ class Progress:
     def step(self, step: int, loss: float) -> None:
         """Note that a step is done."""
         self._bar.update(self._task, completed=step, loss=loss)
-        if self._mark is None:  # the first step of a sitting compiles: no measure of speed
+        # The first step of a sitting compiles: it counts only where it is a row of its own.
+        if step == self._start + 1 < self._steps and step % self._log_every:
             self._mark = step, time.monotonic()
 
     def row(self, step: int, loss: float) -> float:
-        """Show, and return, the tokens per second since the last row."""
-        assert self._mark is not None
-        (since, began), now = self._mark, time.monotonic()
-        speed = (step - since) * self._tokens_per_step / (now - began) if step > since else 0.0
+        """Show, and return, the tokens per second since the last row, all work included."""
+        now = time.monotonic()
+        speed = (step - self._mark[0]) * self._tokens_per_step / (now - self._mark[1])
         self._mark = step, now
         self._bar.update(self._task, speed=speed)
         if not self._console.is_terminal:
-            left = (self._steps - step) * self._tokens_per_step / speed if speed else 0.0
+            left = (self._steps - step) * self._tokens_per_step / speed
             self._console.print(
-                f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tokens/s"
-                + (f"  {left:.0f} s left" if speed else ""),
+                f"step {step}/{self._steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+                f"{left:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
             )

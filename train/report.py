@@ -66,17 +66,19 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     """Print the run, the runs beside it and the references, best first, and say who is ahead."""
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
-        f"are not among the {report.documents[0]} trained on"
+        f"are not among the {report.documents[0]} trained on;\n"
+        "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone"
     )
-    table = Table("what", "bits per byte", f"beside {report.name}", "parameters", "tokens", "time")
+    table = Table("what", "bits/byte", "difference", "parameters", "tokens", "time")
     for column in table.columns[1:]:
         column.justify = "right"
     rows: list[tuple[float, list[str]]] = []
     for result in (report, *siblings(run, report)):
         size = [f"{result.parameters:,}", f"{result.tokens:,}", f"{result.seconds:.0f} s"]
         rows.append((result.bits_per_byte, [f"{result.name} ({result.model})", *size]))
-    names = ("uniform", "order-0 entropy", "xz -9 (these bytes only)")
+    names = ("uniform", "order-0", "xz -9")
     rows += [(bits, [name]) for name, bits in zip(names, report.references, strict=True)]
+    table.columns[0].no_wrap = True
     for bits, (name, *rest) in sorted(rows, key=lambda row: row[0]):
         table.add_row(name, f"{bits:.3f}", f"{bits - report.bits_per_byte:+.3f}", *rest)
     console.print(table)

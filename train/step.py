@@ -87,7 +87,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             lambda x: jnp.isfinite(x).all(), {"gradient": gradient, "parameter": params}
         )
         flags = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)])
-        metrics = Metrics(loss, optax.global_norm(gradient), flags.all(), finite)
+        metrics = Metrics(loss, optax.tree.norm(gradient), flags.all(), finite)
         return TrainState(params, opt_state, rest), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,187 @@
+"""What a person types and sees; bad input is one line, exit code 2, and nothing lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import mc, write_config
+
+from train.report import load_report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The configuration of a run that was trained to its end, in a process of its own."""
+    config = write_config(tmp_path_factory.mktemp("finished"))
+    command = [sys.executable, "-c", "from train.cli import main; main()", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    (config.parent / "stdout.txt").write_text(done.stdout)
+    return config
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_run_says_how_far_it_is_and_ends_with_a_table(finished):
+    out = (finished.parent / "stdout.txt").read_text()
+    assert "step 3/12  loss " in out
+    assert "tokens/s" in out
+    assert "s left" in out
+    for words in ("tiny (linear + grm)", "uniform", "order-0", "xz -9", "bits/byte"):
+        assert words in out
+    assert "beats uniform by" in out
+    assert "behind xz -9 by" in out
+    run = finished.parent / "runs" / "tiny"
+    for name in ("curves.png", "router.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9, 12]
+    assert [row["step"] for row in rows if "validation_bits_per_byte" in row] == [6, 12]
+    assert {"grad_norm", "learning_rate", "tokens_per_second", "seconds", "time"} <= rows[0].keys()
+    assert any((run / "tensorboard").glob("*.tfevents.*"))
+
+
+def test_a_finished_run_prints_its_report_again(finished, monkeypatch, capsys):
+    before = snapshot(finished.parent / "runs")
+    assert mc(monkeypatch, "train", finished) == 0
+    out = capsys.readouterr().out
+    assert out.strip() in (finished.parent / "stdout.txt").read_text()
+    assert snapshot(finished.parent / "runs") == before
+
+
+def test_evaluate_scores_the_checkpoint_again(finished, monkeypatch, capsys):
+    run = finished.parent / "runs" / "tiny"
+    assert mc(monkeypatch, "evaluate", run) == 0
+    out = capsys.readouterr().out
+    assert f"{load_report(run).bits_per_byte:.3f}" in out
+    assert "tiny (linear + grm)" in out
+
+
+def test_runs_on_the_same_bytes_share_a_table(finished, monkeypatch, capsys):
+    run = finished.parent / "runs"
+    words = [f"run.directory={run / 'twin'}", "model.layer.aggregation=none"]
+    assert mc(monkeypatch, "train", finished, *words) == 0
+    out = capsys.readouterr().out
+    assert "twin (linear + none)" in out
+    assert "tiny (linear + grm)" in out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("run.seed=1", "another config: run.seed was 0 and is 1"),
+        ("optimizer.beta2=0.9", "another config: optimizer.beta2 was 0.95 and is 0.9"),
+        ("model.layer.segment_size=4", "model.layer.segment_size was 8 and is 4"),
+    ],
+)
+def test_a_checkpoint_of_another_config(finished, monkeypatch, capsys, word, message):
+    fails(finished, monkeypatch, capsys, message, "train", finished, word)
+
+
+def test_a_checkpoint_of_other_text(finished, monkeypatch, capsys):
+    document = finished.parent / "text" / "0.txt"
+    text = document.read_bytes()
+    document.write_text("changed")
+    try:
+        fails(finished, monkeypatch, capsys, "of other text", "train", finished)
+    finally:
+        document.write_bytes(text)
+
+
+def test_keys_that_train_nothing_else_may_change(finished, monkeypatch):
+    assert mc(monkeypatch, "train", finished, "run.keep=5", "run.log_every=1") == 0
+
+
+def test_a_damaged_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "tiny"
+    for name, data in snapshot(finished.parent / "runs" / "tiny").items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(data)
+    (run / "checkpoints" / "12" / "meta" / "metadata").unlink()
+    fails(finished, monkeypatch, capsys, "12: cannot be read", "evaluate", run)
+
+
+def fails(config: Path, monkeypatch, capsys, message: str, *words: object) -> None:
+    """Hold a command to exit code 2, one line on stderr, and no change to any file."""
+    before = snapshot(config.parent)
+    assert mc(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert snapshot(config.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.corpus=nowhere.txt", "nowhere.txt: no such file or folder"),
+        ("data.corpus={folder}/empty.txt", "empty.txt: the file is empty"),
+        ("data.corpus={folder}/short.txt", "needs at least 17: give more text or a smaller window"),
+        ("data.tokenizer=nowhere.json", "data.tokenizer = nowhere.json"),
+        ("run.directory={folder}/empty.txt", "empty.txt"),
+        ("run.stesp=3", "run: unknown key 'stesp'"),
+        ("run.steps=many", "run.steps = 'many': must be of type int"),
+        ("steps", "must have the form key=value"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, word, message):
+    config = write_config(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a short text")
+    fails(config, monkeypatch, capsys, message, "train", config, word.format(folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["evaluate", "."], "no checkpoint here"),
+        (["segments", "--length", "0"], "tokens = 0: must be >= 1"),
+        (["segments", "--length", "x"], "'--length'"),
+        (["segments", "--length", "3", "--segmentation", "x"], "'--segmentation'"),
+        (["trian"], "No such command 'trian'"),
+        ([], "Missing command"),
+    ],
+)
+def test_bad_commands(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert mc(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_nan_stops_the_run_and_names_step_and_tensor(tmp_path, monkeypatch, capsys):
+    """Parameters of about 1e38 overflow the next loss; the checkpoint before stays the last."""
+    config = write_config(tmp_path)
+    words = ["optimizer.learning_rate=1e38", "optimizer.weight_decay=0.0", "run.save_every=1"]
+    assert mc(monkeypatch, "train", config, *words) == 1
+    err = capsys.readouterr().err
+    assert "mc: step 2: gradient of blocks/0/" in err
+    assert "is not finite (loss " in err
+    assert "the last good checkpoint is step 1" in err
+    assert err.count("\n") == 1
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["1"]
+
+
+def test_segments(monkeypatch, capsys):
+    assert mc(monkeypatch, "segments", "--length", 37, "--segmentation", "logarithmic") == 0
+    assert mc(monkeypatch, "segments", "--length", 37, "--segment-size", 16) == 0
+    assert capsys.readouterr().out == "32, 4, 1\n16, 16, 5\n"
+
+
+def test_variants(monkeypatch, capsys):
+    from mc_core.config import AGGREGATIONS, MEMORIES
+
+    assert mc(monkeypatch, "variants") == 0
+    out = capsys.readouterr().out
+    for name in (*MEMORIES, *AGGREGATIONS):
+        assert f" {name} " in out
+    assert "24 variants" in out

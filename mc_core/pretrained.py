@@ -1,14 +1,18 @@
-"""What a safetensors file of weights says about itself; the tensors are in PyTorch's layout."""
+"""What a file of weights says about itself; in a safetensors file it stands in the metadata.
+
+The tensors of such a file have the names and the layout of PyTorch.
+"""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from mc_core.checks import check_keys
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.weights import Leaf
 
-FORMAT = "memory-caching"
-VERSION = "1"  # of the names, layouts and metadata together
+VERSION = 1  # of names, layouts and this description together
+KEY = "memory_caching"  # of the metadata
 
 _KINDS: dict[str, type[MCConfig] | type[ModelConfig]] = {
     "MemoryCachingLayer": MCConfig,
@@ -16,41 +20,45 @@ _KINDS: dict[str, type[MCConfig] | type[ModelConfig]] = {
 }
 
 
-def to_metadata(config: MCConfig | ModelConfig) -> dict[str, str]:
-    """Return the metadata of a file that holds the weights of `config`'s module."""
+def describe(config: MCConfig | ModelConfig) -> dict[str, Any]:
+    """Return version, module and configuration as plain values."""
     module = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "module": module,
-        "config": json.dumps(config.to_dict()),
-    }
+    return {"version": VERSION, "module": module, "config": config.to_dict()}
 
 
-def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:
-    """Return the configuration in a file's metadata.
+def read_description(description: Any, kind: Any) -> Any:
+    """Return the configuration of a description.
 
     Args:
-        metadata: of the file.
+        description: of a file.
         kind: `MCConfig`, `ModelConfig`, or the union of both: what the file may hold.
 
     Raises:
-        ValueError: the file is of another format, version or kind, or its configuration is not
-            valid.
+        ValueError: another version or kind, or a configuration that is not valid.
     """
-    metadata = metadata or {}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"its metadata has no format = {FORMAT!r}: write it with `mc convert`")
-    if metadata.get("version") != VERSION:
-        found = metadata.get("version")
-        raise ValueError(f"version {found!r} of the format: this package reads {VERSION!r}")
-    module = metadata.get("module", "")
+    keys = ("version", "module", "config")
+    check_keys("description", description, keys, keys)
+    version, module = description["version"], description["module"]
+    if version != VERSION:
+        raise ValueError(f"has version {version!r}: this package reads {VERSION}")
     if module not in _KINDS:
         raise ValueError(f"holds a {module!r}: must be one of {', '.join(_KINDS)}")
-    config = _KINDS[module].from_dict(json.loads(metadata.get("config", "null")))
+    config = _KINDS[module].from_dict(description["config"])
     if not isinstance(config, kind):
         raise ValueError(f"holds a {module}: load it with {module}.from_pretrained")
     return config
+
+
+def to_metadata(config: MCConfig | ModelConfig) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    return {"format": "pt", KEY: json.dumps(describe(config))}
+
+
+def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:
+    """Return the configuration in a safetensors file's metadata; as `read_description`."""
+    if KEY not in (metadata or {}):
+        raise ValueError(f"has no {KEY!r} in its metadata: `mc convert` writes files that have it")
+    return read_description(json.loads(dict(metadata or {})[KEY]), kind)
 
 
 def one_dtype(leaves: Mapping[str, Leaf]) -> str:
@@ -61,5 +69,5 @@ def one_dtype(leaves: Mapping[str, Leaf]) -> str:
     """
     found = sorted({leaf.dtype for leaf in leaves.values()})
     if len(found) != 1:
-        raise ValueError(f"parameters of dtypes {', '.join(found)}: must all have one")
+        raise ValueError(f"parameters have the dtypes {', '.join(found)}: must all have one")
     return found[0]

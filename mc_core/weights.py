@@ -1,7 +1,7 @@
 """One table of every parameter's name and layout in both frameworks; NumPy only.
 
-`mc_jax` and `mc_torch` name a parameter alike, up to `kernel` and `weight`. They lay it out alike,
-except that a product is `x @ kernel` in the one and `x @ weight.T` in the other.
+`mc_jax` and `mc_torch` name and lay out a parameter alike, except that the two axes of a `kernel`
+in the one are swapped in the `weight` of the other.
 """
 
 import re
@@ -22,7 +22,7 @@ def same(x: np.ndarray) -> np.ndarray:
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
-    """Swap input and output axis of [in, out] or [out, in]."""
+    """Swap the two axes: [in, out] and [out, in], [width, features] and [features, width]."""
     # safetensors writes an array's memory as it lies, whatever the strides say.
     return np.ascontiguousarray(x.T)
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     rank: int
 
 
-def _linear(name: str) -> Row:
+def _product(name: str) -> Row:
     return Row(f"{name}.kernel", f"{name}.weight", transpose, 2)
 
 
@@ -47,9 +47,9 @@ def _alike(name: str, rank: int) -> Row:
 _COEFFICIENTS = sorted({name for memory in MEMORIES.values() for name in memory.ranges})
 
 LAYER: tuple[Row, ...] = (
-    *(_linear(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
-    *(Row(f"{name}_conv.kernel", f"{name}_conv.weight", same, 2) for name in "qkv"),
-    *(_linear(f"coefficients.{name}") for name in _COEFFICIENTS),
+    *(_product(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
+    *(_product(f"{name}_conv") for name in "qkv"),
+    *(_product(f"coefficients.{name}") for name in _COEFFICIENTS),
     *(_alike(f"coefficients.{name}.bias", 1) for name in _COEFFICIENTS),
     _alike("initial.#", 3),
     _alike("memory_norm.scale", 2),
@@ -65,9 +65,9 @@ MODEL: tuple[Row, ...] = (
     ),
     _alike("blocks.#.mixer_norm.scale", 1),
     _alike("blocks.#.ffn_norm.scale", 1),
-    *(_linear(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
+    *(_product(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
     _alike("norm.scale", 1),
-    _linear("head"),
+    _product("head"),
 )
 
 TABLE: tuple[Row, ...] = (*LAYER, *MODEL)

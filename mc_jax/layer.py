@@ -1,7 +1,8 @@
 """The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from os import PathLike
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mc_jax.cache import Cache
 from mc_jax.functional import Result, memory_caching
 from mc_jax.modules import Coefficient, MemoryNorm, RMSNorm, ShortConv, initial_memory
 from mc_jax.numerics import Array, Dtype, l2_normalize
+from mc_jax.pretrained import from_pretrained
 
 
 class Trace(NamedTuple):
@@ -77,6 +79,18 @@ class MemoryCachingLayer(nnx.Module):
             self.memory_norm = MemoryNorm(h, width, param_dtype=param_dtype)
         if config.output_norm == "rms":
             self.output_norm = RMSNorm(h, width, param_dtype=param_dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
+    ) -> Self:
+        """Build from a safetensors file; `param_dtype` None = the file's.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            OSError: the file cannot be read.
+        """
+        return from_pretrained(cls, MCConfig, path, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(
         self,

@@ -1,5 +1,8 @@
 """A language model of pre-norm blocks: Memory Caching layer, then SwiGLU."""
 
+from os import PathLike
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +11,7 @@ from mc_core.config import ModelConfig
 from mc_jax.layer import MemoryCachingLayer, Trace
 from mc_jax.modules import RMSNorm
 from mc_jax.numerics import Array, Dtype, product
+from mc_jax.pretrained import from_pretrained
 
 
 class SwiGLU(nnx.Module):
@@ -106,6 +110,18 @@ class LanguageModel(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
+    ) -> Self:
+        """Build from a safetensors file; `param_dtype` None = the file's.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            OSError: the file cannot be read.
+        """
+        return from_pretrained(cls, ModelConfig, path, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
         """Predict the next token at every place.

@@ -8,16 +8,17 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from mc_core.weights import Flat, check_leaves, leaves, to_jax, to_torch
+from mc_core.weights import Flat, to_jax, to_torch
 from mc_jax.pretrained import get_weights as jax_weights
 from mc_jax.pretrained import set_weights as load_jax
+from mc_torch.pretrained import get_weights, set_weights
 
 __all__ = ["Flat", "jax_weights", "load_jax", "load_torch", "to_jax", "to_torch", "torch_weights"]
 
 
 def torch_weights(module: torch.nn.Module) -> Flat:
     """Return a copy of the module's `state_dict`; bfloat16 as `ml_dtypes.bfloat16`."""
-    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
+    return {name: to_numpy(tensor) for name, tensor in get_weights(module).items()}
 
 
 def load_torch(module: torch.nn.Module, flat: Flat) -> None:
@@ -27,8 +28,7 @@ def load_torch(module: torch.nn.Module, flat: Flat) -> None:
         ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
             the module is as before.
     """
-    check_leaves(leaves(flat), leaves(module.state_dict()))
-    module.load_state_dict({name: to_tensor(array) for name, array in flat.items()})
+    set_weights(module, {name: to_tensor(array) for name, array in flat.items()})
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

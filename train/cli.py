@@ -25,6 +25,14 @@ class Segmentation(StrEnum):
     LOGARITHMIC = "logarithmic"
 
 
+class WeightsFormat(StrEnum):
+    """What weights are kept in."""
+
+    RUN = "run"
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -49,6 +57,29 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run's directory")]) -> 
     from train.loop import evaluate as score
 
     score(run, Console())
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
+    target: Annotated[Path, typer.Argument(help="what to write; must not exist")],
+    source_format: Annotated[
+        WeightsFormat | None, typer.Option("--from", help="[default: by the path]")
+    ] = None,
+    target_format: Annotated[
+        WeightsFormat | None, typer.Option("--to", help="[default: by the path]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="the YAML file of a run to be written")
+    ] = None,
+) -> None:
+    """Convert weights between a run, a safetensors file and a PyTorch state_dict."""
+    from train.config import load_config
+
+    loaded = None if config is None else load_config(config)
+    from train.convert import convert as run
+
+    run(source, target, source_format, target_format, loaded, Console())
 
 
 @app.command()
@@ -87,6 +118,10 @@ def main() -> None:
         code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except NotFiniteError as error:
         code = _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        code = _fail("needs PyTorch: pip install 'memory-caching-jax[torch]'", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
     sys.exit(code)

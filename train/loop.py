@@ -31,8 +31,9 @@ def train(config: TrainConfig, console: Console) -> Report:
     corpus = load_corpus(config.data, config.model.vocab_size)
     meta = Meta(to_dict(config), corpus.fingerprint, 0.0)
     with Checkpoints(directory, run.keep) as checkpoints:
-        start = checkpoints.latest() or 0
-        if start:
+        saved_step = checkpoints.latest()
+        start = saved_step or 0
+        if saved_step is not None:
             saved = checkpoints.meta(start)
             check_same_run(directory, saved, meta)
             meta = meta._replace(seconds=saved.seconds)
@@ -44,7 +45,7 @@ def train(config: TrainConfig, console: Console) -> Report:
         batches = make_batches(corpus.train, config.data, run)
         validate = make_validation(graphdef, config, corpus)
         schedule = make_schedule(config.optimizer, run.steps)
-        if start:
+        if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
             console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)
 

@@ -1,0 +1,83 @@
+"""The weights of a module as plain tensors, and a module from a file of them."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from mc_core.pretrained import from_metadata, one_dtype
+from mc_core.weights import check_leaves, leaves
+from mc_torch.numerics import Array, Dtype
+
+Flat = dict[str, Array]
+
+
+def get_weights(module: nn.Module) -> Flat:
+    """Return every parameter under its key of the `state_dict`; they share memory with it."""
+    return dict(module.state_dict())
+
+
+def set_weights(module: nn.Module, flat: Flat) -> None:
+    """Put weights into a module, in place and where its parameters lie now.
+
+    Raises:
+        ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
+            the module is as before.
+    """
+    check_leaves(leaves(flat), leaves(get_weights(module)))
+    module.load_state_dict(flat)
+
+
+def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
+    """Return a safetensors file's configuration and tensors.
+
+    Args:
+        path: a file that `mc convert` wrote.
+        kind: `MCConfig`, `ModelConfig`, or the union of both: what the file may hold.
+
+    Raises:
+        ValueError: the file is damaged, of another format or kind, or its configuration is not
+            valid.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = from_metadata(file.metadata(), kind)
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_pretrained(
+    cls: Any,
+    kind: Any,
+    path: str | PathLike[str],
+    *,
+    device: torch.device | str | None,
+    dtype: Dtype,
+) -> Any:
+    """Build a module from a safetensors file.
+
+    Args:
+        cls: `MemoryCachingLayer` or `LanguageModel`.
+        kind: the class of its configuration.
+        path: a file that `mc convert` wrote.
+        device: where the parameters are.
+        dtype: dtype of the parameters; None = the file's.
+
+    Raises:
+        ValueError: the file is damaged, holds another module, or tensors that do not fit its
+            configuration: lists all that are wrong.
+        OSError: the file cannot be read.
+    """
+    config, tensors = read_file(path, kind)
+    try:
+        dtype = dtype or getattr(torch, one_dtype(leaves(tensors)))
+        module = cls(config, device=device, dtype=dtype)
+        set_weights(module, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return module

@@ -1,0 +1,213 @@
+"""Conversion of weights from file to file; nothing appears unless it proves itself."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import mc_jax
+import mc_torch
+from mc_core.config import MCConfig, ModelConfig
+from mc_core.pretrained import one_dtype
+from mc_core.weights import Flat, leaves
+from parity.files import Config, Format, Weights
+from parity.weights import load_jax, load_torch
+
+TOLERANCE = 1e-9  # relative RMS, float64
+BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 4
+# Compiled once and run once: XLA's optimisations would take most of the time.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+class Proof(NamedTuple):
+    """How a conversion proved itself."""
+
+    parameters: int  # arrays, all bit-equal on both sides
+    dtype: str
+    distance: float  # relative RMS of the outputs in float64, one framework against the other
+
+
+def convert(
+    source: Path,
+    target: Path,
+    read: Format,
+    write: Format,
+    config: Config | None = None,
+) -> Proof:
+    """Write the weights of `source` to `target`.
+
+    The target is written beside its place and read back. Its parameters must be bit-equal to the
+    source's. One framework computes with the source's, the other with the target's; only if both
+    give the same output in float64 is the target renamed into its place.
+
+    Args:
+        source: a file or folder in the format `read`.
+        target: must not exist.
+        read: format of the source.
+        write: format of the target.
+        config: of a source that does not have its own; else it must be the same.
+
+    Raises:
+        ValueError: one of the two is not what it must be, or the proof fails: says what is wrong,
+            of the parameters all that is.
+        OSError: a file cannot be read or written.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"{target}: is there already; move it, or name another target")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such folder; make it, or name another target")
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if read.name == write.name:
+        raise ValueError(f"{source}: is of the format {read.name} already; copy it")
+    given = read.read(source)
+    config = _agreed(source, given.config, config)
+    try:
+        dtype = one_dtype(leaves(given.flat))
+        expected = outputs(config, given, given.framework)
+        flat = given.laid_out(write.framework)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        write.write(temporary, config, flat)
+        written = write.read(temporary)
+        _check_equal(target, given, written, config)
+        other = "torch" if given.framework == "jax" else "jax"
+        distance = relative_rms(outputs(config, written, other), expected)
+        if not distance < TOLERANCE:
+            raise ValueError(
+                f"{target}: not written: the outputs of JAX and PyTorch differ by {distance:.1e} "
+                f"(relative RMS, float64), allowed is {TOLERANCE:.0e}"
+            )
+        temporary.rename(target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+    return Proof(len(given.flat), dtype, distance)
+
+
+def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
+    """Return the outputs of a module on a fixed batch, computed in float64 on the CPU.
+
+    Segments and chunks are shortened, so that a short batch reads cached memories and every
+    parameter takes part.
+
+    Args:
+        config: of a layer or a language model.
+        weights: its parameters, in either layout and any dtype.
+        framework: "jax" or "torch": which computes.
+
+    Returns:
+        [b, t, d] of a layer, [b, t, vocab_size] of a language model.
+
+    Raises:
+        ValueError: lists every parameter that does not fit the configuration.
+    """
+    config = _shortened(config)
+    inputs = _batch(config)
+    flat = {name: array.astype(np.float64) for name, array in weights.laid_out(framework).items()}
+    return (_jax_outputs if framework == "jax" else _torch_outputs)(config, flat, inputs)
+
+
+def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the RMS of the difference over that of `expected`."""
+    scale = max(np.mean(expected**2), np.finfo(np.float64).tiny)
+    return float(np.sqrt(np.mean((actual - expected) ** 2) / scale))
+
+
+def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        kind: Any = mc_jax.LanguageModel if _is_model(config) else mc_jax.MemoryCachingLayer
+        module = kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        load_jax(module, flat)
+        graphdef, state = nnx.split(module)
+
+        def run(state: Any, inputs: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(inputs)
+
+        return np.asarray(jax.jit(run, compiler_options=QUICK)(state, jnp.asarray(inputs)))
+
+
+def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
+    kind: Any = mc_torch.LanguageModel if _is_model(config) else mc_torch.MemoryCachingLayer
+    module = kind(config, device="cpu", dtype=torch.float64)
+    load_torch(module, flat)
+    with torch.no_grad():
+        return module(torch.from_numpy(inputs)).numpy()
+
+
+def _is_model(config: Config) -> bool:
+    return isinstance(config, ModelConfig)
+
+
+def _shortened(config: Config) -> Config:
+    if isinstance(config, ModelConfig):
+        layer = _shortened(config.layer)
+        assert isinstance(layer, MCConfig)
+        return dataclasses.replace(config, layer=layer, remat=False)
+    return dataclasses.replace(
+        config,
+        segment_size=min(config.segment_size, SEGMENT),
+        chunk_size=min(config.chunk_size, CHUNK),
+    )
+
+
+def _batch(config: Config) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if isinstance(config, ModelConfig):
+        return rng.integers(0, config.vocab_size, (BATCH, TOKENS)).astype(np.int32)
+    return rng.standard_normal((BATCH, TOKENS, config.d_model))
+
+
+def _agreed(source: Path, own: Config | None, given: Config | None) -> Config:
+    config = own or given
+    if config is None:
+        raise ValueError(f"{source}: has no configuration in it: needs --config")
+    if given is not None:
+        left, right = _values(config.to_dict()), _values(given.to_dict())
+        wrong = [
+            f"{key} is {left.get(key)!r}, given {right.get(key)!r}"
+            for key in sorted(left.keys() | right.keys())
+            if left.get(key) != right.get(key)
+        ]
+        if wrong:
+            raise ValueError(f"{source}: has another configuration: {'; '.join(wrong)}")
+    return config
+
+
+def _values(data: dict[str, Any], path: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, dict)
+        values |= _values(value, f"{path}{key}.") if nested else {path + key: value}
+    return values
+
+
+def _check_equal(target: Path, given: Weights, written: Weights, config: Config) -> None:
+    left, right = given.laid_out("torch"), written.laid_out("torch")
+    wrong = [
+        name
+        for name in sorted(left.keys() | right.keys())
+        if name not in left or name not in right or not _same_bits(left[name], right[name])
+    ]
+    if wrong or written.config != config:
+        what = ", ".join(wrong) or "configuration"
+        raise ValueError(f"{target}: not written: reading it back gave another {what}")
+
+
+def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    same_kind = (left.dtype, left.shape) == (right.dtype, right.shape)
+    return same_kind and left.tobytes() == right.tobytes()

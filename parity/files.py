@@ -1,0 +1,93 @@
+"""Files of weights: safetensors, and a PyTorch `state_dict` beside its configuration."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mc_core.config import MCConfig, ModelConfig
+from mc_core.pretrained import describe, read_description, to_metadata
+from mc_core.weights import Flat, to_jax, to_torch
+from mc_jax.pretrained import read_file
+from parity.weights import to_numpy, to_tensor
+
+Config = MCConfig | ModelConfig
+
+
+class Weights(NamedTuple):
+    """The parameters of a module, in the layout of one framework."""
+
+    config: Config | None  # None: the file does not say
+    flat: Flat
+    framework: str  # "jax" or "torch"
+
+    def laid_out(self, framework: str) -> Flat:
+        """Return the parameters in the layout of either framework.
+
+        Raises:
+            ValueError: lists every parameter that the table does not have.
+        """
+        if framework == self.framework:
+            return self.flat
+        return to_torch(self.flat) if framework == "torch" else to_jax(self.flat)
+
+
+class Format(NamedTuple):
+    """A way to keep weights; both functions raise ValueError or OSError with the path in it."""
+
+    name: str
+    framework: str  # whose layout the weights have
+    read: Callable[[Path], Weights]
+    write: Callable[[Path, Config, Flat], None]  # the weights are in the format's layout
+
+
+def read_safetensors(path: Path) -> Weights:
+    """Read a file that `write_safetensors` wrote."""
+    config, flat = read_file(path, Config)
+    return Weights(config, flat, "torch")
+
+
+def write_safetensors(path: Path, config: Config, flat: Flat) -> None:
+    """Write tensors, and the configuration into the metadata."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(flat, path, metadata=to_metadata(config))
+    path.chmod(mode)  # the library gives its owner alone the right to read it
+    _sync(path)
+
+
+def read_state_dict(path: Path) -> Weights:
+    """Read a file that `write_state_dict` wrote, or a bare `state_dict`, which has no config."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        config = None
+        if isinstance(loaded, dict) and "state_dict" in loaded:
+            description = {key: value for key, value in loaded.items() if key != "state_dict"}
+            config, loaded = read_description(description, Config), loaded["state_dict"]
+        if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
+            raise ValueError("holds no state_dict")
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises nothing narrower
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    return Weights(config, {name: to_numpy(tensor) for name, tensor in loaded.items()}, "torch")
+
+
+def write_state_dict(path: Path, config: Config, flat: Flat) -> None:
+    """Write `{"version", "module", "config", "state_dict"}`; `torch.load` needs no code for it."""
+    tensors = {name: to_tensor(array) for name, array in flat.items()}
+    torch.save({**describe(config), "state_dict": tensors}, path)
+    _sync(path)
+
+
+SAFETENSORS = Format("safetensors", "torch", read_safetensors, write_safetensors)
+STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

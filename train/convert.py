@@ -1,0 +1,105 @@
+"""Weights from a run's last checkpoint into a file, from a file into a new run, and between files.
+
+Needs both frameworks: each conversion proves itself in both.
+"""
+
+from pathlib import Path
+
+from flax import nnx
+from rich.console import Console
+
+from mc_core.weights import Flat
+from parity import convert as between
+from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights
+from parity.weights import jax_weights, load_jax
+from train.checkpoint import Checkpoints, Meta, load_run
+from train.config import TrainConfig, to_dict
+from train.data import load_corpus, make_batches
+from train.errors import UserError
+from train.step import build, split
+
+SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    source_format: str | None,
+    target_format: str | None,
+    config: TrainConfig | None,
+    console: Console,
+) -> between.Proof:
+    """Convert, and print how the conversion proved itself.
+
+    Args:
+        source: a run, or a file of weights.
+        target: must not exist.
+        source_format: `run`, `safetensors` or `torch`; None = by the path.
+        target_format: likewise.
+        config: what a new run trains; also says what a bare `state_dict` is of.
+        console: where the proof is printed.
+
+    Raises:
+        UserError: a path, a format, the weights or the configuration are not what they must be, or
+            the proof fails; nothing is written then.
+        OSError: a file cannot be read or written.
+    """
+    formats = {form.name: form for form in (run_format(config), SAFETENSORS, STATE_DICT)}
+    read = formats[source_format or _format_of(source)]
+    write = formats[target_format or _format_of(target)]
+    if write.name == "run" and config is None:
+        raise UserError(f"{target}: a new run needs --config, which says what it trains on")
+    try:
+        proof = between.convert(source, target, read, write, config.model if config else None)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    console.print(
+        f"{source} ({read.name}) -> {target} ({write.name}): {proof.parameters} parameters of "
+        f"{proof.dtype}, bit-equal; outputs of JAX and PyTorch in float64 differ by "
+        f"{proof.distance:.1e} (relative RMS)",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return proof
+
+
+def run_format(config: TrainConfig | None) -> Format:
+    """Return the format of a run's folder; `config` is that of a run to be written."""
+
+    def write(path: Path, model: Config, flat: Flat) -> None:
+        assert config is not None
+        assert model == config.model
+        write_run(path, config, flat)
+
+    return Format("run", "jax", read_run, write)
+
+
+def read_run(path: Path) -> Weights:
+    """Return the parameters of a run's last checkpoint."""
+    config, model, *_ = load_run(path)
+    return Weights(config.model, jax_weights(model), "jax")
+
+
+def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
+    """Write a run that has not trained a step yet, with these parameters."""
+    corpus = load_corpus(config.data, config.model.vocab_size)
+    graphdef, state, _ = build(config)
+    model = nnx.merge(graphdef, state.params, state.rest)
+    load_jax(model, flat)
+    state = state._replace(params=split(model)[1])
+    batches = make_batches(corpus.train, config.data, config.run)
+    with Checkpoints(path) as checkpoints:
+        checkpoints.save(0, state, batches, Meta(to_dict(config), corpus.fingerprint, 0.0))
+
+
+def _format_of(path: Path) -> str:
+    if path.suffix in SUFFIXES:
+        return SUFFIXES[path.suffix]
+    if path.is_dir() or not (path.exists() or path.suffix):
+        return "run"
+    raise UserError(
+        f"{path}: unknown format; name a run's folder, a .safetensors or .pt file, "
+        "or give --from or --to"
+    )

@@ -57,6 +57,16 @@ class Case(NamedTuple):
     def tokens(self) -> int:
         return self.q.shape[1]
 
+    @property
+    def oracle_options(self) -> dict[str, Any]:
+        """What the oracle takes after the tensors."""
+        return {
+            "config": self.config,
+            "mask": self.mask,
+            "segment_lengths": self.lengths,
+            "norm": self.norm,
+        }
+
     def where(self, **options: Any) -> "Case":
         """Change fields of the configuration."""
         return self._replace(config=MCConfig(**{**vars(self.config), **options}))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case
 
+from mc_core import MCConfig
 from mc_jax import Coefficients, Result, memory_caching
 
 
@@ -25,18 +26,20 @@ def arrays(case: Case, dtype: Any = jnp.float64) -> dict[str, Any]:
 
 def call(inputs: dict[str, Any], case: Case, method: str = "chunked") -> Result:
     """Run `memory_caching` on inputs that `arrays` made."""
-    return memory_caching(
-        **inputs,
-        config=case.config,
-        mask=None if case.mask is None else jnp.asarray(case.mask),
-        segment_lengths=case.lengths,
-        method=method,
-    )
+    mask = None if case.mask is None else jnp.asarray(case.mask)
+    return _run(inputs, mask, case.config, case.lengths, method)
 
 
 def run(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> Result:
     """Run a case, compiled."""
-    return jax.jit(partial(call, case=case, method=method))(arrays(case, dtype))
+    return call(arrays(case, dtype), case, method)
+
+
+def gradients(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> dict[str, Any]:
+    """Return the gradients of every input under random cotangents."""
+    return jax.jit(jax.grad(lambda inputs: projected(call(inputs, case, method))))(
+        arrays(case, dtype)
+    )
 
 
 def projected(result: Result, seed: int = 0) -> jax.Array:
@@ -49,7 +52,14 @@ def projected(result: Result, seed: int = 0) -> jax.Array:
     return total
 
 
-def gradients(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> dict[str, Any]:
-    """Return the gradients of every input under random cotangents."""
-    loss = lambda inputs: projected(call(inputs, case, method))  # noqa: E731
-    return jax.jit(jax.grad(loss))(arrays(case, dtype))
+@partial(jax.jit, static_argnames=("config", "lengths", "method"))
+def _run(
+    inputs: dict[str, Any],
+    mask: jax.Array | None,
+    config: MCConfig,
+    lengths: tuple[int, ...] | None,
+    method: str,
+) -> Result:
+    return memory_caching(
+        **inputs, config=config, mask=mask, segment_lengths=lengths, method=method
+    )

@@ -1,0 +1,135 @@
+"""Plans: every token has one place, chunks stay inside segments, segments restart as configured."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc_core import MCConfig, Plan, make_plan, segment_lengths
+
+
+def make(tokens: int, **options: object) -> Plan:
+    return make_plan(tokens, MCConfig(8, 2, **options))
+
+
+def test_constant_lengths():
+    assert segment_lengths(12, "constant", 4) == (4, 4, 4)
+    assert segment_lengths(13, "constant", 4) == (4, 4, 4, 1)
+    assert segment_lengths(3, "constant", 4) == (3,)
+    assert segment_lengths(1, "constant", 1) == (1,)
+
+
+@given(st.integers(1, 10_000))
+@settings(derandomize=True, deadline=None)
+def test_logarithmic_lengths_are_the_binary_form(tokens):
+    lengths = segment_lengths(tokens, "logarithmic")
+    assert sum(lengths) == tokens
+    assert list(lengths) == sorted(set(lengths), reverse=True)
+    assert all(length.bit_count() == 1 for length in lengths)
+
+
+def test_logarithmic_lengths_by_hand():
+    assert segment_lengths(37, "logarithmic") == (32, 4, 1)
+    assert segment_lengths(64, "logarithmic") == (64,)
+    assert segment_lengths(7, "logarithmic", 2) == (4, 2, 1)  # the segment size plays no part
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=9))
+    config = MCConfig(
+        8,
+        2,
+        chunk_size=draw(st.integers(1, 15)),
+        state_init_mode=draw(st.sampled_from(["checkpoint", "restart"])),
+        segment_size=draw(st.integers(1, 14)),
+        segmentation=draw(st.sampled_from(["constant", "logarithmic"])),
+    )
+    return make_plan(sum(lengths), config, draw(st.sampled_from([None, lengths])))
+
+
+every_plan = given(plans())
+many = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+@every_plan
+@many
+def test_every_token_has_one_place(plan):
+    real = plan.index[plan.index < plan.tokens]
+    np.testing.assert_array_equal(real, np.arange(plan.tokens))  # once each, and in order
+    np.testing.assert_array_equal(plan.index[plan.place_of], np.arange(plan.tokens))
+    assert (plan.index <= plan.tokens).all()
+    assert plan.index.size == plan.restarts.size * plan.chunk_size
+    assert len(plan.restarts) == plan.rows
+
+
+@every_plan
+@many
+def test_chunks_never_cross_segments_and_their_grid_starts_anew(plan):
+    for chunk in plan.index.reshape(-1, plan.chunk_size):
+        tokens = chunk[chunk < plan.tokens]
+        np.testing.assert_array_equal(chunk[: len(tokens)], tokens)  # gaps come last
+        if len(tokens):
+            assert len(set(plan.segment_of[tokens])) == 1
+            assert plan.offset_of[tokens[0]] % plan.chunk_size == 0
+            assert plan.opens_chunk[tokens].tolist() == [True] + [False] * (len(tokens) - 1)
+
+
+@every_plan
+@many
+def test_what_a_plan_says_of_segments(plan):
+    starts = np.cumsum([0, *plan.lengths[:-1]])
+    assert plan.segments == len(plan.lengths)
+    for segment, (start, length) in enumerate(zip(starts, plan.lengths, strict=True)):
+        tokens = np.arange(start, start + length)
+        assert (plan.segment_of[tokens] == segment).all()
+        np.testing.assert_array_equal(plan.offset_of[tokens], np.arange(length))
+        np.testing.assert_array_equal(plan.opens_segment[tokens], tokens == start)
+        row = plan.padded_segments[segment]
+        np.testing.assert_array_equal(row, [*tokens] + [plan.tokens] * (len(row) - length))
+        last = plan.index.reshape(-1, plan.chunk_size)[plan.last_chunk[segment]]
+        assert tokens[-1] in last
+        assert plan.ends[segment] == tokens[-1] + 1
+
+
+@every_plan
+@many
+def test_where_memories_restart(plan):
+    """Section 3.4: every segment in restart mode, in rows side by side where that pads little."""
+    first = plan.index.reshape(-1, plan.chunk_size)[:, 0]
+    restarts = plan.restarts.reshape(-1)
+    opening = np.isin(first, np.flatnonzero(plan.opens_segment))
+    if restarts.sum() == 1:
+        assert restarts[0]
+        assert plan.rows == 1
+    else:
+        np.testing.assert_array_equal(restarts, opening)
+    if plan.rows > 1:
+        assert plan.rows == plan.segments
+        assert restarts.size <= 2 * sum(-(-x // plan.chunk_size) for x in plan.lengths)
+
+
+def test_modes_rows_and_sizes():
+    checkpoint, restart = (
+        make(13, segment_size=4),
+        make(13, segment_size=4, state_init_mode="restart"),
+    )
+    assert (checkpoint.rows, restart.rows) == (1, 4)
+    assert checkpoint.restarts.sum() == 1
+    assert restart.restarts.sum() == 4
+    assert checkpoint.chunk_size == 4  # no larger than the longest segment
+    assert make(13, segment_size=4, chunk_size=3).chunk_size == 3
+    # One long and many short segments would be mostly padding side by side.
+    config = MCConfig(8, 2, chunk_size=1, state_init_mode="restart")
+    uneven = make_plan(20, config, [15, 1, 1, 1, 1, 1])
+    assert uneven.rows == 1
+    assert uneven.restarts.sum() == 6
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "restart"])
+def test_segments_of_a_plan_come_from_the_configuration(mode):
+    options = {"state_init_mode": mode, "chunk_size": 4}
+    assert make(37, segmentation="logarithmic", **options).lengths == (32, 4, 1)
+    assert make(37, segment_size=16, **options).lengths == (16, 16, 5)
+    assert make(5, segment_size=16, **options).lengths == (5,)
+    assert make_plan(9, MCConfig(8, 2, **options), (2, 3, 4)).lengths == (2, 3, 4)

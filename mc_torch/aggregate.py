@@ -1,0 +1,138 @@
+"""The reads of online and cached memories (section 5), each in its fast form (section 6)."""
+
+import torch
+
+from mc_core.config import MCConfig
+from mc_torch.backends import Memory, Weights
+from mc_torch.backends.base import apply_weights
+from mc_torch.chunked import Writes, online_apply
+from mc_torch.layout import Plan, from_chunks, from_segments, to_chunks, to_segments
+from mc_torch.numerics import Array, product, remat, tree_map
+from mc_torch.sparse import read_selected
+from mc_torch.triangle import sum_over_earlier
+
+
+def read_all(
+    memory: Memory,
+    config: MCConfig,
+    writes: Writes,
+    q: Array,
+    gates: Array,
+    selected: Array | None,
+    plan: Plan,
+) -> Array:
+    """Read every token's online memory and the cached ones.
+
+    Args:
+        memory: the memory kind.
+        config: the aggregation.
+        writes: a chunked write of the same tokens.
+        q: queries [b, t, h, k].
+        gates: [b, t, h, n + 1], the online memory last.
+        selected: [b, t, h, top_k] under `ssc`.
+        plan: segments and chunks.
+
+    Returns:
+        [b, t, h, v] in the state dtype.
+    """
+    cached = tree_map(torch.detach, writes.ends) if config.detach_cached_states else writes.ends
+    if config.aggregation == "none" or plan.segments == 1:
+        return read_online(memory, writes, q, plan) * gates[..., -1:]
+    if config.aggregation == "soup" and not memory.mixes_linearly:
+        return read_soup(memory, writes, cached, q, gates, plan)
+    online = read_online(memory, writes, q, plan) * gates[..., -1:]
+    if config.aggregation == "ssc":
+        assert selected is not None
+        return online + read_sparse(memory, cached, q, gates, selected)
+    if config.aggregation in ("residual", "mean") and memory.mixes_linearly:
+        return online + read_sum(memory, cached, q, plan) * gates[..., :1]
+    return online + read_dense(memory, cached, q, gates, plan)
+
+
+def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
+    """Read each token's own memory `M_t(q_t)`: [b, t, h, v]."""
+
+    @remat
+    def read(writes: Writes, q: Array) -> Array:
+        return memory.read(online_apply(writes, q.dtype), q)
+
+    return from_chunks(read(writes, to_chunks(q, plan)), plan)
+
+
+def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
+    """Read the sum of all earlier memories, for memories whose reads add up (equation 7)."""
+    earlier = tree_map(lambda w: torch.cumsum(w, dim=1) - w, cached)
+    earlier = tree_map(lambda w: w.transpose(1, 2), earlier)  # [b, h, n, o, i]
+    apply = apply_weights(earlier, q.dtype)
+    return from_segments(memory.read(apply, to_segments(q, plan)), plan)
+
+
+def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
+    """Read every earlier memory, weighted by its gate (equations 7 and 9)."""
+
+    def read(x: Array, weights: Weights) -> Array:
+        return memory.read(apply_weights(weights, x.dtype), x)
+
+    x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
+    return from_segments(sum_over_earlier(read, x, weight, cached), plan)
+
+
+def read_soup(
+    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: Plan
+) -> Array:
+    """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer."""
+    weight = to_segments(gates[..., :-1], plan)
+    own = to_chunks(gates[..., -1], plan)[..., None]
+
+    def one_layer(a: Array, weights: Weights) -> Array:
+        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+
+    @remat
+    def layer_online(layer: int, a: Array, writes: Writes) -> Array:
+        return own * online_apply(writes, q.dtype)(layer, a)
+
+    def apply(layer: int, a: Array) -> Array:
+        a = a.to(q.dtype)
+        tokens = to_segments(from_chunks(a, plan), plan)
+        mixed = sum_over_earlier(one_layer, tokens, weight, (cached[layer],))
+        return layer_online(layer, a, writes) + to_chunks(from_segments(mixed, plan), plan)
+
+    return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
+
+
+def read_sparse(memory: Memory, cached: Weights, q: Array, gates: Array, selected: Array) -> Array:
+    """Read the selected memories, weighted by their gates (equation 17)."""
+    n = gates.shape[-1] - 1
+    reads = read_selected(memory, cached, q, selected)
+    slot = selected.clamp(max=n - 1)
+    weight = torch.gather(gates[..., :n], -1, slot)
+    weight = torch.where(selected < n, weight, torch.zeros_like(weight))
+    return torch.sum(reads * weight[..., None], dim=-2)
+
+
+def read_token(
+    memory: Memory, config: MCConfig, online: Weights, cached: Weights, q: Array, gates: Array
+) -> Array:
+    """Read one token as section 5 writes it: every memory in turn, or the mixture built in full.
+
+    Args:
+        memory: the memory kind.
+        config: the aggregation.
+        online: the token's memory, each [b, h, o, i].
+        cached: memories [b, n, h, o, i].
+        q: queries [b, h, k].
+        gates: [b, h, n + 1].
+
+    Returns:
+        [b, h, v].
+    """
+    if config.detach_cached_states:
+        cached = tree_map(torch.detach, cached)
+    stacked = tree_map(lambda c, w: torch.cat([c, w[:, None]], dim=1), cached, online)
+    weight = gates.transpose(1, 2)  # [b, n + 1, h]
+    if config.aggregation == "soup":
+        mixed = tree_map(lambda w: torch.sum(weight[..., None, None] * w, dim=1), stacked)
+        return memory.read(apply_weights(mixed, q.dtype), q[..., None, :])[..., 0, :]
+    x = q[:, None, :, None].expand(*weight.shape, 1, q.shape[-1])
+    reads = memory.read(apply_weights(stacked, q.dtype), x)[..., 0, :]
+    return torch.sum(weight[..., None] * reads, dim=1)

@@ -1,0 +1,76 @@
+"""Linear attention as a matrix memory (equations 2 and 12).
+
+    W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ        y = W_t φ(q)
+    s_t = α_t s_{t-1} + η_t φ(k_t)             y = W_t φ(q) / max(s_t·φ(q), ε) where normalised
+
+The normaliser s is one more output row of W, whose value is always 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mc_core.config import NORMALIZER_FLOOR, LinearConfig
+from mc_torch.backends.base import (
+    Apply,
+    ChunkMix,
+    Coefficients,
+    Events,
+    MemoryState,
+    Weights,
+    decay_products,
+    mask_coefficients,
+)
+from mc_torch.numerics import Array, maximum
+
+
+@dataclass(frozen=True)
+class Linear:
+    """See the module; implements `base.Memory`."""
+
+    config: LinearConfig
+    is_mlp = False
+    reaches_back = False
+
+    @property
+    def mixes_linearly(self) -> bool:
+        return not self.config.normalize
+
+    def prepare(self, initial: Weights) -> Weights:
+        if not self.config.normalize:
+            return initial
+        (weight,) = initial
+        return (torch.cat([weight, torch.zeros_like(weight[..., :1, :])], dim=-2),)
+
+    def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
+        (weight,) = state.weights
+        outer = self._value(v)[..., 0, :, None] * self._feature(k)[..., 0, None, :]
+        outer = outer.to(weight.dtype)
+        step, retention = at.step[..., None, None], at.retention[..., None, None]
+        return state._replace(weights=(retention * weight + step * outer,))
+
+    def read(self, apply: Apply, q: Array) -> Array:
+        y = apply(0, self._feature(q))
+        if not self.config.normalize:
+            return y
+        return y[..., :-1] / maximum(y[..., -1:], NORMALIZER_FLOOR)
+
+    def events(self, weights: Weights, k: Array, v: Array) -> Events:
+        del weights
+        return Events((self._feature(k),), (-self._value(v),))
+
+    def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
+        at = mask_coefficients(at, written)
+        decay = decay_products(at.retention)
+        return ChunkMix(state=decay[..., 0], events=decay[..., 1:] * at.step[..., None, :])
+
+    def _feature(self, x: Array) -> Array:
+        if self.config.feature_map == "identity":
+            return x
+        # elu(x) + 1 in its two parts: compiled, the backward pass of `F.elu` fails (torch 2.13).
+        return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+
+    def _value(self, v: Array) -> Array:
+        if not self.config.normalize:
+            return v
+        return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)

@@ -1,0 +1,91 @@
+"""The MLP memory of `dla` and `titans`: its read and its inner gradient, in closed form.
+
+z_1 = W_1 x, a_l = gelu(z_l), z_{l+1} = W_{l+1} a_l, M(x) = z_L (+ x), or x + LN(z_L).
+Losses: dot `-<M(k), v>`, with gradient -v at the output; l2 `||M(k) - v||²`, with 2(M(k) - v).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mc_core.config import CLIP_EPS, DLAConfig, TitansConfig
+from mc_torch.backends.base import Apply, Events, Weights
+from mc_torch.numerics import Array, align, gelu, gelu_slope, maximum, product, standardize
+
+Norm = tuple[Array, Array] | None  # (gain, bias), each [h, v]
+
+
+@dataclass(frozen=True)
+class MLPMemory:
+    """What `dla` and `titans` share; they differ in how the gradients are written."""
+
+    config: DLAConfig | TitansConfig
+    norm: Norm = None
+    is_mlp = True
+    reaches_back = False
+    mixes_linearly = False
+
+    def prepare(self, initial: Weights) -> Weights:
+        return initial
+
+    def read(self, apply: Apply, q: Array) -> Array:
+        a = q
+        for layer in range(self.config.depth - 1):
+            a = gelu(apply(layer, a))
+        return self._output(apply(self.config.depth - 1, a), q)
+
+    def events(self, weights: Weights, k: Array, v: Array) -> Events:
+        dtype, last = k.dtype, self.config.depth - 1
+        inputs, outputs = [k], []
+        for layer, weight in enumerate(weights):
+            outputs.append(product("...oi,...ci->...co", weight, inputs[-1], dtype=dtype))
+            if layer < last:
+                inputs.append(gelu(outputs[-1]))
+        deltas = [self._output_gradient(outputs[-1], k, v)]
+        for layer in range(last, 0, -1):
+            back = product("...oi,...co->...ci", weights[layer], deltas[0], dtype=dtype)
+            deltas.insert(0, back * gelu_slope(outputs[layer - 1]))
+        if self.config.inner_clip is not None:
+            clip = self.config.inner_clip
+            deltas = [_clipped(d, a, clip) for d, a in zip(deltas, inputs, strict=True)]
+        return Events(tuple(inputs), tuple(deltas))
+
+    def _output(self, z: Array, x: Array) -> Array:
+        if self.norm is not None:
+            gain, bias = (_by_head(p, z) for p in self.norm)
+            return x.to(z.dtype) + standardize(z)[0] * gain + bias
+        return z + x.to(z.dtype) if self.config.residual else z
+
+    def _output_gradient(self, z: Array, k: Array, v: Array) -> Array:
+        """Return the inner loss's gradient at the last layer's output z [..., h, c, v]."""
+        target = v.to(z.dtype)
+        gradient = -target
+        if self.config.objective == "l2":
+            gradient = 2 * (self._output(z, k) - target)
+        if self.norm is None:
+            return gradient
+        unit, inverse = standardize(z)
+        scaled = gradient * _by_head(self.norm[0], z)
+        mean = torch.mean(scaled, dim=-1, keepdim=True)
+        along = torch.mean(scaled * unit, dim=-1, keepdim=True)
+        return inverse * (scaled - mean - unit * along)
+
+
+def token_gradient(events: Events) -> Weights:
+    """Build the gradients [..., h, o, i] of one token's events [..., h, 1, o]."""
+    return tuple(
+        delta[..., 0, :, None] * a[..., 0, None, :].to(delta.dtype)
+        for a, delta in zip(events.inputs, events.deltas, strict=True)
+    )
+
+
+def _by_head(parameter: Array, like: Array) -> Array:
+    """Align [h, v] with [..., h, c, v]."""
+    return align(parameter.to(like.dtype)[:, None, :], like.ndim)
+
+
+def _clipped(delta: Array, a: Array, clip: float) -> Array:
+    """Scale δ so that the Frobenius norm of `δ aᵀ` is at most `clip`."""
+    a = a.to(delta.dtype)
+    squares = torch.sum(delta * delta, -1, keepdim=True) * torch.sum(a * a, -1, keepdim=True)
+    return delta * (clip / maximum(torch.sqrt(squares + CLIP_EPS), clip))

@@ -1,0 +1,175 @@
+"""Memory Caching without parameters: write, cache, gate, read."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mc_core.config import MCConfig
+from mc_torch.aggregate import read_all
+from mc_torch.backends import Coefficients, Memory, Norm, Weights, make_memory
+from mc_torch.cache import Cache, Segments
+from mc_torch.chunked import write_chunks
+from mc_torch.gates import gate, pool_keys, scores
+from mc_torch.layout import Plan, make_plan
+from mc_torch.numerics import Array, state_dtype, tree_map
+from mc_torch.recurrent import run_tokens
+
+
+class Result(NamedTuple):
+    """What `memory_caching` returns."""
+
+    output: Array  # [b, t, h, v], in the dtype of v
+    cache: Cache  # the stream's state after the last token
+    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+
+
+def memory_caching(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    initial: Weights,
+    coefficients: Coefficients,
+    config: MCConfig,
+    *,
+    mask: Array | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    norm: Norm = None,
+    method: str = "chunked",
+) -> Result:
+    """Write a sequence into its memory, cache it at segment ends, and read (arXiv:2602.24281).
+
+    q, k and u are taken as given: the feature map is the memory's; projections, convolution and
+    norms of q, k and the output are the layer's.
+
+    Args:
+        q: queries [b, t, h, k].
+        k: keys [b, t, h, k].
+        v: values [b, t, h, v].
+        u: connectors [b, t, h, k]; None where the aggregation has no gates, or `use_q_as_u`.
+        initial: W_0, first layer first, each [h, out, in]; a matrix memory has one, [h, v, k].
+        coefficients: step, retention, momentum, previous, each [b, t, h] or None.
+        config: the layer's configuration.
+        mask: [b, t] bool, True = a real token; a masked one writes nothing and reads 0.
+        segment_lengths: explicit lengths that cover t, instead of the configuration's.
+        norm: (gain, bias), each [h, v], where the memory has `norm="layer"`.
+        method: `chunked`, the parallel form, or `recurrent`, token by token: the definition.
+            Both give the same result.
+
+    Raises:
+        ValueError: a shape, a missing argument or a name that does not fit.
+    """
+    _check(q, k, v, u, initial, coefficients, config, norm, mask, method)
+    b, t = q.shape[:2]
+    plan = make_plan(t, config, segment_lengths, q.device)
+    mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
+    real = mask[:, :, None, None]
+    # Whatever stands at a masked token, NaN included, must not reach a product.
+    q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
+    u = q if u is None else torch.where(real, u, torch.zeros_like(u))
+    coefficients = _masked(coefficients, mask, state_dtype(q.dtype))
+    memory = make_memory(config.memory, norm)
+    if method == "recurrent":
+        output, cache, gates = run_tokens(
+            memory, config, q, k, v, u, initial, coefficients, mask, plan
+        )
+    else:
+        output, cache, gates = _run_chunks(
+            memory, config, q, k, v, u, initial, coefficients, mask, plan
+        )
+    output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
+    return Result(output, cache, torch.where(real, gates, torch.zeros_like(gates)))
+
+
+def _run_chunks(
+    memory: Memory,
+    config: MCConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    initial: Weights,
+    coefficients: Coefficients,
+    mask: Array,
+    plan: Plan,
+) -> tuple[Array, Cache, Array]:
+    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
+    pools = pool_keys(k, mask, plan, config.pooling)
+    score = scores(u, pools.segment, pools.running, config)
+    gates, selected = gate(score, torch.tensor(plan.segment_of, device=q.device), config)
+    output = read_all(memory, config, writes, q, gates, selected, plan)
+    cache = Cache(
+        segments=Segments(writes.ends, pools.segment, pools.length),
+        state=writes.final,
+        pool_sum=pools.total[:, -1],
+        length=pools.length[:, -1],
+        position=torch.full_like(pools.length[:, -1], plan.tokens),
+    )
+    return output, cache, gates
+
+
+def _masked(coefficients: Coefficients, mask: Array, dtype: torch.dtype) -> Coefficients:
+    real = mask[:, :, None]
+    return tree_map(
+        lambda x: torch.where(real, x.to(dtype), torch.ones_like(x, dtype=dtype)), coefficients
+    )
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    initial: Weights,
+    coefficients: Coefficients,
+    config: MCConfig,
+    norm: Norm,
+    mask: Array | None,
+    method: str,
+) -> None:
+    if method not in ("chunked", "recurrent"):
+        raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"
+        )
+    b, t, h, width = q.shape
+    if u is None and config.gated and not config.use_q_as_u:
+        raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
+    shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
+    if u is not None:
+        shapes["u"] = (u, q.shape)
+    if mask is not None:
+        shapes["mask"] = (mask, (b, t))
+    memory = config.memory
+    needed = {"step", "retention"}
+    needed |= {"momentum"} if memory.kind == "titans" else set()
+    needed |= {"previous"} if memory.kind == "swla" else set()
+    for name, value in coefficients._asdict().items():
+        if (value is not None) != (name in needed):
+            state = "missing" if value is None else "given"
+            raise ValueError(
+                f"coefficients.{name} is {state}: {memory.kind!r} takes {sorted(needed)}"
+            )
+        if value is not None:
+            shapes[f"coefficients.{name}"] = (value, (b, t, h))
+    depth = getattr(memory, "depth", 1)
+    if len(initial) != depth:
+        raise ValueError(f"initial has {len(initial)} weights: must be {depth}")
+    inner = [weight.shape[-2] for weight in initial[:-1]]
+    dims = [width, *inner, v.shape[-1]]
+    for layer, weight in enumerate(initial):
+        shapes[f"initial[{layer}]"] = (weight, (h, dims[layer + 1], dims[layer]))
+    adds_input = getattr(memory, "residual", False) or getattr(memory, "norm", "none") == "layer"
+    if adds_input and width != v.shape[-1]:
+        raise ValueError(
+            f"v has width {v.shape[-1]}: must be {width}, as k, where M adds its input"
+        )
+    layer_norm = getattr(memory, "norm", "none") == "layer"
+    if (norm is not None) != layer_norm:
+        raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
+    shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
+    for name, (value, shape) in shapes.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}: must be {shape}")

@@ -1,0 +1,132 @@
+"""Pooled keys and gates: how much each memory weighs in a token's read (sections 4 and 5)."""
+
+from typing import NamedTuple
+
+import torch
+
+from mc_core.config import MCConfig
+from mc_torch.layout import Plan, from_segments, to_segments
+from mc_torch.numerics import Array, align, product, running_sum, state_dtype
+
+
+class Pools(NamedTuple):
+    """Pooled keys of segments, and of the online segment as it runs."""
+
+    segment: Array  # [b, n, h, k] after each segment's last token
+    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
+    length: Array  # real tokens of each segment, int32 [b, n]
+    total: Array  # sum of each segment's keys [b, n, h, k]
+
+
+def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
+    """Pool the real keys of each segment: their mean (zero if there is none) or their sum.
+
+    Args:
+        k: keys [b, t, h, k], zero at masked tokens.
+        mask: [b, t] bool.
+        plan: the segments.
+        pooling: `mean` or `sum`.
+    """
+    dtype = state_dtype(k.dtype)
+    sums = running_sum(to_segments(k.to(dtype), plan))  # [b, h, n, c, k]
+    real = to_segments(mask[:, :, None, None].to(dtype), plan)
+    counts = running_sum(real)[..., 0].to(torch.int32)
+    pools = pooled(sums, counts, pooling)
+    return Pools(
+        segment=pools[..., -1, :].transpose(1, 2),
+        running=from_segments(pools, plan),
+        length=counts[:, 0, :, -1],
+        total=sums[..., -1, :].transpose(1, 2),
+    )
+
+
+def pooled(total: Array, count: Array, pooling: str) -> Array:
+    """Turn sums of keys [..., k] and counts [...] into pooled keys."""
+    if pooling == "sum":
+        return total
+    return total / count.clamp(min=1)[..., None].to(total.dtype)
+
+
+def scores(u: Array, pools: Array, running: Array, config: MCConfig) -> Array:
+    """Return `<u_t, m^(i)> / temperature` [b, t, h, n + 1], the online memory last.
+
+    Args:
+        u: connectors [b, t, h, k].
+        pools: cached pooled keys [b, n, h, k].
+        running: the online segment's pooled keys [b, t, h, k].
+        config: temperature, and whether gradients reach the cached pools.
+    """
+    u = u.to(running.dtype)
+    if config.detach_cached_context:
+        pools = pools.detach()
+    cached = product("bthk,bnhk->bthn", u, pools, exact=True)
+    online = torch.sum(u * running, dim=-1, keepdim=True)
+    return torch.cat([cached, online], dim=-1) / config.softmax_temperature
+
+
+def select(score: Array, readable: Array, top_k: int) -> Array:
+    """Return the `top_k` cached memories of each token under `ssc` (equation 16).
+
+    Args:
+        score: [..., n + 1], the online memory last.
+        readable: bool, broadcasts to [..., n]; True where a memory is cached already.
+        top_k: memories to select.
+
+    Returns:
+        [..., min(top_k, n)] indices, the best first, ties in the segments' order; n where too few
+        are cached.
+    """
+    n = score.shape[-1] - 1
+    cached = torch.where(readable, score[..., :n].detach(), -torch.inf)
+    # `torch.topk` leaves the order of ties open.
+    best, index = torch.sort(cached, dim=-1, descending=True, stable=True)
+    return torch.where(best == -torch.inf, n, index)[..., :top_k]
+
+
+def weigh(score: Array, read: Array, config: MCConfig) -> Array:
+    """Turn scores into the weights of a read (equations 7, 10, 17).
+
+    Args:
+        score: [..., n + 1].
+        read: bool [..., n + 1], True where a memory is read; the online memory always is.
+        config: the aggregation.
+    """
+    if config.aggregation in ("none", "residual"):
+        return read.to(score.dtype)
+    if config.aggregation == "mean":
+        weight = read.to(score.dtype)
+        return weight / torch.sum(weight, dim=-1, keepdim=True)
+    return torch.softmax(torch.where(read, score, -torch.inf), dim=-1)
+
+
+def readable(segment: Array, n: int, config: MCConfig) -> Array:
+    """Return bool [..., n + 1]: the memories that tokens of the given segments [...] may read."""
+    number = torch.arange(n, device=segment.device)
+    cached = align(number, segment.ndim + 1) < segment[..., None]
+    if config.aggregation == "none":
+        cached = torch.zeros_like(cached)
+    return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
+
+
+def gate(score: Array, segment: Array, config: MCConfig) -> tuple[Array, Array | None]:
+    """Return the gates of all tokens, and what `ssc` selected.
+
+    Args:
+        score: [b, t, h, n + 1].
+        segment: [t] or [b, t] each token's segment.
+        config: the aggregation.
+
+    Returns:
+        gates: [b, t, h, n + 1], 0 where a memory is not read.
+        selected: [b, t, h, min(top_k, n)] under `ssc`, else None.
+    """
+    n = score.shape[-1] - 1
+    allowed = readable(segment, n, config)
+    allowed = align(allowed, 3)[:, :, None].expand(score.shape)
+    if config.aggregation != "ssc":
+        return weigh(score, allowed, config), None
+    selected = select(score, allowed[..., :n], config.ssc_top_k)
+    number = torch.arange(n, device=selected.device)
+    slots = selected[..., :, None] == align(number, selected.ndim + 1)
+    read = torch.cat([slots.any(dim=-2), allowed[..., n:]], dim=-1)
+    return weigh(score, read, config), selected

@@ -1,0 +1,145 @@
+"""The layer's parts that hold parameters."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mc_core.config import LinearConfig, MCConfig, SWLAConfig
+from mc_torch.numerics import Array, Dtype, align, product, rms_norm, state_dtype
+
+START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
+
+
+class Linear(nn.Module):
+    """`W x` without bias, in the dtype of x; starts as Flax's (LeCun's truncated normal)."""
+
+    def __init__(
+        self, into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
+        std = into**-0.5 / 0.87962566103423978  # of a normal that is cut off at two deviations
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Array) -> Array:
+        """Map [..., into] to [..., out]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Coefficient(nn.Module):
+    """One write coefficient: constant, or a sigmoid of a head's bias or of the token (section 2).
+
+    Args:
+        config: the layer's configuration.
+        name: the memory configuration's field, which is also where the coefficient starts.
+        device: where the parameters are.
+        dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: MCConfig,
+        name: str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__()
+        memory = config.memory
+        self.mode = memory.coefficients
+        self.start = float(getattr(memory, name))
+        self.low, self.high = memory.ranges[name]
+        share = (self.start - self.low) / (self.high - self.low)
+        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        self.heads = config.num_heads
+        if self.mode == "constant":
+            return
+        bias = float(np.log(share) - np.log1p(-share))
+        self.bias = nn.Parameter(torch.full((self.heads,), bias, device=device, dtype=dtype))
+        if self.mode == "token":
+            shape = (self.heads, config.d_model)
+            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Array) -> Array:
+        """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
+        dtype = state_dtype(x.dtype)
+        shape = (*x.shape[:2], self.heads)
+        if self.mode == "constant":
+            return torch.full(shape, self.start, device=x.device, dtype=dtype)
+        logit = align(self.bias.to(dtype), 3).expand(shape)
+        if self.mode == "token":
+            logit = logit + product("btd,hd->bth", x, self.weight, dtype=x.dtype)
+        return self.low + (self.high - self.low) * torch.sigmoid(logit)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution (Titans, section 4.4); starts as the identity."""
+
+    def __init__(
+        self,
+        width: int,
+        features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__()
+        weight = torch.zeros(features, width, device=device, dtype=dtype)
+        weight[:, -1] = 1
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Array) -> Array:
+        """Convolve tokens [b, t, d] over t; those before the first count as zero."""
+        weight = self.weight.to(x.dtype)
+        width, t = weight.shape[1], x.shape[1]
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        taps = [padded[:, i : i + t] * align(weight[:, i], 3) for i in range(width)]
+        return sum(taps[1:], taps[0])
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis, with a learned scale of the given shape."""
+
+    def __init__(self, *shape: int, device: torch.device | str | None = None, dtype: Dtype = None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+
+    def forward(self, x: Array) -> Array:
+        """Normalise `x` [..., *shape]."""
+        return rms_norm(x, self.scale)
+
+
+class MemoryNorm(nn.Module):
+    """Gain and bias of a memory's layer norm; ordinary parameters that no inner step writes."""
+
+    def __init__(
+        self,
+        heads: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(heads, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(heads, width, device=device, dtype=dtype))
+
+
+def initial_memory(
+    config: MCConfig, device: torch.device | str | None = None, dtype: Dtype = None
+) -> list[nn.Parameter]:
+    """Return W_0: random and learned for an MLP, else zero, learned on request."""
+    memory, h, width = config.memory, config.num_heads, config.head_dim
+    if isinstance(memory, LinearConfig | SWLAConfig):
+        zero = torch.zeros(h, width, width, device=device, dtype=dtype)
+        return [nn.Parameter(zero)] if memory.learn_initial else []
+    hidden = [width * memory.expansion] * (memory.depth - 1)
+    dims = [width, *hidden, width]
+    return [
+        nn.Parameter(torch.randn(h, out, into, device=device, dtype=dtype) * into**-0.5)
+        for into, out in pairwise(dims)
+    ]

@@ -1,0 +1,140 @@
+"""Products, norms and activations with the precision that section 8 of the equations fixes.
+
+Shapes use one legend: b batch, t tokens, d model width, h heads, k key width, v value width,
+f hidden width, n segments, c tokens of a chunk or segment, g chunks, e write events of a chunk,
+o and i a weight's output and input width. `...` stands for any leading axes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mc_core.config import NORM_EPS
+
+Array = torch.Tensor
+Dtype = torch.dtype | None
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of memory weights, pools and scores: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(x: Array) -> torch.dtype:
+    """Return the dtype of matrix products with `x`: autocast's where it is on, else that of `x`."""
+    if x.dtype != torch.float64 and _autocasts(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def product(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = False) -> Array:
+    """Einsum with operands in the compute dtype; accumulates and returns the state dtype.
+
+    Args:
+        spec: einsum subscripts.
+        operands: the factors.
+        dtype: compute dtype; None keeps the operands' own.
+        exact: full float32 products, where a GPU may round their factors (TF32).
+    """
+    cast = [x if dtype is None else x.to(dtype) for x in operands]
+    out = state_dtype(cast[0].dtype)
+    # A product of two bfloat16 matrices would be rounded to bfloat16 at its end. Their float32
+    # product is not, and TF32, where it is allowed, holds bfloat16 factors without loss.
+    wide = torch.float64 if exact and _rounds_products() else out
+    cast = [x.to(wide) for x in cast]
+    if not _autocasts(cast[0]):
+        return torch.einsum(spec, *cast).to(out)
+    with torch.autocast(cast[0].device.type, enabled=False):
+        return torch.einsum(spec, *cast).to(out)
+
+
+def running_sum(x: Array) -> Array:
+    """Cumulative sum over the tokens of [..., c, k]."""
+    return torch.cumsum(x, dim=-2)
+
+
+def align(x: Array, ndim: int) -> Array:
+    """Prepend axes of length 1 until `x` has `ndim` axes."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def maximum(x: Array, floor: float) -> Array:
+    """Elementwise maximum; at a tie both sides share the gradient."""
+    return torch.maximum(x, torch.full((), floor, dtype=x.dtype, device=x.device))
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU."""
+    return F.gelu(x, approximate="none")
+
+
+def gelu_slope(x: Array) -> Array:
+    """Derivative of the exact GELU."""
+    density = torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
+    return 0.5 * torch.erfc(-(2**-0.5) * x) + x * density
+
+
+def l2_normalize(x: Array) -> Array:
+    """Scale the last axis to unit length, in the state dtype."""
+    x32 = x.to(state_dtype(x.dtype))
+    squares = torch.sum(x32 * x32, dim=-1, keepdim=True)
+    return (x32 * torch.rsqrt(squares + NORM_EPS)).to(x.dtype)
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """RMS norm over the last axis; `scale` aligns with the last axes of `x`."""
+    x32 = x.to(state_dtype(x.dtype))
+    inverse = torch.rsqrt(torch.mean(x32 * x32, dim=-1, keepdim=True) + NORM_EPS)
+    return (x32 * inverse * align(scale.to(x32.dtype), x.ndim)).to(x.dtype)
+
+
+def standardize(x: Array) -> tuple[Array, Array]:
+    """Return `x` with zero mean and unit variance over the last axis, and 1 / its deviation."""
+    centred = x - torch.mean(x, dim=-1, keepdim=True)
+    inverse = torch.rsqrt(torch.mean(centred * centred, dim=-1, keepdim=True) + NORM_EPS)
+    return centred * inverse, inverse
+
+
+def remat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Recompute a function in the backward pass in place of keeping what it computed."""
+
+    def run(*args: Any) -> Any:
+        # A compiler decides by itself what it keeps.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply a function to the tensors of nested tuples; None stays None."""
+    if tree is None:
+        return None
+    if not isinstance(tree, tuple):
+        return function(tree, *rest)
+    leaves = [tree_map(function, *parts) for parts in zip(tree, *rest, strict=True)]
+    return type(tree)(*leaves) if hasattr(tree, "_fields") else tuple(leaves)
+
+
+def unstack(tree: Any, dim: int = 0) -> list[Any]:
+    """Split the tensors of nested tuples along an axis, into one tree a place."""
+    # Unbound at once: indexing place by place would add a full gradient for every one.
+    parts = tree_map(lambda x: list(x.unbind(dim)), tree)
+    leaf = tree
+    while isinstance(leaf, tuple):
+        leaf = leaf[0]
+    return [tree_map(lambda x, i=i: x[i], parts) for i in range(leaf.shape[dim])]
+
+
+@torch.compiler.assume_constant_result
+def _rounds_products() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _autocasts(x: Array) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

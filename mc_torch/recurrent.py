@@ -1,0 +1,123 @@
+"""The definition: a loop over tokens that writes, caches, gates and reads one at a time."""
+
+from typing import NamedTuple
+
+import torch
+
+from mc_core.config import MCConfig
+from mc_torch.aggregate import read_token
+from mc_torch.backends import Coefficients, Memory, MemoryState, Weights
+from mc_torch.cache import Cache, Segments, choose, start_state
+from mc_torch.gates import gate, pooled, scores
+from mc_torch.layout import Plan
+from mc_torch.numerics import Array, state_dtype, tree_map, unstack
+
+
+class Token(NamedTuple):
+    """One token of every sequence, and where it stands."""
+
+    q: Array  # [b, h, k], as k and u
+    k: Array
+    v: Array  # [b, h, v]
+    u: Array
+    coefficients: Coefficients  # each [b, h]
+    real: Array  # bool [b]
+    segment: int  # its segment
+    opens_segment: bool
+    opens_chunk: bool
+
+
+def run_tokens(
+    memory: Memory,
+    config: MCConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    initial: Weights,
+    coefficients: Coefficients,
+    mask: Array,
+    plan: Plan,
+) -> tuple[Array, Cache, Array]:
+    """Run a sequence token by token.
+
+    Args:
+        memory: the memory kind.
+        config: the layer's configuration.
+        q: [b, t, h, k], as k and u; zero at masked tokens.
+        k: as q.
+        v: [b, t, h, v].
+        u: as q.
+        initial: W_0, first layer first, each [h, o, i].
+        coefficients: each [b, t, h].
+        mask: bool [b, t].
+        plan: the segments and chunks.
+
+    Returns:
+        output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
+    """
+    start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
+    cache = _empty_cache(start, k, plan.segments)
+    by_token = unstack((q, k, v, u, coefficients, mask), dim=1)
+    where = zip(plan.segment_of, plan.opens_segment, plan.opens_chunk, strict=True)
+    reads = []
+    for here, there in zip(by_token, where, strict=True):
+        cache, read = run_token(memory, config, start, cache, Token._make((*here, *there)))
+        reads.append(read)
+    output, gates = (torch.stack(x, dim=1) for x in zip(*reads, strict=True))
+    return output, cache, gates
+
+
+def run_token(
+    memory: Memory, config: MCConfig, start: MemoryState, cache: Cache, token: Token
+) -> tuple[Cache, tuple[Array, Array]]:
+    """Write one token, then read it: sections 2 to 5, in their order.
+
+    Args:
+        memory: the memory kind.
+        config: the layer's configuration.
+        start: the state before a first token, for segments that restart.
+        cache: the stream so far.
+        token: the token.
+
+    Returns:
+        the new cache; output [b, h, v] and gates [b, h, n + 1].
+    """
+    state = cache.state
+    if config.state_init_mode == "restart" and token.opens_segment:
+        state = start
+    if memory.is_mlp and token.opens_chunk:
+        state = state._replace(anchor=state.weights)
+    written = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
+    state = choose(token.real, written, state)
+
+    pool_sum, count = cache.pool_sum, cache.length
+    if token.opens_segment:
+        pool_sum, count = torch.zeros_like(pool_sum), torch.zeros_like(count)
+    pool_sum = pool_sum + token.k.to(pool_sum.dtype)
+    count = count + token.real.to(count.dtype)
+    running = pooled(pool_sum, count[:, None], config.pooling)
+
+    score = scores(token.u[:, None], cache.segments.pool, running[:, None], config)
+    segment = torch.full((1,), token.segment, device=score.device)
+    gates = gate(score, segment, config)[0][:, 0]
+    output = read_token(memory, config, state.weights, cache.segments.weights, token.q, gates)
+    here = Segments(state.weights, running, count)
+    segments = tree_map(
+        lambda all_, x: torch.select_scatter(all_, x, 1, token.segment), cache.segments, here
+    )
+    return Cache(segments, state, pool_sum, count, cache.position + 1), (output, gates)
+
+
+def _empty_cache(start: MemoryState, k: Array, n: int) -> Cache:
+    """Return the cache before the first of `n` segments; `k` [b, t, h, k] gives its shapes."""
+    zero = torch.zeros_like(k[:, 0], dtype=state_dtype(k.dtype))
+    count = torch.zeros_like(k[:, 0, 0, 0], dtype=torch.int32)
+    one = Segments(tree_map(torch.zeros_like, start.weights), zero, count)
+    return Cache(
+        segments=tree_map(lambda x: torch.stack([x] * n, dim=1), one),
+        state=start,
+        pool_sum=zero,
+        length=count,
+        position=count,
+    )

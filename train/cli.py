@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mc_core import segment_lengths
+from parity.cli import app as parity
 from train.errors import NotFiniteError, UserError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(parity, name="parity")
 
 
 class Segmentation(StrEnum):
@@ -111,7 +113,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 def main() -> None:
     """Run the command; an error that the user can put right is one line and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="mc")
     except (UserError, OSError) as error:
         code = _fail(_describe(error), 2)
     except UsageError as error:

@@ -1,0 +1,298 @@
+"""The check checked: faults planted in `mc_torch`, one at a time, each to be caught in its leaf."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from mc_core import LinearConfig, TitansConfig
+from mc_torch.numerics import tree_map
+from parity import run_jax, run_torch
+from parity.cases import Case, case, draw
+from parity.compare import Difference, Outcome, compare, tolerance
+
+# What is put in place of a function, made of the function itself.
+Substitute = Callable[[Any], Any]
+
+LINEAR = case(LinearConfig(), "grm", mask="some")
+TITANS = case(TitansConfig(expansion=2), "grm", mask="some")
+TIES = case(LinearConfig(), "ssc", ssc_top_k=1, ties=True)
+LAYER = case(
+    LinearConfig(coefficients="head"),
+    "grm",
+    level="layer",
+    conv_width=4,
+    qk_norm="l2",
+    mask="padded",
+)
+STATE = "cache.segments.weights.0"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake, and where it must show.
+
+    Attributes:
+        name: what is wrong.
+        case: a case that meets it.
+        leaf: the first leaf, in forward order, that it touches.
+        places: dotted names, `module:attribute`, and what is put there.
+    """
+
+    name: str
+    case: Case
+    leaf: str
+    places: dict[str, Substitute]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check said about a fault; without a fault, about the case as it is."""
+
+    fault: Fault | None
+    case: Case
+    first: Difference | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the check said what it should."""
+        wanted = self.fault.leaf if self.fault else None
+        return wanted == (self.first.name if self.first else None)
+
+
+def selftest() -> Iterator[Finding]:
+    """Compare each case as it is, then with each of its faults in `mc_torch`."""
+    for subject in SUBJECTS:
+        inputs, weights = draw(subject), run_jax.parameters(subject)
+        expected = run_jax.run(subject, inputs, weights)
+        allowed = tolerance(subject.dtype, "cpu", subject.tokens)
+        for fault in (None, *(f for f in FAULTS if f.case == subject)):
+            with planted(fault):
+                actual = run_torch.run(subject, inputs, weights)
+            outcome = Outcome(subject, compare(actual, expected, allowed))
+            yield Finding(fault, subject, outcome.first_failure)
+
+
+def planted(fault: Fault | None) -> ExitStack:
+    """Return a context in which `mc_torch` has a fault."""
+    stack = ExitStack()
+    for place, substitute in (fault.places if fault else {}).items():
+        owner, _, attribute = place.rpartition(".")
+        target = resolve_name(owner)
+        new = substitute(getattr(target, attribute))
+        stack.enter_context(patch.object(target, attribute, new))
+    return stack
+
+
+def table(findings: list[Finding]) -> Table:
+    """Return the faults, where each was expected, and where the check saw it first."""
+    made = Table("planted in mc_torch", "case", "must show in", "seen first in", "caught")
+    for finding in findings:
+        fault, first = finding.fault, finding.first
+        made.add_row(
+            fault.name if fault else "nothing",
+            " ".join(finding.case.name.split()[:2]),
+            fault.leaf if fault else "no leaf",
+            first.describe() if first else "no leaf",
+            ("yes" if fault else "clean") if finding.ok else "NO",
+            style=None if finding.ok else "red",
+        )
+    return made
+
+
+def summary(findings: list[Finding], seconds: float) -> str:
+    """Return the verdict on one line."""
+    planted_ = [finding for finding in findings if finding.fault]
+    caught = sum(finding.ok for finding in planted_)
+    clean = sum(finding.ok for finding in findings) - caught
+    return (
+        f"{caught} of {len(planted_)} faults caught in their leaf, "
+        f"{clean} of {len(findings) - len(planted_)} cases equal without a fault, {seconds:.0f} s"
+    )
+
+
+def _wrong_sign(chunk_mix: Any) -> Any:
+    def ascending(*args: Any) -> Any:
+        mix = chunk_mix(*args)
+        return mix._replace(events=-mix.events, momentum=-mix.momentum)
+
+    return ascending
+
+
+def _pool_of_the_token_before(pool_keys: Any) -> Any:
+    def shifted(*args: Any) -> Any:
+        pools = pool_keys(*args)
+        return pools._replace(running=F.pad(pools.running, (0, 0, 0, 0, 1, 0))[:, :-1])
+
+    return shifted
+
+
+def _softmax_of_cached(weigh: Any) -> Any:
+    def cached_only(score: Any, read: Any, config: Any) -> Any:
+        read = read.clone()
+        read[..., -1] = ~read[..., :-1].any(-1)
+        return weigh(score, read, config)
+
+    return cached_only
+
+
+def _latest_of_ties(select: Any) -> Any:
+    def reversed_(score: Any, readable: Any, top_k: int) -> Any:
+        n = score.shape[-1] - 1
+        cached = score[..., :n].flip(-1)
+        turned = torch.cat([cached, score[..., n:]], -1)
+        index = select(turned, readable.flip(-1), top_k)
+        return torch.where(index < n, n - 1 - index, index)
+
+    return reversed_
+
+
+def _without_mask(memory_caching: Any) -> Any:
+    return lambda *args, mask, **options: memory_caching(*args, mask=None, **options)
+
+
+def _in_float32(product: Any) -> Any:
+    def narrow(spec: str, *operands: Any, **options: Any) -> Any:
+        result = product(spec, *(x.float() for x in operands))
+        return result.to(operands[0].dtype)
+
+    return narrow
+
+
+def _detached_pools(scores: Any) -> Any:
+    return lambda u, pools, running, config: scores(u, pools.detach(), running, config)
+
+
+def _state_of_the_segment_before(segment_ends: Any) -> Any:
+    def stale(*args: Any) -> Any:
+        ends = segment_ends(*args)
+        return tree_map(lambda w: torch.cat([w[:, :1], w[:, :-1]], dim=1), ends)
+
+    return stale
+
+
+def _clip_without_gradient(clipped: Any) -> Any:
+    def constant(delta: Any, a: Any, clip: float) -> Any:
+        return delta * (clipped(delta, a, clip) / delta).nan_to_num().detach()
+
+    return constant
+
+
+def _float32_output(memory_caching: Any) -> Any:
+    def narrow(*args: Any, **options: Any) -> Any:
+        result = memory_caching(*args, **options)
+        return result._replace(output=result.output.float())
+
+    return narrow
+
+
+def _root_at_zero(l2_normalize: Any) -> Any:
+    return lambda x: l2_normalize(x) + 0 * x.square().sum(-1, keepdim=True).sqrt()
+
+
+def _ahead(forward: Any) -> Any:
+    return lambda conv, x: forward(conv, F.pad(x, (0, 0, 0, 1))[:, 1:])
+
+
+def _transposed(to_torch: Any) -> Any:
+    def swapped(flat: Any) -> Any:
+        weights = to_torch(flat)
+        return weights | {"v_proj.weight": weights["v_proj.weight"].T.copy()}
+
+    return swapped
+
+
+def _large_eps(_: Any) -> Any:
+    return lambda x, scale: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * scale
+
+
+def _undecayed_only(_: Any) -> Any:
+    return lambda at, written: at._replace(step=at.step * written)
+
+
+FAULTS = (
+    Fault("mask ignored", LINEAR, STATE, {"parity.run_torch.memory_caching": _without_mask}),
+    Fault(
+        "decay at masked tokens",
+        LINEAR,
+        STATE,
+        {
+            "mc_torch.functional._masked": lambda _: lambda at, mask, dtype: at,
+            "mc_torch.backends.linear.mask_coefficients": _undecayed_only,
+        },
+    ),
+    Fault(
+        "stale cached state",
+        LINEAR,
+        STATE,
+        {"mc_torch.chunked._segment_ends": _state_of_the_segment_before},
+    ),
+    Fault("float32 in a float64 path", LINEAR, STATE, {"mc_torch.chunked.product": _in_float32}),
+    Fault(
+        "pool off by one token",
+        LINEAR,
+        "gates",
+        {"mc_torch.functional.pool_keys": _pool_of_the_token_before},
+    ),
+    Fault(
+        "softmax without the online memory",
+        LINEAR,
+        "gates",
+        {"mc_torch.gates.weigh": _softmax_of_cached},
+    ),
+    Fault(
+        "output in another dtype",
+        LINEAR,
+        "output",
+        {"parity.run_torch.memory_caching": _float32_output},
+    ),
+    Fault(
+        "dropped gradient path: cached pools",
+        LINEAR,
+        "gradient.k",
+        {"mc_torch.functional.scores": _detached_pools},
+    ),
+    Fault(
+        "tanh gelu",
+        TITANS,
+        STATE,
+        {"mc_torch.backends.mlp.gelu": lambda _: lambda x: F.gelu(x, approximate="tanh")},
+    ),
+    Fault(
+        "momentum sign", TITANS, STATE, {"mc_torch.backends.titans.Titans.chunk_mix": _wrong_sign}
+    ),
+    Fault(
+        "half the inner gradient",
+        TITANS,
+        STATE,
+        {"mc_torch.backends.mlp.MLPMemory._output_gradient": lambda f: lambda *a: 0.5 * f(*a)},
+    ),
+    Fault(
+        "dropped gradient path: inner clip",
+        TITANS,
+        "gradient.k",
+        {"mc_torch.backends.mlp._clipped": _clip_without_gradient},
+    ),
+    Fault("top-k tie order", TIES, "gates", {"mc_torch.gates.select": _latest_of_ties}),
+    Fault("transposed weight", LAYER, STATE, {"parity.run_torch.to_torch": _transposed}),
+    Fault(
+        "convolution one token ahead",
+        LAYER,
+        STATE,
+        {"mc_torch.modules.ShortConv.forward": _ahead},
+    ),
+    Fault("wrong norm eps", LAYER, "output", {"mc_torch.modules.rms_norm": _large_eps}),
+    Fault(
+        "NaN gradient of a norm at zero",
+        LAYER,
+        "gradient.k_conv.kernel",
+        {"mc_torch.layer.l2_normalize": _root_at_zero},
+    ),
+)
+SUBJECTS = tuple(dict.fromkeys(fault.case for fault in FAULTS))

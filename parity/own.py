@@ -1,0 +1,56 @@
+"""The user's own model as a case: from a run's YAML file, or with the weights of a checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mc_core import ModelConfig
+from parity.cases import Case, rounded, state_dtype
+from parity.files import SAFETENSORS, STATE_DICT, Config, Weights
+from parity.weights import Flat
+from train.config import load_config
+from train.convert import read_run
+from train.errors import UserError
+
+READERS = {".safetensors": SAFETENSORS.read, ".pt": STATE_DICT.read, ".pth": STATE_DICT.read}
+
+
+def own_case(
+    config: Path | None, checkpoint: Path | None, dtype: str, tokens: int | None
+) -> tuple[Case, Flat | None]:
+    """Return the case of a user's model, and its weights if a checkpoint is given.
+
+    Args:
+        config: a run's YAML file.
+        checkpoint: a run's folder, or a file that `mc convert` wrote.
+        dtype: of the computation.
+        tokens: length; None = long enough to read two cached memories, and no multiple of them.
+
+    Raises:
+        UserError: a file cannot be used, or the two are of different models.
+    """
+    loaded = None if checkpoint is None else _read(checkpoint)
+    model: Config | None = None if config is None else load_config(config).model
+    if loaded is not None and loaded.config is not None:
+        if model not in (None, loaded.config):
+            raise UserError(f"{checkpoint} is of another model than {config}")
+        model = loaded.config
+    if model is None:
+        raise UserError(f"{checkpoint} has no configuration in it: give --config")
+    level = "model" if isinstance(model, ModelConfig) else "layer"
+    layer = model.layer if isinstance(model, ModelConfig) else model
+    tokens = tokens or 2 * layer.segment_size + 5
+    case = Case(model, level, tokens=tokens, dtype=dtype, drawn=False)
+    if loaded is None:
+        return case, None
+    flat = {name: x.astype(np.float64) for name, x in loaded.laid_out("jax").items()}
+    return case, rounded(flat, state_dtype(dtype))
+
+
+def _read(path: Path) -> Weights:
+    if path.is_dir():
+        return read_run(path)
+    if path.suffix not in READERS:
+        known = ", ".join(READERS)
+        raise UserError(f"{path}: must be a run's folder, or a file that ends in one of {known}")
+    return READERS[path.suffix](path)

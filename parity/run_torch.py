@@ -1,0 +1,112 @@
+"""Run a case with `mc_torch`."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from mc_torch import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_torch.numerics import tree_map
+from parity.cases import Case, FunctionInputs, Inputs, state_dtype
+from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
+from parity.weights import Flat, load_torch, to_jax, to_torch
+
+
+def build(case: Case, dtype: str, device: str) -> Any:
+    """Build a case's layer or model, its parameters fit for compute in `dtype`."""
+    kind = LanguageModel if case.level == "model" else MemoryCachingLayer
+    return kind(case.config, device=device, dtype=getattr(torch, state_dtype(dtype)))  # type: ignore[arg-type]
+
+
+def run(
+    case: Case, inputs: Inputs, weights: Flat, dtype: str | None = None, device: str = "cpu"
+) -> Leaves:
+    """Run a case forward and backward.
+
+    Args:
+        case: the case.
+        inputs: from `draw`.
+        weights: from `run_jax.parameters`.
+        dtype: instead of the case's own.
+        device: cpu or cuda.
+    """
+    dtype = dtype or case.dtype
+    given = _variables(inputs, dtype, device)
+    module, params = None, {}
+    if case.level != "function":
+        module = build(case, dtype, device)
+        wide = state_dtype(dtype)
+        load_torch(module, {name: x.astype(wide) for name, x in to_torch(weights).items()})
+        params = dict(module.named_parameters())
+    # A layer computes in the dtype of its input, a model, whose input are ids, in autocast's.
+    casts = dtype == "bfloat16" and case.level == "model"
+    with torch.autocast(device, torch.bfloat16) if casts else nullcontext():
+        result = _forward(case, given, inputs, module, device)
+    named = {name: _leaf(x) for name, x in flatten(result)}
+
+    followed = {name: x for name, x in flatten(result) if x.requires_grad}
+    cotangents = [
+        torch.tensor(cotangent(name, x.shape, case.seed), dtype=x.dtype, device=device)
+        for name, x in followed.items()
+    ]
+    variables = dict(flatten(given)) | params
+    gradients = torch.autograd.grad(
+        list(followed.values()), list(variables.values()), cotangents, materialize_grads=True
+    )
+    for name, gradient in zip(variables, gradients, strict=True):
+        leaf = _leaf(gradient)
+        if name in params:
+            ((name, value),) = to_jax({name: leaf.value}).items()
+            leaf = leaf._replace(value=value)
+        named[f"{GRADIENT}.{name}"] = leaf
+    return named
+
+
+def _variables(inputs: Inputs, dtype: str, device: str) -> Any:
+    def to(tree: Any, kind: str) -> Any:
+        if isinstance(tree, dict):
+            return {name: to(x, kind) for name, x in tree.items()}
+        return tree_map(
+            lambda x: torch.tensor(
+                x, dtype=getattr(torch, kind), device=device, requires_grad=True
+            ),
+            tree,
+        )
+
+    given, wide = inputs.differentiable, state_dtype(dtype)
+    if isinstance(given, FunctionInputs):
+        return FunctionInputs(
+            *to(tuple(given[:4]), dtype),
+            to(given.initial, wide),
+            to(given.coefficients, wide),
+            to(given.norm, wide),
+        )
+    return to(given, dtype)
+
+
+def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -> Forward:
+    mask = None if inputs.mask is None else torch.tensor(inputs.mask, device=device)
+    if isinstance(given, FunctionInputs):
+        result = memory_caching(
+            *given[:5],
+            Coefficients(**given.coefficients),
+            case.layer,
+            mask=mask,
+            segment_lengths=case.lengths,
+            norm=given.norm,
+            method=case.method,
+        )
+        return Forward(result.cache, None, result.gates, result.output)
+    if case.level == "model":
+        tokens = torch.tensor(inputs.tokens, device=device)
+        with torch.no_grad():
+            trace = module.inspect(tokens, mask)[1]
+        return Forward(None, trace, None, module(tokens, mask))
+    output, result = module._run(given["x"], mask, case.lengths)
+    return Forward(result.cache, None, result.gates, output)
+
+
+def _leaf(x: torch.Tensor) -> Leaf:
+    name = str(x.dtype).removeprefix("torch.")
+    x = x.detach().cpu()
+    return Leaf((x.double() if x.is_floating_point() else x).numpy(), name)

@@ -1,0 +1,234 @@
+"""Train the same model in both frameworks, step by step: what `mc parity train` does.
+
+Float64, the same first weights and batches; optax as `train.optimizer` sets it up, and torch.optim.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import torch.nn.functional as F
+from flax import nnx
+from rich.table import Table
+
+from mc_core import MCConfig, ModelConfig, TitansConfig
+from parity import run_jax, run_torch
+from parity.cases import Array, Case
+from parity.compare import Difference, difference
+from parity.leaves import Leaf
+from parity.weights import Flat, jax_weights, load_jax, load_torch, to_jax, to_torch, torch_weights
+from train.config import OptimizerConfig
+from train.optimizer import DECAYED, make_optimizer
+
+TOLERANCE = 1e-8
+BATCH = 2
+SMALL = ModelConfig(
+    29,
+    1,
+    MCConfig(16, 2, TitansConfig(expansion=1), "grm", segment_size=6, chunk_size=4, conv_width=4),
+)
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=5)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step on either side."""
+
+    number: int  # from 1
+    loss: tuple[float, float]  # jax, torch; before the step
+    norm: tuple[float, float]  # of the gradient, before clipping
+
+    @property
+    def differences(self) -> tuple[float, float]:
+        """Relative differences of the losses and of the norms."""
+        pairs = (self.loss, self.norm)
+        loss, norm = (abs(left - right) / abs(left) for left, right in pairs)
+        return loss, norm
+
+    @property
+    def ok(self) -> bool:
+        """Whether both are within `TOLERANCE`."""
+        return all(x <= TOLERANCE for x in self.differences)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Both trainings, and how far apart the parameters are at their end."""
+
+    steps: tuple[Step, ...]
+    parameters: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether losses, norms and parameters agree."""
+        return all(step.ok for step in self.steps) and all(x.ok for x in self.parameters)
+
+
+def train(
+    config: ModelConfig = SMALL,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    steps: int = 20,
+    tokens: int = 17,
+    seed: int = 0,
+) -> Training:
+    """Train on random batches of `tokens` tokens, and compare."""
+    case = Case(config, "model", tokens=tokens, batch=BATCH, seed=seed)
+    weights = run_jax.parameters(case)
+    rng = np.random.default_rng(seed)
+    # A few batches again and again, so that there is something to learn.
+    batches = rng.integers(config.vocab_size, size=(4, BATCH, tokens + 1))
+    batches = batches[np.arange(steps) % len(batches)]
+    left, ours = _train_jax(case, weights, optimizer, batches)
+    right, theirs = _train_torch(case, weights, optimizer, batches)
+    rows = enumerate(zip(left, right, strict=True), 1)
+    return Training(
+        tuple(Step(number, (a[0], b[0]), (a[1], b[1])) for number, (a, b) in rows),
+        tuple(
+            difference(name, Leaf(theirs[name], "float64"), Leaf(ours[name], "float64"), TOLERANCE)
+            for name in ours
+        ),
+    )
+
+
+Rows = list[tuple[float, float]]  # loss and gradient norm of each step
+
+
+def _train_jax(
+    case: Case, weights: Flat, config: OptimizerConfig, batches: Array
+) -> tuple[Rows, Flat]:
+    with jax.enable_x64(True):
+        model = run_jax.build(case, "float64")
+        load_jax(model, weights)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params = nnx.to_pure_dict(params)
+        optimizer = make_optimizer(config, len(batches))
+
+        def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
+            logits = nnx.merge(graphdef, params, rest)(tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        @jax.jit
+        def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+            loss, gradient = jax.value_and_grad(loss_of)(params, tokens)
+            updates, state = optimizer.update(gradient, state, params)
+            norm = optax.tree.norm(gradient)
+            return optax.apply_updates(params, updates), state, loss, norm
+
+        state, rows = _wide_counters(optimizer.init(params)), []
+        for tokens in batches:
+            params, state, loss, norm = step(params, state, jnp.asarray(tokens, jnp.int32))
+            assert loss.dtype == norm.dtype == jnp.float64
+            rows.append((float(loss), float(norm)))
+        return rows, jax_weights(nnx.merge(graphdef, params, rest))
+
+
+def _wide_counters(state: Any) -> Any:
+    """Count steps in int64: optax computes rates and bias corrections in float32 from an int32."""
+    return jax.tree.map(lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, state)
+
+
+def _train_torch(
+    case: Case, weights: Flat, config: OptimizerConfig, batches: Array
+) -> tuple[Rows, Flat]:
+    model = run_torch.build(case, "float64", "cpu")
+    load_torch(model, to_torch(weights))
+    params = dict(model.named_parameters())
+    decayed = {name for name in params if _decays(name, params[name])}
+    groups = [
+        {"params": [params[n] for n in params if (n in decayed) is yes], "weight_decay": decay}
+        for yes, decay in ((True, config.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps
+    )
+    rows = []
+    for number, ids in enumerate(torch.tensor(batches)):
+        logits = model(ids[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [param.grad for param in params.values()]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # `clip_grad_norm_` divides by the norm plus 1e-6, optax by the norm.
+        if config.clip_norm is not None and norm > config.clip_norm:
+            torch._foreach_mul_(gradients, config.clip_norm / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, number, len(batches))
+        optimizer.step()
+        rows.append((loss.item(), norm.item()))
+    return rows, to_jax(torch_weights(model))
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the rate of a step, counted from 0: a line up, then a cosine down."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if step < warmup:
+        first = peak / (warmup + 1)
+        return first + (peak - first) * step / warmup
+    share = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    return peak * (config.final_fraction + (1 - config.final_fraction) * share)
+
+
+def _decays(name: str, param: torch.Tensor) -> bool:
+    ((jax_name, value),) = to_jax({name: param.detach().numpy()}).items()
+    return jax_name.rpartition(".")[2] in DECAYED and value.ndim >= 2
+
+
+def table(steps: tuple[Step, ...]) -> Table:
+    """Return the table of all steps."""
+    made = Table(
+        "step", "loss, jax", "loss, torch", "apart", "gradient norm, jax", "torch", "apart"
+    )
+    for column in made.columns:
+        column.justify = "right"
+    for step in steps:
+        apart = step.differences
+        made.add_row(
+            str(step.number),
+            *(f"{x:.12f}" for x in step.loss),
+            f"{apart[0]:.0e}",
+            *(f"{x:.12f}" for x in step.norm),
+            f"{apart[1]:.0e}",
+            style=None if step.ok else "red",
+        )
+    return made
+
+
+def summary(training: Training) -> str:
+    """Return the verdict on one line."""
+    worst = max(training.parameters, key=lambda leaf: leaf.severity)
+    apart = max(max(step.differences) for step in training.steps)
+    return (
+        f"{'equal' if training.ok else 'NOT EQUAL'} to {TOLERANCE:.0e} over {len(training.steps)} "
+        f"steps: losses and gradient norms within {apart:.0e}; of {len(training.parameters)} "
+        f"final parameters the worst is {worst.describe()}"
+    )
+
+
+def draw(training: Training, path: Path) -> bytes:
+    """Return a picture, in the format that the path's suffix names."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    losses, apart = figure.subplots(1, 2)
+    numbers = [step.number for step in training.steps]
+    for side, name, line in ((0, "JAX", "-"), (1, "PyTorch", "--")):
+        losses.plot(numbers, [step.loss[side] for step in training.steps], line, label=name)
+    losses.set(title="loss (nats a token)", xlabel="step")
+    for kind, name in enumerate(("loss", "gradient norm")):
+        values = [max(step.differences[kind], 1e-17) for step in training.steps]
+        apart.semilogy(numbers, values, label=name)
+    apart.axhline(TOLERANCE, color="gray", linestyle=":", label="allowed")
+    apart.set(title="relative difference", xlabel="step")
+    for axes in (losses, apart):
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
+    return buffer.getvalue()

@@ -51,7 +51,7 @@ def read_description(description: Any, kind: Any) -> Any:
 
 def to_metadata(config: MCConfig | ModelConfig) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
-    return {"format": "pt", KEY: json.dumps(describe(config))}
+    return {KEY: json.dumps(describe(config))}
 
 
 def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:

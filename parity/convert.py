@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ import mc_jax
 import mc_torch
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.pretrained import one_dtype
-from mc_core.weights import Flat, leaves
+from mc_core.weights import Flat, Leaf, check_leaves, leaves
 from parity.files import Config, Format, Weights
-from parity.weights import load_jax, load_torch
+from parity.weights import jax_weights, load_jax, load_torch, torch_weights
 
 TOLERANCE = 1e-9  # relative RMS, float64
-BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 4
+BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 8
 # Compiled once and run once: XLA's optimisations would take most of the time.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -102,9 +103,6 @@ def convert(
 def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
     """Return the outputs of a module on a fixed batch, computed in float64 on the CPU.
 
-    Segments and chunks are shortened, so that a short batch reads cached memories and every
-    parameter takes part.
-
     Args:
         config: of a layer or a language model.
         weights: its parameters, in either layout and any dtype.
@@ -116,10 +114,9 @@ def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
     Raises:
         ValueError: lists every parameter that does not fit the configuration.
     """
-    config = _shortened(config)
-    inputs = _batch(config)
-    flat = {name: array.astype(np.float64) for name, array in weights.laid_out(framework).items()}
-    return (_jax_outputs if framework == "jax" else _torch_outputs)(config, flat, inputs)
+    config = shortened(config)
+    run = _jax_outputs if framework == "jax" else _torch_outputs
+    return run(config, weights.laid_out(framework), fixed_batch(config))
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -128,34 +125,13 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean((actual - expected) ** 2) / scale))
 
 
-def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        kind: Any = mc_jax.LanguageModel if _is_model(config) else mc_jax.MemoryCachingLayer
-        module = kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
-        load_jax(module, flat)
-        graphdef, state = nnx.split(module)
+def shortened(config: Config) -> Config:
+    """Return the configuration with segments and chunks so short that the fixed batch has several.
 
-        def run(state: Any, inputs: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, state)(inputs)
-
-        return np.asarray(jax.jit(run, compiler_options=QUICK)(state, jnp.asarray(inputs)))
-
-
-def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
-    kind: Any = mc_torch.LanguageModel if _is_model(config) else mc_torch.MemoryCachingLayer
-    module = kind(config, device="cpu", dtype=torch.float64)
-    load_torch(module, flat)
-    with torch.no_grad():
-        return module(torch.from_numpy(inputs)).numpy()
-
-
-def _is_model(config: Config) -> bool:
-    return isinstance(config, ModelConfig)
-
-
-def _shortened(config: Config) -> Config:
+    Then every parameter takes part in the outputs.
+    """
     if isinstance(config, ModelConfig):
-        layer = _shortened(config.layer)
+        layer = shortened(config.layer)
         assert isinstance(layer, MCConfig)
         return dataclasses.replace(config, layer=layer, remat=False)
     return dataclasses.replace(
@@ -165,11 +141,44 @@ def _shortened(config: Config) -> Config:
     )
 
 
-def _batch(config: Config) -> np.ndarray:
+def fixed_batch(config: Config) -> np.ndarray:
+    """Return token ids [b, t] for a language model, features [b, t, d] for a layer."""
     rng = np.random.default_rng(0)
     if isinstance(config, ModelConfig):
         return rng.integers(0, config.vocab_size, (BATCH, TOKENS)).astype(np.int32)
     return rng.standard_normal((BATCH, TOKENS, config.d_model))
+
+
+def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        kind: Any = mc_jax.LanguageModel if _is_model(config) else mc_jax.MemoryCachingLayer
+        module = kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        load_jax(module, _widened(flat, leaves(jax_weights(module))))
+        return np.asarray(_run(*nnx.split(module), jnp.asarray(inputs)))
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(inputs)
+
+
+def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
+    kind: Any = mc_torch.LanguageModel if _is_model(config) else mc_torch.MemoryCachingLayer
+    module = kind(config, device="cpu", dtype=torch.float64)
+    load_torch(module, _widened(flat, leaves(torch_weights(module))))
+    with torch.no_grad():
+        return module(torch.from_numpy(inputs)).numpy()
+
+
+def _widened(flat: Flat, wanted: dict[str, Leaf]) -> Flat:
+    """Return float64; a fault names the parameters as they were."""
+    dtype = one_dtype(leaves(flat))
+    check_leaves(leaves(flat), {name: leaf._replace(dtype=dtype) for name, leaf in wanted.items()})
+    return {name: array.astype(np.float64) for name, array in flat.items()}
+
+
+def _is_model(config: Config) -> bool:
+    return isinstance(config, ModelConfig)
 
 
 def _agreed(source: Path, own: Config | None, given: Config | None) -> Config:

@@ -1,0 +1,55 @@
+"""Modules whose parameters differ in kind, and weights drawn at random for them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import mc_jax
+import mc_torch
+from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core.weights import Flat, leaves
+
+LAYERS = {
+    "linear": MCConfig(8, 2),
+    "linear-head": MCConfig(8, 2, LinearConfig(coefficients="head"), "none", output_norm="none"),
+    "linear-learned": MCConfig(8, 2, LinearConfig(learn_initial=True), "soup"),
+    "linear-normalized": MCConfig(8, 2, LinearConfig("elu+1", normalize=True), use_q_as_u=True),
+    "swla": MCConfig(8, 2, SWLAConfig(learn_initial=True), "ssc", conv_width=3),
+    "dla": MCConfig(8, 2, DLAConfig(depth=3, expansion=2), "residual", conv_width=4),
+    "titans": MCConfig(8, 2, TitansConfig(norm="layer", expansion=2), conv_width=4),
+}
+MODELS = {
+    "tied": ModelConfig(11, 2, LAYERS["linear"]),
+    "free": ModelConfig(11, 1, LAYERS["titans"], ffn_width=12, tie_embeddings=False),
+}
+ALL: dict[str, Any] = {**LAYERS, **MODELS}
+
+
+def jax_module(config: Any, dtype: Any = jnp.float32, seed: int = 0) -> Any:
+    kind = mc_jax.LanguageModel if isinstance(config, ModelConfig) else mc_jax.MemoryCachingLayer
+    return kind(config, rngs=nnx.Rngs(seed), param_dtype=dtype)
+
+
+def torch_module(config: Any, dtype: Any = None) -> Any:
+    model = isinstance(config, ModelConfig)
+    return (mc_torch.LanguageModel if model else mc_torch.MemoryCachingLayer)(config, dtype=dtype)
+
+
+def draw(config: Any, dtype: str = "float32", seed: int = 0) -> Flat:
+    """Draw every parameter in PyTorch's layout; none is zero, constant or symmetric."""
+    rng = np.random.default_rng(seed)
+    wanted = leaves(torch_module(config).state_dict())
+    return {
+        name: (0.5 * rng.standard_normal(leaf.shape)).astype(jnp.dtype(dtype))
+        for name, leaf in wanted.items()
+    }
+
+
+def same_bits(left: Flat, right: Flat) -> bool:
+    return left.keys() == right.keys() and all(
+        (left[name].dtype, left[name].shape) == (right[name].dtype, right[name].shape)
+        and left[name].tobytes() == right[name].tobytes()
+        for name in left
+    )

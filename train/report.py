@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -114,6 +115,8 @@ def draw_curves(run: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         axes.set(xlabel="step", title=title)
         axes.grid(alpha=0.3)
+        if key == "grad_norm":
+            axes.set_yscale("log")
     _save(figure, run / "curves.png")
 
 
@@ -128,9 +131,10 @@ def draw_router(run: Path, gates: list[np.ndarray], lengths: tuple[int, ...]) ->
     tokens, memories = gates[0].shape
     figure = Figure(figsize=(10, 0.6 + 2.2 * len(gates)), layout="constrained")
     panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True)[:, 0]
-    high = max(1.0, *(float(block.max()) for block in gates))
+    # A root scale: among many memories most weights are small.
+    scale = PowerNorm(0.5, vmin=0.0, vmax=max(1.0, *(float(block.max()) for block in gates)))
     for number, (axes, block) in enumerate(zip(panels, gates, strict=True)):
-        image = axes.imshow(block.T, aspect="auto", vmin=0.0, vmax=high, interpolation="nearest")
+        image = axes.imshow(block.T, aspect="auto", norm=scale, interpolation="nearest")
         for border in np.cumsum(lengths)[:-1]:
             axes.axvline(border - 0.5, color="white", linewidth=0.6)
         axes.set(ylabel=f"block {number}")

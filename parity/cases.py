@@ -44,8 +44,7 @@ class Case:
         lengths: explicit segment lengths, for the function.
         dtype: float64, float32, or bfloat16 compute over float32 parameters.
         ties: all segments have the same keys, so that the router's scores are equal.
-        drawn: parameters are shaken, so that none is at a zero or a one that hides a fault;
-            otherwise they are the model's own.
+        drawn: the parameters are drawn for the comparison, else they are the model's own.
         seed: of inputs, parameters and cotangents.
     """
 
@@ -168,11 +167,11 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
         k = np.concatenate([part] * (case.tokens // config.segment_size + 1), 1)[:, : case.tokens]
     if config.normalizes_qk:
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    mlp = isinstance(memory, DLAConfig | TitansConfig)
-    adds_input = mlp and (memory.residual or memory.norm == "layer")
+    mlp = memory if isinstance(memory, DLAConfig | TitansConfig) else None
+    adds_input = mlp and (mlp.residual or mlp.norm == "layer")
     values = width if adds_input else width - 1
-    depth = memory.depth if mlp else 1
-    dims = [width, *[width * memory.expansion if mlp else 0] * (depth - 1), values]
+    hidden = [width * mlp.expansion] * (mlp.depth - 1) if mlp else []
+    dims = [width, *hidden, values]
     initial = tuple(
         rng.standard_normal((h, out, into)) / np.sqrt(into) for into, out in pairwise(dims)
     )
@@ -186,7 +185,7 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
         coefficients["previous"] = rng.uniform(-1.0, 1.0, shape)
     v = rng.standard_normal((*shape, values))
     gain_and_bias = rng.uniform(0.5, 1.5, (2, h, values))
-    norm = (gain_and_bias[0], gain_and_bias[1]) if mlp and memory.norm == "layer" else None
+    norm = (gain_and_bias[0], gain_and_bias[1]) if mlp and mlp.norm == "layer" else None
     needs_u = config.gated and not config.use_q_as_u
     return FunctionInputs(
         *rounded((q, k, v, u if needs_u else None), case.dtype),
@@ -242,7 +241,7 @@ _DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
 
 # Each kind with each aggregation once; the other choices are spread over these pairs.
 QUICK = (
-    case(_LINEAR, "none", "restart", level="model", num_layers=2, qk_norm="l2", remat=True),
+    case(_LINEAR, "none", "restart", level="model", num_layers=2, qk_norm="l2"),
     case(LinearConfig(coefficients="head"), "residual", level="layer", conv_width=4, mask="padded"),
     case(LinearConfig("elu+1", normalize=True), "grm", mask="some", softmax_temperature=0.7),
     case(LinearConfig("elu+1"), "soup", "restart", segmentation="logarithmic", pooling="sum"),
@@ -256,20 +255,20 @@ QUICK = (
     case(SWLAConfig(coefficients="constant", previous=0.5), "mean", level="layer", qk_norm="l2"),
     case(_DLA, "none", level="layer", mask="some", tokens=10),
     case(DLAConfig(depth=1, residual=False), "residual", "restart", mask="some"),
-    case(DLAConfig(depth=3, expansion=1, residual=False), "grm", pooling="sum", tokens=11),
-    case(DLAConfig(expansion=2, objective="l2"), "soup", method="recurrent", mask="some"),
+    case(DLAConfig(expansion=1, residual=False), "grm", pooling="sum", tokens=11),
+    case(DLAConfig(depth=3, expansion=1, objective="l2"), "soup", method="recurrent", mask="some"),
     case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
     case(DLAConfig(expansion=1, norm="layer"), "mean", segmentation="logarithmic"),
     case(_TITANS, "none", method="recurrent", mask="segment"),
-    case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", level="layer"),
+    case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14),
     case(_TITANS, "grm", level="model", conv_width=4, tie_embeddings=False, mask="padded"),
     case(TitansConfig(depth=1, inner_clip=None), "soup", "restart", mask="some"),
     case(_TITANS, "ssc", ssc_top_k=1, method="recurrent", tokens=11),
     case(TitansConfig(expansion=1, coefficients="head"), "mean", level="layer", chunk_size=5),
     case(_LINEAR, "grm", "restart", dtype="float32", mask="some"),
-    case(_TITANS, "grm", dtype="float32", tokens=11),
+    case(TitansConfig(depth=1), "grm", dtype="float32", tokens=11),
     case(LinearConfig(coefficients="token"), "grm", level="layer", dtype="bfloat16"),
-    case(DLAConfig(expansion=1), "residual", dtype="bfloat16", mask="some"),
+    case(DLAConfig(depth=1), "residual", dtype="bfloat16", mask="some"),
 )
 
 _VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {

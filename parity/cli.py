@@ -19,8 +19,8 @@ app = typer.Typer(help="Prove that mc_jax and mc_torch compute the same.", no_ar
 
 Device = StrEnum("Device", ["cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["float64", "float32", "bfloat16"])
-Kind = StrEnum("Kind", list(MEMORIES))
-Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))
+Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
+Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 
 WIDTH = 160  # of tables that no terminal shows
 

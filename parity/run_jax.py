@@ -7,23 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.weights import check_leaves, leaves
 from mc_jax import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
 from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dtype
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
-from parity.weights import Flat, jax_weights, load_jax
+from parity.weights import Flat, jax_weights
 
-NOISE = 0.1  # added to parameters, so that no zero or one of a fresh model hides a fault
+# Where the biases of learned coefficients are drawn around: small steps, memories that last.
+_BIASES = {"step": -2.0, "newest": 0.0, "previous": 0.0, "momentum": 1.0, "retention": 2.0}
 
 
 def parameters(case: Case) -> Flat:
-    """Return the parameters of a case's module, float64, under JAX's names; none of a function."""
+    """Return the parameters of a case's module, float64, under JAX's names; none of a function.
+
+    Drawn ones are nowhere at the zeros and ones of a fresh module, which could hide a fault.
+    """
     if case.level == "function":
         return {}
-    flat = jax_weights(build(case, "float32"))
+    if not case.drawn:
+        return rounded(jax_weights(build(case, "float32")), state_dtype(case.dtype))
     rng = np.random.default_rng([case.seed, 1])
-    noise = NOISE if case.drawn else 0.0
-    shaken = {name: x + noise * rng.standard_normal(x.shape) for name, x in flat.items()}
-    return rounded(shaken, state_dtype(case.dtype))
+    shapes = {name: x.shape for name, x in _named(abstract(case, case.dtype)[1]).items()}
+    drawn = {name: _draw(name, rng.standard_normal(shape)) for name, shape in shapes.items()}
+    return rounded(drawn, state_dtype(case.dtype))
 
 
 def build(case: Case, dtype: str) -> Any:
@@ -31,6 +37,49 @@ def build(case: Case, dtype: str) -> Any:
     kind = LanguageModel if case.level == "model" else MemoryCachingLayer
     compute, param = jnp.dtype(dtype), jnp.dtype(state_dtype(dtype))
     return kind(case.config, rngs=nnx.Rngs(case.seed), dtype=compute, param_dtype=param)  # type: ignore[arg-type]
+
+
+def abstract(case: Case, dtype: str) -> tuple[Any, Any]:
+    """Return the structure of a case's module and its parameters' shapes, without computing any."""
+    with jax.enable_x64(True):
+        module = nnx.eval_shape(lambda: build(case, dtype))
+    graphdef, params = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def filled(shapes: Any, weights: Flat) -> Any:
+    """Return parameters in the tree and the dtypes of `abstract`.
+
+    Raises:
+        ValueError: lists every parameter that is missing, unexpected or of another shape.
+    """
+    wanted = _named(shapes)
+    dtypes = {name: wanted[name].dtype for name in wanted}
+    flat = {name: x.astype(dtypes.get(name, x.dtype)) for name, x in weights.items()}
+    check_leaves(leaves(flat), leaves(wanted))
+    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(flat[_name(path)]), shapes)
+
+
+def _draw(name: str, normal: Array) -> Array:
+    *_, owner, field = ("", *name.split("."))
+    if field == "bias" and owner in _BIASES:
+        return _BIASES[owner] + 0.5 * normal
+    if field == "scale":
+        return 1 + 0.2 * normal
+    if field in ("bias", "embedding"):
+        return 0.5 * normal
+    if owner.endswith("_conv"):  # [width, d]
+        return normal * normal.shape[0] ** -0.5
+    fan_in = normal.shape[0] if field == "kernel" else normal.shape[-1]
+    return normal * fan_in**-0.5
+
+
+def _named(params: Any) -> dict[str, Any]:
+    return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def run(
@@ -48,21 +97,20 @@ def run(
     dtype = dtype or case.dtype
     with jax.enable_x64(True), jax.default_device(jax.devices(device)[0]):
         given = _variables(inputs, dtype)
-        module = None
+        graphdef, params = None, {}
         if case.level != "function":
-            module = build(case, dtype)
-            wide = state_dtype(dtype)
-            load_jax(module, {name: x.astype(wide) for name, x in weights.items()})
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)  # of a function: nothing
+            graphdef, shapes = abstract(case, dtype)
+            params = filled(shapes, weights)
 
         def forward(given: Any, params: Any) -> Forward:
-            return _forward(case, given, inputs, nnx.merge(graphdef, params, rest))
+            module = None if graphdef is None else nnx.merge(graphdef, params)
+            return _forward(case, given, inputs, module)
 
         @jax.jit
         def program(given: Any, params: Any) -> Any:
-            result, pull = jax.vjp(forward, given, nnx.to_pure_dict(params))
-            leaves = [_cotangent(name, leaf, case.seed) for name, leaf in flatten(result)]
-            return result, pull(jax.tree.unflatten(jax.tree.structure(result), leaves))
+            result, pull = jax.vjp(forward, given, params)
+            cotangents = [_cotangent(name, leaf, case.seed) for name, leaf in flatten(result)]
+            return result, pull(jax.tree.unflatten(jax.tree.structure(result), cotangents))
 
         result, gradients = program(given, params)
     named = {name: _leaf(x) for name, x in flatten(result)}

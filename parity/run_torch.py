@@ -75,12 +75,8 @@ def _variables(inputs: Inputs, dtype: str, device: str) -> Any:
 
     given, wide = inputs.differentiable, state_dtype(dtype)
     if isinstance(given, FunctionInputs):
-        return FunctionInputs(
-            *to(tuple(given[:4]), dtype),
-            to(given.initial, wide),
-            to(given.coefficients, wide),
-            to(given.norm, wide),
-        )
+        tokens = to(given[:4], dtype)
+        return FunctionInputs(*tokens, *(to(x, wide) for x in given[4:]))
     return to(given, dtype)
 
 

@@ -23,7 +23,7 @@ from parity import run_jax, run_torch
 from parity.cases import Array, Case
 from parity.compare import Difference, difference
 from parity.leaves import Leaf
-from parity.weights import Flat, jax_weights, load_jax, load_torch, to_jax, to_torch, torch_weights
+from parity.weights import Flat, jax_weights, load_torch, to_jax, to_torch, torch_weights
 from train.config import OptimizerConfig
 from train.optimizer import DECAYED, make_optimizer
 
@@ -104,14 +104,12 @@ def _train_jax(
     case: Case, weights: Flat, config: OptimizerConfig, batches: Array
 ) -> tuple[Rows, Flat]:
     with jax.enable_x64(True):
-        model = run_jax.build(case, "float64")
-        load_jax(model, weights)
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        params = nnx.to_pure_dict(params)
+        graphdef, shapes = run_jax.abstract(case, "float64")
+        params = run_jax.filled(shapes, weights)
         optimizer = make_optimizer(config, len(batches))
 
         def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
-            logits = nnx.merge(graphdef, params, rest)(tokens[:, :-1])
+            logits = nnx.merge(graphdef, params)(tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
         @jax.jit
@@ -126,7 +124,7 @@ def _train_jax(
             params, state, loss, norm = step(params, state, jnp.asarray(tokens, jnp.int32))
             assert loss.dtype == norm.dtype == jnp.float64
             rows.append((float(loss), float(norm)))
-        return rows, jax_weights(nnx.merge(graphdef, params, rest))
+        return rows, jax_weights(nnx.merge(graphdef, params))
 
 
 def _wide_counters(state: Any) -> Any:

@@ -35,6 +35,15 @@ class WeightsFormat(StrEnum):
     TORCH = "torch"
 
 
+class SourceFormat(StrEnum):
+    """What weights are read from."""
+
+    RUN = "run"
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    COMMUNITY = "community"
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -66,7 +75,8 @@ def convert(
     source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
     target: Annotated[Path, typer.Argument(help="what to write; must not exist")],
     source_format: Annotated[
-        WeightsFormat | None, typer.Option("--from", help="[default: by the path]")
+        SourceFormat | None,
+        typer.Option("--from", help="community: see docs/migration.md  [default: by the path]"),
     ] = None,
     target_format: Annotated[
         WeightsFormat | None, typer.Option("--to", help="[default: by the path]")

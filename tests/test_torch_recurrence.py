@@ -1,0 +1,154 @@
+"""`mc_torch`: both methods against the oracle, and against each other in their gradients.
+
+The cases are those of `test_recurrence`, which holds `mc_jax` to the same.
+"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from cases import AGGREGATIONS, MEMORIES, assert_close, make_case
+from hypothesis import given, settings
+from test_recurrence import (
+    EXACT,
+    GRADIENT,
+    METHODS,
+    QUICK,
+    examples,
+    hold_to_oracle,
+    paired,
+    random_cases,
+)
+from torch.autograd import gradcheck, gradgradcheck
+from torch_subject import arrays, call, gradients, leaves, projected, run
+
+from mc_torch.numerics import tree_map
+
+
+def check(case):
+    results = [run(case, method) for method in METHODS]
+    for result in results:
+        hold_to_oracle(result, case)
+    assert_close(*results, EXACT, name="methods")
+
+
+@given(case=random_cases())
+@settings(examples, max_examples=60)
+def test_both_methods_are_the_oracle(case):
+    """Sections 2 to 5, at lengths that divide nothing."""
+    check(case)
+
+
+@pytest.mark.slow
+@given(case=random_cases())
+@settings(examples, max_examples=600)
+def test_both_methods_are_the_oracle_on_a_large_grid(case):
+    check(case)
+
+
+@pytest.mark.parametrize(("memory", "mode"), [("swla", "checkpoint"), ("titans", "restart")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 1},
+        {"tokens": 5, "segment_size": 9, "chunk_size": 20},
+        {"tokens": 7, "segment_size": 1},
+        {"tokens": 11, "lengths": (7, 1, 1, 1, 1), "chunk_size": 2},
+        {"tokens": 9, "mask": "segment", "segment_size": 3, "chunk_size": 2},
+    ],
+    ids=["one-token", "one-short-segment", "segments-of-one", "uneven", "masked-segment"],
+)
+def test_edges_of_segments(memory, mode, options):
+    check(make_case(memory, "grm", state_init_mode=mode, **options))
+
+
+def test_ties_go_to_the_earlier_segment():
+    """Equation 16: with u = 0 every score is the same."""
+    case = make_case("linear", "ssc", tokens=17, segment_size=3, ssc_top_k=2)
+    case = case._replace(u=np.zeros_like(case.u))
+    check(case)
+    assert (run(case).gates[:, -1] > 0).sum(1).tolist() == [[2, 2, 0, 0, 0, 0, 2]] * 2
+
+
+def check_gradients(memory, aggregation, options):
+    case = make_case(memory, aggregation, **options)
+    results = [gradients(case, method) for method in METHODS]
+    assert_close(*results, GRADIENT, name="gradient")
+    for name in "qkv":
+        assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "options"), paired(QUICK))
+def test_gradients_of_the_chunked_form_are_those_of_the_recurrence(memory, aggregation, options):
+    """Section 6: q, k, v, u, coefficients, initial, norm; cotangents on the cache, too."""
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "options"), paired(product(MEMORIES, AGGREGATIONS))
+)
+def test_gradients_of_all_pairs(memory, aggregation, options):
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation"),
+    [("linear", "grm"), ("linear", "residual"), ("dla", "soup")],
+)
+def test_both_methods_detach_alike(memory, aggregation):
+    case = make_case(memory, aggregation, tokens=9)
+    plain = gradients(case)
+    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    chunked, recurrent = (output_gradient(case, method) for method in METHODS)
+    assert_close(chunked, recurrent, GRADIENT)
+    assert np.abs(chunked[0] - plain["k"]).max() > 1e-4
+
+
+def output_gradient(case, method):
+    inputs = arrays(case)
+    loss = call(inputs, case, method).output.sin().sum()
+    return [x.numpy() for x in torch.autograd.grad(loss, [inputs[name] for name in "kqv"])]
+
+
+# Every memory and every aggregation once; all pairs are among the slow ones.
+DERIVATIVES = (
+    ("linear-normalized", "grm", "checkpoint"),
+    ("swla", "ssc", "restart"),
+    ("dla", "soup", "checkpoint"),
+    ("titans-norm", "grm", "restart"),
+    ("titans-flat", "residual", "checkpoint"),
+)
+
+
+def check_derivatives(memory, aggregation, mode, order):
+    """Finite differences along a random direction, of all inputs at once."""
+    case = make_case(
+        memory, aggregation, tokens=5, batch=1, heads=1, segment_size=2, state_init_mode=mode
+    )
+    inputs = arrays(case)
+    given = leaves(inputs)
+
+    def function(*tensors):
+        rest = iter(tensors)
+        return projected(call({k: _filled(x, rest) for k, x in inputs.items()}, case))
+
+    (gradcheck if order == 1 else gradgradcheck)(function, given, fast_mode=True)
+
+
+def _filled(tree, tensors):
+    return tree_map(lambda _: next(tensors), tree)
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), DERIVATIVES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_are_slopes(memory, aggregation, mode, order):
+    check_derivatives(memory, aggregation, mode, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "aggregation"), list(product(MEMORIES, AGGREGATIONS)))
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_of_all_pairs(memory, aggregation, order):
+    check_derivatives(memory, aggregation, "checkpoint", order)

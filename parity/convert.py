@@ -154,7 +154,14 @@ def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
         kind: Any = mc_jax.LanguageModel if _is_model(config) else mc_jax.MemoryCachingLayer
         module = kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
         load_jax(module, _widened(flat, leaves(jax_weights(module))))
-        return np.asarray(_run(*nnx.split(module), jnp.asarray(inputs)))
+        x = jnp.asarray(inputs)
+        if not _is_model(config):
+            return np.asarray(_run(*nnx.split(module), x))
+        # Block by block: all have one structure, which is compiled once, however many there are.
+        x = module.embed(x)
+        for block in module.blocks:
+            x = _run(*nnx.split(block), x)
+        return np.asarray(module._logits(x))
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)

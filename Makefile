@@ -2,6 +2,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
 .PHONY: demo test test-all check format clean
 
@@ -25,9 +26,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # The CPU build of torch is pinned: an open range would bring several GB of CUDA packages.
+# memory-caching has a command `mc`, too: the package that is installed last keeps the name.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(PEER)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 

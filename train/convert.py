@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mc_core.weights import Flat
 from parity import convert as between
+from parity.community import community_format
 from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run
@@ -44,7 +45,9 @@ def convert(
             the proof fails; nothing is written then.
         OSError: a file cannot be read or written.
     """
-    formats = {form.name: form for form in (run_format(config), SAFETENSORS, STATE_DICT)}
+    notes: list[str] = []
+    community = community_format(notes.append)
+    formats = {form.name: form for form in (run_format(config), SAFETENSORS, STATE_DICT, community)}
     read = formats[source_format or _format_of(source)]
     write = formats[target_format or _format_of(target)]
     if write.name == "run" and config is None:
@@ -58,7 +61,7 @@ def convert(
     console.print(
         f"{source} ({read.name}) -> {target} ({write.name}): {proof.parameters} parameters of "
         f"{proof.dtype}, bit-equal; outputs of JAX and PyTorch in float64 differ by "
-        f"{proof.distance:.1e} (relative RMS)",
+        f"{proof.distance:.1e} (relative RMS){''.join('; ' + note for note in notes)}",
         soft_wrap=True,
         highlight=False,
     )

@@ -1,0 +1,267 @@
+"""Layers of `memory-caching` 0.1.0 (PyPI, PyTorch) as layers of this package.
+
+Tables name every field of its configuration and every parameter; what this package cannot compute
+is an error. `linear` and `swla` layers convert whole. `dla` and `titans` layers have no parameters
+for their memories, which start at zero and carry biases; with an initial memory that is not zero
+they agree as long as those biases are held at zero. `docs/migration.md` shows both packages.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mc_core.checks import check_keys, fail
+from mc_core.config import DLAConfig, MCConfig, MemoryConfig, SWLAConfig, TitansConfig
+from mc_core.pretrained import one_dtype
+from mc_core.weights import Flat, Leaf, check_leaves, leaves
+from mc_torch import MemoryCachingLayer
+from parity.convert import TOLERANCE, relative_rms
+from parity.files import Config, Format, Weights
+from parity.weights import load_torch, to_numpy
+
+PACKAGE = "memory-caching 0.1.0"
+BATCH, TOKENS, SEGMENT = 2, 45, 16  # of the proof
+
+# Its parameters, each [d, d], and ours.
+PARAMETERS = {
+    "q_proj.weight": "q_proj.weight",
+    "k_proj.weight": "k_proj.weight",
+    "v_proj.weight": "v_proj.weight",
+    "u_proj.weight": "u_proj.weight",  # ours has it only where it is read
+    "o_proj.weight": "out_proj.weight",
+}
+# Fields that mean the same under the same name.
+SAME = (
+    "d_model",
+    "num_heads",
+    "aggregation",
+    "segmentation",
+    "segment_size",
+    "state_init_mode",
+    "ssc_top_k",
+    "use_q_as_u",
+    "softmax_temperature",
+    "detach_cached_states",
+    "detach_cached_context",
+)
+# Its memories can all be mixed, so that the fallback for others is never taken.
+WITHOUT_EFFECT = ("allow_output_mixture_fallback",)
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "swla": ("alpha", "beta", "lam"),
+    "dla": (
+        "memory_width",
+        "memory_depth",
+        "objective",
+        "inner_update_mode",
+        "step_size",
+        "momentum",
+    ),
+    "titans": (
+        "memory_width",
+        "memory_depth",
+        "objective",
+        "inner_update_mode",
+        "step_size",
+        "momentum",
+        "retention_alpha",
+        "update_convention",
+    ),
+}
+FIELDS = (*SAME, *WITHOUT_EFFECT, "backend", *(kind for kind in BACKENDS if BACKENDS[kind]))
+
+
+def from_community(
+    config: Any, state_dict: Mapping[str, torch.Tensor], initial: Sequence[torch.Tensor] = ()
+) -> tuple[MCConfig, Flat]:
+    """Return the configuration and the parameters of the layer that computes the same.
+
+    Args:
+        config: the layer's `MCConfig`, or what `dataclasses.asdict` makes of it. `backend` and the
+            part of that name must be those of the layer's backend object, which alone counts there.
+        state_dict: the layer's.
+        initial: the memory that `dla` and `titans` start at, first layer first, each
+            [h, out, in]; their own is zero, from which no memory of ours can learn.
+
+    Returns:
+        Our configuration, and our parameters in PyTorch's layout: see `load_torch` and `to_jax`.
+
+    Raises:
+        ValueError: names the field that has no equal here, or lists the parameters that do not fit.
+    """
+    fields = config if isinstance(config, dict) else dataclasses.asdict(config)
+    ours = map_config(fields)
+    given = leaves(state_dict)
+    dtype = one_dtype(given) if given else "float32"
+    square = Leaf((ours.d_model, ours.d_model), dtype)
+    check_leaves(given, dict.fromkeys(PARAMETERS, square))
+    flat = {PARAMETERS[name]: to_numpy(tensor) for name, tensor in state_dict.items()}
+    if not ours.gated or ours.use_q_as_u:
+        del flat["u_proj.weight"]
+    return ours, flat | _initial(ours, initial, dtype)
+
+
+def map_config(fields: dict[str, Any]) -> MCConfig:
+    """Return our configuration of a layer; `fields` as `dataclasses.asdict` gives them.
+
+    Raises:
+        ValueError: names the field that has no equal here.
+    """
+    check_keys("config", fields, FIELDS, FIELDS)
+    kind = fields["backend"]
+    if kind not in BACKENDS:
+        fail("config", "backend", kind, "one of " + ", ".join(map(repr, BACKENDS)))
+    if fields["aggregation"] not in ("residual", "grm", "soup", "ssc"):
+        fail("config", "aggregation", fields["aggregation"], "'residual', 'grm', 'soup' or 'ssc'")
+    ours = MCConfig(
+        **{name: fields[name] for name in SAME}, pooling="sum", qk_norm="none", output_norm="none"
+    )
+    if kind == "linear":
+        return ours
+    part = fields[kind]
+    check_keys(f"config.{kind}", part, BACKENDS[kind], BACKENDS[kind])
+    if kind == "swla":
+        return dataclasses.replace(ours, memory=_swla(part))
+    return dataclasses.replace(ours, memory=_mlp(kind, part, ours.head_dim), chunk_size=1)
+
+
+def _swla(part: dict[str, Any]) -> SWLAConfig:
+    alpha = part["alpha"]
+    if not 0 < alpha <= 1:
+        fail("config", "swla.alpha", alpha, "in (0, 1]: it is a retention here")
+    return SWLAConfig("constant", retention=alpha, previous=part["beta"], newest=part["lam"])
+
+
+def _mlp(kind: str, part: dict[str, Any], head: int) -> MemoryConfig:
+    if part["inner_update_mode"] != "differentiable":
+        mode = part["inner_update_mode"]
+        allowed = "'differentiable': writes are always differentiated here"
+        fail("config", f"{kind}.inner_update_mode", mode, allowed)
+    if kind == "titans" and part["update_convention"] != "gradient_descent":
+        convention, allowed = part["update_convention"], "'gradient_descent': the other climbs"
+        fail("config", "titans.update_convention", convention, allowed)
+    if part["memory_width"] % head:
+        allowed = f"a multiple of the head width {head}"
+        fail("config", f"{kind}.memory_width", part["memory_width"], allowed)
+    same: dict[str, Any] = {
+        "depth": part["memory_depth"],
+        "expansion": part["memory_width"] // head,
+        "objective": part["objective"],
+        "step": part["step_size"],
+        "residual": False,
+        "inner_clip": None,
+        "coefficients": "constant",
+    }
+    if kind == "dla" and not part["momentum"]:
+        return DLAConfig(**same)
+    # `dla` has no momentum here; Titans on the same loss has.
+    return TitansConfig(
+        **same, momentum=part["momentum"], retention=part.get("retention_alpha", 1.0)
+    )
+
+
+def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> Flat:
+    memory, h, width = config.memory, config.num_heads, config.head_dim
+    if not isinstance(memory, DLAConfig | TitansConfig):
+        dims = [width]  # a matrix starts at zero in both packages
+    else:
+        dims = [width, *[width * memory.expansion] * (memory.depth - 1), width]
+        if not initial:
+            raise ValueError(
+                f"config.backend = {memory.kind!r}: starts at a zero memory, whose reads ignore "
+                "the query, and writes biases, which no memory here has: only 'linear' and 'swla' "
+                "convert whole"
+            )
+    given = {f"initial.{layer}": tensor for layer, tensor in enumerate(initial)}
+    wanted = {
+        f"initial.{layer}": Leaf((h, dims[layer + 1], dims[layer]), dtype)
+        for layer in range(len(dims) - 1)
+    }
+    check_leaves(leaves(given), wanted)
+    if given and not any(bool(tensor.any()) for tensor in given.values()):
+        raise ValueError("initial: is zero, and no write would change that")
+    return {name: to_numpy(tensor) for name, tensor in given.items()}
+
+
+def community_format(report: Callable[[str], object]) -> Format:
+    """Return the format of a layer of the package, saved in its own terms.
+
+    The file is `torch.save({"config": dataclasses.asdict(layer.config), "state_dict":
+    layer.state_dict()}, path)` of a `linear` or `swla` layer, and nothing else. Where the package
+    is installed, reading compares its own layer's outputs with ours in float64.
+
+    Args:
+        report: is given a line that says how near the outputs are.
+    """
+
+    def read(path: Path) -> Weights:
+        try:
+            fields, state_dict = _load(path)
+            config, flat = from_community(fields, state_dict)
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises nothing narrower
+            raise ValueError(f"{path}: {error}") from error
+        if find_spec("memory_caching") is None:
+            report(f"{PACKAGE} is not installed: its own outputs were not compared")
+            return Weights(config, flat, "torch")
+        distance = relative_rms(_ours(config, flat), _theirs(fields, state_dict))
+        if not distance < TOLERANCE:
+            raise ValueError(
+                f"{path}: not converted: outputs differ from those of {PACKAGE} by {distance:.1e} "
+                f"(relative RMS, float64), allowed is {TOLERANCE:.0e}"
+            )
+        report(f"outputs of {PACKAGE} differ by {distance:.1e}")
+        return Weights(config, flat, "torch")
+
+    return Format("community", "torch", read, _write)
+
+
+def _write(path: Path, config: Config, flat: Flat) -> None:
+    del config, flat
+    raise ValueError(f"{path}: the format of {PACKAGE} is only read")
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    keys = ("config", "state_dict")
+    check_keys("file", loaded, keys, keys)
+    tensors = loaded["state_dict"]
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError("file: state_dict holds something else than tensors")
+    return loaded["config"], tensors
+
+
+def _batch(d_model: int) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.standard_normal((BATCH, TOKENS, d_model)))
+
+
+def _ours(config: MCConfig, flat: Flat) -> np.ndarray:
+    config = dataclasses.replace(config, segment_size=min(config.segment_size, SEGMENT))
+    layer = MemoryCachingLayer(config, device="cpu", dtype=torch.float64)
+    load_torch(layer, {name: array.astype(np.float64) for name, array in flat.items()})
+    with torch.no_grad():
+        return layer(_batch(config.d_model)).numpy()
+
+
+def _theirs(fields: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> np.ndarray:
+    import memory_caching as theirs
+
+    swla = theirs.SWLAConfig(**fields["swla"])
+    shared = {name: fields[name] for name in SAME}
+    config = theirs.MCConfig(**shared, backend=fields["backend"], swla=swla)
+    linear = fields["backend"] == "linear"
+    layer = theirs.MemoryCachingLayer(
+        config=config,
+        backend=theirs.LinearMemoryBackend() if linear else theirs.SWLABackend(swla),
+    ).double()
+    layer.load_state_dict({name: tensor.double() for name, tensor in state_dict.items()})
+    with torch.no_grad():
+        x = _batch(config.d_model)
+        return layer(x, segment_size=min(config.segment_size, SEGMENT)).numpy()

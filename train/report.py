@@ -70,7 +70,7 @@ def print_report(console: Console, run: Path, report: Report) -> None:
         f"are not among the {report.documents[0]} trained on;\n"
         "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone"
     )
-    table = Table("what", "bits/byte", "difference", "parameters", "tokens", "time")
+    table = Table("what", "bits/byte", "difference", "params", "tokens", "time")
     for column in table.columns[1:]:
         column.justify = "right"
     rows: list[tuple[float, list[str]]] = []

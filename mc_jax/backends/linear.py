@@ -22,7 +22,7 @@ from mc_jax.backends.base import (
     decay_products,
     mask_coefficients,
 )
-from mc_jax.numerics import Array
+from mc_jax.numerics import Array, state_dtype
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class Linear:
         return ChunkMix(state=decay[..., 0], events=decay[..., 1:] * at.step[..., None, :])
 
     def _feature(self, x: Array) -> Array:
-        return jax.nn.elu(x) + 1 if self.config.feature_map == "elu+1" else x
+        if self.config.feature_map == "identity":
+            return x
+        # Near elu(x) = -1 a sum in bfloat16 would lose most digits.
+        return (jax.nn.elu(x.astype(state_dtype(x.dtype))) + 1).astype(x.dtype)
 
     def _value(self, v: Array) -> Array:
         if not self.config.normalize:

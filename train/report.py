@@ -75,7 +75,8 @@ def print_report(console: Console, run: Path, report: Report) -> None:
         column.justify = "right"
     rows: list[tuple[float, list[str]]] = []
     for result in (report, *siblings(run, report)):
-        size = [f"{result.parameters:,}", f"{result.tokens:,}", f"{result.seconds:.0f} s"]
+        size = [f"{result.parameters / 1e6:.3g} M", f"{result.tokens / 1e6:.3g} M"]
+        size.append(f"{result.seconds:.0f} s")
         rows.append((result.bits_per_byte, [f"{result.name} ({result.model})", *size]))
     names = ("uniform", "order-0", "xz -9")
     rows += [(bits, [name]) for name, bits in zip(names, report.references, strict=True)]

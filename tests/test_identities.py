@@ -195,6 +195,7 @@ def test_masked_tokens_change_nothing(memory, aggregation, mode):
     clean, spoilt = function(arrays(case)), function(arrays(junk))
     for left, right in zip(jax.tree.leaves(clean), jax.tree.leaves(spoilt), strict=True):
         np.testing.assert_array_equal(left, right)
+        assert np.isfinite(np.asarray(right)).all()
     (_, result), grads = spoilt
     assert not np.asarray(result.output)[~case.mask].any()
     assert not np.asarray(result.gates)[~case.mask].any()

@@ -190,6 +190,7 @@ def test_masked_tokens_may_hold_anything(name):
     results = [run(state, jnp.where(mask[:, :, None], x, junk)) for junk in (0.0, jnp.nan)]
     for left, right in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(left, right)
+        assert np.isfinite(np.asarray(right)).all()
     assert not np.asarray(results[1][0][1])[~mask].any()
     assert not np.asarray(results[1][1][1])[~mask].any()
 

@@ -114,6 +114,7 @@ def test_every_memory_and_read_compiled(memory, mode, aggregation):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch")  # inductor uses what torch itself deprecates
 @pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
 @pytest.mark.parametrize(
     "memory", [LinearConfig(), TitansConfig(expansion=1)], ids=["linear", "titans"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from mc_core import DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
 from mc_jax import MemoryCachingLayer
+from train.config import load_config
+from train.loop import train
 
 MEMORIES = {
     "linear": LinearConfig(coefficients="token"),
@@ -97,3 +101,24 @@ def test_finite_at_4096_tokens(memory, aggregation, mode, dtype):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_finite_in_one_segment_of_4096_tokens(memory):
     check(config(memory, "none", "checkpoint", 4096, 256), 4096, jnp.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_finite_through_200_steps_at_the_rate_of_the_demo(dtype, tmp_path):
+    """Every loss, gradient and parameter is held to be finite by the training loop itself."""
+    demo = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    words = {
+        "data.window": 4096,
+        "data.validation_bytes": 16384,
+        "model.layer.segment_size": 512,
+        "model.layer.chunk_size": 256,
+        "run.dtype": dtype,
+        "run.steps": 200,
+        "run.batch_size": 1,
+        "run.directory": tmp_path / "run",
+    }
+    report = train(
+        load_config(demo, [f"{key}={value}" for key, value in words.items()]), Console(quiet=True)
+    )
+    assert report.bits_per_byte < 8  # fewer than a uniform guess takes

@@ -192,11 +192,13 @@ def make_batches(tokens: np.ndarray, data: DataConfig, run: RunConfig) -> grain.
     Every epoch visits all windows once, in an order of its own that follows from the seed.
     Grain's checkpoint handler saves and restores the position.
     """
+    windows, rows = Windows(tokens, data.window), run.accumulation * run.batch_size
     return iter(
-        grain.MapDataset.source(Windows(tokens, data.window))
+        grain.MapDataset.source(windows)
         .shuffle(seed=run.seed)
-        .repeat()
-        .batch(run.accumulation * run.batch_size)
+        # Far beyond any run, and short enough for an index: without a number, one row overflows.
+        .repeat(2**48 // len(windows))
+        .batch(rows)
         .map(lambda rows: rows.reshape(run.accumulation, run.batch_size, data.window + 1))
         # A window is a slice of memory: threads would cost more than they save.
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -41,12 +42,20 @@ class Plan:
     opens_chunk: tuple[bool, ...]  # [t]
 
 
-@torch.compiler.assume_constant_result
 def make_plan(
     tokens: int, config: MCConfig, lengths: Sequence[int] | None, device: torch.device
 ) -> Plan:
     """Plan the segments and chunks of `tokens` tokens; see `mc_core.make_plan`."""
-    return _make_plan(tokens, config, None if lengths is None else tuple(lengths), device)
+    # A compiler that has met two lengths gives the next as a symbol: `index` makes it a number.
+    lengths = None if lengths is None else tuple(lengths)
+    return _constant_plan(index(tokens), config, lengths, device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_plan(
+    tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
+) -> Plan:
+    return _make_plan(tokens, config, lengths, device)
 
 
 @lru_cache(maxsize=256)
@@ -59,7 +68,7 @@ def _make_plan(
     def tensor(x: np.ndarray) -> Array:
         return torch.tensor(x, dtype=torch.int64, device=device)
 
-    def index(x: np.ndarray, size: int) -> Index:
+    def places(x: np.ndarray, size: int) -> Index:
         return Index(tensor(x), np.array_equal(x, np.arange(size)), bool(x.max() == size))
 
     padded = plan.padded_segments.reshape(-1)
@@ -70,10 +79,10 @@ def _make_plan(
         segments=plan.segments,
         rows=plan.rows,
         chunk_size=plan.chunk_size,
-        index=index(plan.index, tokens),
-        place_of=index(plan.place_of, plan.index.size),
-        padded_segments=index(padded, tokens),
-        segment_places=index(np.flatnonzero(padded < tokens), padded.size),
+        index=places(plan.index, tokens),
+        place_of=places(plan.place_of, plan.index.size),
+        padded_segments=places(padded, tokens),
+        segment_places=places(np.flatnonzero(padded < tokens), padded.size),
         opening=tensor(opening),
         restarts=tuple(plan.restarts[0].tolist()),
         last_chunk=tuple(plan.last_chunk.tolist()),

@@ -77,8 +77,8 @@ def check_compiled(config, backend, tokens=(5,), dtype=torch.float64, tolerance=
     layer = make_layer(config, dtype=dtype)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for t in tokens:
-        x, mask = draw(2, t, 8, dtype=dtype), draw(2, t) < 1
+    for batch, t in enumerate(tokens, 2):
+        x, mask = draw(batch, t, 8, dtype=dtype), draw(batch, t) < 1
         results = [forward_and_backward(run, layer, x, mask) for run in (compiled, layer)]
         assert_close(*results, tolerance)
 
@@ -119,9 +119,9 @@ def test_every_memory_and_read_compiled(memory, mode, aggregation):
 @pytest.mark.parametrize(
     "memory", [LinearConfig(), TitansConfig(expansion=1)], ids=["linear", "titans"]
 )
-def test_compiled_to_machine_code_at_two_lengths(memory, aggregation):
+def test_compiled_to_machine_code_at_several_shapes(memory, aggregation):
     config = MCConfig(8, 2, memory, aggregation, segment_size=4, chunk_size=2, conv_width=2)
-    check_compiled(config, "inductor", (7, 10), torch.float32, 2e-5)
+    check_compiled(config, "inductor", (7, 10, 9), torch.float32, 2e-5)
 
 
 @pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from mc_core.config import AGGREGATIONS, MEMORIES
+from mc_core.errors import UserError
+from mc_core.files import write_atomic
 from parity.environment import MissingError, prepare
-from train.errors import UserError
-from train.files import write_atomic
 
 app = typer.Typer(help="Prove that mc_jax and mc_torch compute the same.", no_args_is_help=True)
 

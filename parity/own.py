@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from mc_core import ModelConfig
+from mc_core.errors import UserError
 from parity.cases import Case, rounded, state_dtype
 from parity.files import SAFETENSORS, STATE_DICT, Config, Weights
 from parity.weights import Flat
 from train.config import load_config
 from train.convert import read_run
-from train.errors import UserError
 
 READERS = {".safetensors": SAFETENSORS.read, ".pt": STATE_DICT.read, ".pth": STATE_DICT.read}
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import write_documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mc_core.errors import UserError
 from train.config import DataConfig, RunConfig
 from train.data import (
     STDLIB_WITHOUT,
@@ -22,7 +23,6 @@ from train.data import (
     split,
     stdlib_files,
 )
-from train.errors import UserError
 
 texts = st.lists(st.binary(min_size=1, max_size=40), min_size=2, max_size=60)
 fractions = st.floats(0.01, 0.99)

@@ -18,11 +18,11 @@ from rich.console import Console
 from test_train import Dropping
 from tiny import mc, write_config
 
+from mc_core.errors import UserError
 from train.checkpoint import Checkpoints
 from train.config import load_config
 from train.curves import read_rows
 from train.data import load_corpus, make_batches
-from train.errors import UserError
 from train.loop import train
 from train.step import build
 

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from tiny import TINY, write_config
 
+from mc_core.errors import NotFiniteError, UserError
 from train.config import OptimizerConfig, TrainConfig, from_dict, load_config, to_dict
 from train.data import load_corpus
-from train.errors import NotFiniteError, UserError
 from train.evaluate import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.step import TrainState, build, check_finite, make_train_step, token_losses

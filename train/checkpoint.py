@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
+from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.config import TrainConfig, first_difference, from_dict
-from train.errors import UserError
 from train.step import TrainState, build
 
 

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from mc_core import segment_lengths
+from mc_core.errors import NotFiniteError, UserError
 from parity.cli import app as parity
-from train.errors import NotFiniteError, UserError
 
 app = typer.Typer(
     help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",

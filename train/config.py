@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mc_core import ModelConfig
 from mc_core.checks import check_choice, check_range, fail
 from mc_core.config import MEMORIES
-from train.errors import UserError
+from mc_core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 from rich.console import Console
 
+from mc_core.errors import UserError
 from mc_core.weights import Flat
 from parity import convert as between
 from parity.community import community_format
@@ -16,7 +17,6 @@ from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run
 from train.config import TrainConfig, to_dict
 from train.data import load_corpus, make_batches
-from train.errors import UserError
 from train.step import build, split
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}

@@ -10,8 +10,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from train.errors import UserError
-from train.files import write_atomic
+from mc_core.errors import UserError
+from mc_core.files import write_atomic
 
 FILE = "metrics.jsonl"
 

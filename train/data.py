@@ -11,8 +11,8 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from mc_core.errors import UserError
 from train.config import DataConfig, RunConfig
-from train.errors import UserError
 
 STDLIB = "stdlib"
 # Tests are data more than source; the rest of these differs between installations of one version.

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from mc_core.files import write_atomic
 from train.curves import read_rows
 from train.evaluate import References
-from train.files import write_atomic
 
 FILE = "report.json"
 

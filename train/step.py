@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
 from train.config import TrainConfig
-from train.errors import NotFiniteError
 from train.optimizer import make_optimizer
 
 Tree = Any  # nested dictionaries of arrays

@@ -265,6 +265,21 @@ class MCConfig(_Dict):
         return self.aggregation in GATED
 
     @property
+    def reads_sum(self) -> bool:
+        """Whether all cached memories are read at once, as their sum (equation 7)."""
+        memory = self.memory
+        linear = memory.kind == "swla" or (
+            isinstance(memory, LinearConfig) and not memory.normalize
+        )
+        return linear and self.aggregation in ("residual", "mean")
+
+    def slots(self, tokens: int) -> int:
+        """Return how many cached memories a stream of so many tokens keeps one by one."""
+        if self.aggregation == "none" or self.reads_sum:
+            return 0
+        return -(-tokens // self.segment_size)
+
+    @property
     def normalizes_qk(self) -> bool:
         """Whether the layer L2-normalises q and k; by default where an MLP memory is written."""
         if self.qk_norm is None:

@@ -49,6 +49,7 @@ class Plan:
         index: [rows * chunks * chunk_size] the token at each place; `tokens` at an empty place.
         last_chunk: [n] the flat chunk that holds each segment's last token.
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
+        full_length: tokens of the last segment when it is complete.
     """
 
     lengths: tuple[int, ...]
@@ -57,6 +58,7 @@ class Plan:
     index: np.ndarray
     last_chunk: np.ndarray
     restarts: np.ndarray
+    full_length: int
 
     @property
     def tokens(self) -> int:
@@ -121,6 +123,8 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
     Raises:
         ValueError: the lengths are not positive or do not add up to `tokens`.
     """
+    # A segment of constant size goes on with the next token; others end where they are cut.
+    grows = lengths is None and config.segmentation == "constant"
     if lengths is None:
         lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
     lengths = tuple(int(length) for length in lengths)
@@ -150,4 +154,18 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         index=index.reshape(-1),
         last_chunk=first + np.asarray(counts) - 1,
         restarts=restarts.reshape(rows, chunks),
+        full_length=config.segment_size if grows else lengths[-1],
     )
+
+
+def check_streams(config: MCConfig) -> None:
+    """Refuse to stream segments that depend on tokens to come.
+
+    Raises:
+        ValueError: says which segmentation streams.
+    """
+    if config.segmentation == "logarithmic":
+        raise ValueError(
+            "segmentation = 'logarithmic': its cuts depend on the total length, so it cannot "
+            "stream: use 'constant'; 'fenwick' cuts by powers of two and will stream too"
+        )

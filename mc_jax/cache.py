@@ -1,12 +1,17 @@
 """The streaming state of a layer's memories: an immutable tree, valid between any two tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mc_jax.backends import Memory, MemoryState, Weights
-from mc_jax.numerics import Array, state_dtype
+from mc_core.config import MCConfig
+from mc_core.segmentation import Plan, check_streams
+from mc_jax.backends import Memory, MemoryState, Weights, make_memory
+from mc_jax.numerics import Array, Dtype, state_dtype
+
+Tree = Any  # nested tuples of arrays
 
 
 class Segments(NamedTuple):
@@ -18,13 +23,30 @@ class Segments(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """All that the next token needs to know of the ones before it."""
+    """All that the next token needs to know of the ones before it; every row by itself."""
 
-    segments: Segments
+    stored: Segments  # complete segments, in slots; read the online one's through `segments`
+    total: Weights  # sum of the complete segments' weights, where one read of it is enough
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
-    length: Array  # real tokens of the online segment, int32 [b]
+    pool: Array  # its pooled key [b, h, k]
+    length: Array  # its real tokens, int32 [b]
+    slot: Array  # which segment it is, int32 [b]
     position: Array  # tokens so far, masked ones included, int32 [b]
+    limit: Array  # tokens that there is room for, int32 []
+    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+    @property
+    def segments(self) -> Segments:
+        """Every segment's memory, pooled key and length, the online segment's as they are now.
+
+        Slots to come are zero. There are no slots where no read needs them: under `none`, and under
+        `residual` and `mean` with matrix memories, in a cache of `init_cache`.
+        """
+        if not self.stored.length.shape[1]:
+            return self.stored
+        online = Segments(self.state.weights, self.pool, self.length)
+        return put_slots(self.stored, add_axis(online), self.slot[:, None])
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:
@@ -50,8 +72,149 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     return MemoryState(weights, momentum, weights if memory.is_mlp else (), previous)
 
 
-def choose(condition: Array, yes: MemoryState, no: MemoryState) -> MemoryState:
-    """Select whole states; `condition` [b] or [b, r] matches their leading axes."""
+def init_cache(
+    initial: Weights,
+    config: MCConfig,
+    batch: int,
+    max_tokens: int,
+    *,
+    cache_dtype: Dtype = None,
+) -> Cache:
+    """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
+
+    Args:
+        initial: W_0, first layer first, each [h, out, in].
+        config: the layer's configuration, with segments of constant size.
+        batch: number of streams.
+        max_tokens: the most tokens that a stream may have.
+        cache_dtype: of the cached memories; None = that of the online one, at least float32.
+
+    Raises:
+        ValueError: a number is not positive, or the segments cannot stream.
+    """
+    check_streams(config)
+    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be >= 1")
+    memory = make_memory(config.memory)
+    h, width = config.num_heads, initial[0].shape[-1]
+    k = jnp.zeros((batch, h, width), initial[0].dtype)
+    v = jnp.zeros((batch, h, initial[-1].shape[-2]), initial[0].dtype)
+    start = start_state(memory, initial, k[..., None, :], v[..., None, :])
+    slots = config.slots(max_tokens)
+    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+
+
+def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
+    """Return a cache with the same content and room for `max_tokens` tokens.
+
+    Raises:
+        ValueError: that is less than it has room for now.
+    """
+    slots = max(config.slots(max_tokens), cache.stored.length.shape[1])
+    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
+        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, slots - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    stored = jax.tree.map(pad, cache.stored)
+    return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
+
+
+def check_room(cache: Cache, tokens: int | Array) -> None:
+    """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
+
+    Args:
+        cache: the streams so far.
+        tokens: to come, for all rows or [b].
+
+    Raises:
+        ValueError: names the position, and what to do.
+    """
+    if is_traced(cache.position) or is_traced(tokens):
+        return
+    position, limit = np.asarray(cache.position), int(cache.limit)
+    ahead = int(np.max(position + np.asarray(tokens)))
+    if ahead > limit:
+        raise ValueError(
+            f"cache: max_tokens = {limit}, and position {int(position.max())} would go to {ahead}: "
+            f"grow(cache, {ahead}) first"
+        )
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is known only to the compiled program."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def empty_cache(
+    start: MemoryState, k: Array, slots: int, limit: int, total: bool, dtype: Dtype = None
+) -> Cache:
+    """Return the cache before the first token.
+
+    Args:
+        start: the state before the first token [b, h, ...].
+        k: keys [b, h, k], which give the shapes of their pools.
+        slots: memories that it will hold.
+        limit: tokens that it will have room for.
+        total: whether the sum of complete segments is kept.
+        dtype: of stored memories; None = that of the state.
+    """
+    zero = jnp.zeros_like(k, dtype=state_dtype(k.dtype))
+    count = jnp.zeros_like(k[:, 0, 0], dtype=jnp.int32)
+
+    def stack(x: Array) -> Array:
+        return jnp.repeat(jnp.zeros_like(x)[:, None], slots, axis=1)
+
+    return Cache(
+        stored=Segments(
+            weights=tuple(stack(w.astype(dtype or w.dtype)) for w in start.weights),
+            pool=stack(zero),
+            length=stack(count),
+        ),
+        total=jax.tree.map(jnp.zeros_like, start.weights) if total else (),
+        state=start,
+        pool_sum=zero,
+        pool=zero,
+        length=count,
+        slot=count,
+        position=count,
+        limit=jnp.asarray(limit, jnp.int32),
+    )
+
+
+def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
+    """Return the sum of complete segments' weights [b, h, o, i], where reads take it.
+
+    Args:
+        config: the layer's configuration.
+        weights: of all segments, each [b, n, h, o, i].
+        plan: the segments; of those that `config` cuts the last may be incomplete.
+    """
+    if not config.reads_sum:
+        return ()
+    complete = plan.segments - (plan.lengths[-1] < plan.full_length)
+    return tuple(jnp.sum(w[:, :complete], axis=1) for w in weights)
+
+
+def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
+    """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
+    row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
+    return jax.tree.map(
+        lambda all_, some: all_.at[row, slots].set(some.astype(all_.dtype), mode="drop"),
+        stored,
+        segments,
+    )
+
+
+def add_axis(tree: Tree) -> Tree:
+    """Give the arrays [b, ...] of a tree an axis of length 1 after the first."""
+    return jax.tree.map(lambda x: x[:, None], tree)
+
+
+def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """Select whole states, or other trees; `condition` [b] or [b, r] matches their leading axes."""
 
     def pick(a: Array, b: Array) -> Array:
         return jnp.where(

@@ -12,7 +12,7 @@ from mc_jax.backends import ChunkMix, Coefficients, Events, Memory, MemoryState,
 from mc_jax.backends.base import Apply
 from mc_jax.cache import choose, start_state
 from mc_jax.layout import to_chunks
-from mc_jax.numerics import Array, product, state_dtype
+from mc_jax.numerics import Array, product
 
 
 class Writes(NamedTuple):
@@ -24,6 +24,16 @@ class Writes(NamedTuple):
     mix: ChunkMix
     ends: Weights  # the memory at each segment's end [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
+
+
+class Scanned(NamedTuple):
+    """What a scan over chunks carried; arrays lead with [g, b, r], the final state with [b, r]."""
+
+    before: Weights  # the memory that came to each chunk, before any restart [..., h, o, i]
+    momentum: Weights
+    events: Events
+    mix: ChunkMix
+    final: MemoryState
 
 
 def write_chunks(
@@ -49,29 +59,72 @@ def write_chunks(
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     at = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     written = to_chunks(mask[:, :, None].astype(at.step.dtype), plan)
-    mix = memory.chunk_mix(at, written)
     start = start_state(memory, initial, k[0], v[0])
+    restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
+    scanned = scan_chunks(memory, k, v, at, written, start, start, restarts)
+    final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
+    return Writes(
+        *began(scanned, start, restarts),
+        events=scanned.events,
+        mix=scanned.mix,
+        ends=jax.tree.map(
+            lambda b, f: _segment_ends(b, f, plan), scanned.before, scanned.final.weights
+        ),
+        final=jax.tree.map(lambda x: x[:, -1], final),
+    )
+
+
+def scan_chunks(
+    memory: Memory,
+    k: Array,
+    v: Array,
+    at: Coefficients,
+    written: Array,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: Array | None,
+    opens: Array | None = None,
+) -> Scanned:
+    """Write rows of chunks one after another.
+
+    Args:
+        memory: the memory kind.
+        k: keys [g, b, r, h, c, k], zero where nothing is written.
+        v: values [g, b, r, h, c, v], likewise.
+        at: coefficients, each [g, b, r, h, c].
+        written: 1 at real tokens, else 0 [g, b, r, 1, c].
+        state: the memory before the first chunk [b, r, h, ...].
+        start: the state before a stream's first token [b, r, h, ...].
+        restarts: bool [g, b or 1, r], True where a chunk begins at `start`; None = nowhere.
+        opens: bool [g, b, r], True where a chunk begins with its first token: its gradients are
+            taken at the memory as it is then, elsewhere at `state.anchor`, for what is here is the
+            rest of a chunk. None = everywhere.
+    """
+    mix = memory.chunk_mix(at, written)
     previous: Weights = ()
     if memory.reaches_back:
-        previous = _tokens_before(k, v, written > 0, plan)
+        before, previous = _tokens_before(k, v, written > 0, state.previous, restarts)
         k, v = (
             jnp.concatenate([p[..., None, :].astype(x.dtype), x], axis=-2)
-            for p, x in zip(previous, (k, v), strict=True)
+            for p, x in zip(before, (k, v), strict=True)
         )
     if memory.is_mlp:
-        before, momentum, events, final = _scan_mlp(memory, k, v, mix, start, plan)
-    else:
-        events = memory.events((), k, v)
-        before, final = _scan_matrix(events, mix, start, plan, k.dtype)
-        momentum = ()
-    anchor = _anchor(memory, before, final, plan)
-    if memory.reaches_back:
-        final = final._replace(previous=_last_token(k, v, written > 0))
-    weights = _restarted(before, start.weights, plan)
-    momentum = _restarted(momentum, jax.tree.map(jnp.zeros_like, start.momentum), plan)
-    ends = jax.tree.map(lambda b, f: _segment_ends(b, f, plan), before, final.weights)
-    last = jax.tree.map(lambda x: x[:, -1], final._replace(anchor=anchor))
-    return Writes(weights, momentum, events, mix, ends, last)
+        return _scan_mlp(memory, k, v, mix, state, start, restarts, opens)
+    events = memory.events((), k, v)
+    carried, final = _scan_matrix(events, mix, state, start, restarts, k.dtype)
+    return Scanned(carried, (), events, mix, final._replace(previous=previous))
+
+
+def began(scanned: Scanned, start: MemoryState, restarts: Array | None) -> tuple[Weights, Weights]:
+    """Return the weights and the momentum with which each chunk began [g, b, r, h, o, i]."""
+    if restarts is None:
+        return scanned.before, scanned.momentum
+    condition = restarts[..., None, None, None]
+
+    def pick(start: Weights, before: Weights) -> Weights:
+        return tuple(jnp.where(condition, s, b) for s, b in zip(start, before, strict=True))
+
+    return pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
 
 
 def online_apply(writes: Writes, dtype: jnp.dtype) -> Apply:
@@ -98,11 +151,18 @@ def online_apply(writes: Writes, dtype: jnp.dtype) -> Apply:
 
 
 def _scan_mlp(
-    memory: Memory, k: Array, v: Array, mix: ChunkMix, start: MemoryState, plan: Plan
-) -> tuple[Weights, Weights, Events, MemoryState]:
+    memory: Memory,
+    k: Array,
+    v: Array,
+    mix: ChunkMix,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: Array | None,
+    opens: Array | None,
+) -> Scanned:
     @partial(jax.checkpoint, prevent_cse=False)
-    def write(weights: Weights, momentum: Weights, k: Array, v: Array, mix: ChunkMix):  # type: ignore[no-untyped-def]
-        events = memory.events(weights, k, v)
+    def write(anchor: Weights, weights: Weights, momentum: Weights, k: Array, v: Array, mix):  # type: ignore[no-untyped-def]
+        events = memory.events(anchor, k, v)
         add = _outer(events, mix.events[..., -1, :], k.dtype)
         new = tuple(
             mix.state[..., -1, None, None] * w - g for w, g in zip(weights, add, strict=True)
@@ -119,19 +179,28 @@ def _scan_mlp(
         return new, momentum, events
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
-        k, v, mix, restart = chunk
-        state = choose(restart, start, carry) if _restarts_inside(plan) else carry
-        weights, momentum, events = write(state.weights, state.momentum, k, v, mix)
+        k, v, mix, restart, opening = chunk
+        state = carry if restart is None else choose(restart, start, carry)
+        anchor = state.weights
+        if opening is not None:
+            anchor = choose(opening, state.weights, state.anchor)
+            state = state._replace(anchor=anchor)
+        weights, momentum, events = write(anchor, state.weights, state.momentum, k, v, mix)
         after = state._replace(weights=weights, momentum=momentum)
         return after, (carry.weights, carry.momentum, events)
 
-    chunks = (k, v, mix, jnp.asarray(plan.restarts.T)[:, None])
-    final, (before, momentum, events) = jax.lax.scan(step, start, chunks)
-    return before, momentum, events, final
+    chunks = (k, v, mix, restarts, opens)
+    final, (before, momentum, events) = jax.lax.scan(step, state, chunks)
+    return Scanned(before, momentum, events, mix, final)
 
 
 def _scan_matrix(
-    events: Events, mix: ChunkMix, start: MemoryState, plan: Plan, dtype: jnp.dtype
+    events: Events,
+    mix: ChunkMix,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: Array | None,
+    dtype: jnp.dtype,
 ) -> tuple[Weights, MemoryState]:
     # No gradient depends on the memory: all products are taken at once, the scan only adds.
     (add,) = _outer(events, mix.events[..., -1, :], dtype)
@@ -139,11 +208,11 @@ def _scan_matrix(
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
         keep, add, restart = chunk
-        state = choose(restart, start, carry) if _restarts_inside(plan) else carry
+        state = carry if restart is None else choose(restart, start, carry)
         after = state._replace(weights=(keep * state.weights[0] - add,))
         return after, carry.weights
 
-    final, before = jax.lax.scan(step, start, (keep, add, jnp.asarray(plan.restarts.T)[:, None]))
+    final, before = jax.lax.scan(step, state, (keep, add, restarts))
     return before, final
 
 
@@ -155,18 +224,6 @@ def _outer(events: Events, scale: Array, dtype: jnp.dtype) -> Weights:
     )
 
 
-def _restarts_inside(plan: Plan) -> bool:
-    return bool(plan.restarts[:, 1:].any())
-
-
-def _restarted(before: Weights, start: Weights, plan: Plan) -> Weights:
-    """Replace the carried memory by the initial one where a chunk restarts inside a row."""
-    if not _restarts_inside(plan):
-        return before
-    restart = plan.restarts.T[:, None, :, None, None, None]
-    return tuple(jnp.where(restart, s[None], b) for b, s in zip(before, start, strict=True))
-
-
 def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
     """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
     if plan.rows > 1:
@@ -175,40 +232,37 @@ def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
     return jnp.concatenate([jnp.moveaxis(following, 0, 1), final], axis=1)
 
 
-def _anchor(memory: Memory, before: Weights, final: MemoryState, plan: Plan) -> Weights:
+def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
     """Return the weights [b, r, ...] with which the last token's chunk began."""
     if not memory.is_mlp:
         return ()
     last = int(plan.last_chunk[-1]) % plan.restarts.shape[1]
-    return final.anchor if plan.restarts[-1, last] else tuple(b[last] for b in before)
-
-
-def _tokens_before(k: Array, v: Array, written: Array, plan: Plan) -> Weights:
-    """Return k and v [g, b, r, h, ...] of the last real token before each chunk; zeros if none."""
-    g, b, r, _, c = written.shape
-    place = np.arange(g * c).reshape(g, 1, 1, c)
-    seen = jnp.where(written[:, :, :, 0], place + 1, 0)
-    seen = jax.lax.cummax(seen.transpose(1, 2, 0, 3).reshape(b, r, g * c), axis=2)
-    # 1 + the place of the last real token before each chunk; 0 is none.
-    latest = jnp.concatenate([jnp.zeros_like(seen[..., :1]), seen[..., c - 1 : -1 : c]], axis=-1)
-    opening = np.maximum.accumulate(np.where(plan.restarts, np.arange(g), 0), axis=1) * c
-    latest = jnp.where(latest > opening[None], latest, 0)
-
-    def gather(x: Array) -> Array:
-        flat = x.transpose(1, 2, 0, 4, 3, 5).reshape(b, r, g * c, x.shape[3], x.shape[5])
-        found = jnp.take_along_axis(flat, jnp.maximum(latest - 1, 0)[..., None, None], axis=2)
-        found = jnp.where((latest > 0)[..., None, None], found, jnp.zeros_like(found))
-        return found.transpose(2, 0, 1, 3, 4)
-
-    return gather(k), gather(v)
-
-
-def _last_token(k: Array, v: Array, written: Array) -> Weights:
-    """Return k and v [b, r, h, ...] of the last real token; the chunks lead with the one before."""
-    written, k, v = written[-1], k[-1], v[-1]
-    number = np.arange(1, written.shape[-1] + 1)
-    last = jnp.max(jnp.where(written, number, 0), axis=-1)[..., None, None]
-    return tuple(
-        jnp.take_along_axis(x, last, axis=-2)[..., 0, :].astype(state_dtype(x.dtype))
-        for x in (k, v)
+    # No chunk changed the anchor of the state that the scan began with: the initial memory.
+    return (
+        scanned.final.anchor if plan.restarts[-1, last] else tuple(b[last] for b in scanned.before)
     )
+
+
+def _tokens_before(
+    k: Array, v: Array, written: Array, previous: Weights, restarts: Array | None
+) -> tuple[Weights, Weights]:
+    """Return k and v of the last real token before each chunk [g, b, r, h, ...], and of the last.
+
+    They are zero where there is none since the last restart.
+    """
+    number = np.arange(1, written.shape[-1] + 1)
+    last = jnp.max(jnp.where(written, number, 0), axis=-1)[..., None, None]  # 0 is none
+
+    def step(carry: Weights, chunk):  # type: ignore[no-untyped-def]
+        k, v, last, restart = chunk
+        if restart is not None:
+            carry = choose(restart, jax.tree.map(jnp.zeros_like, carry), carry)
+        tokens = (
+            jnp.concatenate([old[..., None, :], x.astype(old.dtype)], axis=-2)
+            for old, x in zip(carry, (k, v), strict=True)
+        )
+        after = tuple(jnp.take_along_axis(x, last, axis=-2)[..., 0, :] for x in tokens)
+        return after, carry
+
+    after, before = jax.lax.scan(step, previous, (k, v, last, restarts))
+    return before, after

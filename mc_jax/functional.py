@@ -1,20 +1,22 @@
 """Memory Caching without parameters: write, cache, gate, read."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mc_core.config import MCConfig
-from mc_core.segmentation import Plan, make_plan
+from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
 from mc_jax.backends import Coefficients, Memory, Norm, Weights, make_memory
-from mc_jax.cache import Cache, Segments
+from mc_jax.cache import Cache, Segments, sum_complete
 from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, scores
-from mc_jax.numerics import Array, Dtype, state_dtype
+from mc_jax.numerics import Array, align, state_dtype
 from mc_jax.recurrent import run_tokens
+from mc_jax.streaming import extend_chunks
 
 
 class Result(NamedTuple):
@@ -65,11 +67,7 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
-    real = mask[:, :, None, None]
-    # Whatever stands at a masked token, NaN included, must not reach a product.
-    q, k, v = (jnp.where(real, x, jnp.zeros_like(x)) for x in (q, k, v))
-    u = q if u is None else jnp.where(real, u, jnp.zeros_like(u))
-    coefficients = _masked(coefficients, mask, state_dtype(q.dtype))
+    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     if method == "recurrent":
         output, cache, gates = run_tokens(
@@ -79,8 +77,68 @@ def memory_caching(
         output, cache, gates = _run_chunks(
             memory, config, q, k, v, u, initial, coefficients, mask, plan
         )
+    real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
     return Result(output, cache, jnp.where(real, gates, jnp.zeros_like(gates)))
+
+
+@partial(jax.jit, static_argnames="config")
+def extend(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    initial: Weights,
+    coefficients: Coefficients,
+    cache: Cache,
+    config: MCConfig,
+    *,
+    mask: Array | None = None,
+    count: Array | None = None,
+    norm: Norm = None,
+) -> Result:
+    """Go on with a stream: any split of a sequence gives what the whole gives.
+
+    Where positions would pass the cache's limit, the output is NaN: a compiled program cannot
+    raise. `check_room` can, before it runs.
+
+    Args:
+        q: as `memory_caching` takes it, like k, v, u, initial, coefficients, mask and norm.
+        k: as above.
+        v: as above.
+        u: as above.
+        initial: as above.
+        coefficients: as above.
+        cache: the stream so far.
+        config: the layer's configuration, with segments of constant size.
+        mask: as above.
+        count: tokens of each row, its first ones, int32 [b]; the others do not exist: they take
+            no position, and their output is 0. None = all.
+        norm: as above.
+
+    Raises:
+        ValueError: a shape, a missing argument or a name that does not fit.
+    """
+    check_streams(config)
+    _check(q, k, v, u, initial, coefficients, config, norm, mask, "chunked")
+    b, t = q.shape[:2]
+    if cache.position.shape != (b,):
+        raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
+    exists = jnp.ones((b, t), bool)
+    if count is not None:
+        exists = align(jnp.arange(t, dtype=count.dtype), 2) < count[:, None]
+    mask = exists if mask is None else mask & exists
+    count = jnp.sum(exists, axis=1, dtype=jnp.int32)
+    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    memory = make_memory(config.memory, norm)
+    output, new, gates = extend_chunks(
+        memory, config, q, k, v, u, initial, coefficients, mask, count, cache
+    )
+    real = mask[:, :, None, None]
+    output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
+    room = (new.position <= cache.limit)[:, None, None, None]
+    output = jnp.where(room, output, jnp.full_like(output, jnp.nan))
+    return Result(output, new, jnp.where(real, gates, jnp.zeros_like(gates)))
 
 
 def _run_chunks(
@@ -100,21 +158,34 @@ def _run_chunks(
     score = scores(u, pools.segment, pools.running, config)
     gates, selected = gate(score, jnp.asarray(plan.segment_of, jnp.int32), config)
     output = read_all(memory, config, writes, q, gates, selected, plan)
+    length = pools.length[:, -1]
     cache = Cache(
-        segments=Segments(writes.ends, pools.segment, pools.length),
+        stored=Segments(writes.ends, pools.segment, pools.length),
+        total=sum_complete(config, writes.ends, plan),
         state=writes.final,
         pool_sum=pools.total[:, -1],
-        length=pools.length[:, -1],
-        position=jnp.full_like(pools.length[:, -1], plan.tokens),
+        pool=pools.segment[:, -1],
+        length=length,
+        slot=jnp.full_like(length, plan.segments - 1),
+        position=jnp.full_like(length, plan.tokens),
+        limit=jnp.asarray(plan.tokens, jnp.int32),
     )
     return output, cache, gates
 
 
-def _masked(coefficients: Coefficients, mask: Array, dtype: Dtype) -> Coefficients:
-    real = mask[:, :, None]
-    return jax.tree.map(
-        lambda x: jnp.where(real, x.astype(dtype), jnp.ones_like(x, dtype=dtype)), coefficients
+def _cleaned(
+    q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
+) -> tuple[Array, Array, Array, Array, Coefficients]:
+    # Whatever stands at a masked token, NaN included, must not reach a product.
+    real = mask[:, :, None, None]
+    q, k, v = (jnp.where(real, x, jnp.zeros_like(x)) for x in (q, k, v))
+    u = q if u is None else jnp.where(real, u, jnp.zeros_like(u))
+    dtype = state_dtype(q.dtype)
+    coefficients = jax.tree.map(
+        lambda x: jnp.where(mask[:, :, None], x.astype(dtype), jnp.ones_like(x, dtype=dtype)),
+        coefficients,
     )
+    return q, k, v, u, coefficients
 
 
 def _check(

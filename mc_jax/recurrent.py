@@ -10,9 +10,18 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.aggregate import read_token
 from mc_jax.backends import Coefficients, Memory, MemoryState, Weights
-from mc_jax.cache import Cache, Segments, choose, start_state
+from mc_jax.cache import (
+    Cache,
+    Segments,
+    add_axis,
+    choose,
+    empty_cache,
+    put_slots,
+    start_state,
+    sum_complete,
+)
 from mc_jax.gates import gate, pooled, scores
-from mc_jax.numerics import Array, state_dtype
+from mc_jax.numerics import Array
 
 
 class Token(NamedTuple):
@@ -66,8 +75,9 @@ def run_tokens(
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)
 
-    cache = _empty_cache(start, k, plan.segments)
+    cache = empty_cache(start, k[:, 0], plan.segments, plan.tokens, total=False)
     cache, (output, gates) = jax.lax.scan(step, cache, tokens)
+    cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
 
 
@@ -101,26 +111,21 @@ def run_token(
     count = count + token.real.astype(count.dtype)
     running = pooled(pool_sum, count[:, None], config.pooling)
 
-    score = scores(token.u[:, None], cache.segments.pool, running[:, None], config)
+    score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
     gates = gate(score, token.segment[None], config)[0][:, 0]
-    output = read_token(memory, config, state.weights, cache.segments.weights, token.q, gates)
+    output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)
-    segments = jax.tree.map(lambda all_, x: all_.at[:, token.segment].set(x), cache.segments, here)
-    return Cache(segments, state, pool_sum, count, cache.position + 1), (output, gates)
-
-
-def _empty_cache(start: MemoryState, k: Array, n: int) -> Cache:
-    """Return the cache before the first of `n` segments; `k` [b, t, h, k] gives its shapes."""
-    zero = jnp.zeros_like(k[:, 0], dtype=state_dtype(k.dtype))
-    count = jnp.zeros_like(k[:, 0, 0, 0], dtype=jnp.int32)
-    one = Segments(jax.tree.map(jnp.zeros_like, start.weights), zero, count)
-    return Cache(
-        segments=jax.tree.map(lambda x: jnp.stack([x] * n, axis=1), one),
-        state=start,
-        pool_sum=zero,
+    slot = jnp.full_like(cache.slot, token.segment)
+    cache = cache._replace(
+        stored=put_slots(cache.stored, add_axis(here), slot[:, None]),
+        state=state,
+        pool_sum=pool_sum,
+        pool=running,
         length=count,
-        position=count,
+        slot=slot,
+        position=cache.position + 1,
     )
+    return cache, (output, gates)
 
 
 def _where(condition: Array, yes, no):  # type: ignore[no-untyped-def]

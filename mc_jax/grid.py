@@ -1,0 +1,115 @@
+"""Where the tokens of a call stand on the grid of chunks and segments, row by row.
+
+A stream may be cut anywhere, and rows may have come to different positions, so the grid follows
+from positions that only the running program knows. Its shape does not: it has room for the chunks
+that so many tokens touch from the worst position.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mc_core.config import MCConfig
+from mc_jax.numerics import Array, align
+
+
+class Grid(NamedTuple):
+    """Consecutive chunks of each row, from the one that its first token falls in."""
+
+    source: Array  # the token at each place, int32 [b, g, c]; t where there is none
+    place: Array  # the place of each token, int32 [b, t]; g * c where there is none
+    segment: Array  # the segment of each token, int32 [b, t]
+    opens: Array  # bool [g, b, 1], the chunk's first token is in this call
+    restarts: Array  # bool [g, b, 1], and is a segment's first
+    ends: Array  # bool [g, b, 1], the chunk completes a segment
+    last: Array  # the chunks that complete the next segments, int32 [b, s]; any where none does
+    slots: Array  # those segments, int32 [b, s]; beyond all slots where they stay incomplete
+    slot: Array  # the segment of the row's last token so far, int32 [b]
+
+
+def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> Grid:
+    """Lay out the tokens of a call.
+
+    Args:
+        position: tokens that each row has had, int32 [b].
+        count: tokens that each row has now, its first ones, int32 [b].
+        tokens: t, the length of the call.
+        config: gives segment and chunk size.
+    """
+    size = config.segment_size
+    width = min(config.chunk_size, size)
+    per_segment = -(-size // width)
+
+    def chunk_of(at):  # type: ignore[no-untyped-def]
+        return at // size * per_segment + at % size // width
+
+    def begin_of(chunk: Array) -> Array:
+        return chunk // per_segment * size + chunk % per_segment * width
+
+    offset = np.arange(size)
+    chunks = int(np.max(chunk_of(offset + tokens - 1) - chunk_of(offset))) + 1
+    completed = (size - 1 + tokens) // size
+    places = min(width, tokens)
+
+    first = chunk_of(position)
+    chunk = first[:, None] + _range(chunks, 2)
+    begin = begin_of(chunk) - position[:, None]
+    end = begin_of(chunk + 1) - position[:, None]
+    here = jnp.maximum(begin, 0)  # the first token of this call in the chunk
+    stop = jnp.minimum(end, count[:, None])
+    source = here[..., None] + _range(places, 3)
+    source = jnp.where(source < stop[..., None], source, tokens)
+
+    token = _range(tokens, 2)
+    at = position[:, None] + token
+    ordinal = chunk_of(at) - first[:, None]
+    place = ordinal * places + token - jnp.take_along_axis(here, ordinal, axis=1)
+    place = jnp.where(token < count[:, None], place, chunks * places)
+
+    opens = (begin >= 0) & (begin < stop)
+    segment_end = chunk % per_segment == per_segment - 1
+    ends = segment_end & (end <= count[:, None]) & (end > 0)
+    segment = position // size
+    following = segment[:, None] + _range(completed, 2)
+    complete = (following + 1) * size <= (position + count)[:, None]
+    last = (following + 1) * per_segment - 1 - first[:, None]
+
+    def lead(x: Array) -> Array:
+        return x.T[..., None]
+
+    return Grid(
+        source=source,
+        place=place,
+        segment=at // size,
+        opens=lead(opens),
+        restarts=lead(opens & (chunk % per_segment == 0)),
+        ends=lead(ends),
+        last=jnp.clip(last, 0, chunks - 1),
+        slots=jnp.where(complete, following, np.iinfo(np.int32).max),
+        slot=jnp.maximum(position + count - 1, 0) // size,
+    )
+
+
+def to_places(x: Array, grid: Grid) -> Array:
+    """Bring `x` [b, t, h, ...] to [g, b, 1, h, c, ...]; zeros where there is no token."""
+    b, chunks, places = grid.source.shape
+    x = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1)
+    x = _take(x, grid.source.reshape(b, -1)).reshape(b, 1, chunks, places, *x.shape[2:])
+    return x.transpose(2, 0, 1, 4, 3, *range(5, x.ndim))
+
+
+def from_places(x: Array, grid: Grid) -> Array:
+    """Undo `to_places` for [g, b, 1, h, c, v]; zeros where there is no token."""
+    chunks, b, _, h, places, width = x.shape
+    x = x.transpose(1, 2, 0, 4, 3, 5).reshape(b, chunks * places, h, width)
+    return _take(jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1), grid.place)
+
+
+def _range(count: int, ndim: int) -> Array:
+    return align(jnp.arange(count, dtype=jnp.int32), ndim)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """Take places [b, s] of `x` [b, t, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)

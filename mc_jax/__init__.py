@@ -1,8 +1,8 @@
 """Memory Caching in JAX: functional recurrences under thin Flax NNX modules."""
 
 from mc_jax.backends import Coefficients, MemoryState
-from mc_jax.cache import Cache, Segments
-from mc_jax.functional import Result, memory_caching
+from mc_jax.cache import Cache, Segments, grow, init_cache
+from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.layer import MemoryCachingLayer, Trace
 from mc_jax.model import LanguageModel
 
@@ -15,5 +15,8 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "extend",
+    "grow",
+    "init_cache",
     "memory_caching",
 ]

@@ -78,6 +78,7 @@ def init_cache(
     batch: int,
     max_tokens: int,
     *,
+    dtype: Dtype = None,
     cache_dtype: Dtype = None,
 ) -> Cache:
     """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
@@ -87,6 +88,7 @@ def init_cache(
         config: the layer's configuration, with segments of constant size.
         batch: number of streams.
         max_tokens: the most tokens that a stream may have.
+        dtype: of q, k and v; None = that of `initial`.
         cache_dtype: of the cached memories; None = that of the online one, at least float32.
 
     Raises:
@@ -98,8 +100,9 @@ def init_cache(
             raise ValueError(f"{name} = {value}: must be >= 1")
     memory = make_memory(config.memory)
     h, width = config.num_heads, initial[0].shape[-1]
-    k = jnp.zeros((batch, h, width), initial[0].dtype)
-    v = jnp.zeros((batch, h, initial[-1].shape[-2]), initial[0].dtype)
+    dtype = dtype or initial[0].dtype
+    k = jnp.zeros((batch, h, width), dtype)
+    v = jnp.zeros((batch, h, initial[-1].shape[-2]), dtype)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
     return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
@@ -122,6 +125,21 @@ def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
     return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
 
 
+def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
+    """Cast what a stream computes with; cached memories keep the dtype that they are stored in."""
+
+    def cast(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    return cache._replace(
+        stored=cache.stored._replace(pool=cast(cache.stored.pool)),
+        total=cast(cache.total),
+        state=cast(cache.state),
+        pool_sum=cast(cache.pool_sum),
+        pool=cast(cache.pool),
+    )
+
+
 def check_room(cache: Cache, tokens: int | Array) -> None:
     """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
 
@@ -140,6 +158,19 @@ def check_room(cache: Cache, tokens: int | Array) -> None:
         raise ValueError(
             f"cache: max_tokens = {limit}, and position {int(position.max())} would go to {ahead}: "
             f"grow(cache, {ahead}) first"
+        )
+
+
+def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
+    """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
+
+    Raises:
+        ValueError: names the shape.
+    """
+    batch = cache.position.shape[0]
+    if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as cache"
         )
 
 

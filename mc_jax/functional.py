@@ -11,7 +11,7 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
 from mc_jax.backends import Coefficients, Memory, Norm, Weights, make_memory
-from mc_jax.cache import Cache, Segments, sum_complete
+from mc_jax.cache import Cache, Segments, in_dtype, sum_complete
 from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, scores
 from mc_jax.numerics import Array, align, state_dtype
@@ -130,6 +130,7 @@ def extend(
     mask = exists if mask is None else mask & exists
     count = jnp.sum(exists, axis=1, dtype=jnp.int32)
     q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    cache = in_dtype(cache, state_dtype(q.dtype))
     memory = make_memory(config.memory, norm)
     output, new, gates = extend_chunks(
         memory, config, q, k, v, u, initial, coefficients, mask, count, cache

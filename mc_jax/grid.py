@@ -106,6 +106,35 @@ def from_places(x: Array, grid: Grid) -> Array:
     return _take(jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1), grid.place)
 
 
+class Packing(NamedTuple):
+    """Rows of different lengths, moved to the left."""
+
+    order: Array  # the token at each place, int32 [b, t]
+    place: Array  # the place of each token, int32 [b, t]
+    tokens: Array  # how many each row has, int32 [b]
+
+
+def make_packing(padding: Array) -> Packing:
+    """Move the tokens of each row to its left, in their order.
+
+    Args:
+        padding: bool [b, t], True where a row has no token.
+    """
+    order = jnp.argsort(padding, axis=1, stable=True).astype(jnp.int32)
+    place = jnp.argsort(order, axis=1).astype(jnp.int32)
+    return Packing(order, place, jnp.sum(~padding, axis=1, dtype=jnp.int32))
+
+
+def pack(x: Array, packing: Packing) -> Array:
+    """Bring `x` [b, t, ...] into the order of places."""
+    return _take(x, packing.order)
+
+
+def unpack(x: Array, packing: Packing) -> Array:
+    """Undo `pack`."""
+    return _take(x, packing.place)
+
+
 def _range(count: int, ndim: int) -> Array:
     return align(jnp.arange(count, dtype=jnp.int32), ndim)
 

@@ -58,13 +58,32 @@ class ShortConv(nnx.Module):
         kernel = jnp.zeros((width, features), param_dtype).at[-1].set(1)
         self.kernel = nnx.Param(kernel)
 
-    def __call__(self, x: Array) -> Array:
-        """Convolve tokens [b, t, d] over t; those before the first count as zero."""
-        kernel = self.kernel[...].astype(x.dtype)
-        width, t = kernel.shape[0], x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-        taps = [padded[:, i : i + t] * align(kernel[i], 3) for i in range(width)]
+    def __call__(self, x: Array, before: Array | None = None) -> Array:
+        """Convolve tokens [b, t, d] over t; `before` [b, width - 1, d], or zero, came first."""
+        kernel, t = self.kernel[...].astype(x.dtype), x.shape[1]
+        padded = self._joined(x, before)
+        taps = [padded[:, i : i + t] * align(tap, 3) for i, tap in enumerate(kernel)]
         return sum(taps[1:], taps[0])
+
+    def tail(self, x: Array, before: Array | None = None, count: Array | None = None) -> Array:
+        """Return what comes before the next tokens [b, width - 1, d], in the state dtype.
+
+        Args:
+            x: tokens [b, t, d].
+            before: what came before them.
+            count: tokens of each row, its first ones, int32 [b]; None = all.
+        """
+        joined = self._joined(x, before).astype(state_dtype(x.dtype))
+        if count is None:
+            return joined[:, x.shape[1] :]
+        width = self.kernel.shape[0]
+        index = count[:, None] + align(jnp.arange(width - 1, dtype=count.dtype), 2)
+        return jnp.take_along_axis(joined, index[..., None], axis=1)
+
+    def _joined(self, x: Array, before: Array | None) -> Array:
+        if before is None:
+            return jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))
+        return jnp.concatenate([before.astype(x.dtype), x], axis=1)
 
 
 class RMSNorm(nnx.Module):

@@ -107,7 +107,7 @@ def _write(
     at = jax.tree.map(lambda x: to_places(x, grid), coefficients)
     written = to_places(mask[:, :, None].astype(at.step.dtype), grid)
     start = start_state(memory, initial, k[0], v[0])
-    state = jax.tree.map(lambda x, y: x[:, None].astype(y.dtype), cache.state, start)
+    state = jax.tree.map(lambda x: x[:, None], cache.state)
     restarts = grid.restarts if config.state_init_mode == "restart" else None
     scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens)
     weights, momentum = began(scanned, start, restarts)
@@ -149,7 +149,9 @@ def _complete(
     total, totals = cache.total, ()
     if config.reads_sum:
         ended = choose(grid.ends, after, jax.tree.map(jnp.zeros_like, after))
-        sums = jax.tree.map(lambda x, t: t[None, :, None] + jnp.cumsum(x, axis=0), ended, cache.total)
+        sums = jax.tree.map(
+            lambda x, t: t[None, :, None] + jnp.cumsum(x, axis=0), ended, cache.total
+        )
         total = jax.tree.map(lambda x: x[-1, :, 0], sums)
         totals = jax.tree.map(jnp.subtract, sums, ended)
     if not cache.stored.length.shape[1]:

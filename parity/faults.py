@@ -31,7 +31,7 @@ LAYER = case(
     qk_norm="l2",
     mask="padded",
 )
-STATE = "cache.segments.weights.0"
+STATE = "cache.stored.weights.0"
 
 
 @dataclass(frozen=True)

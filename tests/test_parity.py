@@ -232,7 +232,7 @@ def test_the_command_writes_what_it_found(tmp_path):
     assert report["ok"]
     (case,) = report["cases"]
     assert case["config"]["memory"]["kind"] == "swla"
-    assert case["leaves"][0]["name"] == "cache.segments.weights.0"
+    assert case["leaves"][0]["name"] == "cache.stored.weights.0"
     assert "| swla+residual recurrent" in files["--markdown"].read_text()
 
 
@@ -245,7 +245,7 @@ def test_the_command_fails_where_a_leaf_differs():
     done = run(code, "check", "--kind", "swla", "--aggregation", "residual")
     assert (done.returncode, done.stderr) == (1, "")
     line = done.stdout.splitlines()[-2]
-    assert "first to diverge, in forward order: cache.segments.weights.0: relative RMS" in line
+    assert "first to diverge, in forward order: cache.stored.weights.0: relative RMS" in line
     assert "1 of 1 cases differ" in done.stdout
 
 

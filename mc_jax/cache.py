@@ -105,7 +105,9 @@ def init_cache(
     v = jnp.zeros((batch, h, initial[-1].shape[-2]), dtype)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
-    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    # Leaves of their own, so that the cache may be donated to a compiled step.
+    return jax.tree.map(jnp.copy, cache)
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
@@ -231,12 +233,25 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
 
 def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
     """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
-    row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
-    return jax.tree.map(
-        lambda all_, some: all_.at[row, slots].set(some.astype(all_.dtype), mode="drop"),
-        stored,
-        segments,
-    )
+    if slots.shape[1] > 1:
+        row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
+        return jax.tree.map(
+            lambda all_, some: all_.at[row, slots].set(some.astype(all_.dtype), mode="drop"),
+            stored,
+            segments,
+        )
+
+    # One slot a row is always written, at times with what is there: to drop a write, XLA would
+    # copy all slots.
+    @jax.vmap
+    def put(all_: Array, some: Array, slot: Array) -> Array:
+        slot, inside = jnp.minimum(slot[0], len(all_) - 1), slot[0] < len(all_)
+        old = jax.lax.dynamic_index_in_dim(all_, slot)
+        return jax.lax.dynamic_update_index_in_dim(
+            all_, jnp.where(inside, some.astype(all_.dtype), old), slot, 0
+        )
+
+    return jax.tree.map(lambda all_, some: put(all_, some, slots), stored, segments)
 
 
 def add_axis(tree: Tree) -> Tree:

@@ -153,8 +153,8 @@ class MemoryCachingLayer(nnx.Module):
         )
         if not config.conv_width:
             return cache
-        zero = jnp.zeros((batch, config.conv_width - 1, config.d_model), wide)
-        return cache._replace(conv=(zero, zero, zero))
+        shape = (batch, config.conv_width - 1, config.d_model)
+        return cache._replace(conv=tuple(jnp.zeros(shape, wide) for _ in range(3)))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and room for `max_tokens` tokens.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from mc_jax.backends import Weights
 from mc_jax.numerics import Array, align
 
-READS = 64  # of one token each that a step takes together: few tokens read many slots at once
+READS = 8  # of one token each that a step takes together: few tokens read many slots at once
 
-# (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
+# (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 Read = Callable[[Array, Weights], Array]
 
 
@@ -28,8 +28,8 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled:
     Returns:
         [b, h, c, o] in the gates' dtype.
     """
-    n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
-    x = x[:, None]
+    n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
+    x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def weighted(x: Array, gates: Array, weights: Weights) -> Array:
@@ -54,3 +54,8 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled:
     zero = jnp.zeros_like(gates, shape=first.shape)
     blocks = jnp.arange(-(-n // size), dtype=jnp.int32)
     return jax.lax.scan(step, zero, blocks)[0]
+
+
+def _block(n: int, tokens: int) -> int:
+    # At least two steps: slots that a loop reads are not copied, those of a plain product are.
+    return max(1, min(READS // tokens, n // 2))

@@ -2,6 +2,7 @@
 
 from mc_jax.backends import Coefficients, MemoryState
 from mc_jax.cache import Cache, Segments, grow, init_cache
+from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.layer import MemoryCachingLayer, Trace
 from mc_jax.model import LanguageModel
@@ -18,5 +19,7 @@ __all__ = [
     "extend",
     "grow",
     "init_cache",
+    "load_cache",
     "memory_caching",
+    "save_cache",
 ]

@@ -2,6 +2,7 @@
 
 from mc_torch.backends import Coefficients, MemoryState
 from mc_torch.cache import Cache, Segments
+from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, memory_caching
 from mc_torch.layer import MemoryCachingLayer, Trace
 from mc_torch.model import LanguageModel
@@ -15,5 +16,7 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "load_cache",
     "memory_caching",
+    "save_cache",
 ]

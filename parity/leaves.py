@@ -1,6 +1,5 @@
 """Named arrays: what a run gives, flattened in forward order, in NumPy, whatever framework ran."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -17,25 +16,6 @@ class Leaf(NamedTuple):
 GRADIENT = "gradient"  # what the names of gradients begin with
 
 Leaves = dict[str, Leaf]  # in forward order
-
-
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(a.b.0.c, leaf)` of nested tuples, named tuples, lists and dictionaries, in order.
-
-    None and empty tuples have no leaves.
-    """
-    if tree is None:
-        return
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, tuple | list):
-        names = getattr(tree, "_fields", range(len(tree)))
-        items = list(zip(names, tree, strict=True))
-    else:
-        yield path, tree
-        return
-    for name, branch in items:
-        yield from flatten(branch, f"{path}.{name}" if path else str(name))
 
 
 def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.trees import flatten
 from mc_core.weights import check_leaves, leaves
 from mc_jax import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
 from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dtype
-from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
+from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, jax_weights
 
 # Where the biases of learned coefficients are drawn around: small steps, memories that last.

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from mc_core.trees import flatten
 from mc_torch import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
 from mc_torch.numerics import tree_map
 from parity.cases import Case, FunctionInputs, Inputs, state_dtype
-from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
+from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, load_torch, to_jax, to_torch
 
 

@@ -10,6 +10,7 @@ import pytest
 from tiny import mc, write_config
 
 from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES
+from mc_core.trees import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
@@ -17,7 +18,7 @@ from parity.check import check
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
-from parity.leaves import Leaf, cotangent, flatten
+from parity.leaves import Leaf, cotangent
 from parity.report import as_json, as_markdown, failures, summary
 from train.config import OptimizerConfig
 from train.optimizer import make_schedule

@@ -4,12 +4,14 @@ from mc_jax.backends import Coefficients, MemoryState
 from mc_jax.cache import Cache, Segments, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
-from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.inspection import InnerLoop, Trace
+from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
 
 __all__ = [
     "Cache",
     "Coefficients",
+    "InnerLoop",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",

@@ -10,7 +10,8 @@ from flax import nnx
 from mc_core.config import ModelConfig
 from mc_jax.cache import Cache, check_room, grow
 from mc_jax.grid import make_packing, pack, unpack
-from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.inspection import Trace
+from mc_jax.layer import MemoryCachingLayer
 from mc_jax.modules import RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 from mc_jax.pretrained import from_pretrained

@@ -4,12 +4,14 @@ from mc_torch.backends import Coefficients, MemoryState
 from mc_torch.cache import Cache, Segments
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, memory_caching
-from mc_torch.layer import MemoryCachingLayer, Trace
+from mc_torch.inspection import InnerLoop, Trace
+from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
 
 __all__ = [
     "Cache",
     "Coefficients",
+    "InnerLoop",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",

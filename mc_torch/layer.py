@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -11,22 +11,11 @@ from mc_core.config import MCConfig
 from mc_torch.backends import Coefficients, Norm, Weights
 from mc_torch.cache import Cache
 from mc_torch.functional import Result, memory_caching
+from mc_torch.inspection import Trace, make_trace
 from mc_torch.layout import make_plan
 from mc_torch.modules import Coefficient, Linear, MemoryNorm, RMSNorm, ShortConv, initial_memory
 from mc_torch.numerics import Array, Dtype, compute_dtype, l2_normalize, state_dtype
 from mc_torch.pretrained import from_pretrained
-
-
-class Trace(NamedTuple):
-    """What a layer did with a sequence, one row a token; from the pass that made the output."""
-
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
-    entropy: Array  # of the gates' shares, in nats [b, t, h]
-    token_index: Array  # [t]
-    segment_index: Array  # [t] the segment of each token
-    cached_count: Array  # [t] the memories cached before that segment
-    segment_norm: Array  # Frobenius norm of each cached memory, all layers [b, n, h]
-    segment_length: Array  # real tokens of each segment [b, n]
 
 
 class MemoryCachingLayer(nn.Module):
@@ -120,27 +109,18 @@ class MemoryCachingLayer(nn.Module):
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens, and return what their reads weighed."""
-        y, result = self._run(x, mask)
+        """Mix tokens, and return what their reads weighed and what their writes did."""
+        y, result = self._run(x, mask, inspect=True)
+        assert result.inner is not None
         plan = make_plan(x.shape[1], self.config, None, x.device)
-        segments, gates = result.cache.segments, result.gates
-        total = torch.sum(gates, dim=-1, keepdim=True)
-        share = gates / torch.where(total > 0, total, torch.ones_like(total))
-        squares = [torch.sum(w * w, dim=(-2, -1)) for w in segments.weights]
-        segment_of = torch.tensor(plan.segment_of, dtype=torch.int32, device=x.device)
-        trace = Trace(
-            gates=gates,
-            entropy=torch.sum(torch.special.entr(share), dim=-1),
-            token_index=torch.arange(x.shape[1], dtype=torch.int32, device=x.device),
-            segment_index=segment_of,
-            cached_count=segment_of,
-            segment_norm=torch.sqrt(sum(squares[1:], squares[0])),
-            segment_length=segments.length,
-        )
-        return y, trace
+        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
 
     def _run(
-        self, x: Array, mask: Array | None, segment_lengths: Sequence[int] | None = None
+        self,
+        x: Array,
+        mask: Array | None,
+        segment_lengths: Sequence[int] | None = None,
+        inspect: bool = False,
     ) -> tuple[Array, Result]:
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.d_model:
@@ -170,6 +150,7 @@ class MemoryCachingLayer(nn.Module):
             mask=mask,
             segment_lengths=segment_lengths,
             norm=norm,
+            inspect=inspect,
         )
         y = result.output
         if config.output_norm == "rms":

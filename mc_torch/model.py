@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mc_core.config import ModelConfig
-from mc_torch.layer import MemoryCachingLayer, Trace
+from mc_torch.inspection import Trace
+from mc_torch.layer import MemoryCachingLayer
 from mc_torch.modules import Linear, RMSNorm
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
 from mc_torch.pretrained import from_pretrained

@@ -287,6 +287,12 @@ FAULTS = (
         STATE,
         {"mc_torch.modules.ShortConv.forward": _ahead},
     ),
+    Fault(
+        "memory after a write in the place of the one before",
+        LAYER,
+        "trace.update_norm",
+        {"mc_torch.inspection._token_before": lambda _: lambda mix: mix},
+    ),
     Fault("wrong norm eps", LAYER, "output", {"mc_torch.modules.rms_norm": _large_eps}),
     Fault(
         "NaN gradient of a norm at zero",

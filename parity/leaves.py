@@ -26,10 +26,10 @@ def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 class Forward(NamedTuple):
     """What a forward pass gives, in the order in which it comes about; None where it does not.
 
-    Gradients are taken of all but the trace.
+    Gradients are taken of all but a model's trace.
     """
 
     cache: Any  # of functions and layers
-    trace: Any  # of models: a trace of each block
+    trace: Any  # of layers, and of each block of a model
     gates: Any  # of functions and layers
     output: Any

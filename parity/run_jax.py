@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.segmentation import make_plan
 from mc_core.trees import flatten
 from mc_core.weights import check_leaves, leaves
 from mc_jax import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_jax.inspection import make_trace
 from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dtype
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, jax_weights
@@ -149,8 +151,10 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         trace = module.inspect(tokens, mask)[1]
         return Forward(None, jax.lax.stop_gradient(trace), None, module(tokens, mask))
     # What `forward_with_cache` and `inspect` show, in one pass: two would double the compile time.
-    output, result = module._run(given["x"], mask, case.lengths)
-    return Forward(result.cache, None, result.gates, output)
+    output, result = module._run(given["x"], mask, case.lengths, inspect=True)
+    plan = make_plan(case.tokens, case.layer, case.lengths)
+    trace = make_trace(result.gates, result.cache.segments, result.inner, plan)
+    return Forward(result.cache, trace, result.gates, output)
 
 
 def _cotangent(name: str, leaf: jax.Array, seed: int) -> Any:

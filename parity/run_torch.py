@@ -7,6 +7,8 @@ import torch
 
 from mc_core.trees import flatten
 from mc_torch import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_torch.inspection import make_trace
+from mc_torch.layout import make_plan
 from mc_torch.numerics import tree_map
 from parity.cases import Case, FunctionInputs, Inputs, state_dtype
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
@@ -99,8 +101,10 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -
         with torch.no_grad():
             trace = module.inspect(tokens, mask)[1]
         return Forward(None, trace, None, module(tokens, mask))
-    output, result = module._run(given["x"], mask, case.lengths)
-    return Forward(result.cache, None, result.gates, output)
+    output, result = module._run(given["x"], mask, case.lengths, inspect=True)
+    plan = make_plan(case.tokens, case.layer, case.lengths, torch.device(device))
+    trace = make_trace(result.gates, result.cache.segments, result.inner, plan)
+    return Forward(result.cache, trace, result.gates, output)
 
 
 def _leaf(x: torch.Tensor) -> Leaf:

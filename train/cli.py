@@ -71,6 +71,27 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run's directory")]) -> 
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    text: Annotated[Path, typer.Option(help="a file of text")],
+    json: Annotated[Path | None, typer.Option(help="write the numbers to this file, too")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of page and pictures  [default: RUN/inspect]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="at most so many, from the text's start  [default: 4096]")
+    ] = None,
+    needle: Annotated[
+        str | None, typer.Option(help="words of the text: do the gates point at their segment?")
+    ] = None,
+) -> None:
+    """Show what a run's gates weigh and its memories learn, token by token."""
+    from train.inspect import inspect as look
+
+    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=needle)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
     target: Annotated[Path, typer.Argument(help="what to write; must not exist")],

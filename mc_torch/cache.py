@@ -7,6 +7,7 @@ import torch
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
+from mc_torch.gates import pooled
 from mc_torch.layout import Plan
 from mc_torch.numerics import Array, Dtype, state_dtype, tree_map
 
@@ -101,7 +102,10 @@ def init_cache(
     v = torch.zeros(batch, h, initial[-1].shape[-2], dtype=dtype, device=device)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
-    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    # A sum of keys is its own pool, one tensor at two places, as after every step.
+    pool = pooled(cache.pool_sum, cache.length[:, None], config.pooling)
+    return cache._replace(pool=pool)
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
@@ -196,7 +200,7 @@ def empty_cache(
     def stack(x: Array) -> Array:
         return x.new_zeros(x.shape[0], slots, *x.shape[1:])
 
-    # No tensor stands at two places: a compiler would take that for a property of all caches.
+    # No tensor stands at two places: a step compiled for that would be compiled anew for the next.
     return Cache(
         stored=Segments(
             weights=tuple(stack(w.to(dtype or w.dtype)) for w in start.weights),

@@ -49,7 +49,7 @@ class Forward(NamedTuple):
     Gradients are taken of all but the trace.
     """
 
-    cache: Any  # of functions and layers
+    cache: Any  # of functions, layers and streams
     trace: Any  # of models: a trace of each block
-    gates: Any  # of functions and layers
+    gates: Any  # of functions and layers; of streams, of functions
     output: Any

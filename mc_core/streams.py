@@ -39,7 +39,9 @@ def check_tensors(given: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None
     Raises:
         ValueError: lists all that is missing, unexpected, or of another shape or dtype.
     """
-    check_leaves(given, {name: _like(leaf, name, given) for name, leaf in wanted.items()}, "cache")
+    check_leaves(
+        given, {name: _like(leaf, name, given) for name, leaf in wanted.items()}, "tensors"
+    )
 
 
 def _like(wanted: Leaf, name: str, given: Mapping[str, Leaf]) -> Leaf:

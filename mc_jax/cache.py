@@ -167,8 +167,9 @@ def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
     """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: names the shape, or the segments cannot stream.
     """
+    check_streams(config)
     batch = cache.position.shape[0]
     if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Memory Caching in PyTorch: the mirror of `mc_jax`, file by file and name by name."""
 
 from mc_torch.backends import Coefficients, MemoryState
-from mc_torch.cache import Cache, Segments
+from mc_torch.cache import Cache, Segments, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
-from mc_torch.functional import Result, memory_caching
+from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
@@ -18,6 +18,9 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "extend",
+    "grow",
+    "init_cache",
     "load_cache",
     "memory_caching",
     "save_cache",

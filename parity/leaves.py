@@ -29,7 +29,7 @@ class Forward(NamedTuple):
     Gradients are taken of all but a model's trace.
     """
 
-    cache: Any  # of functions and layers
+    cache: Any  # of functions, layers and streams
     trace: Any  # of layers, and of each block of a model
-    gates: Any  # of functions and layers
+    gates: Any  # of functions and layers; of streams, of functions
     output: Any

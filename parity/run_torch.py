@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from mc_core.trees import flatten
-from mc_torch import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_torch import (
+    Coefficients,
+    LanguageModel,
+    MemoryCachingLayer,
+    extend,
+    init_cache,
+    memory_caching,
+)
 from mc_torch.inspection import make_trace
 from mc_torch.layout import make_plan
 from mc_torch.numerics import tree_map
@@ -84,6 +91,8 @@ def _variables(inputs: Inputs, dtype: str, device: str) -> Any:
 
 
 def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -> Forward:
+    if case.splits:
+        return _stream(case, given, inputs, module, device)
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, device=device)
     if isinstance(given, FunctionInputs):
         result = memory_caching(
@@ -105,6 +114,31 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -
     plan = make_plan(case.tokens, case.layer, case.lengths, torch.device(device))
     trace = make_trace(result.gates, result.cache.segments, result.inner, plan)
     return Forward(result.cache, trace, result.gates, output)
+
+
+def _stream(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -> Forward:
+    outputs, gates = [], []
+    if isinstance(given, FunctionInputs):
+        cache = init_cache(given.initial, case.layer, case.batch, case.tokens)
+    else:
+        cache = module.init_cache(case.batch, case.tokens)
+        model = case.level == "model"
+        tokens = torch.tensor(inputs.tokens, device=device) if model else given["x"]
+    for here in case.calls:
+        mask = None if inputs.mask is None else torch.tensor(inputs.mask[:, here], device=device)
+        if isinstance(given, FunctionInputs):
+            part = given.at(here)
+            at = Coefficients(**part.coefficients)
+            result = extend(*part[:5], at, cache, case.layer, mask=mask, norm=part.norm)
+            output, cache = result.output, result.cache
+            gates.append(result.gates)
+        else:
+            pad = None if inputs.padding is None else inputs.padding[:, here]
+            padding = None if pad is None else torch.tensor(pad, device=device)
+            output, cache = module.extend(tokens[:, here], cache, mask, padding=padding)
+        outputs.append(output)
+    joined = torch.cat(gates, dim=1) if gates else None
+    return Forward(cache, None, joined, torch.cat(outputs, dim=1))
 
 
 def _leaf(x: torch.Tensor) -> Leaf:

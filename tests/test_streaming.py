@@ -334,6 +334,29 @@ def test_cached_memories_may_be_stored_short(kept):
     assert_close(cache.state, exact, 1e-5, name="state")
 
 
+@pytest.mark.parametrize("aggregation", ["ssc", "grm"])
+def test_cached_memories_may_lie_in_the_hosts_memory(aggregation):
+    """They give what they give on the device, and stay where they lie."""
+    module, x = layer(aggregation=aggregation)
+    graphdef, state = nnx.split(module)
+    step = jax.jit(lambda state, x, cache: nnx.merge(graphdef, state).extend(x, cache))
+
+    def run(place):
+        cache, outputs = module.init_cache(2, 13, cache_device=place), []
+        for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12), slice(12, 13)):
+            y, cache = step(state, jnp.asarray(x[:, part]), cache)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), cache
+
+    (near, there), (far, here) = run("device"), run("host")
+    assert_close(far, near, 1e-14, name="output")
+    kinds = [{w.sharding.memory_kind for w in c.stored.weights} for c in (there, here)]
+    assert kinds == [{"device"}, {"pinned_host"}]
+    grown = module.grow(here, 40)
+    assert {w.sharding.memory_kind for w in grown.stored.weights} == {"pinned_host"}
+    assert_close(here.stored, there.stored, 1e-14, name="stored")
+
+
 @pytest.mark.parametrize("kind", ["layer", "model"])
 def test_a_saved_cache_goes_on(tmp_path, kind):
     """In the middle of a chunk and of a segment, convolutions and bfloat16 memories included."""

@@ -3,6 +3,7 @@
 from mc_jax.backends import Coefficients, MemoryState
 from mc_jax.cache import Cache, Segments, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
+from mc_jax.generation import generate, sample
 from mc_jax.layer import MemoryCachingLayer, Trace
 from mc_jax.model import LanguageModel
 
@@ -16,7 +17,9 @@ __all__ = [
     "Segments",
     "Trace",
     "extend",
+    "generate",
     "grow",
     "init_cache",
     "memory_caching",
+    "sample",
 ]

@@ -3,6 +3,7 @@
 from mc_torch.backends import Coefficients, MemoryState
 from mc_torch.cache import Cache, Segments
 from mc_torch.functional import Result, memory_caching
+from mc_torch.generation import generate, sample
 from mc_torch.layer import MemoryCachingLayer, Trace
 from mc_torch.model import LanguageModel
 
@@ -15,5 +16,7 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "generate",
     "memory_caching",
+    "sample",
 ]

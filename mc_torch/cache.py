@@ -1,11 +1,16 @@
 """The streaming state of a layer's memories: an immutable tree, valid between any two tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mc_torch.backends import Memory, MemoryState, Weights
-from mc_torch.numerics import Array, state_dtype, tree_map
+from mc_core.config import MCConfig
+from mc_core.segmentation import check_streams
+from mc_torch.backends import Memory, MemoryState, Weights, make_memory
+from mc_torch.layout import Plan
+from mc_torch.numerics import Array, Dtype, state_dtype, tree_map
+
+Tree = Any  # nested tuples of tensors
 
 
 class Segments(NamedTuple):
@@ -17,13 +22,30 @@ class Segments(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """All that the next token needs to know of the ones before it."""
+    """All that the next token needs to know of the ones before it; every row by itself."""
 
-    segments: Segments
+    stored: Segments  # complete segments, in slots; read the online one's through `segments`
+    total: Weights  # sum of the complete segments' weights, where one read of it is enough
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
-    length: Array  # real tokens of the online segment, int32 [b]
+    pool: Array  # its pooled key [b, h, k]
+    length: Array  # its real tokens, int32 [b]
+    slot: Array  # which segment it is, int32 [b]
     position: Array  # tokens so far, masked ones included, int32 [b]
+    limit: Array  # tokens that there is room for, int32 []
+    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+    @property
+    def segments(self) -> Segments:
+        """Every segment's memory, pooled key and length, the online segment's as they are now.
+
+        Slots to come are zero. There are no slots where no read needs them: under `none`, and under
+        `residual` and `mean` with matrix memories, in a cache of `init_cache`.
+        """
+        if not self.stored.length.shape[1]:
+            return self.stored
+        online = Segments(self.state.weights, self.pool, self.length)
+        return put_slots(self.stored, add_axis(online), self.slot[:, None])
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:
@@ -46,8 +68,190 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     return MemoryState(weights, momentum, weights if memory.is_mlp else (), previous)
 
 
-def choose(condition: Array, yes: MemoryState, no: MemoryState) -> MemoryState:
-    """Select whole states; `condition` [b] or [b, r] matches their leading axes."""
+def init_cache(
+    initial: Weights,
+    config: MCConfig,
+    batch: int,
+    max_tokens: int,
+    *,
+    dtype: Dtype = None,
+    cache_dtype: Dtype = None,
+) -> Cache:
+    """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
+
+    Args:
+        initial: W_0, first layer first, each [h, out, in].
+        config: the layer's configuration, with segments of constant size.
+        batch: number of streams.
+        max_tokens: the most tokens that a stream may have.
+        dtype: of q, k and v; None = that of `initial`.
+        cache_dtype: of the cached memories; None = that of the online one, at least float32.
+
+    Raises:
+        ValueError: a number is not positive, or the segments cannot stream.
+    """
+    check_streams(config)
+    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be >= 1")
+    memory = make_memory(config.memory)
+    h, width = config.num_heads, initial[0].shape[-1]
+    dtype, device = dtype or initial[0].dtype, initial[0].device
+    k = torch.zeros(batch, h, width, dtype=dtype, device=device)
+    v = torch.zeros(batch, h, initial[-1].shape[-2], dtype=dtype, device=device)
+    start = start_state(memory, initial, k[..., None, :], v[..., None, :])
+    slots = config.slots(max_tokens)
+    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+
+
+def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
+    """Return a cache with the same content and room for `max_tokens` tokens.
+
+    Raises:
+        ValueError: that is less than it has room for now.
+    """
+    slots = max(config.slots(max_tokens), cache.stored.length.shape[1])
+    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
+        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+
+    def pad(x: Array) -> Array:
+        more = x.new_zeros(x.shape[0], slots - x.shape[1], *x.shape[2:])
+        return torch.cat([x, more], dim=1)
+
+    stored = tree_map(pad, cache.stored)
+    return cache._replace(stored=stored, limit=torch.full_like(cache.limit, max_tokens))
+
+
+def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
+    """Cast what a stream computes with; cached memories keep the dtype that they are stored in."""
+
+    def cast(tree: Tree) -> Tree:
+        return tree_map(lambda x: x.to(dtype), tree)
+
+    return cache._replace(
+        stored=cache.stored._replace(pool=cast(cache.stored.pool)),
+        total=cast(cache.total),
+        state=cast(cache.state),
+        pool_sum=cast(cache.pool_sum),
+        pool=cast(cache.pool),
+    )
+
+
+def check_room(cache: Cache, tokens: int | Array) -> None:
+    """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
+
+    Args:
+        cache: the streams so far.
+        tokens: to come, for all rows or [b].
+
+    Raises:
+        ValueError: names the position, and what to do.
+    """
+    if is_traced(cache.position) or is_traced(tokens):
+        return
+    position, limit = cache.position, int(cache.limit)
+    ahead = int((position + tokens).max())
+    if ahead > limit:
+        raise ValueError(
+            f"cache: max_tokens = {limit}, and position {int(position.max())} would go to {ahead}: "
+            f"grow(cache, {ahead}) first"
+        )
+
+
+def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
+    """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
+
+    Raises:
+        ValueError: names the shape.
+    """
+    batch = cache.position.shape[0]
+    if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as cache"
+        )
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is known only to the compiled program."""
+    del x
+    return torch.compiler.is_compiling()
+
+
+def empty_cache(
+    start: MemoryState, k: Array, slots: int, limit: int, total: bool, dtype: Dtype = None
+) -> Cache:
+    """Return the cache before the first token.
+
+    Args:
+        start: the state before the first token [b, h, ...].
+        k: keys [b, h, k], which give the shapes of their pools.
+        slots: memories that it will hold.
+        limit: tokens that it will have room for.
+        total: whether the sum of complete segments is kept.
+        dtype: of stored memories; None = that of the state.
+    """
+    zero = torch.zeros_like(k, dtype=state_dtype(k.dtype))
+    count = torch.zeros_like(k[:, 0, 0], dtype=torch.int32)
+
+    def stack(x: Array) -> Array:
+        return x.new_zeros(x.shape[0], slots, *x.shape[1:])
+
+    # No tensor stands at two places: a compiler would take that for a property of all caches.
+    return Cache(
+        stored=Segments(
+            weights=tuple(stack(w.to(dtype or w.dtype)) for w in start.weights),
+            pool=stack(zero),
+            length=stack(count),
+        ),
+        total=tree_map(torch.zeros_like, start.weights) if total else (),
+        state=start._replace(anchor=tree_map(torch.clone, start.anchor)),
+        pool_sum=zero,
+        pool=zero.clone(),
+        length=count,
+        slot=count.clone(),
+        position=count.clone(),
+        limit=torch.full((), limit, dtype=torch.int32, device=k.device),
+    )
+
+
+def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
+    """Return the sum of complete segments' weights [b, h, o, i], where reads take it.
+
+    Args:
+        config: the layer's configuration.
+        weights: of all segments, each [b, n, h, o, i].
+        plan: the segments; of those that `config` cuts the last may be incomplete.
+    """
+    if not config.reads_sum:
+        return ()
+    complete = plan.segments - (plan.lengths[-1] < plan.full_length)
+    return tuple(torch.sum(w[:, :complete], dim=1) for w in weights)
+
+
+def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
+    """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
+    number = torch.arange(stored.length.shape[1], dtype=slots.dtype, device=slots.device)
+    here = slots[:, None, :] == number[:, None]  # [b, n, s]
+    # The caller still holds what is stored, so a write copies it all: not at every token's price.
+    if not is_traced(slots) and not here.any():
+        return stored
+    row = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    written, which = here.any(dim=-1), here.to(torch.uint8).argmax(dim=-1)
+
+    def put(all_: Array, some: Array) -> Array:
+        some = some if some.shape[1] == 1 else some[row, which]
+        return choose(written, some.to(all_.dtype), all_)
+
+    return tree_map(put, stored, segments)
+
+
+def add_axis(tree: Tree) -> Tree:
+    """Give the tensors [b, ...] of a tree an axis of length 1 after the first."""
+    return tree_map(lambda x: x[:, None], tree)
+
+
+def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """Select whole states, or other trees; `condition` [b] or [b, r] matches their leading axes."""
 
     def pick(a: Array, b: Array) -> Array:
         return torch.where(

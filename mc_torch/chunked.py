@@ -1,14 +1,14 @@
 """The chunked write: a loop over chunks carries the memory; all else is parallel (section 6)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mc_torch.backends import ChunkMix, Coefficients, Events, Memory, MemoryState, Weights
 from mc_torch.backends.base import Apply
-from mc_torch.cache import start_state
+from mc_torch.cache import choose, start_state
 from mc_torch.layout import Plan, to_chunks
-from mc_torch.numerics import Array, product, remat, state_dtype, tree_map, unstack
+from mc_torch.numerics import Array, product, remat, tree_map, unstack
 
 
 class Writes(NamedTuple):
@@ -20,6 +20,20 @@ class Writes(NamedTuple):
     mix: ChunkMix
     ends: Weights  # the memory at each segment's end [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
+
+
+class Scanned(NamedTuple):
+    """What a loop over chunks carried; arrays lead with [g, b, r], the final state with [b, r]."""
+
+    before: Weights  # the memory that came to each chunk, before any restart [..., h, o, i]
+    momentum: Weights
+    events: Events
+    mix: ChunkMix
+    final: MemoryState
+
+
+# bool [g, b or 1, r], or [g] where all rows do the same and the host knows; None = nowhere.
+_Restarts = Array | tuple[bool, ...] | None
 
 
 def write_chunks(
@@ -45,33 +59,72 @@ def write_chunks(
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     at = tree_map(lambda x: to_chunks(x, plan), coefficients)
     written = to_chunks(mask[:, :, None].to(at.step.dtype), plan)
-    mix = memory.chunk_mix(at, written)
     start = start_state(memory, initial, k[0], v[0])
-    if memory.reaches_back:
-        previous = _tokens_before(k, v, written > 0, plan)
-        k, v = (
-            torch.cat([p[..., None, :].to(x.dtype), x], dim=-2)
-            for p, x in zip(previous, (k, v), strict=True)
-        )
-    if memory.is_mlp:
-        before, after, events = _loop_mlp(memory, k, v, mix, start, plan)
-    else:
-        events = memory.events((), k, v)
-        before, after = _loop_matrix(events, mix, start, plan, k.dtype)
-    final = after[-1]
-    if memory.is_mlp:
-        last = plan.last_chunk[-1] % len(before)
-        final = final._replace(anchor=before[last].weights)
-    if memory.reaches_back:
-        final = final._replace(previous=_last_token(k, v, written > 0))
+    restarts = plan.restarts if any(plan.restarts[1:]) else None
+    scanned = scan_chunks(memory, k, v, at, written, start, start, restarts)
+    final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
     return Writes(
-        weights=_stack([state.weights for state in before]),
-        momentum=_stack([state.momentum for state in before]),
-        events=events,
-        mix=mix,
-        ends=_segment_ends([state.weights for state in after], plan),
+        *began(scanned, start, restarts),
+        events=scanned.events,
+        mix=scanned.mix,
+        ends=tree_map(
+            lambda b, f: _segment_ends(b, f, plan), scanned.before, scanned.final.weights
+        ),
         final=tree_map(lambda x: x[:, -1], final),
     )
+
+
+def scan_chunks(
+    memory: Memory,
+    k: Array,
+    v: Array,
+    at: Coefficients,
+    written: Array,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: _Restarts,
+    opens: Array | None = None,
+) -> Scanned:
+    """Write rows of chunks one after another.
+
+    Args:
+        memory: the memory kind.
+        k: keys [g, b, r, h, c, k], zero where nothing is written.
+        v: values [g, b, r, h, c, v], likewise.
+        at: coefficients, each [g, b, r, h, c].
+        written: 1 at real tokens, else 0 [g, b, r, 1, c].
+        state: the memory before the first chunk [b, r, h, ...].
+        start: the state before a stream's first token [b, r, h, ...].
+        restarts: bool [g, b or 1, r], True where a chunk begins at `start`; None = nowhere.
+        opens: bool [g, b, r], True where a chunk begins with its first token: its gradients are
+            taken at the memory as it is then, elsewhere at `state.anchor`, for what is here is the
+            rest of a chunk. None = everywhere.
+    """
+    mix = memory.chunk_mix(at, written)
+    previous: Weights = ()
+    if memory.reaches_back:
+        before, previous = _tokens_before(k, v, written > 0, state.previous, restarts)
+        k, v = (
+            torch.cat([p[..., None, :].to(x.dtype), x], dim=-2)
+            for p, x in zip(before, (k, v), strict=True)
+        )
+    if memory.is_mlp:
+        return _loop_mlp(memory, k, v, mix, state, start, restarts, opens)
+    events = memory.events((), k, v)
+    carried, final = _loop_matrix(events, mix, state, start, restarts, k.dtype)
+    return Scanned(carried, (), events, mix, final._replace(previous=previous))
+
+
+def began(scanned: Scanned, start: MemoryState, restarts: _Restarts) -> tuple[Weights, Weights]:
+    """Return the weights and the momentum with which each chunk began [g, b, r, h, o, i]."""
+    if restarts is None:
+        return scanned.before, scanned.momentum
+    condition = _as_tensor(restarts, scanned.before[0])[..., None, None, None]
+
+    def pick(start: Weights, before: Weights) -> Weights:
+        return tuple(torch.where(condition, s, b) for s, b in zip(start, before, strict=True))
+
+    return pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
 
 
 def online_apply(writes: Writes, dtype: torch.dtype) -> Apply:
@@ -98,54 +151,76 @@ def online_apply(writes: Writes, dtype: torch.dtype) -> Apply:
 
 
 def _loop_mlp(
-    memory: Memory, k: Array, v: Array, mix: ChunkMix, start: MemoryState, plan: Plan
-) -> tuple[list[MemoryState], list[MemoryState], Events]:
-    """Return the states before and after each chunk, and the events of all."""
-    state, before, after, events = start, [], [], []
-    for restart, chunk in zip(plan.restarts, unstack((k, v, mix)), strict=True):
-        state = start if restart else state
-        before.append(state)
-        state, written = remat(_write_chunk)(memory, state, *chunk)
-        after.append(state)
+    memory: Memory,
+    k: Array,
+    v: Array,
+    mix: ChunkMix,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: _Restarts,
+    opens: Array | None,
+) -> Scanned:
+    carried, events, chunks = [], [], k.shape[0]
+    each = zip(unstack((k, v, mix)), _each(restarts, chunks), _each(opens, chunks), strict=True)
+    for chunk, restart, opening in each:
+        carried.append((state.weights, state.momentum))
+        state = _restarted(restart, start, state)
+        anchor = state.weights
+        if opening is not None:
+            anchor = choose(opening, state.weights, state.anchor)
+            state = state._replace(anchor=anchor)
+        weights, momentum, written = remat(_write_chunk)(
+            memory, anchor, state.weights, state.momentum, *chunk
+        )
+        state = state._replace(weights=weights, momentum=momentum)
         events.append(written)
-    return before, after, _stack(events)
+    before, speed = _stack(carried)
+    return Scanned(before, speed, _stack(events), mix, state)
 
 
 def _write_chunk(
-    memory: Memory, state: MemoryState, k: Array, v: Array, mix: ChunkMix
-) -> tuple[MemoryState, Events]:
-    events = memory.events(state.weights, k, v)
+    memory: Memory,
+    anchor: Weights,
+    weights: Weights,
+    momentum: Weights,
+    k: Array,
+    v: Array,
+    mix: ChunkMix,
+) -> tuple[Weights, Weights, Events]:
+    events = memory.events(anchor, k, v)
     add = _outer(events, mix.events[..., -1, :], k.dtype)
-    weights = tuple(
-        mix.state[..., -1, None, None] * w - g for w, g in zip(state.weights, add, strict=True)
-    )
+    new = tuple(mix.state[..., -1, None, None] * w - g for w, g in zip(weights, add, strict=True))
     if mix.momentum is None or mix.momentum_add is None or mix.momentum_keep is None:
-        return state._replace(weights=weights), events
-    weights = tuple(
-        w + mix.momentum[..., -1, None, None] * s
-        for w, s in zip(weights, state.momentum, strict=True)
+        return new, momentum, events
+    new = tuple(
+        w + mix.momentum[..., -1, None, None] * s for w, s in zip(new, momentum, strict=True)
     )
     add = _outer(events, mix.momentum_add, k.dtype)
     momentum = tuple(
-        mix.momentum_keep[..., None, None] * s - g for s, g in zip(state.momentum, add, strict=True)
+        mix.momentum_keep[..., None, None] * s - g for s, g in zip(momentum, add, strict=True)
     )
-    return state._replace(weights=weights, momentum=momentum), events
+    return new, momentum, events
 
 
 def _loop_matrix(
-    events: Events, mix: ChunkMix, start: MemoryState, plan: Plan, dtype: torch.dtype
-) -> tuple[list[MemoryState], list[MemoryState]]:
-    """Return the states before and after each chunk."""
+    events: Events,
+    mix: ChunkMix,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: _Restarts,
+    dtype: torch.dtype,
+) -> tuple[Weights, MemoryState]:
     # No gradient depends on the memory: all products are taken at once, the loop only adds.
     (add,) = _outer(events, mix.events[..., -1, :], dtype)
     keep = mix.state[..., -1, None, None]
-    state, before, after = start, [], []
-    for restart, kept, added in zip(plan.restarts, keep.unbind(0), add.unbind(0), strict=True):
-        state = start if restart else state
-        before.append(state)
+    carried = []
+    for kept, added, restart in zip(
+        keep.unbind(0), add.unbind(0), _each(restarts, len(add)), strict=True
+    ):
+        carried.append(state.weights)
+        state = _restarted(restart, start, state)
         state = state._replace(weights=(kept * state.weights[0] - added,))
-        after.append(state)
-    return before, after
+    return _stack(carried), state
 
 
 def _outer(events: Events, scale: Array, dtype: torch.dtype) -> Weights:
@@ -156,47 +231,76 @@ def _outer(events: Events, scale: Array, dtype: torch.dtype) -> Weights:
     )
 
 
-def _stack(trees):  # type: ignore[no-untyped-def]
+def _stack(trees: list[Any]) -> Any:
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
-def _segment_ends(after: list[Weights], plan: Plan) -> Weights:
-    """Gather [b, n, h, ...] from the states after each chunk [b, r, h, ...]."""
+def _each(flags: _Restarts, chunks: int) -> Any:
+    """Return the flags of every chunk."""
+    if flags is None:
+        return (None,) * chunks
+    return flags if isinstance(flags, tuple) else flags.unbind(0)
+
+
+def _restarted(restart: Any, start: MemoryState, state: MemoryState) -> MemoryState:
+    """Return the state with which a chunk begins."""
+    if restart is None or isinstance(restart, bool):
+        return start if restart else state
+    return choose(restart, start, state)
+
+
+def _as_tensor(restarts: Array | tuple[bool, ...], like: Array) -> Array:
+    """Return bool [g, b or 1, r]."""
+    if isinstance(restarts, tuple):
+        return torch.tensor(restarts, device=like.device)[:, None, None]
+    return restarts
+
+
+def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
+    """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
     if plan.rows > 1:
-        return after[-1]
-    ends = [after[chunk] for chunk in plan.last_chunk]
-    return tree_map(lambda *leaves: torch.cat(leaves, dim=1), *ends)
+        return final
+    chunks = before.unbind(0)
+    return torch.cat([*(chunks[last + 1] for last in plan.last_chunk[:-1]), final], dim=1)
 
 
-def _tokens_before(k: Array, v: Array, written: Array, plan: Plan) -> Weights:
-    """Return k and v [g, b, r, h, ...] of the last real token before each chunk; zeros if none."""
+def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
+    """Return the weights [b, r, ...] with which the last token's chunk began."""
+    if not memory.is_mlp:
+        return ()
+    last = plan.last_chunk[-1] % len(plan.restarts)
+    # No chunk changed the anchor of the state that the loop began with: the initial memory.
+    return scanned.final.anchor if plan.restarts[last] else tuple(b[last] for b in scanned.before)
+
+
+def _tokens_before(
+    k: Array, v: Array, written: Array, previous: Weights, restarts: _Restarts
+) -> tuple[Weights, Weights]:
+    """Return k and v of the last real token before each chunk [g, b, r, h, ...], and of the last.
+
+    They are zero where there is none since the last restart.
+    """
     g, b, r, _, c = written.shape
-    place = torch.arange(g * c, device=k.device).reshape(g, 1, 1, c)
-    seen = torch.where(written[:, :, :, 0], place + 1, 0)
-    seen = torch.cummax(seen.permute(1, 2, 0, 3).reshape(b, r, g * c), dim=2).values
-    # 1 + the place of the last real token before each chunk; 0 is none.
-    latest = torch.cat([torch.zeros_like(seen[..., :1]), seen[..., c - 1 : -1 : c]], dim=-1)
-    latest = torch.where(latest > plan.opening * c, latest, 0)
+    number = torch.arange(1, g * c + 1, device=k.device).reshape(g, 1, 1, c)
+    # The number of the last real token before each chunk, and before the end; 0 is none.
+    latest = torch.where(written[:, :, :, 0], number, 0).amax(dim=-1).cummax(dim=0).values
+    latest = torch.cat([torch.zeros_like(latest[:1]), latest])
+    # How many tokens came before the last restart.
+    begin = torch.full_like(latest, -1)
+    if restarts is not None:
+        first = torch.where(_as_tensor(restarts, k), number[..., 0] - 1, -1)
+        first = first.cummax(dim=0).values.expand(g, b, r)
+        begin = torch.cat([first, first[-1:]])
+    found = (latest > begin.clamp(min=0))[..., None, None]
+    carried = (begin < 0)[..., None, None]
 
-    def gather(x: Array) -> Array:
+    def gather(x: Array, old: Array) -> Array:
         h, width = x.shape[3], x.shape[5]
         flat = x.permute(1, 2, 0, 4, 3, 5).reshape(b, r, g * c, h, width)
-        index = (latest - 1).clamp(min=0)[..., None, None].expand(b, r, g, h, width)
-        found = torch.gather(flat, 2, index)
-        found = torch.where((latest > 0)[..., None, None], found, torch.zeros_like(found))
-        return found.permute(2, 0, 1, 3, 4)
+        index = (latest - 1).clamp(min=0).permute(1, 2, 0)[..., None, None]
+        taken = torch.gather(flat, 2, index.expand(b, r, g + 1, h, width))
+        taken = taken.permute(2, 0, 1, 3, 4).to(old.dtype)
+        return torch.where(found, taken, torch.where(carried, old, torch.zeros_like(old)))
 
-    return gather(k), gather(v)
-
-
-def _last_token(k: Array, v: Array, written: Array) -> Weights:
-    """Return k and v [b, r, h, ...] of the last real token; the chunks lead with the one before."""
-    written, k, v = written[-1], k[-1], v[-1]
-    number = torch.arange(1, written.shape[-1] + 1, device=k.device)
-    last = torch.where(written, number, 0).amax(dim=-1)[..., None, None]
-
-    def take(x: Array) -> Array:
-        index = last.expand(*x.shape[:-2], 1, x.shape[-1])
-        return torch.gather(x, -2, index)[..., 0, :].to(state_dtype(x.dtype))
-
-    return take(k), take(v)
+    tokens = tuple(gather(x, old) for x, old in zip((k, v), previous, strict=True))
+    return tuple(x[:-1] for x in tokens), tuple(x[-1] for x in tokens)

@@ -6,14 +6,16 @@ from typing import NamedTuple
 import torch
 
 from mc_core.config import MCConfig
+from mc_core.segmentation import check_streams
 from mc_torch.aggregate import read_all
 from mc_torch.backends import Coefficients, Memory, Norm, Weights, make_memory
-from mc_torch.cache import Cache, Segments
+from mc_torch.cache import Cache, Segments, in_dtype, sum_complete
 from mc_torch.chunked import write_chunks
 from mc_torch.gates import gate, pool_keys, scores
 from mc_torch.layout import Plan, make_plan
-from mc_torch.numerics import Array, state_dtype, tree_map
+from mc_torch.numerics import Array, align, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
+from mc_torch.streaming import extend_chunks
 
 
 class Result(NamedTuple):
@@ -64,11 +66,7 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
-    real = mask[:, :, None, None]
-    # Whatever stands at a masked token, NaN included, must not reach a product.
-    q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
-    u = q if u is None else torch.where(real, u, torch.zeros_like(u))
-    coefficients = _masked(coefficients, mask, state_dtype(q.dtype))
+    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     if method == "recurrent":
         output, cache, gates = run_tokens(
@@ -78,8 +76,68 @@ def memory_caching(
         output, cache, gates = _run_chunks(
             memory, config, q, k, v, u, initial, coefficients, mask, plan
         )
+    real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
     return Result(output, cache, torch.where(real, gates, torch.zeros_like(gates)))
+
+
+def extend(
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array | None,
+    initial: Weights,
+    coefficients: Coefficients,
+    cache: Cache,
+    config: MCConfig,
+    *,
+    mask: Array | None = None,
+    count: Array | None = None,
+    norm: Norm = None,
+) -> Result:
+    """Go on with a stream: any split of a sequence gives what the whole gives.
+
+    Where positions would pass the cache's limit, the output is NaN: a compiled program cannot
+    raise. `check_room` can, before it runs.
+
+    Args:
+        q: as `memory_caching` takes it, like k, v, u, initial, coefficients, mask and norm.
+        k: as above.
+        v: as above.
+        u: as above.
+        initial: as above.
+        coefficients: as above.
+        cache: the stream so far.
+        config: the layer's configuration, with segments of constant size.
+        mask: as above.
+        count: tokens of each row, its first ones, int32 [b]; the others do not exist: they take
+            no position, and their output is 0. None = all.
+        norm: as above.
+
+    Raises:
+        ValueError: a shape, a missing argument or a name that does not fit.
+    """
+    check_streams(config)
+    _check(q, k, v, u, initial, coefficients, config, norm, mask, "chunked")
+    b, t = q.shape[:2]
+    if cache.position.shape != (b,):
+        raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
+    exists = torch.ones(b, t, dtype=torch.bool, device=q.device)
+    if count is not None:
+        exists = align(torch.arange(t, device=q.device), 2) < count[:, None]
+    mask = exists if mask is None else mask & exists
+    count = torch.sum(exists, dim=1, dtype=torch.int32)
+    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    cache = in_dtype(cache, state_dtype(q.dtype))
+    memory = make_memory(config.memory, norm)
+    output, new, gates = extend_chunks(
+        memory, config, q, k, v, u, initial, coefficients, mask, count, cache
+    )
+    real = mask[:, :, None, None]
+    output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
+    room = (new.position <= cache.limit)[:, None, None, None]
+    output = torch.where(room, output, torch.nan)
+    return Result(output, new, torch.where(real, gates, torch.zeros_like(gates)))
 
 
 def _run_chunks(
@@ -99,21 +157,34 @@ def _run_chunks(
     score = scores(u, pools.segment, pools.running, config)
     gates, selected = gate(score, torch.tensor(plan.segment_of, device=q.device), config)
     output = read_all(memory, config, writes, q, gates, selected, plan)
+    length = pools.length[:, -1]
     cache = Cache(
-        segments=Segments(writes.ends, pools.segment, pools.length),
+        stored=Segments(writes.ends, pools.segment, pools.length),
+        total=sum_complete(config, writes.ends, plan),
         state=writes.final,
         pool_sum=pools.total[:, -1],
-        length=pools.length[:, -1],
-        position=torch.full_like(pools.length[:, -1], plan.tokens),
+        pool=pools.segment[:, -1],
+        length=length,
+        slot=torch.full_like(length, plan.segments - 1),
+        position=torch.full_like(length, plan.tokens),
+        limit=torch.full((), plan.tokens, dtype=torch.int32, device=q.device),
     )
     return output, cache, gates
 
 
-def _masked(coefficients: Coefficients, mask: Array, dtype: torch.dtype) -> Coefficients:
-    real = mask[:, :, None]
-    return tree_map(
-        lambda x: torch.where(real, x.to(dtype), torch.ones_like(x, dtype=dtype)), coefficients
+def _cleaned(
+    q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
+) -> tuple[Array, Array, Array, Array, Coefficients]:
+    # Whatever stands at a masked token, NaN included, must not reach a product.
+    real = mask[:, :, None, None]
+    q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
+    u = q if u is None else torch.where(real, u, torch.zeros_like(u))
+    dtype = state_dtype(q.dtype)
+    coefficients = tree_map(
+        lambda x: torch.where(mask[:, :, None], x.to(dtype), torch.ones_like(x, dtype=dtype)),
+        coefficients,
     )
+    return q, k, v, u, coefficients
 
 
 def _check(

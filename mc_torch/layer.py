@@ -1,6 +1,7 @@
 """The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import NamedTuple, Self
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from mc_core.config import MCConfig
 from mc_torch.backends import Coefficients, Norm, Weights
-from mc_torch.cache import Cache
-from mc_torch.functional import Result, memory_caching
+from mc_torch.cache import Cache, check_room, check_rows, grow, init_cache
+from mc_torch.functional import Result, extend, memory_caching
+from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.layout import make_plan
 from mc_torch.modules import Coefficient, Linear, MemoryNorm, RMSNorm, ShortConv, initial_memory
-from mc_torch.numerics import Array, Dtype, compute_dtype, l2_normalize, state_dtype
+from mc_torch.numerics import Array, Dtype, align, compute_dtype, l2_normalize, state_dtype
 from mc_torch.pretrained import from_pretrained
 
 
@@ -139,55 +141,150 @@ class MemoryCachingLayer(nn.Module):
         )
         return y, trace
 
+    def init_cache(self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None) -> Cache:
+        """Return the cache of streams that have not begun.
+
+        Args:
+            batch: number of streams.
+            max_tokens: the most tokens that a stream may have; `grow` makes room for more.
+            cache_dtype: of the cached memories; None = that of the online one, at least float32.
+
+        Raises:
+            ValueError: a number is not positive, or the segments cannot stream.
+        """
+        config, wide = self.config, state_dtype(self.out_proj.weight.dtype)
+        cache = init_cache(
+            self._initial(), config, batch, max_tokens, dtype=wide, cache_dtype=cache_dtype
+        )
+        if not config.conv_width:
+            return cache
+        shape = (3, batch, config.conv_width - 1, config.d_model)
+        zero = torch.zeros(shape, dtype=wide, device=self.out_proj.weight.device)
+        return cache._replace(conv=tuple(zero))
+
+    def grow(self, cache: Cache, max_tokens: int) -> Cache:
+        """Return a cache with the same content and room for `max_tokens` tokens.
+
+        Raises:
+            ValueError: that is less than it has room for now.
+        """
+        return grow(cache, self.config, max_tokens)
+
+    def extend(
+        self,
+        x: Array,
+        cache: Cache,
+        mask: Array | None = None,
+        *,
+        padding: Array | None = None,
+    ) -> tuple[Array, Cache]:
+        """Mix the next tokens of a stream; any split of a sequence gives what the whole gives.
+
+        `torch.compile` of this method compiles once for each number of tokens, whatever the
+        position. A compiled program cannot raise: past the cache's limit its output is NaN.
+
+        Args:
+            x: [b, t, d], any number of tokens.
+            cache: the stream so far, from `init_cache`, `extend` or `forward_with_cache`.
+            mask: bool [b, t], True = a real token; a masked one still takes its position.
+            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
+                alone without that place, whose output is 0.
+
+        Returns:
+            [b, t, d] in the dtype of `x`, and the stream with these tokens.
+
+        Raises:
+            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+        """
+        check_rows(x, cache, self.config)
+        if padding is None:
+            check_room(cache, x.shape[1])
+            return self._extend(x, cache, mask)
+        packing = make_packing(padding)
+        check_room(cache, packing.tokens)
+        mask = None if mask is None else pack(mask, packing)
+        y, cache = self._extend(pack(x, packing), cache, mask, packing.tokens)
+        return unpack(y, packing), cache
+
+    def _extend(
+        self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
+        exists = mask
+        if count is not None:
+            exists = align(torch.arange(x.shape[1], device=x.device), 2) < count[:, None]
+            exists = exists if mask is None else exists & mask
+        go_on = partial(extend, cache=cache, config=self.config, mask=mask, count=count)
+        y, result = self._mix(x, exists, go_on, cache.conv, count)
+        return y, result.cache
+
     def _run(
         self, x: Array, mask: Array | None, segment_lengths: Sequence[int] | None = None
     ) -> tuple[Array, Result]:
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}]")
-        dtype = x.dtype
+        whole = partial(memory_caching, config=config, mask=mask, segment_lengths=segment_lengths)
+        return self._mix(x, mask, whole)
+
+    def _mix(
+        self,
+        x: Array,
+        mask: Array | None,
+        run: Callable[..., Result],
+        before: Weights = (),
+        count: Array | None = None,
+    ) -> tuple[Array, Result]:
+        """Project tokens, `run` the memory over them, and project its reads.
+
+        Args:
+            x: [b, t, d].
+            mask: bool [b, t], False where the layer sees zeros and gives zeros.
+            run: takes q, k, v, u, initial, coefficients and norm.
+            before: the cache's `conv`.
+            count: tokens of each row, its first ones [b].
+        """
+        config, dtype = self.config, x.dtype
         x = x.to(compute_dtype(x))
         if mask is not None:
             x = torch.where(mask[:, :, None], x, torch.zeros_like(x))
-        q, k, v, u = self._project(x)
+        q, k, v, u, conv = self._project(x, before, count)
         at = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         norm: Norm = None
         if hasattr(self, "memory_norm"):
             norm = (self.memory_norm.scale, self.memory_norm.bias)
-        result = memory_caching(
-            q,
-            k,
-            v,
-            u,
-            self._initial(),
-            Coefficients(
-                step=at["newest"] if "newest" in at else at["step"],
-                retention=at["retention"],
-                momentum=at.get("momentum"),
-                previous=at.get("previous"),
-            ),
-            config,
-            mask=mask,
-            segment_lengths=segment_lengths,
-            norm=norm,
+        coefficients = Coefficients(
+            step=at["newest"] if "newest" in at else at["step"],
+            retention=at["retention"],
+            momentum=at.get("momentum"),
+            previous=at.get("previous"),
         )
+        result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
         y = result.output
         if config.output_norm == "rms":
             y = self.output_norm(y)
         y = self.out_proj(y.reshape(*y.shape[:2], config.d_model))
-        return y.to(dtype), result
+        return y.to(dtype), result._replace(cache=result.cache._replace(conv=conv))
 
-    def _project(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
+    def _project(
+        self, x: Array, before: Weights, count: Array | None
+    ) -> tuple[Array, Array, Array, Array | None, Weights]:
         config = self.config
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        tails: Weights = ()
         if config.conv_width:
-            q, k, v = self.q_conv(q), self.k_conv(k), self.v_conv(v)
+            convs = self.q_conv, self.k_conv, self.v_conv
+            old = before or (None, None, None)
+            tails = tuple(
+                conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
+            )
+            q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         if not config.gated:
-            return q, k, v, None
-        return q, k, v, q if config.use_q_as_u else self._heads(self.u_proj(x))
+            return q, k, v, None, tails
+        return q, k, v, q if config.use_q_as_u else self._heads(self.u_proj(x)), tails
 
     def _initial(self) -> Weights:
         if len(self.initial):

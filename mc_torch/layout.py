@@ -28,13 +28,14 @@ class Plan:
 
     tokens: int
     segments: int
+    lengths: tuple[int, ...]  # tokens of each segment
+    full_length: int  # tokens of the last segment when it is complete
     rows: int
     chunk_size: int
     index: Index  # [rows * chunks * chunk_size] the token at each place
     place_of: Index  # [t] the place of each token
     padded_segments: Index  # [n * longest] the tokens of each segment
     segment_places: Index  # [t] the places of tokens in `padded_segments`
-    opening: Array  # int64 [rows, chunks] the chunk with which the state last started anew
     restarts: tuple[bool, ...]  # [chunks] where the first row starts anew; others do at 0 alone
     last_chunk: tuple[int, ...]  # [n] the flat chunk of each segment's last token
     segment_of: tuple[int, ...]  # [t] each token's segment
@@ -72,18 +73,17 @@ def _make_plan(
         return Index(tensor(x), np.array_equal(x, np.arange(size)), bool(x.max() == size))
 
     padded = plan.padded_segments.reshape(-1)
-    chunks = np.arange(plan.restarts.shape[1])
-    opening = np.maximum.accumulate(np.where(plan.restarts, chunks, 0), axis=1)
     return Plan(
         tokens=tokens,
         segments=plan.segments,
+        lengths=plan.lengths,
+        full_length=plan.full_length,
         rows=plan.rows,
         chunk_size=plan.chunk_size,
         index=places(plan.index, tokens),
         place_of=places(plan.place_of, plan.index.size),
         padded_segments=places(padded, tokens),
         segment_places=places(np.flatnonzero(padded < tokens), padded.size),
-        opening=tensor(opening),
         restarts=tuple(plan.restarts[0].tolist()),
         last_chunk=tuple(plan.last_chunk.tolist()),
         segment_of=tuple(plan.segment_of.tolist()),

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mc_core.config import ModelConfig
+from mc_torch.cache import Cache, check_room, grow
+from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.layer import MemoryCachingLayer, Trace
 from mc_torch.modules import Linear, RMSNorm
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
@@ -59,8 +61,16 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), mask)
         return x + self.ffn(self.ffn_norm(x))
 
+    def extend(
+        self, x: Array, cache: Cache, mask: Array | None = None, count: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Do the same for the next tokens of a stream, of which row i has its first `count[i]`."""
+        y, cache = self.mixer._extend(self.mixer_norm(x), cache, mask, count)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), cache
+
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Do the same, and return the mixer's trace."""
+        """Do the same for a whole sequence, and return the mixer's trace."""
         y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
         x = x + y
         return x + self.ffn(self.ffn_norm(x)), trace
@@ -132,11 +142,75 @@ class LanguageModel(nn.Module):
     def inspect(self, tokens: Array, mask: Array | None = None) -> tuple[Array, tuple[Trace, ...]]:
         """Predict, and return the trace of every block's memory layer."""
         x, traces = self._embed(tokens), []
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self._blocks():
             x, trace = block.inspect(x, mask)
             traces.append(trace)
         return self._logits(x), tuple(traces)
+
+    def init_cache(
+        self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None
+    ) -> tuple[Cache, ...]:
+        """Return the caches of all blocks, for streams that have not begun; as the layer's."""
+        return tuple(
+            block.mixer.init_cache(batch, max_tokens, cache_dtype=cache_dtype)
+            for block in self._blocks()
+        )
+
+    def grow(self, cache: tuple[Cache, ...], max_tokens: int) -> tuple[Cache, ...]:
+        """Return caches with the same content and room for `max_tokens` tokens."""
+        return tuple(grow(one, self.config.layer, max_tokens) for one in cache)
+
+    def extend(
+        self,
+        tokens: Array,
+        cache: tuple[Cache, ...],
+        mask: Array | None = None,
+        *,
+        padding: Array | None = None,
+    ) -> tuple[Array, tuple[Cache, ...]]:
+        """Predict after the next tokens of a stream; any split gives what the whole gives.
+
+        Args:
+            tokens: ids [b, t], integers below `vocab_size`.
+            cache: the stream so far, from `init_cache` or `extend`.
+            mask: bool [b, t], True = a real token; a masked one still takes its position.
+            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
+                alone without that place.
+
+        Returns:
+            logits [b, t, vocab_size], and the stream with these tokens.
+
+        Raises:
+            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+        """
+        batch = cache[0].position.shape[0]
+        if tokens.ndim != 2 or tokens.shape[0] != batch:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache")
+        if padding is None:
+            check_room(cache[0], tokens.shape[1])
+            return self._extend(tokens, cache, mask)
+        packing = make_packing(padding)
+        check_room(cache[0], packing.tokens)
+        mask = None if mask is None else pack(mask, packing)
+        logits, cache = self._extend(pack(tokens, packing), cache, mask, packing.tokens)
+        return unpack(logits, packing), cache
+
+    def _extend(
+        self,
+        tokens: Array,
+        cache: tuple[Cache, ...],
+        mask: Array | None,
+        count: Array | None = None,
+    ) -> tuple[Array, tuple[Cache, ...]]:
+        x, new = self._embed(tokens), []
+        for block, one in zip(self._blocks(), cache, strict=True):
+            x, one = block.extend(x, one, mask, count)
+            new.append(one)
+        return self._logits(x), tuple(new)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)

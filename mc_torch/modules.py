@@ -92,13 +92,32 @@ class ShortConv(nn.Module):
         weight[:, -1] = 1
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Array) -> Array:
-        """Convolve tokens [b, t, d] over t; those before the first count as zero."""
-        weight = self.weight.to(x.dtype)
-        width, t = weight.shape[1], x.shape[1]
-        padded = F.pad(x, (0, 0, width - 1, 0))
-        taps = [padded[:, i : i + t] * align(weight[:, i], 3) for i in range(width)]
+    def forward(self, x: Array, before: Array | None = None) -> Array:
+        """Convolve tokens [b, t, d] over t; `before` [b, width - 1, d], or zero, came first."""
+        weight, t = self.weight.to(x.dtype), x.shape[1]
+        padded = self._joined(x, before)
+        taps = [padded[:, i : i + t] * align(tap, 3) for i, tap in enumerate(weight.unbind(1))]
         return sum(taps[1:], taps[0])
+
+    def tail(self, x: Array, before: Array | None = None, count: Array | None = None) -> Array:
+        """Return what comes before the next tokens [b, width - 1, d], in the state dtype.
+
+        Args:
+            x: tokens [b, t, d].
+            before: what came before them.
+            count: tokens of each row, its first ones, int32 [b]; None = all.
+        """
+        joined = self._joined(x, before).to(state_dtype(x.dtype))
+        if count is None:
+            return joined[:, x.shape[1] :]
+        width = self.weight.shape[1]
+        index = count[:, None] + align(torch.arange(width - 1, device=x.device), 2)
+        return torch.gather(joined, 1, index[..., None].expand(-1, -1, x.shape[2]))
+
+    def _joined(self, x: Array, before: Array | None) -> Array:
+        if before is None:
+            return F.pad(x, (0, 0, self.weight.shape[1] - 1, 0))
+        return torch.cat([before.to(x.dtype), x], dim=1)
 
 
 class RMSNorm(nn.Module):

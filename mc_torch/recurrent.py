@@ -7,10 +7,19 @@ import torch
 from mc_core.config import MCConfig
 from mc_torch.aggregate import read_token
 from mc_torch.backends import Coefficients, Memory, MemoryState, Weights
-from mc_torch.cache import Cache, Segments, choose, start_state
+from mc_torch.cache import (
+    Cache,
+    Segments,
+    add_axis,
+    choose,
+    empty_cache,
+    put_slots,
+    start_state,
+    sum_complete,
+)
 from mc_torch.gates import gate, pooled, scores
 from mc_torch.layout import Plan
-from mc_torch.numerics import Array, state_dtype, tree_map, unstack
+from mc_torch.numerics import Array, unstack
 
 
 class Token(NamedTuple):
@@ -57,13 +66,14 @@ def run_tokens(
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
     """
     start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
-    cache = _empty_cache(start, k, plan.segments)
     by_token = unstack((q, k, v, u, coefficients, mask), dim=1)
     where = zip(plan.segment_of, plan.opens_segment, plan.opens_chunk, strict=True)
+    cache = empty_cache(start, k[:, 0], plan.segments, plan.tokens, total=False)
     reads = []
     for here, there in zip(by_token, where, strict=True):
         cache, read = run_token(memory, config, start, cache, Token._make((*here, *there)))
         reads.append(read)
+    cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     output, gates = (torch.stack(x, dim=1) for x in zip(*reads, strict=True))
     return output, cache, gates
 
@@ -98,26 +108,19 @@ def run_token(
     count = count + token.real.to(count.dtype)
     running = pooled(pool_sum, count[:, None], config.pooling)
 
-    score = scores(token.u[:, None], cache.segments.pool, running[:, None], config)
+    score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
     segment = torch.full((1,), token.segment, device=score.device)
     gates = gate(score, segment, config)[0][:, 0]
-    output = read_token(memory, config, state.weights, cache.segments.weights, token.q, gates)
+    output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)
-    segments = tree_map(
-        lambda all_, x: torch.select_scatter(all_, x, 1, token.segment), cache.segments, here
-    )
-    return Cache(segments, state, pool_sum, count, cache.position + 1), (output, gates)
-
-
-def _empty_cache(start: MemoryState, k: Array, n: int) -> Cache:
-    """Return the cache before the first of `n` segments; `k` [b, t, h, k] gives its shapes."""
-    zero = torch.zeros_like(k[:, 0], dtype=state_dtype(k.dtype))
-    count = torch.zeros_like(k[:, 0, 0, 0], dtype=torch.int32)
-    one = Segments(tree_map(torch.zeros_like, start.weights), zero, count)
-    return Cache(
-        segments=tree_map(lambda x: torch.stack([x] * n, dim=1), one),
-        state=start,
-        pool_sum=zero,
+    slot = torch.full_like(cache.slot, token.segment)
+    cache = cache._replace(
+        stored=put_slots(cache.stored, add_axis(here), slot[:, None]),
+        state=state,
+        pool_sum=pool_sum,
+        pool=running,
         length=count,
-        position=count,
+        slot=slot,
+        position=cache.position + 1,
     )
+    return cache, (output, gates)

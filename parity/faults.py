@@ -197,7 +197,7 @@ def _root_at_zero(l2_normalize: Any) -> Any:
 
 
 def _ahead(forward: Any) -> Any:
-    return lambda conv, x: forward(conv, F.pad(x, (0, 0, 0, 1))[:, 1:])
+    return lambda conv, x, before: forward(conv, F.pad(x, (0, 0, 0, 1))[:, 1:], before)
 
 
 def _transposed(to_torch: Any) -> Any:
@@ -223,7 +223,7 @@ FAULTS = (
         LINEAR,
         STATE,
         {
-            "mc_torch.functional._masked": lambda _: lambda at, mask, dtype: at,
+            "mc_torch.functional._cleaned": lambda f: lambda *a: (*f(*a)[:4], a[4]),
             "mc_torch.backends.linear.mask_coefficients": _undecayed_only,
         },
     ),

@@ -1,0 +1,52 @@
+"""Sums over the slots of a stream's cached memories, of which only the first ones are filled."""
+
+from collections.abc import Callable
+
+import torch
+
+from mc_torch.backends import Weights
+from mc_torch.cache import is_traced
+from mc_torch.numerics import Array, remat
+
+READS = 64  # of one token each that a step takes together: few tokens read many slots at once
+
+# (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
+Read = Callable[[Array, Weights], Array]
+
+
+def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Return `Σ_i gates_i read(x, weights_i)`; slots from `filled` on cost nothing.
+
+    A compiled program reads them too: only the host could tell how many there are.
+
+    Args:
+        read: how tokens read some memories.
+        x: tokens [b, h, c, i].
+        gates: [b, h, c, n], 0 at slots from `filled` on.
+        weights: memories, each [b, n, h, o, i].
+        filled: integer [].
+
+    Returns:
+        [b, h, c, o] in the gates' dtype.
+    """
+    n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
+    if not is_traced(filled):
+        n = min(n, int(filled))
+    x = x[:, None]
+
+    @remat
+    def weighted(x: Array, gates: Array, weights: Weights) -> Array:
+        return torch.sum(gates.permute(0, 3, 1, 2)[..., None] * read(x, weights), dim=1)
+
+    # Split at once: slicing block by block would add a full gradient for every one.
+    parts = zip(
+        gates[..., :n].split(size, dim=-1),
+        *(w[:, :n].split(size, dim=1) for w in weights),
+        strict=True,
+    )
+    total = None
+    for part, *some in parts:
+        more = weighted(x, part, tuple(some))
+        total = more if total is None else total + more
+    assert total is not None
+    return total

@@ -1,0 +1,201 @@
+"""The next tokens of a stream: the chunked form from a cache, at any position (sections 4 to 6)."""
+
+from typing import NamedTuple
+
+import torch
+
+from mc_core.config import MCConfig
+from mc_torch.aggregate import read_sparse
+from mc_torch.backends import Coefficients, Memory, Weights
+from mc_torch.backends.base import apply_weights
+from mc_torch.cache import Cache, Segments, choose, put_slots, start_state
+from mc_torch.chunked import Scanned, Writes, began, online_apply, scan_chunks
+from mc_torch.gates import gate, pooled, readable, scores
+from mc_torch.grid import Grid, from_places, make_grid, to_places
+from mc_torch.numerics import Array, product, running_sum, tree_map, unstack
+from mc_torch.slots import sum_over_slots
+
+
+class Pools(NamedTuple):
+    """Pooled keys of a call's tokens and chunks."""
+
+    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
+    sums: Array  # of the segment's keys after each chunk [g, b, h, k]
+    counts: Array  # its real tokens after each chunk, int32 [g, b]
+
+
+def extend_chunks(
+    memory: Memory,
+    config: MCConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    u: Array,
+    initial: Weights,
+    coefficients: Coefficients,
+    mask: Array,
+    count: Array,
+    cache: Cache,
+) -> tuple[Array, Cache, Array]:
+    """Write and read the next tokens of a stream.
+
+    Args:
+        memory: the memory kind.
+        config: the layer's configuration.
+        q: [b, t, h, k], as k and u; zero at masked tokens.
+        k: as q.
+        v: [b, t, h, v].
+        u: as q.
+        initial: W_0, first layer first, each [h, o, i].
+        coefficients: each [b, t, h].
+        mask: bool [b, t].
+        count: tokens of each row, its first ones, int32 [b]; the others do not exist.
+        cache: the stream so far.
+
+    Returns:
+        output [b, t, h, v], the new cache, gates [b, t, h, n + 1] over its n slots.
+    """
+    grid = make_grid(cache.position, count, q.shape[1], config)
+    scanned, writes = _write(memory, config, k, v, initial, coefficients, mask, grid, cache)
+    pools = _pool(k, mask, grid, cache, config)
+    stored, total, totals = _complete(scanned, pools, grid, cache, config)
+    if config.detach_cached_states:
+        totals = tree_map(torch.detach, totals)
+
+    if config.reads_sum:
+        queries = to_places(q, grid)
+        read = memory.read(online_apply(writes, q.dtype), queries)
+        read = read + memory.read(apply_weights(totals, q.dtype), queries)
+        allowed = readable(grid.segment, stored.length.shape[1], config)[:, :, None]
+        share = torch.ones_like(pools.running[..., :1])
+        if config.aggregation == "mean":
+            share = share / (grid.segment + 1)[..., None, None].to(share.dtype)
+        output = from_places(read, grid) * share
+        gates = allowed.to(share.dtype) * share
+    else:
+        score = scores(u, stored.pool, pools.running, config)
+        gates, selected = gate(score, grid.segment, config)
+        output = _read(memory, config, writes, stored.weights, q, gates, selected, grid)
+
+    new = cache._replace(
+        stored=stored,
+        total=total,
+        state=tree_map(lambda x: x[:, 0], scanned.final),
+        pool_sum=pools.sums[-1],
+        pool=pooled(pools.sums[-1], pools.counts[-1][:, None], config.pooling),
+        length=pools.counts[-1],
+        slot=grid.slot,
+        position=cache.position + count,
+    )
+    return output, new, gates
+
+
+def _write(
+    memory: Memory,
+    config: MCConfig,
+    k: Array,
+    v: Array,
+    initial: Weights,
+    coefficients: Coefficients,
+    mask: Array,
+    grid: Grid,
+    cache: Cache,
+) -> tuple[Scanned, Writes]:
+    k, v = to_places(k, grid), to_places(v, grid)
+    at = tree_map(lambda x: to_places(x, grid), coefficients)
+    written = to_places(mask[:, :, None].to(at.step.dtype), grid)
+    start = start_state(memory, initial, k[0], v[0])
+    state = tree_map(lambda x: x[:, None], cache.state)
+    restarts = grid.restarts if config.state_init_mode == "restart" else None
+    scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens)
+    weights, momentum = began(scanned, start, restarts)
+    return scanned, Writes(weights, momentum, scanned.events, scanned.mix, (), scanned.final)
+
+
+def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> Pools:
+    sums = running_sum(to_places(k.to(cache.pool_sum.dtype), grid))[:, :, 0]  # [g, b, h, c, k]
+    real = to_places(mask[:, :, None].to(torch.int32), grid)[:, :, 0, 0]
+    counts = torch.cumsum(real, dim=-1, dtype=torch.int32)  # [g, b, c]
+    carry, before, after = (cache.pool_sum, cache.length), [], []
+    ends = unstack((sums[..., -1, :], counts[..., -1], grid.restarts[..., 0]))
+    for total, count, restart in ends:
+        carry = choose(restart, tree_map(torch.zeros_like, carry), carry)
+        before.append(carry)
+        carry = carry[0] + total, carry[1] + count
+        after.append(carry)
+    before, after = (tree_map(lambda *x: torch.stack(x), *trees) for trees in (before, after))
+    sums, counts = before[0][..., None, :] + sums, before[1][..., None] + counts
+    running = pooled(sums, counts[:, :, None], config.pooling)
+    return Pools(from_places(running[:, :, None], grid), *after)
+
+
+def _complete(
+    scanned: Scanned, pools: Pools, grid: Grid, cache: Cache, config: MCConfig
+) -> tuple[Segments, Weights, Weights]:
+    """Return what completed segments leave behind.
+
+    Returns:
+        the slots, the sum of all complete segments' weights, and that sum before each chunk
+        [g, b, 1, h, o, i]; the sums where reads take them.
+    """
+    after = tuple(
+        torch.cat([before[1:], final[None]])
+        for before, final in zip(scanned.before, scanned.final.weights, strict=True)
+    )
+    total, totals = cache.total, ()
+    if config.reads_sum:
+        ended = choose(grid.ends, after, tree_map(torch.zeros_like, after))
+        sums = tree_map(lambda x, t: t[None, :, None] + torch.cumsum(x, 0), ended, cache.total)
+        total = tree_map(lambda x: x[-1, :, 0], sums)
+        totals = tree_map(torch.sub, sums, ended)
+    if not cache.stored.length.shape[1]:
+        return cache.stored, total, totals
+    row = torch.arange(grid.last.shape[0], device=grid.last.device)[:, None]
+    sums, counts = pools.sums[grid.last, row], pools.counts[grid.last, row]
+    done = Segments(
+        weights=tuple(x[:, :, 0][grid.last, row] for x in after),
+        pool=pooled(sums, counts[..., None], config.pooling),
+        length=counts,
+    )
+    return put_slots(cache.stored, done, grid.slots), total, totals
+
+
+def _read(
+    memory: Memory,
+    config: MCConfig,
+    writes: Writes,
+    cached: Weights,
+    q: Array,
+    gates: Array,
+    selected: Array | None,
+    grid: Grid,
+) -> Array:
+    """Read every token's online memory and the cached ones: [b, t, h, v]."""
+    if config.detach_cached_states:
+        cached = tree_map(torch.detach, cached)
+    own, apply = gates[..., -1:], online_apply(writes, q.dtype)
+    weight, filled = gates[..., :-1].transpose(1, 2), torch.amax(grid.segment)
+    if config.aggregation == "soup" and not memory.mixes_linearly:
+
+        def one_layer(a: Array, weights: Weights) -> Array:
+            return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+
+        def mixed(layer: int, a: Array) -> Array:
+            a = a.to(q.dtype)
+            tokens = from_places(a, grid).transpose(1, 2)
+            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), filled)
+            return to_places(own, grid) * apply(layer, a) + to_places(z.transpose(1, 2), grid)
+
+        return from_places(memory.read(mixed, to_places(q, grid)), grid)
+    online = from_places(memory.read(apply, to_places(q, grid)), grid) * own
+    if config.aggregation == "none":
+        return online
+    if config.aggregation == "ssc":
+        assert selected is not None
+        return online + read_sparse(memory, cached, q, gates, selected)
+
+    def read(x: Array, weights: Weights) -> Array:
+        shape = (*weights[0].shape[:2], *x.shape[2:])
+        return memory.read(apply_weights(weights, x.dtype), x.expand(shape))
+
+    return online + sum_over_slots(read, q.transpose(1, 2), weight, cached, filled).transpose(1, 2)

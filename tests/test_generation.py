@@ -18,23 +18,22 @@ VOCAB = 13
 DLA, TITANS = DLAConfig(depth=2, expansion=2), TitansConfig(depth=2, expansion=2)
 LAYERS = {
     "linear-none": MCConfig(8, 2, LinearConfig(coefficients="token"), "none"),
-    "linear-grm-restart": MCConfig(8, 2, LinearConfig(), "grm", state_init_mode="restart"),
+    "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", state_init_mode="restart"),
     "linear-soup": MCConfig(8, 2, LinearConfig(), "soup", conv_width=3),
     "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc"),
     "swla-mean": MCConfig(8, 2, SWLAConfig(), "mean", conv_width=2),
-    "dla-soup": MCConfig(8, 2, DLA, "soup"),
-    "dla-residual": MCConfig(8, 2, DLA, "residual"),
-    "titans-grm": MCConfig(8, 2, TITANS, "grm", conv_width=4),
-    "titans-ssc": MCConfig(8, 2, TITANS, "ssc", state_init_mode="restart"),
+    "dla-residual": MCConfig(8, 2, DLAConfig(depth=2, expansion=1), "residual"),
+    "titans-grm": MCConfig(8, 2, TitansConfig(depth=2, expansion=1), "grm", conv_width=4),
 }
 PROMPTS = [[1, 7, 3, 3, 9, 0, 12, 5, 2, 8, 4], [6], [2, 11, 2, 10, 5]]
+SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
 
 
-def make_model(name: str = "titans-grm", dtype: Any = jnp.float64) -> LanguageModel:
+def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
     """Build a model that does not just repeat its last token, as one with tied embeddings may."""
     layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
-    config = ModelConfig(VOCAB, num_layers=2, layer=layer, ffn_width=16, tie_embeddings=False)
-    return LanguageModel(config, rngs=nnx.Rngs(3), param_dtype=dtype)
+    config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
+    return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
 
 
 def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
@@ -44,75 +43,80 @@ def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) ->
     return np.stack(steps, axis=1)
 
 
-def by_full_passes(model: LanguageModel, prompt: list[int], count: int) -> np.ndarray:
-    """Take the argmax after a full pass over all tokens so far, again and again."""
+def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
+    """Return what the draws of a step depend on, by their definition."""
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), r), step) for r in rows]
+    return jnp.stack(keys)
+
+
+def by_full_passes(
+    model: LanguageModel, prompt: list[int], row: int, count: int, seed: int = 0, **options: Any
+) -> list[int]:
+    """Choose a token after a full pass over all tokens so far, again and again."""
     graph, state = nnx.split(model)
     run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
-    tokens = np.zeros((1, len(prompt) + count), np.int32)  # one length, one program
+    tokens = np.zeros((1, max(map(len, PROMPTS)) + count), np.int32)  # one length, one program
     tokens[0, : len(prompt)] = prompt
-    for at in range(len(prompt), tokens.shape[1]):
-        tokens[0, at] = np.argmax(run(state, tokens)[0, at - 1])
-    return tokens[0, len(prompt) :]
+    for step in range(count):
+        at = len(prompt) + step
+        logits = run(state, tokens)[:, at - 1]
+        (tokens[0, at],) = sample(logits, keys_of(seed, [row], step), **options)
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", LAYERS)
-def test_greedy_is_the_argmax_of_repeated_full_passes(name):
-    """Token for token, for rows of different lengths read in blocks, over several segments."""
+def test_tokens_are_those_of_repeated_full_passes(name):
+    """Token for token, greedy and sampled, for rows of different lengths, over many segments."""
     model = make_model(name)
-    found = tokens_of(model, PROMPTS, 14, block=4)
-    for row, prompt in zip(found, PROMPTS, strict=True):
-        np.testing.assert_array_equal(row, by_full_passes(model, prompt, 14))
-    assert len(np.unique(found)) > 3
+    for options in ({}, SAMPLED):
+        found = tokens_of(model, PROMPTS, 14, block=4, **options)
+        for row, prompt in enumerate(PROMPTS):
+            assert found[row].tolist() == by_full_passes(model, prompt, row, 14, **options)
+    assert len(np.unique(found)) > 6
 
 
 @pytest.mark.usefixtures("float64", "strict")
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.5, "top_k": 9, "top_p": 0.95, "seed": 5}]
-)
-def test_a_row_gives_what_it_gives_alone(options):
-    model = make_model("titans-grm")
-    together = tokens_of(model, PROMPTS, 14, **options)
-    for row, prompt in enumerate(PROMPTS):
-        alone = tokens_of(model, [prompt], 14, rows=[row], **options)
-        np.testing.assert_array_equal(together[row], alone[0])
+def test_a_row_gives_what_it_gives_alone():
+    model = make_model(layers=2)
+    for options in ({}, SAMPLED):
+        together = tokens_of(model, PROMPTS, 14, **options)
+        for row, prompt in enumerate(PROMPTS):
+            alone = tokens_of(model, [prompt], 14, rows=[row], **options)
+            np.testing.assert_array_equal(together[row], alone[0])
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}])
-def test_left_and_right_padded_prompts_give_what_each_row_gives_alone(options):
+@pytest.mark.parametrize("left", [True, False])
+def test_left_and_right_padded_prompts_give_what_each_row_gives_alone(left):
     """A batch that is padded by hand on either side, through `extend`, goes on as `generate`."""
-    model = make_model("titans-grm")
+    model = make_model()
     graph, state = nnx.split(model)
     extend = jax.jit(lambda s, *args, padding: nnx.merge(graph, s).extend(*args, padding=padding))
-    expected = tokens_of(model, PROMPTS, 6, **options)
-    seed = jax.random.key(0)
     width = max(map(len, PROMPTS))
-    for left in (True, False):
-        tokens, padding = np.full((3, width), 4, np.int32), np.ones((3, width), bool)
-        for row, prompt in enumerate(PROMPTS):
-            start = (width - len(prompt)) * left
-            place = slice(start, start + len(prompt))
-            tokens[row, place], padding[row, place] = prompt, False
-        logits, cache = extend(state, tokens, model.init_cache(3, 32), padding=padding)
-        last = [width - 1] * 3 if left else [len(prompt) - 1 for prompt in PROMPTS]
-        logits = logits[np.arange(3), np.array(last)]
+    tokens, padding = np.full((3, width), 4, np.int32), np.ones((3, width), bool)
+    for row, prompt in enumerate(PROMPTS):
+        start = (width - len(prompt)) * left
+        place = slice(start, start + len(prompt))
+        tokens[row, place], padding[row, place] = prompt, False
+    logits, filled = extend(state, tokens, model.init_cache(3, 32), padding=padding)
+    last = [width - 1] * 3 if left else [len(prompt) - 1 for prompt in PROMPTS]
+    for seed, options in ((0, {}), (5, {"temperature": 2.0})):
+        expected = tokens_of(model, PROMPTS, 6, seed=seed, **options)
+        after, cache = logits[np.arange(3), np.array(last)], filled
         for step in range(6):
-            rng = jax.vmap(
-                lambda row, step=step: jax.random.fold_in(jax.random.fold_in(seed, row), step)
-            )(np.arange(3))
-            new = sample(logits, rng, **options)
+            new = sample(after, keys_of(seed, range(3), step), **options)
             np.testing.assert_array_equal(new, expected[:, step])
-            logits, cache = extend(state, new[:, None], cache, padding=np.zeros((3, 1), bool))
-            logits = logits[:, 0]
+            after, cache = extend(state, new[:, None], cache, padding=np.zeros((3, 1), bool))
+            after = after[:, 0]
 
 
 @pytest.mark.usefixtures("float64")
 def test_the_width_of_blocks_changes_nothing():
-    model = make_model("swla-ssc")
-    whole = tokens_of(model, PROMPTS, 10)
-    for block in (1, 3, 8):
-        np.testing.assert_array_equal(tokens_of(model, PROMPTS, 10, block=block), whole)
+    model = make_model("linear-soup")
+    whole = tokens_of(model, PROMPTS, 10, **SAMPLED)
+    for block in (1, 3):
+        np.testing.assert_array_equal(tokens_of(model, PROMPTS, 10, block=block, **SAMPLED), whole)
 
 
 def distribution(

@@ -79,7 +79,7 @@ def test_tokens_are_those_of_repeated_full_passes(name):
 @pytest.mark.usefixtures("float64", "strict")
 def test_a_row_gives_what_it_gives_alone():
     model = make_model(layers=2)
-    for options in ({}, SAMPLED):
+    for options in ({"block": 1}, SAMPLED | {"block": 1}):
         together = tokens_of(model, PROMPTS, 14, **options)
         for row, prompt in enumerate(PROMPTS):
             alone = tokens_of(model, [prompt], 14, rows=[row], **options)
@@ -215,7 +215,7 @@ def test_blocks_hold_every_prompt_once():
 
 
 def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for(monkeypatch):
-    model, seen = make_model("linear-grm-restart", jnp.float32), []
+    model, seen = make_model("linear-grm", jnp.float32), []
     init = LanguageModel.init_cache
 
     def record(self: LanguageModel, *args: Any, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,8 @@ SEEDS = 2**32
 class Block(NamedTuple):
     """The next tokens of every prompt, on the left of their rows."""
 
-    tokens: np.ndarray  # ids, int32 [b, w]; 0 where a row has none
-    padding: np.ndarray  # bool [b, w], True where a row has none
+    tokens: Any  # ids, int32 [b, w]; 0 where a row has none
+    padding: Any  # bool [b, w], True where a row has none
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -105,28 +105,26 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
     room = bucket(max(map(len, prompts)) + max_new_tokens)
-    cache = model.init_cache(b, room, cache_dtype=cache_dtype)
-    # A donated array must not stand in two places, as a new cache's zeros do.
-    cache = jax.tree.map(jnp.copy, cache)
-    last = jnp.zeros((b, vocab_size), state_dtype(model.dtype))
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(rows, "uint32"))
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    blocks = make_blocks(prompts, block)
 
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
-    extend = _make_extend(graphdef)
+    start, extend = _make_programs(graphdef)
+    stream = np.uint32(seed), np.asarray(rows, np.uint32)
+    cache, last, keys = start(params, *stream, room=room, cache_dtype=cache_dtype)
+    blocks = [Block(*(_beside(x, last) for x in one)) for one in make_blocks(prompts, block)]
     _, column = _draw(last, keys, 0, **options)
-    shapes = {one.tokens.shape[1]: one for one in blocks}.values()
-    for tokens, padding in (*shapes, (column, jnp.zeros((b, 1), bool))):
+    step = Block(column, _beside(np.zeros((b, 1), bool), last))
+    for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
-    return _run(params, extend, blocks, max_new_tokens, cache, last, keys, options)
+    return _run(params, extend, blocks, step.padding, max_new_tokens, cache, last, keys, options)
 
 
 def _run(
     params: Any,
     extend: Any,
     blocks: list[Block],
+    none: Array,
     max_new_tokens: int,
     cache: tuple[Cache, ...],
     last: Array,
@@ -135,7 +133,6 @@ def _run(
 ) -> Iterator[Array]:
     for tokens, padding in blocks:
         last, cache = extend(params, tokens, padding, cache, last)
-    none = jnp.zeros((len(keys), 1), bool)
     for step in range(max_new_tokens):
         new, column = _draw(last, keys, step, **options)
         if step + 1 < max_new_tokens:
@@ -144,11 +141,21 @@ def _run(
 
 
 @lru_cache(maxsize=16)
-def _make_extend(graphdef: nnx.GraphDef) -> Any:
-    """Return the compiled step from tokens [b, w] to the logits after each row's last, [b, s].
+def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
+    """Return what begins the streams, and what reads their next tokens [b, w], both compiled.
 
-    A row without a token in the block keeps the logits that it had.
+    The second returns the logits after each row's last token, [b, s]; a row without a token in the
+    block keeps those that it had.
     """
+
+    def start(
+        params: Any, seed: Array, rows: Array, room: int, cache_dtype: Dtype
+    ) -> tuple[tuple[Cache, ...], Array, Array]:
+        model = nnx.merge(graphdef, params)
+        cache = model.init_cache(len(rows), room, cache_dtype=cache_dtype)
+        last = jnp.zeros((len(rows), model.config.vocab_size), state_dtype(model.dtype))
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+        return cache, last, keys
 
     def extend(
         params: Any, tokens: Array, padding: Array, cache: tuple[Cache, ...], last: Array
@@ -160,7 +167,20 @@ def _make_extend(graphdef: nnx.GraphDef) -> Any:
         after = jnp.take_along_axis(logits, at, axis=1)[:, 0]
         return jnp.where(count > 0, after, last), cache
 
-    return jax.jit(extend, donate_argnames=("cache", "last"))
+    return (
+        jax.jit(start, static_argnames=("room", "cache_dtype")),
+        jax.jit(extend, donate_argnames=("cache", "last")),
+    )
+
+
+def _beside(x: np.ndarray, like: Array) -> Array:
+    """Put an array where results are, bound to that device if they are.
+
+    Where parameters are bound to a device, so are all results; arrays that are not would need a
+    program of their own.
+    """
+    bound = like.committed and len(like.devices()) == 1
+    return jax.device_put(x, like.sharding if bound else None)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))

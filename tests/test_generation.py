@@ -12,7 +12,7 @@ from flax import nnx
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.generation import bucket, make_blocks
 from mc_jax import LanguageModel, generate, sample
-from mc_jax.generation import _make_extend
+from mc_jax.generation import _make_programs
 
 VOCAB = 13
 DLA, TITANS = DLAConfig(depth=2, expansion=2), TitansConfig(depth=2, expansion=2)
@@ -190,14 +190,22 @@ def test_a_seed_is_a_text():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-def test_few_programs_serve_all_lengths():
-    """17 to 32 tokens are one shape; stopping early and going on elsewhere adds none."""
+@pytest.mark.parametrize("restored", [False, True])
+def test_few_programs_serve_all_lengths(restored):
+    """17 to 32 tokens are one shape; stopping early adds none, nor do parameters of a checkpoint.
+
+    Those are bound to a device, so that all that is computed with them is, too.
+    """
     model = make_model("linear-none", jnp.float32)
-    _make_extend.cache_clear()
+    if restored:
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    _make_programs.cache_clear()
     for length in (17, 20, 25, 32):
         prompt = np.arange(length) % VOCAB
         assert len(list(islice(generate(model, [prompt], 30), 3))) == 3
-    extend = _make_extend(nnx.split(model)[0])
+    _, extend = _make_programs(nnx.split(model)[0])
+    assert extend._cache_size() == 2
+    assert len(list(islice(generate(model, [prompt], 30, block=1), 3))) == 3
     assert extend._cache_size() == 2
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 

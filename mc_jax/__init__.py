@@ -4,6 +4,7 @@ from mc_jax.backends import Coefficients, MemoryState
 from mc_jax.cache import Cache, Segments, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
+from mc_jax.generation import generate, sample
 from mc_jax.inspection import InnerLoop, Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
@@ -19,9 +20,11 @@ __all__ = [
     "Segments",
     "Trace",
     "extend",
+    "generate",
     "grow",
     "init_cache",
     "load_cache",
     "memory_caching",
+    "sample",
     "save_cache",
 ]

@@ -21,6 +21,8 @@ def move_to_host(x: Array) -> Array:
     Raises:
         ValueError: the array's device has no such kind of memory.
     """
+    if isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, HOST)
     device = next(iter(x.devices()))
     kinds = [memory.kind for memory in device.addressable_memories()]
     if KIND not in kinds:

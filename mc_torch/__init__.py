@@ -4,6 +4,7 @@ from mc_torch.backends import Coefficients, MemoryState
 from mc_torch.cache import Cache, Segments, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, extend, memory_caching
+from mc_torch.generation import generate, sample
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
@@ -19,9 +20,11 @@ __all__ = [
     "Segments",
     "Trace",
     "extend",
+    "generate",
     "grow",
     "init_cache",
     "load_cache",
     "memory_caching",
+    "sample",
     "save_cache",
 ]

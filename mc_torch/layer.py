@@ -117,20 +117,35 @@ class MemoryCachingLayer(nn.Module):
         plan = make_plan(x.shape[1], self.config, None, x.device)
         return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
 
-    def init_cache(self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None) -> Cache:
+    def init_cache(
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
+    ) -> Cache:
         """Return the cache of streams that have not begun.
 
         Args:
             batch: number of streams.
             max_tokens: the most tokens that a stream may have; `grow` makes room for more.
             cache_dtype: of the cached memories; None = that of the online one, at least float32.
+            cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a
+                call moves what it reads (under `ssc` the selected ones alone).
 
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
         config, wide = self.config, state_dtype(self.out_proj.weight.dtype)
         cache = init_cache(
-            self._initial(), config, batch, max_tokens, dtype=wide, cache_dtype=cache_dtype
+            self._initial(),
+            config,
+            batch,
+            max_tokens,
+            dtype=wide,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
         )
         if not config.conv_width:
             return cache

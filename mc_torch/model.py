@@ -149,11 +149,18 @@ class LanguageModel(nn.Module):
         return self._logits(x), tuple(traces)
 
     def init_cache(
-        self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
     ) -> tuple[Cache, ...]:
         """Return the caches of all blocks, for streams that have not begun; as the layer's."""
         return tuple(
-            block.mixer.init_cache(batch, max_tokens, cache_dtype=cache_dtype)
+            block.mixer.init_cache(
+                batch, max_tokens, cache_dtype=cache_dtype, cache_device=cache_device
+            )
             for block in self._blocks()
         )
 

@@ -24,7 +24,14 @@ TINY = {
         },
     },
     "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
-    "run": {"steps": 12, "batch_size": 2, "log_every": 3, "save_every": 4, "validate_every": 6},
+    "run": {
+        "steps": 12,
+        "batch_size": 2,
+        "log_every": 3,
+        "save_every": 4,
+        "validate_every": 6,
+        "sample_tokens": 0,
+    },
 }
 
 

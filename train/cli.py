@@ -44,6 +44,20 @@ class SourceFormat(StrEnum):
     COMMUNITY = "community"
 
 
+class CacheDevice(StrEnum):
+    """In whose memory cached memories lie."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+class CacheDtype(StrEnum):
+    """What cached memories are kept in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -89,6 +103,62 @@ def inspect(
     from train.inspect import inspect as look
 
     look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=needle)
+
+
+@app.command()
+def generate(
+    run: Annotated[
+        Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="the text to go on with")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="a file with that text, taken as it is")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help='a file of lines {"prompt": "..."}')] = None,
+    max_tokens: Annotated[int, typer.Option(help="the most tokens of a completion")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw from the fewest that have this probability together")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="ends a completion, and is cut off; may be repeated")
+    ] = None,
+    cache_dtype: Annotated[
+        CacheDtype, typer.Option(help="of the cached memories")
+    ] = CacheDtype.FLOAT32,
+    cache_device: Annotated[
+        CacheDevice, typer.Option(help="host: in its memory, whence each step moves what it reads")
+    ] = CacheDevice.DEVICE,
+    batch_size: Annotated[int, typer.Option(help="prompts that go on together")] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, or bytes  [default: the run's]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="a new file for one JSON object a prompt")
+    ] = None,
+) -> None:
+    """Go on with a text, or with many: text to stdout, tokens per second to stderr."""
+    from train.generate import Options, read_prompts
+    from train.generate import run as go_on
+
+    options = Options(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tuple(stop or ()),
+        cache_dtype,
+        cache_device,
+        batch_size,
+    )
+    given = read_prompts(prompt, prompt_file, prompts)
+    try:
+        go_on(run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()

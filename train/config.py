@@ -98,6 +98,7 @@ class RunConfig:
         keep: how many checkpoints stay.
         validate_every: steps from one validation to the next; 0 for the end only.
         validate_bytes: held-out text that is scored on the way.
+        sample_tokens: length of the text that the trained model writes at the end; 0 for none.
     """
 
     steps: int
@@ -111,6 +112,7 @@ class RunConfig:
     keep: int = 2
     validate_every: int = 0
     validate_bytes: int = 32_768
+    sample_tokens: int = 200
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
@@ -118,6 +120,7 @@ class RunConfig:
         check_range(self, "validate_bytes", 1)
         check_range(self, "seed", 0)
         check_range(self, "validate_every", 0)
+        check_range(self, "sample_tokens", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))
 
 
@@ -145,7 +148,15 @@ class TrainConfig:
 # Keys that change nothing about the parameters: a checkpoint resumes under other values of them.
 FREE_KEYS = frozenset(
     f"run.{key}"
-    for key in ("directory", "log_every", "save_every", "keep", "validate_every", "validate_bytes")
+    for key in (
+        "directory",
+        "log_every",
+        "save_every",
+        "keep",
+        "validate_every",
+        "validate_bytes",
+        "sample_tokens",
+    )
 )
 SECTIONS = {
     "TrainConfig": "",

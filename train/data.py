@@ -151,35 +151,41 @@ def load_encoder(tokenizer: str, vocab_size: int) -> Encode:
     Raises:
         UserError: the tokenizer file cannot be read, or has more tokens than the model.
     """
+    return make_encoder(load_tokenizer(tokenizer, vocab_size))
+
+
+def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer of a file, or None for the word `bytes`.
+
+    Raises:
+        UserError: the tokenizer file cannot be read, or has more tokens than the model.
+    """
     if tokenizer == "bytes":
+        return None
+    try:
+        loaded = Tokenizer.from_file(tokenizer)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"data.tokenizer = {tokenizer}: {error}") from error
+    size = max(loaded.get_vocab().values()) + 1
+    if size > vocab_size:
+        raise UserError(f"model.vocab_size = {vocab_size}: {tokenizer} needs at least {size}")
+    return loaded
+
+
+def make_encoder(tokenizer: Tokenizer | None) -> Encode:
+    """Return the function from text to tokens; they are bytes where there is no tokenizer."""
+    if tokenizer is None:
         return lambda text: np.frombuffer(text, np.uint8)
-    loaded = load_tokenizer(tokenizer, vocab_size)
-    wide = max(loaded.get_vocab().values()) >= 2**16
+    size = max(tokenizer.get_vocab().values()) + 1
 
     def encode(text: bytes) -> np.ndarray:
         try:
-            ids = loaded.encode(text.decode(), add_special_tokens=False).ids
+            ids = tokenizer.encode(text.decode(), add_special_tokens=False).ids
         except UnicodeDecodeError as error:
             raise UserError(f"data.corpus: {error}: a tokenizer needs UTF-8 text") from error
-        return np.asarray(ids, np.int32 if wide else np.uint16)
+        return np.asarray(ids, np.uint16 if size <= 2**16 else np.int32)
 
     return encode
-
-
-def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`.
-
-    Raises:
-        UserError: the file cannot be read, or has more tokens than the model.
-    """
-    try:
-        loaded = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"data.tokenizer = {path}: {error}") from error
-    size = max(loaded.get_vocab().values()) + 1
-    if size > vocab_size:
-        raise UserError(f"model.vocab_size = {vocab_size}: {path} needs at least {size}")
-    return loaded
 
 
 class Windows(grain.sources.RandomAccessDataSource):

@@ -1,5 +1,6 @@
 """A training run, from its configuration to its report."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from train.evaluate import Validate, make_validation, references
 from train.optimizer import make_schedule
 from train.progress import Progress
 from train.report import Report, draw_curves, draw_router, load_report, print_report, save_report
+from train.sample import draw_sample
 from train.step import TrainState, build, check_finite, split
 
 
@@ -76,6 +78,10 @@ def train(config: TrainConfig, console: Console) -> Report:
                     checkpoints.save(step, state, batches, meta)
 
     report = summarize(config, corpus, state, validate, run.steps, meta.seconds)
+    if run.sample_tokens:
+        model = nnx.merge(graphdef, state.params, state.rest)
+        sample = draw_sample(model, config, corpus.validation)
+        report = dataclasses.replace(report, sample=sample)
     draw_curves(directory)
     draw_gates(directory, config, corpus, graphdef, state)
     save_report(directory, report)

@@ -15,6 +15,7 @@ from rich.table import Table
 from mc_core.files import write_atomic
 from train.curves import read_rows
 from train.evaluate import References
+from train.sample import Sample, print_sample
 
 FILE = "report.json"
 
@@ -34,11 +35,14 @@ class Report:
     validation_sha256: str
     documents: tuple[int, int]  # training, validation
     references: References
+    sample: Sample | None = None
 
 
 def save_report(run: Path, report: Report) -> None:
     """Write `report.json`."""
     data = dataclasses.asdict(report) | {"references": report.references._asdict()}
+    if report.sample:
+        data["sample"] = report.sample._asdict()
     write_atomic(run / FILE, (json.dumps(data, indent=2) + "\n").encode())
 
 
@@ -51,6 +55,8 @@ def load_report(run: Path) -> Report | None:
     try:
         data["references"] = References(**data["references"])
         data["documents"] = tuple(data["documents"])
+        if data.get("sample"):
+            data["sample"] = Sample(**data["sample"])
         return Report(**data)
     except (KeyError, TypeError):
         return None  # another program's report
@@ -64,7 +70,7 @@ def siblings(run: Path, report: Report) -> list[Report]:
 
 
 def print_report(console: Console, run: Path, report: Report) -> None:
-    """Print the run, the runs beside it and the references, best first, and say who is ahead."""
+    """Print the run beside others and the references, best first, who is ahead, and its sample."""
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
         f"are not among the {report.documents[0]} trained on;\n"
@@ -86,6 +92,8 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     console.print(table)
     console.print(verdict(report), soft_wrap=True)
     console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
+    if report.sample:
+        print_sample(console, report.name, report.sample)
 
 
 def verdict(report: Report) -> str:

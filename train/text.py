@@ -57,7 +57,8 @@ def read_text(path: Path, config: TrainConfig) -> Text:
     data = path.read_bytes()
     if not data:
         raise UserError(f"{path}: the file is empty: name one with text")
-    if config.data.tokenizer == "bytes":
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+    if tokenizer is None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = [decoder.decode(data[i : i + 1]) for i in range(len(data))]
         pieces[-1] += decoder.decode(b"", final=True)
@@ -65,7 +66,6 @@ def read_text(path: Path, config: TrainConfig) -> Text:
         tokens = np.frombuffer(data, np.uint8).astype(np.int32)
         spans = np.stack([place, place + 1], axis=1)
         return Text(data, tokens, spans, tuple(pieces), len(data))
-    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

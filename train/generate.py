@@ -1,0 +1,321 @@
+"""Text from a trained model: `mc generate`, and the sample at the end of a run."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mc_core.errors import NotFiniteError, UserError
+from mc_core.files import write_atomic
+from mc_core.generation import SEEDS, check_sampling
+from mc_jax import LanguageModel, generate
+from train.checkpoint import load_run
+from train.completion import Completion, make_decoder, printable
+from train.data import load_tokenizer, make_encoder
+
+
+class Prompt(NamedTuple):
+    """A prompt, and what to call it."""
+
+    name: str
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a text goes on.
+
+    Attributes:
+        max_tokens: the most tokens of a completion.
+        temperature: 0 is greedy.
+        top_k: as `mc_jax.sample` takes it.
+        top_p: likewise.
+        seed: of all random streams.
+        stops: strings that end a completion, and are cut off.
+        cache_dtype: of the cached memories, `float32` or `bfloat16`.
+        cache_device: where they lie, `device` or `host`.
+        batch_size: prompts that go on together; no completion depends on it.
+
+    Raises:
+        UserError: names the option, its value and what is allowed.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+    cache_dtype: str = "float32"
+    cache_device: str = "device"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        try:
+            check_sampling(self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name in ("max_tokens", "batch_size"):
+            if (number := getattr(self, name)) < 1:
+                raise UserError(f"{name} = {number}: must be >= 1")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed = {self.seed}: must be in 0..{SEEDS - 1}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise UserError(f"{name} = {value}: needs a temperature > 0; 0 is greedy")
+        if "" in self.stops:
+            raise UserError("stop = '': must have a character")
+
+
+@dataclass
+class Speed:
+    """Seconds and tokens of the parts of generation; a completion's first token is the prompt's."""
+
+    compile_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{what} {tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s"
+            for what, tokens, seconds in (
+                ("prompt", self.prompt_tokens, self.prompt_seconds),
+                ("new", self.new_tokens, self.new_seconds),
+            )
+            if tokens
+        ]
+        return "; ".join([f"compiled in {self.compile_seconds:.1f} s", *parts])
+
+
+Show = Callable[[int, str], Any]
+
+
+def complete(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    options: Options,
+    speed: Speed,
+    *,
+    first_row: int = 0,
+    show: Show = lambda row, text: None,
+    **more: Any,
+) -> list[Completion]:
+    """Go on with one batch of prompts.
+
+    Args:
+        model: what goes on.
+        tokenizer: of the model; None = bytes.
+        prompts: at least one.
+        options: how.
+        speed: is added to.
+        first_row: the number of the first prompt, which its random stream follows from.
+        show: called with the row and its next piece of text.
+        more: further arguments of `mc_jax.generate`.
+
+    Raises:
+        UserError: a prompt without a token or that is no text, or a model that cannot stream.
+        NotFiniteError: the model's logits are not finite.
+    """
+    tokens = [_encode(prompt, tokenizer) for prompt in prompts]
+    began = time.perf_counter()
+    try:
+        steps = generate(
+            model,
+            tokens,
+            options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            rows=range(first_row, first_row + len(prompts)),
+            cache_dtype=options.cache_dtype,
+            cache_device=options.cache_device,
+            **more,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    rows = [
+        Completion(make_decoder(tokenizer, ids), options.max_tokens, options.stops)
+        for ids in (ids.tolist() for ids in tokens)
+    ]
+    marks = [began, time.perf_counter()]
+    for step in steps:
+        new = np.asarray(step).tolist()
+        if len(marks) == 2:
+            marks.append(time.perf_counter())
+        for number, (row, token) in enumerate(zip(rows, new, strict=True)):
+            if row.finish:
+                continue
+            if token < 0:
+                raise NotFiniteError(
+                    f"{prompts[number].name}: the logits after {row.tokens} new tokens "
+                    "are not finite"
+                )
+            if text := row.push(token):
+                show(number, text)
+        if all(row.finish for row in rows):
+            break
+    compiled, read, wrote = np.diff([*marks, time.perf_counter()])
+    speed.compile_seconds += compiled
+    speed.prompt_tokens += sum(map(len, tokens))
+    speed.prompt_seconds += read
+    speed.new_tokens += sum(row.tokens for row in rows) - len(rows)
+    speed.new_seconds += wrote
+    return rows
+
+
+def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tokenizer | None]:
+    """Return a model and its tokenizer, None for bytes.
+
+    Args:
+        source: a run's folder, or a `.safetensors` file of a language model. A file does not say
+            what its tokens are: bytes, where the model has 256.
+        tokenizer: `bytes`, or the path of a `tokenizer.json`; None = as `source` says.
+
+    Raises:
+        UserError: nothing there can be loaded, or its tokens are unknown.
+        OSError: a file cannot be read.
+    """
+    if source.suffix == ".safetensors" and not source.is_dir():
+        try:
+            model = LanguageModel.from_pretrained(source)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        size = model.config.vocab_size
+        if tokenizer is None and size != 256:
+            raise UserError(
+                f"{source}: has {size} tokens, and does not say which: name the tokenizer.json "
+                "with --tokenizer, or give --tokenizer bytes"
+            )
+        return model, load_tokenizer(tokenizer or "bytes", size)
+    if source.is_file():
+        raise UserError(f"{source}: must be a run's folder or a .safetensors file")
+    config, model, *_ = load_run(source)
+    return model, load_tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size)
+
+
+def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:
+    """Return the prompts of `--prompt`, `--prompt-file` or `--prompts`, of which one is given.
+
+    Raises:
+        UserError: none or several are given, one is empty, or a line is not what it must be.
+        OSError: a file cannot be read.
+    """
+    given = [option is not None for option in (text, file, lines)]
+    if sum(given) != 1:
+        raise UserError("give one of --prompt TEXT, --prompt-file FILE, --prompts FILE.jsonl")
+    if text is not None:
+        # What the shell passed, byte by byte.
+        prompts = [Prompt("--prompt", os.fsencode(text))]
+    elif file is not None:
+        prompts = [Prompt(str(file), file.read_bytes())]
+    else:
+        assert lines is not None
+        rows = enumerate(lines.read_bytes().splitlines(), 1)
+        prompts = [_read_line(f"{lines}: line {n}", line) for n, line in rows if line.strip()]
+        if not prompts:
+            raise UserError(f"{lines}: no prompt in this file")
+    for prompt in prompts:
+        if not prompt.text:
+            raise UserError(f"{prompt.name}: the prompt is empty: must have a character")
+    return prompts
+
+
+def run(
+    source: Path,
+    prompts: Sequence[Prompt],
+    options: Options,
+    *,
+    tokenizer: str | None,
+    output: Path | None,
+    as_lines: bool,
+) -> Speed:
+    """Go on with prompts; what comes goes to stdout as soon as it is certain, speed to stderr.
+
+    Args:
+        source: as `load_source` takes it.
+        prompts: as `read_prompts` returns them.
+        options: how.
+        tokenizer: as `load_source` takes it.
+        output: a file for one JSON object a prompt; must not exist.
+        as_lines: print JSON objects, unless they go to `output`, in place of a completion's text.
+
+    Raises:
+        UserError: as `load_source` and `complete`, or `output` cannot be written.
+        OSError: a file cannot be read or written.
+        NotFiniteError: the model's logits are not finite.
+    """
+    if output is not None and output.exists():
+        raise UserError(f"{output}: exists: name another --output")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{output}: its folder does not exist")
+    model, words = load_source(source, tokenizer)
+    for prompt in prompts:
+        _encode(prompt, words)
+    speed, lines = Speed(), []
+    terminal = sys.stdout.isatty()
+
+    def show(row: int, text: str) -> None:
+        if not as_lines:
+            print(printable(text) if terminal else text, end="", flush=True)
+
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first : first + options.batch_size]
+        rows = complete(model, words, batch, options, speed, first_row=first, show=show)
+        new = [_to_line(prompt, row) for prompt, row in zip(batch, rows, strict=True)]
+        lines += new
+        if as_lines and output is None:
+            print(*new, sep="", end="", flush=True)
+    if output is not None:
+        write_atomic(output, "".join(lines).encode())
+    if terminal and not as_lines:
+        print()
+    print(speed, file=sys.stderr)
+    return speed
+
+
+def _read_line(name: str, line: bytes) -> Prompt:
+    try:
+        data = json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise UserError(f"{name}: {error}") from error
+    if not isinstance(data, dict) or data.keys() != {"prompt"}:
+        raise UserError(f'{name}: must be an object with the key "prompt" alone')
+    if not isinstance(data["prompt"], str):
+        raise UserError(f"{name}: prompt = {json.dumps(data['prompt'])}: must be a string")
+    try:
+        return Prompt(name, data["prompt"].encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
+    if tokenizer is not None:
+        try:
+            prompt.text.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{prompt.name}: {error}: a tokenizer needs UTF-8 text") from error
+    tokens = make_encoder(tokenizer)(prompt.text)
+    if not len(tokens):
+        raise UserError(f"{prompt.name}: the tokenizer finds no token in this prompt")
+    return tokens
+
+
+def _to_line(prompt: Prompt, row: Completion) -> str:
+    data = {
+        "prompt": prompt.text.decode(errors="replace"),
+        "completion": row.text,
+        "tokens": row.tokens,
+        "finish": row.finish,
+    }
+    return json.dumps(data, ensure_ascii=False) + "\n"

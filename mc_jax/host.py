@@ -11,7 +11,8 @@ from jax.experimental.compute_on import compute_on
 
 from mc_jax.numerics import Array
 
-HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+HOST = jax.memory.Space.Host
+DEVICE = jax.memory.Space.Device
 KIND = "pinned_host"  # of memory, as JAX calls it
 
 

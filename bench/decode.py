@@ -1,0 +1,274 @@
+"""`mc bench decode`: time and bytes of a token after a long context, beside attention's."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from bench.memory import readable_bytes
+from bench.timing import Timing, alternate
+from mc_core.config import MEMORIES, MCConfig
+from mc_core.footprint import cache_footprint, kv_bytes
+from mc_core.trees import flatten
+from mc_jax import Cache, MemoryCachingLayer
+
+ROOM = 64  # tokens after the context for which there is room: more than are timed
+ATTENTION = "attention"
+
+
+class Decoder(NamedTuple):
+    """A layer in the middle of a stream."""
+
+    name: str
+    step: Callable[[], Any]  # reads and writes one token, and waits for it
+    held: int  # bytes of its cache
+    read: int  # bytes of the cache that a token reads
+
+
+def compare(
+    configs: Sequence[MCConfig], contexts: Sequence[int], runs: int, seed: int
+) -> list[dict[str, Any]]:
+    """Time one token of every layer after every context, in turn, beside attention.
+
+    The memories are random: what a step costs does not depend on what they hold.
+
+    Args:
+        configs: layers of one width.
+        contexts: tokens that came before.
+        runs: timed tokens of each.
+        seed: of parameters and memories.
+
+    Returns:
+        a row for each context and layer, plain values.
+    """
+    rows = []
+    for context in contexts:
+        decoders = [_attention(configs[0], context, seed)]
+        decoders += [_layer(config, context, seed) for config in configs]
+        timings = alternate({one.name: one.step for one in decoders}, runs=runs, warmup=3)
+        base = timings[ATTENTION]
+        rows += [_row(context, one, timings[one.name], base) for one in decoders]
+    return rows
+
+
+def compare_prefill(config: MCConfig, tokens: int, seed: int) -> dict[str, Any]:
+    """Time a prompt in one call against as many single steps, each once after a warm-up."""
+    layer, graphdef, state = _build(config, seed)
+    x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
+
+    @partial(jax.jit, donate_argnums=2)
+    def extend(state: Any, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return nnx.merge(graphdef, state).extend(x, cache)
+
+    def run(size: int) -> tuple[float, jax.Array]:
+        y, cache = extend(state, x[:, :size], layer.init_cache(1, tokens))
+        jax.block_until_ready((y, cache))
+        cache, outputs = layer.init_cache(1, tokens), []
+        parts = [x[:, start : start + size] for start in range(0, tokens, size)]
+        jax.block_until_ready((cache, parts))
+        start = time.perf_counter()
+        for part in parts:
+            y, cache = extend(state, part, cache)
+            outputs.append(y)
+        jax.block_until_ready((outputs, cache))
+        return time.perf_counter() - start, jnp.concatenate(outputs, axis=1)
+
+    (whole, y), (single, steps) = run(tokens), run(1)
+    return {
+        "layer": _name(config),
+        "tokens": tokens,
+        "prefill_s": whole,
+        "steps_s": single,
+        "ratio": single / whole,
+        "difference": _relative(y, steps),
+    }
+
+
+def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Return what it costs to keep cached memories short, or on the host: the output's error."""
+    layer, _, _ = _build(config, seed)
+    x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
+    exact, rows = None, []
+    for dtype, place in (("float32", "device"), ("bfloat16", "device"), ("float32", "host")):
+        cache = layer.init_cache(1, tokens, cache_dtype=jnp.dtype(dtype), cache_device=place)
+        y, cache = layer.extend(x, cache)
+        exact = y if exact is None else exact
+        held = sum(w.nbytes for w in cache.stored.weights)
+        rows.append(
+            {
+                "layer": _name(config),
+                "tokens": tokens,
+                "cache_dtype": dtype,
+                "cache_device": place,
+                "memory_bytes": held,
+                "relative_error": _relative(y, exact),
+            }
+        )
+    return rows
+
+
+def print_decode(console: Console, result: dict[str, Any]) -> None:
+    """Print the tables."""
+    table = Table("layer", "context", "ms a token", "against attention", "cache", "read a token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result["decode"]:
+        sizes = [readable_bytes(row[name]) for name in ("cache_bytes", "read_bytes")]
+        table.add_row(
+            row["layer"],
+            f"{row['context']:,}",
+            f"{1e3 * row['seconds']:.3g} ± {row['spread']:.0%}",
+            f"{row['ratio']:.2f}",
+            *sizes,
+            end_section=row is result["decode"][-1],
+        )
+    console.print(table)
+    for row in result["prefill"]:
+        console.print(
+            f"prefill {row['layer']}: {row['tokens']:,} tokens in one call "
+            f"{row['prefill_s']:.3g} s, in single steps {row['steps_s']:.3g} s: "
+            f"{row['ratio']:.1f} times "
+            f"(outputs differ by {row['difference']:.1e})",
+            soft_wrap=True,
+            highlight=False,
+        )
+    for row in result["storage"]:
+        console.print(
+            f"storage {row['layer']}, {row['tokens']:,} tokens, {row['cache_dtype']} on "
+            f"{row['cache_device']}: {readable_bytes(row['memory_bytes'])} of cached memories, "
+            f"output off by {row['relative_error']:.1e}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Write the table of decoding steps in Markdown."""
+    lines = [
+        "| layer | context | ms a token | against attention | cache | read a token |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["decode"]:
+        lines.append(
+            f"| {row['layer']} | {row['context']:,} | {1e3 * row['seconds']:.3g} | "
+            f"{row['ratio']:.2f} | {readable_bytes(row['cache_bytes'])} | "
+            f"{readable_bytes(row['read_bytes'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def layers(
+    kinds: Sequence[str],
+    aggregations: Sequence[str],
+    *,
+    width: int,
+    heads: int,
+    segment_size: int,
+    chunk_size: int,
+) -> list[MCConfig]:
+    """Return the layers of a comparison, with each kind's defaults.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    return [
+        MCConfig(
+            width,
+            heads,
+            MEMORIES[kind](),
+            aggregation,
+            segment_size=segment_size,
+            chunk_size=chunk_size,
+        )
+        for kind in kinds
+        for aggregation in aggregations
+    ]
+
+
+def _row(context: int, one: Decoder, timing: Timing, base: Timing) -> dict[str, Any]:
+    return {
+        "layer": one.name,
+        "context": context,
+        "seconds": timing.median,
+        "spread": timing.spread,
+        "ratio": timing.median / base.median,
+        "cache_bytes": one.held,
+        "read_bytes": one.read,
+    }
+
+
+def _name(config: MCConfig) -> str:
+    return f"{config.memory.kind} + {config.aggregation}"
+
+
+def _build(config: MCConfig, seed: int) -> tuple[MemoryCachingLayer, Any, Any]:
+    layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed))
+    return layer, *nnx.split(layer)
+
+
+def _layer(config: MCConfig, context: int, seed: int) -> Decoder:
+    layer, graphdef, state = _build(config, seed)
+    cache = layer.init_cache(1, context + ROOM)
+    held = sum(leaf.nbytes for _, leaf in flatten(cache))
+    weights = tuple(
+        0.1 * jax.random.normal(jax.random.key(seed), w.shape) for w in cache.stored.weights
+    )
+    pool = jax.random.normal(jax.random.key(seed), cache.stored.pool.shape)
+    cache = cache._replace(
+        stored=cache.stored._replace(weights=weights, pool=pool),
+        position=jnp.full_like(cache.position, context),
+        slot=jnp.full_like(cache.slot, (context - 1) // config.segment_size),
+    )
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(state: Any, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return nnx.merge(graphdef, state).extend(x, cache)
+
+    run = _stepper(partial(step, state), config, cache)
+    return Decoder(_name(config), run, held, cache_footprint(config, context).read)
+
+
+def _attention(config: MCConfig, context: int, seed: int) -> Decoder:
+    """Return a softmax attention layer of the same width, with a KV cache."""
+    d, h, width = config.d_model, config.num_heads, config.head_dim
+    keys = jax.random.split(jax.random.key(seed), 6)
+    weights = [jax.random.normal(key, (d, d)) * d**-0.5 for key in keys[:4]]
+    shape = (1, context + ROOM, h, width)
+    kv = tuple(jax.random.normal(key, shape) for key in keys[4:])
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(weights: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        (old_k, old_v), position = cache
+        q, k, v = ((x @ w).reshape(1, 1, h, width) for w in weights[:3])
+        k = jax.lax.dynamic_update_slice_in_dim(old_k, k, position, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(old_v, v, position, axis=1)
+        seen = jnp.full((1,), position + 1, jnp.int32)
+        y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=seen)
+        return y.reshape(1, 1, d) @ weights[3], ((k, v), position + 1)
+
+    cache = kv, jnp.asarray(context, jnp.int32)
+    run = _stepper(partial(step, weights), config, cache)
+    return Decoder(ATTENTION, run, sum(x.nbytes for x in kv), kv_bytes(config, context))
+
+
+def _stepper(step: Callable[..., Any], config: MCConfig, cache: Any) -> Callable[[], Any]:
+    x = jax.random.normal(jax.random.key(1), (1, 1, config.d_model))
+
+    def run() -> Any:
+        nonlocal cache
+        y, cache = step(x, cache)
+        return jax.block_until_ready((y, cache))
+
+    return run
+
+
+def _relative(actual: jax.Array, expected: jax.Array) -> float:
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))

@@ -116,12 +116,12 @@ def generate(
     cache, last, keys = start(
         params, *stream, room=room, cache_dtype=cache_dtype, cache_device=cache_device
     )
-    blocks = [Block(*(_beside(x, last) for x in one)) for one in make_blocks(prompts, block)]
-    _, column = _draw(last, keys, 0, **options)
-    step = Block(column, _beside(np.zeros((b, 1), bool), last))
+    cache, last, keys = _beside(params, (cache, last, keys))
+    blocks, none = _beside(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
+    step = Block(_draw(last, keys, 0, **options)[1], none)
     for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
-    return _run(params, extend, blocks, step.padding, max_new_tokens, cache, last, keys, options)
+    return _run(params, extend, blocks, none, max_new_tokens, cache, last, keys, options)
 
 
 def _run(
@@ -184,14 +184,15 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
     )
 
 
-def _beside(x: np.ndarray, like: Array) -> Array:
-    """Put an array where results are, bound to that device if they are.
+def _beside(params: Any, tree: Any) -> Any:
+    """Put arrays where the parameters are, bound to that device if they are.
 
     Where parameters are bound to a device, so are all results; arrays that are not would need a
     program of their own.
     """
-    bound = like.committed and len(like.devices()) == 1
-    return jax.device_put(x, like.sharding if bound else None)
+    leaf = jax.tree.leaves(params)[0]
+    bound = leaf.committed and len(leaf.devices()) == 1
+    return jax.device_put(tree, leaf.sharding if bound else None)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))

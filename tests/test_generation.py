@@ -191,22 +191,24 @@ def test_a_seed_is_a_text():
 
 
 @pytest.mark.parametrize("restored", [False, True])
-def test_few_programs_serve_all_lengths(restored):
+def test_few_programs_serve_all_lengths(restored, caplog):
     """17 to 32 tokens are one shape; stopping early adds none, nor do parameters of a checkpoint.
 
     Those are bound to a device, so that all that is computed with them is, too.
     """
-    model = make_model("linear-none", jnp.float32)
+    model, used = make_model("linear-none", jnp.float32), 0
     if restored:
         nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     _make_programs.cache_clear()
-    for length in (17, 20, 25, 32):
-        prompt = np.arange(length) % VOCAB
-        assert len(list(islice(generate(model, [prompt], 30), 3))) == 3
-    _, extend = _make_programs(nnx.split(model)[0])
-    assert extend._cache_size() == 2
-    assert len(list(islice(generate(model, [prompt], 30, block=1), 3))) == 3
-    assert extend._cache_size() == 2
+    for block, lengths, programs in ((1, (5,), 1), (512, (17, 20, 25, 32), 2), (16, (48,), 3)):
+        for length in lengths:
+            prompt = np.arange(length) % VOCAB
+            with jax.log_compiles():
+                steps = generate(model, [prompt], 30, block=block)
+                used = caplog.text.count("Compiling jit(extend)")
+                assert len(list(islice(steps, 3))) == 3
+            assert caplog.text.count("Compiling jit(extend)") == used, "compiled on the way"
+        assert used == programs
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 

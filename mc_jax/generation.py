@@ -191,8 +191,14 @@ def _beside(params: Any, tree: Any) -> Any:
     program of their own.
     """
     leaf = jax.tree.leaves(params)[0]
-    bound = leaf.committed and len(leaf.devices()) == 1
-    return jax.device_put(tree, leaf.sharding if bound else None)
+    if not leaf.committed or len(leaf.devices()) > 1:
+        return jax.device_put(tree)
+
+    def put(x: Any) -> Array:
+        kind = (x if isinstance(x, jax.Array) else leaf).sharding.memory_kind
+        return jax.device_put(x, leaf.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(put, tree)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))

@@ -240,6 +240,12 @@ def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for(monkeypatch):
     assert (low == high).mean() > 0.5
 
 
+def test_cached_memories_on_the_host_give_the_same():
+    model = make_model("linear-grm", jnp.float32)
+    near, far = (tokens_of(model, PROMPTS, 12, cache_device=d) for d in ("device", "host"))
+    np.testing.assert_array_equal(near, far)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,8 +112,10 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
     return _translate(flat, _BY_TORCH, lambda row: row.jax)
 
 
-def check_leaves(given: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
-    """Hold parameters to those of a module: every name once, with its shape and dtype.
+def check_leaves(
+    given: Mapping[str, Leaf], wanted: Mapping[str, Leaf], what: str = "weights"
+) -> None:
+    """Hold parameters, or `what` they are, to a module's: every name once, its shape and dtype.
 
     Raises:
         ValueError: lists all that is missing, unexpected, or of another shape or dtype.
@@ -128,7 +130,7 @@ def check_leaves(given: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
             if given[name] != wanted[name]
         ],
     }
-    _raise(f"{kind} {fault}" for kind, found in faults.items() for fault in found)
+    _raise((f"{kind} {fault}" for kind, found in faults.items() for fault in found), what)
 
 
 def _translate(
@@ -149,6 +151,6 @@ def _translate(
     return out
 
 
-def _raise(faults: Iterable[str]) -> None:
+def _raise(faults: Iterable[str], what: str = "weights") -> None:
     if listed := list(faults):
-        raise ValueError("weights do not fit:\n  " + "\n  ".join(listed))
+        raise ValueError(f"{what} do not fit:\n  " + "\n  ".join(listed))

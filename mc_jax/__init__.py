@@ -2,14 +2,17 @@
 
 from mc_jax.backends import Coefficients, MemoryState
 from mc_jax.cache import Cache, Segments, grow, init_cache
+from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.generation import generate, sample
-from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.inspection import InnerLoop, Trace
+from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
 
 __all__ = [
     "Cache",
     "Coefficients",
+    "InnerLoop",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",
@@ -20,6 +23,8 @@ __all__ = [
     "generate",
     "grow",
     "init_cache",
+    "load_cache",
     "memory_caching",
     "sample",
+    "save_cache",
 ]

@@ -1,5 +1,6 @@
 """The streaming state of a layer's memories: an immutable tree, valid between any two tokens."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
+from mc_jax.host import move_to_host, on_host, put
 from mc_jax.numerics import Array, Dtype, state_dtype
 
 Tree = Any  # nested tuples of arrays
@@ -80,6 +82,7 @@ def init_cache(
     *,
     dtype: Dtype = None,
     cache_dtype: Dtype = None,
+    cache_device: str = "device",
 ) -> Cache:
     """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
 
@@ -90,11 +93,16 @@ def init_cache(
         max_tokens: the most tokens that a stream may have.
         dtype: of q, k and v; None = that of `initial`.
         cache_dtype: of the cached memories; None = that of the online one, at least float32.
+        cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a call
+            moves what it reads (under `ssc` the selected ones alone).
 
     Raises:
-        ValueError: a number is not positive, or the segments cannot stream.
+        ValueError: a number is not positive, the segments cannot stream, or the device has no such
+            memory.
     """
     check_streams(config)
+    if cache_device not in ("device", "host"):
+        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
     for name, value in (("batch", batch), ("max_tokens", max_tokens)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be >= 1")
@@ -105,7 +113,13 @@ def init_cache(
     v = jnp.zeros((batch, h, initial[-1].shape[-2]), dtype)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
-    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    # Leaves of their own, so that the cache may be donated to a compiled step.
+    cache = jax.tree.map(jnp.copy, cache)
+    if cache_device == "device":
+        return cache
+    far = jax.tree.map(move_to_host, cache.stored.weights)
+    return cache._replace(stored=cache.stored._replace(weights=far))
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
@@ -121,7 +135,7 @@ def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
     def pad(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, slots - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
-    stored = jax.tree.map(pad, cache.stored)
+    stored = jax.tree.map(partial(put, pad), cache.stored)
     return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
 
 
@@ -165,8 +179,9 @@ def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
     """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: names the shape, or the segments cannot stream.
     """
+    check_streams(config)
     batch = cache.position.shape[0]
     if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -232,11 +247,26 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
 def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
     """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
     row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
-    return jax.tree.map(
-        lambda all_, some: all_.at[row, slots].set(some.astype(all_.dtype), mode="drop"),
-        stored,
-        segments,
-    )
+
+    def write(all_: Array, some: Array) -> Array:
+        some = some.astype(all_.dtype)
+        if slots.shape[1] > 1 or on_host(all_):
+            return put(_put_many, all_, some, slots, row)
+        return _put_one(all_, some, slots)
+
+    return jax.tree.map(write, stored, segments)
+
+
+def _put_many(all_: Array, some: Array, slots: Array, row: Array) -> Array:
+    return all_.at[row, slots].set(some, mode="drop")
+
+
+@jax.vmap
+def _put_one(all_: Array, some: Array, slot: Array) -> Array:
+    # Always a write, at times of what is there: to drop one, XLA would copy all slots.
+    slot, inside = jnp.minimum(slot[0], len(all_) - 1), slot[0] < len(all_)
+    old = jax.lax.dynamic_index_in_dim(all_, slot)
+    return jax.lax.dynamic_update_index_in_dim(all_, jnp.where(inside, some, old), slot, 0)
 
 
 def add_axis(tree: Tree) -> Tree:

@@ -14,6 +14,7 @@ from mc_jax.backends import Coefficients, Memory, Norm, Weights, make_memory
 from mc_jax.cache import Cache, Segments, in_dtype, sum_complete
 from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, scores
+from mc_jax.inspection import InnerLoop, watch_writes
 from mc_jax.numerics import Array, align, state_dtype
 from mc_jax.recurrent import run_tokens
 from mc_jax.streaming import extend_chunks
@@ -25,6 +26,7 @@ class Result(NamedTuple):
     output: Array  # [b, t, h, v], in the dtype of v
     cache: Cache  # the stream's state after the last token
     gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    inner: InnerLoop | None = None  # what each write did; on request
 
 
 def memory_caching(
@@ -40,6 +42,7 @@ def memory_caching(
     segment_lengths: Sequence[int] | None = None,
     norm: Norm = None,
     method: str = "chunked",
+    inspect: bool = False,
 ) -> Result:
     """Write a sequence into its memory, cache it at segment ends, and read (arXiv:2602.24281).
 
@@ -59,27 +62,30 @@ def memory_caching(
         norm: (gain, bias), each [h, v], where the memory has `norm="layer"`.
         method: `chunked`, the parallel form, or `recurrent`, token by token: the definition.
             Both give the same result.
+        inspect: fill the result's `inner`, too; `chunked` alone.
 
     Raises:
         ValueError: a shape, a missing argument or a name that does not fit.
     """
-    _check(q, k, v, u, initial, coefficients, config, norm, mask, method)
+    _check(q, k, v, u, initial, coefficients, config, norm, mask, method, inspect)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
     q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
+    inner = None
     if method == "recurrent":
         output, cache, gates = run_tokens(
             memory, config, q, k, v, u, initial, coefficients, mask, plan
         )
     else:
-        output, cache, gates = _run_chunks(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan
+        output, cache, gates, inner = _run_chunks(
+            memory, config, q, k, v, u, initial, coefficients, mask, plan, inspect
         )
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
-    return Result(output, cache, jnp.where(real, gates, jnp.zeros_like(gates)))
+    gates = jnp.where(real, gates, jnp.zeros_like(gates))
+    return Result(output, cache, gates, inner)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -153,7 +159,8 @@ def _run_chunks(
     coefficients: Coefficients,
     mask: Array,
     plan: Plan,
-) -> tuple[Array, Cache, Array]:
+    inspect: bool,
+) -> tuple[Array, Cache, Array, InnerLoop | None]:
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
     score = scores(u, pools.segment, pools.running, config)
@@ -171,7 +178,8 @@ def _run_chunks(
         position=jnp.full_like(length, plan.tokens),
         limit=jnp.asarray(plan.tokens, jnp.int32),
     )
-    return output, cache, gates
+    inner = watch_writes(memory, writes, k, v, coefficients, mask, plan) if inspect else None
+    return output, cache, gates, inner
 
 
 def _cleaned(
@@ -200,9 +208,12 @@ def _check(
     norm: Norm,
     mask: Array | None,
     method: str,
+    inspect: bool = False,
 ) -> None:
     if method not in ("chunked", "recurrent"):
         raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
+    if inspect and method != "chunked":
+        raise ValueError(f"inspect = True: method = {method!r} must be 'chunked'")
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"

@@ -74,6 +74,7 @@ def generate(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     cache_dtype: Dtype = None,
+    cache_device: str = "device",
     block: int = BLOCK,
 ) -> Iterator[Array]:
     """Go on with prompts; every row gives what it gives alone.
@@ -91,6 +92,7 @@ def generate(
         seed: of all random streams.
         rows: the number of each row, which tells its random stream from the others'; None = 0, 1...
         cache_dtype: of the cached memories; None = that of the online one.
+        cache_device: where the cached memories lie, `device` or `host`.
         block: the most tokens of the prompts that are read at once; at 1 only the step that every
             later token takes is compiled.
 
@@ -111,7 +113,9 @@ def generate(
     params = nnx.to_pure_dict(state)
     start, extend = _make_programs(graphdef)
     stream = np.uint32(seed), np.asarray(rows, np.uint32)
-    cache, last, keys = start(params, *stream, room=room, cache_dtype=cache_dtype)
+    cache, last, keys = start(
+        params, *stream, room=room, cache_dtype=cache_dtype, cache_device=cache_device
+    )
     cache, last, keys = _beside(params, (cache, last, keys))
     blocks, none = _beside(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
     step = Block(_draw(last, keys, 0, **options)[1], none)
@@ -149,10 +153,17 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
     """
 
     def start(
-        params: Any, seed: Array, rows: Array, room: int, cache_dtype: Dtype
+        params: Any,
+        seed: Array,
+        rows: Array,
+        room: int,
+        cache_dtype: Dtype,
+        cache_device: str,
     ) -> tuple[tuple[Cache, ...], Array, Array]:
         model = nnx.merge(graphdef, params)
-        cache = model.init_cache(len(rows), room, cache_dtype=cache_dtype)
+        cache = model.init_cache(
+            len(rows), room, cache_dtype=cache_dtype, cache_device=cache_device
+        )
         last = jnp.zeros((len(rows), model.config.vocab_size), state_dtype(model.dtype))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
         return cache, last, keys
@@ -168,7 +179,7 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
         return jnp.where(count > 0, after, last), cache
 
     return (
-        jax.jit(start, static_argnames=("room", "cache_dtype")),
+        jax.jit(start, static_argnames=("room", "cache_dtype", "cache_device")),
         jax.jit(extend, donate_argnames=("cache", "last")),
     )
 
@@ -177,11 +188,17 @@ def _beside(params: Any, tree: Any) -> Any:
     """Put arrays where the parameters are, bound to that device if they are.
 
     Where parameters are bound to a device, so are all results; arrays that are not would need a
-    program of their own.
+    program of their own. What lies in the host's memory stays there.
     """
     leaf = jax.tree.leaves(params)[0]
-    bound = leaf.committed and len(leaf.devices()) == 1
-    return jax.device_put(tree, leaf.sharding if bound else None)
+    if not leaf.committed or len(leaf.devices()) > 1:
+        return jax.device_put(tree)
+
+    def put(x: Any) -> Array:
+        kind = x.sharding.memory_kind if isinstance(x, Array) else leaf.sharding.memory_kind
+        return jax.device_put(x, leaf.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(put, tree)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))

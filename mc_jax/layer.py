@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
-from typing import NamedTuple, Self
+from typing import Self
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,21 +14,10 @@ from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.grid import make_packing, pack, unpack
+from mc_jax.inspection import Trace, make_trace
 from mc_jax.modules import Coefficient, MemoryNorm, RMSNorm, ShortConv, initial_memory
 from mc_jax.numerics import Array, Dtype, align, l2_normalize, state_dtype
 from mc_jax.pretrained import from_pretrained
-
-
-class Trace(NamedTuple):
-    """What a layer did with a sequence, one row a token; from the pass that made the output."""
-
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
-    entropy: Array  # of the gates' shares, in nats [b, t, h]
-    token_index: Array  # [t]
-    segment_index: Array  # [t] the segment of each token
-    cached_count: Array  # [t] the memories cached before that segment
-    segment_norm: Array  # Frobenius norm of each cached memory, all layers [b, n, h]
-    segment_length: Array  # real tokens of each segment [b, n]
 
 
 class MemoryCachingLayer(nnx.Module):
@@ -118,43 +106,46 @@ class MemoryCachingLayer(nnx.Module):
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens, and return what their reads weighed."""
-        y, result = self._run(x, mask)
+        """Mix tokens, and return what their reads weighed and what their writes did."""
+        y, result = self._run(x, mask, inspect=True)
+        assert result.inner is not None
         plan = make_plan(x.shape[1], self.config)
-        segments, gates = result.cache.segments, result.gates
-        total = jnp.sum(gates, axis=-1, keepdims=True)
-        share = gates / jnp.where(total > 0, total, jnp.ones_like(total))
-        squares = [jnp.sum(w * w, axis=(-2, -1)) for w in segments.weights]
-        trace = Trace(
-            gates=gates,
-            entropy=jnp.sum(jax.scipy.special.entr(share), axis=-1),
-            token_index=jnp.arange(x.shape[1], dtype=jnp.int32),
-            segment_index=jnp.asarray(plan.segment_of, jnp.int32),
-            cached_count=jnp.asarray(plan.segment_of, jnp.int32),
-            segment_norm=jnp.sqrt(sum(squares[1:], squares[0])),
-            segment_length=segments.length,
-        )
-        return y, trace
+        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
 
-    def init_cache(self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None) -> Cache:
+    def init_cache(
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
+    ) -> Cache:
         """Return the cache of streams that have not begun.
 
         Args:
             batch: number of streams.
             max_tokens: the most tokens that a stream may have; `grow` makes room for more.
             cache_dtype: of the cached memories; None = that of the online one, at least float32.
+            cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a
+                call moves what it reads (under `ssc` the selected ones alone).
 
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
         config, wide = self.config, state_dtype(self.out_proj.kernel.dtype)
         cache = init_cache(
-            self._initial(), config, batch, max_tokens, dtype=wide, cache_dtype=cache_dtype
+            self._initial(),
+            config,
+            batch,
+            max_tokens,
+            dtype=wide,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
         )
         if not config.conv_width:
             return cache
-        zero = jnp.zeros((batch, config.conv_width - 1, config.d_model), wide)
-        return cache._replace(conv=(zero, zero, zero))
+        shape = (batch, config.conv_width - 1, config.d_model)
+        return cache._replace(conv=tuple(jnp.zeros(shape, wide) for _ in range(3)))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and room for `max_tokens` tokens.
@@ -213,12 +204,22 @@ class MemoryCachingLayer(nnx.Module):
         return y, result.cache
 
     def _run(
-        self, x: Array, mask: Array | None, segment_lengths: Sequence[int] | None = None
+        self,
+        x: Array,
+        mask: Array | None,
+        segment_lengths: Sequence[int] | None = None,
+        inspect: bool = False,
     ) -> tuple[Array, Result]:
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.d_model:
             raise ValueError(f"x has shape {x.shape}: must be [b, t, {config.d_model}]")
-        whole = partial(memory_caching, config=config, mask=mask, segment_lengths=segment_lengths)
+        whole = partial(
+            memory_caching,
+            config=config,
+            mask=mask,
+            segment_lengths=segment_lengths,
+            inspect=inspect,
+        )
         return self._mix(x, mask, whole)
 
     def _mix(

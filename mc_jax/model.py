@@ -10,7 +10,8 @@ from flax import nnx
 from mc_core.config import ModelConfig
 from mc_jax.cache import Cache, check_room, grow
 from mc_jax.grid import make_packing, pack, unpack
-from mc_jax.layer import MemoryCachingLayer, Trace
+from mc_jax.inspection import Trace
+from mc_jax.layer import MemoryCachingLayer
 from mc_jax.modules import RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 from mc_jax.pretrained import from_pretrained
@@ -158,11 +159,18 @@ class LanguageModel(nnx.Module):
         return self._logits(x), tuple(traces)
 
     def init_cache(
-        self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
     ) -> tuple[Cache, ...]:
         """Return the caches of all blocks, for streams that have not begun; as the layer's."""
         return tuple(
-            block.mixer.init_cache(batch, max_tokens, cache_dtype=cache_dtype)
+            block.mixer.init_cache(
+                batch, max_tokens, cache_dtype=cache_dtype, cache_device=cache_device
+            )
             for block in self.blocks
         )
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.backends import Weights
+from mc_jax.host import take
 from mc_jax.numerics import Array, align
 
-READS = 64  # of one token each that a step takes together: few tokens read many slots at once
+READS = 8  # of one token each that a step takes together: few tokens read many slots at once
 
-# (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
+# (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 Read = Callable[[Array, Weights], Array]
 
 
@@ -28,15 +29,18 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled:
     Returns:
         [b, h, c, o] in the gates' dtype.
     """
-    n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
-    x = x[:, None]
+    n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
+    x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def weighted(x: Array, gates: Array, weights: Weights) -> Array:
         return jnp.sum(gates.transpose(0, 3, 1, 2)[..., None] * read(x, weights), axis=1)
 
     if size == n:
-        return weighted(x, gates, weights)
+        return weighted(x, gates, tuple(take(jnp.asarray, w) for w in weights))
+
+    def part_of(x: Array, first: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
     def step(total: Array, block: Array) -> tuple[Array, None]:
         # The last block begins early enough to be whole: the slots it shares weigh nothing.
@@ -45,12 +49,19 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled:
 
         def add(total: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(gates, first, size, axis=-1)
-            some = tuple(jax.lax.dynamic_slice_in_dim(w, first, size, axis=1) for w in weights)
+            some = tuple(take(part_of, w, first) for w in weights)
             return total + weighted(x, jnp.where(new, part, jnp.zeros_like(part)), some)
 
         return jax.lax.cond(first < filled, add, lambda total: total, total), None
 
-    first = jax.eval_shape(weighted, x, gates[..., :size], tuple(w[:, :size] for w in weights))
+    first = jax.eval_shape(
+        lambda: weighted(x, gates[..., :size], tuple(take(part_of, w, filled) for w in weights))
+    )
     zero = jnp.zeros_like(gates, shape=first.shape)
     blocks = jnp.arange(-(-n // size), dtype=jnp.int32)
     return jax.lax.scan(step, zero, blocks)[0]
+
+
+def _block(n: int, tokens: int) -> int:
+    # At least two steps: slots that a loop reads are not copied, those of a plain product are.
+    return max(1, min(READS // tokens, n // 2))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mc_jax.backends import Memory, Weights
 from mc_jax.backends.base import apply_weights
+from mc_jax.host import take
 from mc_jax.numerics import Array
 
 BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
@@ -43,7 +44,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     @partial(jax.checkpoint, prevent_cse=False)
     def read(buffer: Array, weights: Weights) -> Array:
         # [b, h, blocks, ...] to the memory's own order of axes, [..., h, c, k]
-        own = jax.tree.map(lambda w: _per_head(_take)(w.swapaxes(1, 2), owner), weights)
+        own = jax.tree.map(lambda w: take(_per_block, w, owner), weights)
         own = jax.tree.map(lambda w: w.swapaxes(1, 2), own)
         return memory.read(apply_weights(own, q.dtype), buffer.swapaxes(1, 2)).swapaxes(1, 2)
 
@@ -58,8 +59,9 @@ def _per_head(function):  # type: ignore[no-untyped-def]
     return jax.vmap(jax.vmap(function))
 
 
-def _take(weights: Array, owner: Array) -> Array:
-    return jnp.take(weights, owner, axis=0)
+def _per_block(weights: Array, owner: Array) -> Array:
+    """Take the memory [b, h, blocks, o, i] of each block from [b, n, h, o, i]."""
+    return _per_head(partial(jnp.take, axis=0, mode="clip"))(weights.swapaxes(1, 2), owner)
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:

@@ -201,7 +201,6 @@ def _read(
         return online + read_sparse(memory, cached, q, gates, selected)
 
     def read(x: Array, weights: Weights) -> Array:
-        shape = (*weights[0].shape[:2], *x.shape[2:])
-        return memory.read(apply_weights(weights, x.dtype), jnp.broadcast_to(x, shape))
+        return memory.read(apply_weights(weights, x.dtype), x)
 
     return online + sum_over_slots(read, q.swapaxes(1, 2), weight, cached, filled).swapaxes(1, 2)

@@ -2,14 +2,17 @@
 
 from mc_torch.backends import Coefficients, MemoryState
 from mc_torch.cache import Cache, Segments, grow, init_cache
+from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.generation import generate, sample
-from mc_torch.layer import MemoryCachingLayer, Trace
+from mc_torch.inspection import InnerLoop, Trace
+from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
 
 __all__ = [
     "Cache",
     "Coefficients",
+    "InnerLoop",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",
@@ -20,6 +23,8 @@ __all__ = [
     "generate",
     "grow",
     "init_cache",
+    "load_cache",
     "memory_caching",
     "sample",
+    "save_cache",
 ]

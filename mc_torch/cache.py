@@ -7,6 +7,8 @@ import torch
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
+from mc_torch.gates import pooled
+from mc_torch.host import move_to_host, put
 from mc_torch.layout import Plan
 from mc_torch.numerics import Array, Dtype, state_dtype, tree_map
 
@@ -76,6 +78,7 @@ def init_cache(
     *,
     dtype: Dtype = None,
     cache_dtype: Dtype = None,
+    cache_device: str = "device",
 ) -> Cache:
     """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
 
@@ -86,11 +89,15 @@ def init_cache(
         max_tokens: the most tokens that a stream may have.
         dtype: of q, k and v; None = that of `initial`.
         cache_dtype: of the cached memories; None = that of the online one, at least float32.
+        cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a call
+            moves what it reads (under `ssc` the selected ones alone).
 
     Raises:
         ValueError: a number is not positive, or the segments cannot stream.
     """
     check_streams(config)
+    if cache_device not in ("device", "host"):
+        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
     for name, value in (("batch", batch), ("max_tokens", max_tokens)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be >= 1")
@@ -101,7 +108,14 @@ def init_cache(
     v = torch.zeros(batch, h, initial[-1].shape[-2], dtype=dtype, device=device)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
-    return empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    # A sum of keys is its own pool, one tensor at two places, as after every step.
+    pool = pooled(cache.pool_sum, cache.length[:, None], config.pooling)
+    cache = cache._replace(pool=pool)
+    if cache_device == "device":
+        return cache
+    far = tree_map(move_to_host, cache.stored.weights)
+    return cache._replace(stored=cache.stored._replace(weights=far))
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
@@ -162,8 +176,9 @@ def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
     """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: names the shape, or the segments cannot stream.
     """
+    check_streams(config)
     batch = cache.position.shape[0]
     if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -196,7 +211,7 @@ def empty_cache(
     def stack(x: Array) -> Array:
         return x.new_zeros(x.shape[0], slots, *x.shape[1:])
 
-    # No tensor stands at two places: a compiler would take that for a property of all caches.
+    # No tensor stands at two places: a step compiled for that would be compiled anew for the next.
     return Cache(
         stored=Segments(
             weights=tuple(stack(w.to(dtype or w.dtype)) for w in start.weights),
@@ -238,11 +253,14 @@ def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
     row = torch.arange(slots.shape[0], device=slots.device)[:, None]
     written, which = here.any(dim=-1), here.to(torch.uint8).argmax(dim=-1)
 
-    def put(all_: Array, some: Array) -> Array:
-        some = some if some.shape[1] == 1 else some[row, which]
-        return choose(written, some.to(all_.dtype), all_)
+    def choose_new(all_: Array, some: Array, written: Array) -> Array:
+        return choose(written, some, all_)
 
-    return tree_map(put, stored, segments)
+    def write(all_: Array, some: Array) -> Array:
+        some = some if some.shape[1] == 1 else some[row, which]
+        return put(choose_new, all_, some.to(all_.dtype), written)
+
+    return tree_map(write, stored, segments)
 
 
 def add_axis(tree: Tree) -> Tree:

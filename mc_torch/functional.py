@@ -12,6 +12,7 @@ from mc_torch.backends import Coefficients, Memory, Norm, Weights, make_memory
 from mc_torch.cache import Cache, Segments, in_dtype, sum_complete
 from mc_torch.chunked import write_chunks
 from mc_torch.gates import gate, pool_keys, scores
+from mc_torch.inspection import InnerLoop, watch_writes
 from mc_torch.layout import Plan, make_plan
 from mc_torch.numerics import Array, align, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
@@ -24,6 +25,7 @@ class Result(NamedTuple):
     output: Array  # [b, t, h, v], in the dtype of v
     cache: Cache  # the stream's state after the last token
     gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    inner: InnerLoop | None = None  # what each write did; on request
 
 
 def memory_caching(
@@ -39,6 +41,7 @@ def memory_caching(
     segment_lengths: Sequence[int] | None = None,
     norm: Norm = None,
     method: str = "chunked",
+    inspect: bool = False,
 ) -> Result:
     """Write a sequence into its memory, cache it at segment ends, and read (arXiv:2602.24281).
 
@@ -58,27 +61,30 @@ def memory_caching(
         norm: (gain, bias), each [h, v], where the memory has `norm="layer"`.
         method: `chunked`, the parallel form, or `recurrent`, token by token: the definition.
             Both give the same result.
+        inspect: fill the result's `inner`, too; `chunked` alone.
 
     Raises:
         ValueError: a shape, a missing argument or a name that does not fit.
     """
-    _check(q, k, v, u, initial, coefficients, config, norm, mask, method)
+    _check(q, k, v, u, initial, coefficients, config, norm, mask, method, inspect)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
     q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
+    inner = None
     if method == "recurrent":
         output, cache, gates = run_tokens(
             memory, config, q, k, v, u, initial, coefficients, mask, plan
         )
     else:
-        output, cache, gates = _run_chunks(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan
+        output, cache, gates, inner = _run_chunks(
+            memory, config, q, k, v, u, initial, coefficients, mask, plan, inspect
         )
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
-    return Result(output, cache, torch.where(real, gates, torch.zeros_like(gates)))
+    gates = torch.where(real, gates, torch.zeros_like(gates))
+    return Result(output, cache, gates, inner)
 
 
 def extend(
@@ -151,7 +157,8 @@ def _run_chunks(
     coefficients: Coefficients,
     mask: Array,
     plan: Plan,
-) -> tuple[Array, Cache, Array]:
+    inspect: bool,
+) -> tuple[Array, Cache, Array, InnerLoop | None]:
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
     score = scores(u, pools.segment, pools.running, config)
@@ -169,7 +176,8 @@ def _run_chunks(
         position=torch.full_like(length, plan.tokens),
         limit=torch.full((), plan.tokens, dtype=torch.int32, device=q.device),
     )
-    return output, cache, gates
+    inner = watch_writes(memory, writes, k, v, coefficients, mask, plan) if inspect else None
+    return output, cache, gates, inner
 
 
 def _cleaned(
@@ -198,9 +206,12 @@ def _check(
     norm: Norm,
     mask: Array | None,
     method: str,
+    inspect: bool = False,
 ) -> None:
     if method not in ("chunked", "recurrent"):
         raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
+    if inspect and method != "chunked":
+        raise ValueError(f"inspect = True: method = {method!r} must be 'chunked'")
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"

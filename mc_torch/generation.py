@@ -72,6 +72,7 @@ def generate(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     cache_dtype: Dtype = None,
+    cache_device: str = "device",
     block: int = BLOCK,
 ) -> Iterator[Array]:
     """Go on with prompts; every row gives what it gives alone.
@@ -86,6 +87,7 @@ def generate(
         seed: of all random streams.
         rows: the number of each row, which tells its random stream from the others'; None = 0, 1...
         cache_dtype: of the cached memories; None = that of the online one.
+        cache_device: where the cached memories lie, `device` or `host`.
         block: the most tokens of the prompts that are read at once.
 
     Returns:
@@ -99,7 +101,7 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
     room = bucket(max(map(len, prompts)) + max_new_tokens)
-    cache = model.init_cache(b, room, cache_dtype=cache_dtype)
+    cache = model.init_cache(b, room, cache_dtype=cache_dtype, cache_device=cache_device)
     rng = [_generator(seed, row) for row in rows]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return _run(model, make_blocks(prompts, block), max_new_tokens, cache, rng, options)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -13,22 +13,11 @@ from mc_torch.backends import Coefficients, Norm, Weights
 from mc_torch.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.grid import make_packing, pack, unpack
+from mc_torch.inspection import Trace, make_trace
 from mc_torch.layout import make_plan
 from mc_torch.modules import Coefficient, Linear, MemoryNorm, RMSNorm, ShortConv, initial_memory
 from mc_torch.numerics import Array, Dtype, align, compute_dtype, l2_normalize, state_dtype
 from mc_torch.pretrained import from_pretrained
-
-
-class Trace(NamedTuple):
-    """What a layer did with a sequence, one row a token; from the pass that made the output."""
-
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
-    entropy: Array  # of the gates' shares, in nats [b, t, h]
-    token_index: Array  # [t]
-    segment_index: Array  # [t] the segment of each token
-    cached_count: Array  # [t] the memories cached before that segment
-    segment_norm: Array  # Frobenius norm of each cached memory, all layers [b, n, h]
-    segment_length: Array  # real tokens of each segment [b, n]
 
 
 class MemoryCachingLayer(nn.Module):
@@ -122,39 +111,41 @@ class MemoryCachingLayer(nn.Module):
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens, and return what their reads weighed."""
-        y, result = self._run(x, mask)
+        """Mix tokens, and return what their reads weighed and what their writes did."""
+        y, result = self._run(x, mask, inspect=True)
+        assert result.inner is not None
         plan = make_plan(x.shape[1], self.config, None, x.device)
-        segments, gates = result.cache.segments, result.gates
-        total = torch.sum(gates, dim=-1, keepdim=True)
-        share = gates / torch.where(total > 0, total, torch.ones_like(total))
-        squares = [torch.sum(w * w, dim=(-2, -1)) for w in segments.weights]
-        segment_of = torch.tensor(plan.segment_of, dtype=torch.int32, device=x.device)
-        trace = Trace(
-            gates=gates,
-            entropy=torch.sum(torch.special.entr(share), dim=-1),
-            token_index=torch.arange(x.shape[1], dtype=torch.int32, device=x.device),
-            segment_index=segment_of,
-            cached_count=segment_of,
-            segment_norm=torch.sqrt(sum(squares[1:], squares[0])),
-            segment_length=segments.length,
-        )
-        return y, trace
+        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
 
-    def init_cache(self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None) -> Cache:
+    def init_cache(
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
+    ) -> Cache:
         """Return the cache of streams that have not begun.
 
         Args:
             batch: number of streams.
             max_tokens: the most tokens that a stream may have; `grow` makes room for more.
             cache_dtype: of the cached memories; None = that of the online one, at least float32.
+            cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a
+                call moves what it reads (under `ssc` the selected ones alone).
 
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
         config, wide = self.config, state_dtype(self.out_proj.weight.dtype)
         cache = init_cache(
-            self._initial(), config, batch, max_tokens, dtype=wide, cache_dtype=cache_dtype
+            self._initial(),
+            config,
+            batch,
+            max_tokens,
+            dtype=wide,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
         )
         if not config.conv_width:
             return cache
@@ -219,12 +210,22 @@ class MemoryCachingLayer(nn.Module):
         return y, result.cache
 
     def _run(
-        self, x: Array, mask: Array | None, segment_lengths: Sequence[int] | None = None
+        self,
+        x: Array,
+        mask: Array | None,
+        segment_lengths: Sequence[int] | None = None,
+        inspect: bool = False,
     ) -> tuple[Array, Result]:
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}]")
-        whole = partial(memory_caching, config=config, mask=mask, segment_lengths=segment_lengths)
+        whole = partial(
+            memory_caching,
+            config=config,
+            mask=mask,
+            segment_lengths=segment_lengths,
+            inspect=inspect,
+        )
         return self._mix(x, mask, whole)
 
     def _mix(

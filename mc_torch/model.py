@@ -10,7 +10,8 @@ from torch import nn
 from mc_core.config import ModelConfig
 from mc_torch.cache import Cache, check_room, grow
 from mc_torch.grid import make_packing, pack, unpack
-from mc_torch.layer import MemoryCachingLayer, Trace
+from mc_torch.inspection import Trace
+from mc_torch.layer import MemoryCachingLayer
 from mc_torch.modules import Linear, RMSNorm
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
 from mc_torch.pretrained import from_pretrained
@@ -148,11 +149,18 @@ class LanguageModel(nn.Module):
         return self._logits(x), tuple(traces)
 
     def init_cache(
-        self, batch: int, max_tokens: int, *, cache_dtype: Dtype = None
+        self,
+        batch: int,
+        max_tokens: int,
+        *,
+        cache_dtype: Dtype = None,
+        cache_device: str = "device",
     ) -> tuple[Cache, ...]:
         """Return the caches of all blocks, for streams that have not begun; as the layer's."""
         return tuple(
-            block.mixer.init_cache(batch, max_tokens, cache_dtype=cache_dtype)
+            block.mixer.init_cache(
+                batch, max_tokens, cache_dtype=cache_dtype, cache_device=cache_device
+            )
             for block in self._blocks()
         )
 

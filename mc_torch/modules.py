@@ -109,7 +109,8 @@ class ShortConv(nn.Module):
         """
         joined = self._joined(x, before).to(state_dtype(x.dtype))
         if count is None:
-            return joined[:, x.shape[1] :]
+            # Copied, or the cache would keep all tokens, and their strides, for a few of them.
+            return joined[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
         width = self.weight.shape[1]
         index = count[:, None] + align(torch.arange(width - 1, device=x.device), 2)
         return torch.gather(joined, 1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -46,7 +46,7 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled:
     )
     total = None
     for part, *some in parts:
-        more = weighted(x, part, tuple(some))
+        more = weighted(x, part, tuple(w.to(x.device) for w in some))
         total = more if total is None else total + more
     assert total is not None
     return total

@@ -7,6 +7,7 @@ import torch
 
 from mc_torch.backends import Memory, Weights
 from mc_torch.backends.base import apply_weights
+from mc_torch.host import take
 from mc_torch.numerics import Array, remat, tree_map
 
 BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
@@ -39,7 +40,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     @remat
     def read(buffer: Array, weights: Weights) -> Array:
         # [b, h, blocks, ...] to the memory's own order of axes, [..., h, c, k]
-        own = tree_map(lambda w: _take(w.transpose(1, 2), owner).transpose(1, 2), weights)
+        own = tree_map(lambda w: take(_take, w.transpose(1, 2), owner).transpose(1, 2), weights)
         return memory.read(apply_weights(own, q.dtype), buffer.transpose(1, 2)).transpose(1, 2)
 
     result = read(buffer, weights).reshape(b, h, blocks * block, -1)

@@ -77,13 +77,14 @@ def extend_chunks(
         gates, selected = gate(score, grid.segment, config)
         output = _read(memory, config, writes, stored.weights, q, gates, selected, grid)
 
+    pool_sum, length = pools.sums[-1], pools.counts[-1]
     new = cache._replace(
         stored=stored,
         total=total,
         state=tree_map(lambda x: x[:, 0], scanned.final),
-        pool_sum=pools.sums[-1],
-        pool=pooled(pools.sums[-1], pools.counts[-1][:, None], config.pooling),
-        length=pools.counts[-1],
+        pool_sum=pool_sum,
+        pool=pooled(pool_sum, length[:, None], config.pooling),
+        length=length,
         slot=grid.slot,
         position=cache.position + count,
     )

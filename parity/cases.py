@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -42,6 +42,8 @@ class Case:
         batch: number of sequences.
         mask: one of `MASKS`.
         lengths: explicit segment lengths, for the function.
+        splits: tokens of the calls that together stream the sequence; None = one whole pass.
+        padding: rows of a layer's or model's stream lack some places altogether.
         dtype: float64, float32, or bfloat16 compute over float32 parameters.
         ties: all segments have the same keys, so that the router's scores are equal.
         drawn: the parameters are drawn for the comparison, else they are the model's own.
@@ -55,6 +57,8 @@ class Case:
     batch: int = 2
     mask: str = "none"
     lengths: tuple[int, ...] | None = None
+    splits: tuple[int, ...] | None = None
+    padding: bool = False
     dtype: str = "float64"
     ties: bool = False
     drawn: bool = True
@@ -74,11 +78,19 @@ class Case:
         words += [layer.state_init_mode] * (layer.state_init_mode == "restart")
         cut = "explicit" if self.lengths else layer.segmentation
         words += [cut] * (cut != "constant") + ["ties"] * self.ties
+        words += ["+".join(map(str, self.splits))] if self.splits else []
+        words += ["padding"] * self.padding
         words += [f"mask={self.mask}"] * (self.mask != "none")
         words += _unusual(layer.memory) + _unusual(layer, _NAMED_FIELDS)
         if isinstance(self.config, ModelConfig):
             words += _unusual(self.config, ("vocab_size", "layer", "ffn_width"))
         return " ".join((*words, f"t={self.tokens}"))
+
+    @property
+    def calls(self) -> tuple[slice, ...]:
+        """The tokens of each call of a stream."""
+        ends = tuple(accumulate(self.splits or ()))
+        return tuple(slice(*call) for call in pairwise((0, *ends)))
 
     def where(self, **fields: Any) -> "Case":
         """Change fields of the case."""
@@ -118,6 +130,12 @@ class FunctionInputs(NamedTuple):
     coefficients: dict[str, Any]  # each [b, t, h]
     norm: tuple[Any, Any] | None  # each [h, v]
 
+    def at(self, tokens: slice) -> "FunctionInputs":
+        """Take some of the tokens."""
+        q, k, v, u = (None if x is None else x[:, tokens] for x in self[:4])
+        coefficients = {name: x[:, tokens] for name, x in self.coefficients.items()}
+        return self._replace(q=q, k=k, v=v, u=u, coefficients=coefficients)
+
 
 class Inputs(NamedTuple):
     """The numbers of a case, float64."""
@@ -125,6 +143,7 @@ class Inputs(NamedTuple):
     differentiable: FunctionInputs | dict[str, Array]
     tokens: Array | None  # ids [b, t] of a model
     mask: Array | None  # bool [b, t]
+    padding: Array | None = None  # bool [b, t], True where a row has no token
 
 
 def draw(case: Case) -> Inputs:
@@ -135,11 +154,12 @@ def draw(case: Case) -> Inputs:
     rng = np.random.default_rng(case.seed)
     mask = _mask(case, rng)
     shape = (case.batch, case.tokens)
+    padding = np.random.default_rng([case.seed, 2]).random(shape) < 0.3 if case.padding else None
     if isinstance(case.config, ModelConfig):
-        return Inputs({}, rng.integers(case.config.vocab_size, size=shape), mask)
+        return Inputs({}, rng.integers(case.config.vocab_size, size=shape), mask, padding)
     if case.level == "layer":
         x = rounded(rng.standard_normal((*shape, case.config.d_model)), case.dtype)
-        return Inputs({"x": x}, None, mask)
+        return Inputs({"x": x}, None, mask, padding)
     return Inputs(_function_inputs(case, case.config, rng), None, mask)
 
 
@@ -219,6 +239,8 @@ def case(
     remat: bool = False,
     mask: str = "none",
     lengths: tuple[int, ...] | None = None,
+    splits: tuple[int, ...] | None = None,
+    padding: bool = False,
     method: str = "chunked",
     dtype: str = "float64",
     ties: bool = False,
@@ -233,7 +255,9 @@ def case(
         config = ModelConfig(
             VOCABULARY, num_layers, layer, tie_embeddings=tie_embeddings, remat=remat
         )
-    return Case(config, level, method, tokens, 2, mask, lengths, dtype, ties, seed=seed)
+    return Case(
+        config, level, method, tokens, 2, mask, lengths, splits, padding, dtype, ties, seed=seed
+    )
 
 
 _LINEAR, _SWLA = LinearConfig(), SWLAConfig()
@@ -269,6 +293,12 @@ QUICK = (
     case(TitansConfig(depth=1), "grm", dtype="float32", tokens=11),
     case(LinearConfig(coefficients="token"), "grm", level="layer", dtype="bfloat16"),
     case(DLAConfig(depth=1), "residual", dtype="bfloat16", mask="some"),
+    case(LinearConfig("elu+1", normalize=True), "grm", mask="some", splits=(2, 1, 10)),
+    case(_SWLA, "ssc", "restart", mask="segment", splits=(5, 3, 5), chunk_size=2),
+    case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
+    case(_DLA, "soup", "restart", splits=(6, 1, 4), tokens=11, pooling="sum"),
+    case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 1, 7), padding=True),
+    case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
 )
 
 _VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {
@@ -313,22 +343,31 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 def full() -> Iterator[Case]:
     """Yield the quick grid, and every kind, aggregation, start and segmentation in every dtype.
 
-    The remaining choices are drawn anew for each, from a fixed seed.
+    The remaining choices are drawn anew for each, from a fixed seed. A third of what can stream
+    does.
     """
     yield from QUICK
-    pick = random.Random(0).choice
+    pick, pick_stream = random.Random(0).choice, random.Random(1).choice
     for kind, aggregation, start, segmentation, dtype in product(
         _VARIANTS, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
     ):
         options = {name: pick(values) for name, values in _OPTIONS.items()}
         level = pick(("function", "function", "layer", "model"))
+        memory = pick(_VARIANTS[kind])
+        method = pick(METHODS) if level == "function" else "chunked"
+        tokens = pick((11, 13, 14, 23))
+        streams = segmentation == "constant" and method == "chunked"
+        streams = streams and pick_stream((True, False, False))
+        first = pick_stream(((5,), (2, 3), (1, 6, 1)))
         yield case(
-            pick(_VARIANTS[kind]),
+            memory,
             aggregation,
             start,
             level=level,
-            method=pick(METHODS) if level == "function" else "chunked",
-            tokens=pick((11, 13, 14, 23)),
+            method=method,
+            tokens=tokens,
+            splits=(*first, tokens - sum(first)) if streams else None,
+            padding=streams and level != "function" and pick_stream((True, False)),
             num_layers=pick((1, 2)),
             tie_embeddings=pick((True, False)),
             remat=pick((True, False)),

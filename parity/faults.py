@@ -31,6 +31,9 @@ LAYER = case(
     qk_norm="l2",
     mask="padded",
 )
+STREAM = case(
+    TitansConfig(expansion=2), "grm", level="layer", conv_width=4, mask="some", splits=(5, 1, 7)
+)
 STATE = "cache.stored.weights.0"
 
 
@@ -216,6 +219,26 @@ def _undecayed_only(_: Any) -> Any:
     return lambda at, written: at._replace(step=at.step * written)
 
 
+def _every_token_opens_a_chunk(make_grid: Any) -> Any:
+    def refreshed(*args: Any) -> Any:
+        grid = make_grid(*args)
+        return grid._replace(opens=torch.ones_like(grid.opens))
+
+    return refreshed
+
+
+def _next_slot(put_slots: Any) -> Any:
+    return lambda stored, segments, slots: put_slots(stored, segments, slots + 1)
+
+
+def _pool_of_the_call(pool: Any) -> Any:
+    def forgetful(k: Any, mask: Any, grid: Any, cache: Any, config: Any) -> Any:
+        cache = cache._replace(pool_sum=torch.zeros_like(cache.pool_sum))
+        return pool(k, mask, grid, cache, config)
+
+    return forgetful
+
+
 FAULTS = (
     Fault("mask ignored", LINEAR, STATE, {"parity.run_torch.memory_caching": _without_mask}),
     Fault(
@@ -287,12 +310,42 @@ FAULTS = (
         STATE,
         {"mc_torch.modules.ShortConv.forward": _ahead},
     ),
+    Fault(
+        "memory after a write in the place of the one before",
+        LAYER,
+        "trace.update_norm",
+        {"mc_torch.inspection._token_before": lambda _: lambda mix: mix},
+    ),
     Fault("wrong norm eps", LAYER, "output", {"mc_torch.modules.rms_norm": _large_eps}),
     Fault(
         "NaN gradient of a norm at zero",
         LAYER,
         "gradient.k_conv.kernel",
         {"mc_torch.layer.l2_normalize": _root_at_zero},
+    ),
+    Fault(
+        "convolution forgets the call before",
+        STREAM,
+        STATE,
+        {"mc_torch.modules.ShortConv.tail": lambda f: lambda *a: torch.zeros_like(f(*a))},
+    ),
+    Fault(
+        "anchor refreshed inside a chunk",
+        STREAM,
+        STATE,
+        {"mc_torch.streaming.make_grid": _every_token_opens_a_chunk},
+    ),
+    Fault(
+        "completed segment in the next slot",
+        STREAM,
+        STATE,
+        {"mc_torch.streaming.put_slots": _next_slot},
+    ),
+    Fault(
+        "pool begins anew with a call",
+        STREAM,
+        "cache.stored.pool",
+        {"mc_torch.streaming._pool": _pool_of_the_call},
     ),
 )
 SUBJECTS = tuple(dict.fromkeys(fault.case for fault in FAULTS))

@@ -1,6 +1,5 @@
 """Named arrays: what a run gives, flattened in forward order, in NumPy, whatever framework ran."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -19,25 +18,6 @@ GRADIENT = "gradient"  # what the names of gradients begin with
 Leaves = dict[str, Leaf]  # in forward order
 
 
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(a.b.0.c, leaf)` of nested tuples, named tuples, lists and dictionaries, in order.
-
-    None and empty tuples have no leaves.
-    """
-    if tree is None:
-        return
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, tuple | list):
-        names = getattr(tree, "_fields", range(len(tree)))
-        items = list(zip(names, tree, strict=True))
-    else:
-        yield path, tree
-        return
-    for name, branch in items:
-        yield from flatten(branch, f"{path}.{name}" if path else str(name))
-
-
 def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Draw the random cotangent of a leaf: the same for both frameworks, another for each name."""
     return np.random.default_rng([seed, crc32(name.encode())]).standard_normal(shape)
@@ -46,10 +26,10 @@ def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 class Forward(NamedTuple):
     """What a forward pass gives, in the order in which it comes about; None where it does not.
 
-    Gradients are taken of all but the trace.
+    Gradients are taken of all but a model's trace.
     """
 
-    cache: Any  # of functions and layers
-    trace: Any  # of models: a trace of each block
-    gates: Any  # of functions and layers
+    cache: Any  # of functions, layers and streams
+    trace: Any  # of layers, and of each block of a model
+    gates: Any  # of functions and layers; of streams, of functions
     output: Any

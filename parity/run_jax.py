@@ -7,10 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.segmentation import make_plan
+from mc_core.trees import flatten
 from mc_core.weights import check_leaves, leaves
-from mc_jax import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_jax import (
+    Coefficients,
+    LanguageModel,
+    MemoryCachingLayer,
+    extend,
+    init_cache,
+    memory_caching,
+)
+from mc_jax.inspection import make_trace
 from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dtype
-from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
+from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, jax_weights
 
 # Where the biases of learned coefficients are drawn around: small steps, memories that last.
@@ -131,6 +141,8 @@ def _variables(inputs: Inputs, dtype: str) -> Any:
 
 
 def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
+    if case.splits:
+        return _stream(case, given, inputs, module)
     mask = None if inputs.mask is None else jnp.asarray(inputs.mask)
     if isinstance(given, FunctionInputs):
         result = memory_caching(
@@ -148,8 +160,33 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         trace = module.inspect(tokens, mask)[1]
         return Forward(None, jax.lax.stop_gradient(trace), None, module(tokens, mask))
     # What `forward_with_cache` and `inspect` show, in one pass: two would double the compile time.
-    output, result = module._run(given["x"], mask, case.lengths)
-    return Forward(result.cache, None, result.gates, output)
+    output, result = module._run(given["x"], mask, case.lengths, inspect=True)
+    plan = make_plan(case.tokens, case.layer, case.lengths)
+    trace = make_trace(result.gates, result.cache.segments, result.inner, plan)
+    return Forward(result.cache, trace, result.gates, output)
+
+
+def _stream(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
+    outputs, gates = [], []
+    if isinstance(given, FunctionInputs):
+        cache = init_cache(given.initial, case.layer, case.batch, case.tokens)
+    else:
+        cache = module.init_cache(case.batch, case.tokens)
+        tokens = jnp.asarray(inputs.tokens, jnp.int32) if case.level == "model" else given["x"]
+    for here in case.calls:
+        mask = None if inputs.mask is None else jnp.asarray(inputs.mask[:, here])
+        if isinstance(given, FunctionInputs):
+            part = given.at(here)
+            at = Coefficients(**part.coefficients)
+            result = extend(*part[:5], at, cache, case.layer, mask=mask, norm=part.norm)
+            output, cache = result.output, result.cache
+            gates.append(result.gates)
+        else:
+            padding = None if inputs.padding is None else jnp.asarray(inputs.padding[:, here])
+            output, cache = module.extend(tokens[:, here], cache, mask, padding=padding)
+        outputs.append(output)
+    joined = jnp.concatenate(gates, axis=1) if gates else None
+    return Forward(cache, None, joined, jnp.concatenate(outputs, axis=1))
 
 
 def _cotangent(name: str, leaf: jax.Array, seed: int) -> Any:

@@ -5,10 +5,20 @@ from typing import Any
 
 import torch
 
-from mc_torch import Coefficients, LanguageModel, MemoryCachingLayer, memory_caching
+from mc_core.trees import flatten
+from mc_torch import (
+    Coefficients,
+    LanguageModel,
+    MemoryCachingLayer,
+    extend,
+    init_cache,
+    memory_caching,
+)
+from mc_torch.inspection import make_trace
+from mc_torch.layout import make_plan
 from mc_torch.numerics import tree_map
 from parity.cases import Case, FunctionInputs, Inputs, state_dtype
-from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent, flatten
+from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, load_torch, to_jax, to_torch
 
 
@@ -81,6 +91,8 @@ def _variables(inputs: Inputs, dtype: str, device: str) -> Any:
 
 
 def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -> Forward:
+    if case.splits:
+        return _stream(case, given, inputs, module, device)
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, device=device)
     if isinstance(given, FunctionInputs):
         result = memory_caching(
@@ -98,8 +110,35 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -
         with torch.no_grad():
             trace = module.inspect(tokens, mask)[1]
         return Forward(None, trace, None, module(tokens, mask))
-    output, result = module._run(given["x"], mask, case.lengths)
-    return Forward(result.cache, None, result.gates, output)
+    output, result = module._run(given["x"], mask, case.lengths, inspect=True)
+    plan = make_plan(case.tokens, case.layer, case.lengths, torch.device(device))
+    trace = make_trace(result.gates, result.cache.segments, result.inner, plan)
+    return Forward(result.cache, trace, result.gates, output)
+
+
+def _stream(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -> Forward:
+    outputs, gates = [], []
+    if isinstance(given, FunctionInputs):
+        cache = init_cache(given.initial, case.layer, case.batch, case.tokens)
+    else:
+        cache = module.init_cache(case.batch, case.tokens)
+        model = case.level == "model"
+        tokens = torch.tensor(inputs.tokens, device=device) if model else given["x"]
+    for here in case.calls:
+        mask = None if inputs.mask is None else torch.tensor(inputs.mask[:, here], device=device)
+        if isinstance(given, FunctionInputs):
+            part = given.at(here)
+            at = Coefficients(**part.coefficients)
+            result = extend(*part[:5], at, cache, case.layer, mask=mask, norm=part.norm)
+            output, cache = result.output, result.cache
+            gates.append(result.gates)
+        else:
+            pad = None if inputs.padding is None else inputs.padding[:, here]
+            padding = None if pad is None else torch.tensor(pad, device=device)
+            output, cache = module.extend(tokens[:, here], cache, mask, padding=padding)
+        outputs.append(output)
+    joined = torch.cat(gates, dim=1) if gates else None
+    return Forward(cache, None, joined, torch.cat(outputs, dim=1))
 
 
 def _leaf(x: torch.Tensor) -> Leaf:

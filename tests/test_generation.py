@@ -212,6 +212,19 @@ def test_few_programs_serve_all_lengths(restored, caplog):
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 
+def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
+    """They stay there, the tokens are the same, and nothing is compiled on the way."""
+    model = make_model("linear-grm", jnp.float32)
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    near = tokens_of(model, PROMPTS, 9, block=1)
+    steps = generate(model, PROMPTS, 9, block=1, cache_device="host")
+    weights = steps.gi_frame.f_locals["cache"][0].stored.weights
+    assert {w.sharding.memory_kind for w in weights} == {"pinned_host"}
+    with jax.log_compiles():
+        np.testing.assert_array_equal(np.stack(list(steps), axis=1), near)
+    assert "Compiling jit(extend)" not in caplog.text
+
+
 def test_blocks_hold_every_prompt_once():
     rng = np.random.default_rng(0)
     for _ in range(50):

@@ -22,7 +22,12 @@ TORCH_ONLY = {
     "modules.py": {"Linear"},
     "pretrained.py": {"Flat"},
 }
-JAX_ONLY = {"layout.py": {"take_places"}, "numerics.py": {"SUM_BLOCK"}}
+JAX_ONLY = {
+    "layout.py": {"take_places"},
+    "numerics.py": {"SUM_BLOCK"},
+    # A tensor on the host has a device, an array there a kind of memory.
+    "host.py": {"HOST", "DEVICE", "KIND"},
+}
 RENAMED = {"__call__": "forward"}
 # Arguments that construct modules: JAX draws from `rngs`, and tells compute from parameter dtype.
 CONSTRUCTION = {"rngs", "param_dtype", "device", "dtype"}

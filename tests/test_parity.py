@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny import mc, write_config
 
-from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES
+from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES, START_MODES
+from mc_core.trees import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
@@ -17,7 +18,7 @@ from parity.check import check
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
-from parity.leaves import Leaf, cotangent, flatten
+from parity.leaves import Leaf, cotangent
 from parity.report import as_json, as_markdown, failures, summary
 from train.config import OptimizerConfig
 from train.optimizer import make_schedule
@@ -82,6 +83,12 @@ def test_the_quick_grid_covers_every_choice():
     assert {case.mask for case in QUICK} == set(MASKS)
     assert {case.dtype for case in QUICK} == set(DTYPES)
     assert any(case.lengths for case in QUICK)
+    assert {case.level for case in QUICK if case.splits} == set(LEVELS)
+    assert {case.layer.memory.kind for case in QUICK if case.splits} == set(MEMORIES)
+    assert {case.layer.state_init_mode for case in QUICK if case.splits} == set(START_MODES)
+    assert any(case.padding for case in QUICK)
+    assert all(sum(case.splits) == case.tokens for case in full() if case.splits)
+    assert sum(bool(case.splits) for case in full()) > 30
     assert len({(case.name, case.dtype) for case in QUICK}) == len(QUICK)
 
 
@@ -227,7 +234,7 @@ def test_the_command_writes_what_it_found(tmp_path):
     done = run("", "check", "--kind", "swla", "--aggregation", "residual", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "swla+residual recurrent" in done.stdout
-    assert "all equal: 1 cases, 18 leaves, cpu" in done.stdout
+    assert "all equal: 1 cases, 22 leaves, cpu" in done.stdout
     report = json.loads(files["--json"].read_text())
     assert report["ok"]
     (case,) = report["cases"]

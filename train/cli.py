@@ -44,6 +44,13 @@ class SourceFormat(StrEnum):
     COMMUNITY = "community"
 
 
+class CacheDevice(StrEnum):
+    """In whose memory cached memories lie."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 class CacheDtype(StrEnum):
     """What cached memories are kept in."""
 
@@ -78,6 +85,27 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run's directory")]) -> 
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    text: Annotated[Path, typer.Option(help="a file of text")],
+    json: Annotated[Path | None, typer.Option(help="write the numbers to this file, too")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of page and pictures  [default: RUN/inspect]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="at most so many, from the text's start  [default: 4096]")
+    ] = None,
+    needle: Annotated[
+        str | None, typer.Option(help="words of the text: do the gates point at their segment?")
+    ] = None,
+) -> None:
+    """Show what a run's gates weigh and its memories learn, token by token."""
+    from train.inspect import inspect as look
+
+    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=needle)
+
+
+@app.command()
 def generate(
     run: Annotated[
         Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
@@ -100,6 +128,9 @@ def generate(
     cache_dtype: Annotated[
         CacheDtype, typer.Option(help="of the cached memories")
     ] = CacheDtype.FLOAT32,
+    cache_device: Annotated[
+        CacheDevice, typer.Option(help="host: in its memory, whence each step moves what it reads")
+    ] = CacheDevice.DEVICE,
     batch_size: Annotated[int, typer.Option(help="prompts that go on together")] = 8,
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.json, or bytes  [default: the run's]")
@@ -113,7 +144,15 @@ def generate(
     from train.generate import run as go_on
 
     options = Options(
-        max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), cache_dtype, batch_size
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tuple(stop or ()),
+        cache_dtype,
+        cache_device,
+        batch_size,
     )
     given = read_prompts(prompt, prompt_file, prompts)
     try:

@@ -17,8 +17,8 @@ from mc_core.files import write_atomic
 from mc_core.generation import SEEDS, check_sampling
 from mc_jax import LanguageModel, generate
 from train.checkpoint import load_run
+from train.completion import Completion, make_decoder, printable
 from train.data import load_tokenizer, make_encoder
-from train.text import Completion, make_decoder, printable
 
 
 class Prompt(NamedTuple):
@@ -40,6 +40,7 @@ class Options:
         seed: of all random streams.
         stops: strings that end a completion, and are cut off.
         cache_dtype: of the cached memories, `float32` or `bfloat16`.
+        cache_device: where they lie, `device` or `host`.
         batch_size: prompts that go on together; no completion depends on it.
 
     Raises:
@@ -53,6 +54,7 @@ class Options:
     seed: int = 0
     stops: tuple[str, ...] = ()
     cache_dtype: str = "float32"
+    cache_device: str = "device"
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ def complete(
             seed=options.seed,
             rows=range(first_row, first_row + len(prompts)),
             cache_dtype=options.cache_dtype,
+            cache_device=options.cache_device,
             **more,
         )
     except ValueError as error:

@@ -7,10 +7,10 @@ from rich.text import Text
 
 from mc_core.errors import NotFiniteError, UserError
 from mc_jax import LanguageModel
+from train.completion import printable
 from train.config import TrainConfig
 from train.data import clip, load_tokenizer
 from train.generate import Options, Prompt, Speed, complete
-from train.text import printable
 
 PROMPT_BYTES = 256
 

@@ -1,129 +1,81 @@
-"""Text as it comes, token by token: whole characters, and an end where a stop string begins."""
+"""A text as a run's model sees it: its tokens, what each shows, and where each stands."""
 
 import codecs
-from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+import numpy as np
 
-CONTEXT = 8  # tokens of the prompt that a decoder sees: whether a word goes on depends on them
-
-
-class Decoder(Protocol):
-    """Turns tokens into text; keeps what may be the beginning of a character."""
-
-    def push(self, token: int) -> str:
-        """Return the text that is certain after this token."""
-
-    def end(self) -> str:
-        """Return what is left when no token follows; U+FFFD for what is no character."""
+from mc_core.errors import UserError
+from train.config import TrainConfig
+from train.data import load_tokenizer
 
 
-class ByteDecoder:
-    """A token is a byte of UTF-8; ids from 256 on are none, and shown as U+FFFD."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Return the text that is certain after this token."""
-        # 0xFF stands in no UTF-8 text, so it is replaced.
-        return self._decoder.decode(bytes([token if token < 256 else 0xFF]))
-
-    def end(self) -> str:
-        """Return U+FFFD where a character is unfinished."""
-        return self._decoder.decode(b"", final=True)
-
-
-class WordDecoder:
-    """Tokens of a Hugging Face tokenizer.
-
-    Args:
-        tokenizer: decodes.
-        prompt: the tokens before the first one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []  # tokens whose text is not certain
-        for token in prompt[-CONTEXT:]:
-            self._stream.step(tokenizer, int(token))
-
-    def push(self, token: int) -> str:
-        """Return the text that is certain after this token."""
-        self._held.append(token)
-        text = self._stream.step(self._tokenizer, token)
-        if text is None:
-            return ""
-        self._held.clear()
-        return text
-
-    def end(self) -> str:
-        """Return the text of the tokens that stand for no whole character."""
-        held, self._held = self._held, []
-        return self._tokenizer.decode(held, skip_special_tokens=False)
-
-
-def make_decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> Decoder:
-    """Return the decoder of what follows a prompt; of bytes where there is no tokenizer."""
-    return ByteDecoder() if tokenizer is None else WordDecoder(tokenizer, prompt)
-
-
-class Completion:
-    """What follows one prompt.
+@dataclass(frozen=True)
+class Text:
+    """A text and its tokens.
 
     Attributes:
-        text: so far, without a stop string and what follows it.
-        tokens: how many came, those of a stop string included.
-        finish: None while it goes on; `stop` or `length` at its end.
-
-    Args:
-        decoder: of its tokens.
-        limit: the most tokens.
-        stops: strings that end it.
+        source: the text: bytes where a byte is a token, else characters.
+        tokens: int32 [t].
+        spans: [t, 2] where in `source` each token begins and ends.
+        pieces: the words of each token, which together are the text; empty for a byte inside of a
+            character, which its last byte shows.
+        total: number of tokens in `source`.
     """
 
-    def __init__(self, decoder: Decoder, limit: int, stops: Sequence[str] = ()):
-        self.text = ""
-        self.tokens = 0
-        self.finish: str | None = None
-        self._decoder = decoder
-        self._limit = limit
-        self._stops = stops
-        self._held = ""  # may be the beginning of a stop string
+    source: bytes | str
+    tokens: np.ndarray
+    spans: np.ndarray
+    pieces: tuple[str, ...]
+    total: int
 
-    def push(self, token: int) -> str:
-        """Take the next token, and return the text that can be shown now."""
-        self.tokens += 1
-        held = self._held + self._decoder.push(token)
-        last = self.tokens == self._limit
-        if last:
-            held += self._decoder.end()
-        found = [at for at in map(held.find, self._stops) if at >= 0]
-        if found:
-            self.finish, shown = "stop", min(found)
-        elif last:
-            self.finish, shown = "length", len(held)
-        else:
-            shown = len(held) - _begun(held, self._stops)
-        self._held = held[shown:]
-        self.text += held[:shown]
-        return held[:shown]
+    def first(self, count: int) -> "Text":
+        """Return the text with its first `count` tokens alone; `source` stays whole."""
+        kept = slice(count)
+        return replace(
+            self, tokens=self.tokens[kept], spans=self.spans[kept], pieces=self.pieces[kept]
+        )
+
+    def find(self, words: str) -> np.ndarray:
+        """Return the tokens that cover the first occurrence of `words`; none if there is none."""
+        source, wanted = self.source, words.encode() if isinstance(self.source, bytes) else words
+        start = source.find(wanted)  # type: ignore[arg-type]
+        begins, ends = self.spans.T
+        if not words or start < 0 or ends[-1] < start + len(wanted):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((ends > start) & (begins < start + len(wanted)))
 
 
-def printable(text: str) -> str:
-    """Replace the control characters that a terminal would obey, but for line feed and tab."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+def read_text(path: Path, config: TrainConfig) -> Text:
+    """Read a file and encode it as the run's text was.
 
-
-def _begun(text: str, stops: Sequence[str]) -> int:
-    """Return how many characters at the end of `text` may begin a stop string."""
-    longest = max(map(len, stops), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return size
-    return 0
+    Raises:
+        UserError: the file is empty, or a tokenizer cannot take it.
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise UserError(f"{path}: the file is empty: name one with text")
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+    if tokenizer is None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(data[i : i + 1]) for i in range(len(data))]
+        pieces[-1] += decoder.decode(b"", final=True)
+        place = np.arange(len(data))
+        tokens = np.frombuffer(data, np.uint8).astype(np.int32)
+        spans = np.stack([place, place + 1], axis=1)
+        return Text(data, tokens, spans, tuple(pieces), len(data))
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}: a tokenizer needs UTF-8 text") from error
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    if not encoded.ids:
+        raise UserError(f"{path}: {config.data.tokenizer} makes no token of it: name another")
+    ends = np.maximum.accumulate([end for _, end in encoded.offsets])
+    # What a tokenizer skips, such as blanks, goes with the token after it.
+    begins = [0, *ends[:-1]]
+    pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    tokens = np.asarray(encoded.ids, np.int32)
+    return Text(text, tokens, np.asarray(encoded.offsets), tuple(pieces), len(tokens))

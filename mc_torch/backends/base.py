@@ -76,6 +76,9 @@ class Memory(Protocol):
     def read(self, apply: Apply, q: Array) -> Array:
         """Read queries [..., h, c, k] through `apply`, the memory's linear maps."""
 
+    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
+        """Return the inner loss [..., h, c] of `k` [..., h, c, k] and `v` [..., h, c, v]."""
+
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
         """Return the rank-one writes of tokens whose gradients are taken at `weights`."""
 

@@ -55,6 +55,10 @@ class Linear:
             return y
         return y[..., :-1] / maximum(y[..., -1:], NORMALIZER_FLOOR)
 
+    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
+        y = apply(0, self._feature(k))[..., : v.shape[-1]]
+        return -torch.sum(y * v.to(y.dtype), dim=-1)
+
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
         del weights
         return Events((self._feature(k),), (-self._value(v),))

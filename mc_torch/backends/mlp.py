@@ -34,6 +34,13 @@ class MLPMemory:
             a = gelu(apply(layer, a))
         return self._output(apply(self.config.depth - 1, a), q)
 
+    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
+        y = self.read(apply, k)
+        target = v.to(y.dtype)
+        if self.config.objective == "l2":
+            return torch.sum((y - target) * (y - target), dim=-1)
+        return -torch.sum(y * target, dim=-1)
+
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
         dtype, last = k.dtype, self.config.depth - 1
         inputs, outputs = [k], []

@@ -46,6 +46,10 @@ class SWLA:
     def read(self, apply: Apply, q: Array) -> Array:
         return apply(0, q)
 
+    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
+        y = apply(0, k)
+        return -torch.sum(y * v.to(y.dtype), dim=-1)
+
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
         del weights
         return Events((k,), (-v,))

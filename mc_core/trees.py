@@ -1,0 +1,36 @@
+"""Nested tuples, named tuples, lists and dictionaries as flat names, whatever their leaves are."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(a.b.0.c, leaf)`, in order. None and empty tuples have no leaves."""
+    if tree is None:
+        return
+    if not isinstance(tree, dict | tuple | list):
+        yield path, tree
+        return
+    for name, branch in _branches(tree):
+        yield from flatten(branch, f"{path}.{name}" if path else str(name))
+
+
+def unflatten(tree: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
+    """Return `tree` with the leaves that `flatten` gives these names."""
+    if tree is None:
+        return None
+    if not isinstance(tree, dict | tuple | list):
+        return leaves[path]
+    new = [
+        unflatten(branch, leaves, f"{path}.{name}" if path else str(name))
+        for name, branch in _branches(tree)
+    ]
+    if isinstance(tree, dict):
+        return dict(zip(tree, new, strict=True))
+    return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
+
+
+def _branches(tree: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(tree, dict):
+        return iter(tree.items())
+    return zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True)

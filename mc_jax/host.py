@@ -1,0 +1,54 @@
+"""Arrays in the host's memory: work on them where they lie, and bring what came of it.
+
+Only cached memories may lie there (`init_cache(..., cache_device="host")`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.compute_on import compute_on
+
+from mc_jax.numerics import Array
+
+HOST = jax.memory.Space.Host
+DEVICE = jax.memory.Space.Device
+KIND = "pinned_host"  # of memory, as JAX calls it
+
+
+def move_to_host(x: Array) -> Array:
+    """Put an array into the host's memory.
+
+    Raises:
+        ValueError: the array's device has no such kind of memory.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, HOST)
+    device = next(iter(x.devices()))
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if KIND not in kinds:
+        raise ValueError(f"cache_device = 'host': {device} has {kinds}: must have {KIND!r}")
+    return jax.device_put(x, x.sharding.with_memory_kind(KIND))
+
+
+def take(function: Callable[..., Array], x: Array, *where: Array) -> Array:
+    """Return `function(x, *where)`, a part of `x`, on the device; `where` may be anywhere."""
+    if not on_host(x):
+        return function(x, *where)
+    return jax.device_put(_run(function, x, *where), DEVICE)
+
+
+def put(function: Callable[..., Array], x: Array, *parts: Array) -> Array:
+    """Return `function(x, *parts)`, an `x` with other parts, where `x` lies."""
+    return _run(function, x, *parts) if on_host(x) else function(x, *parts)
+
+
+def on_host(x: Array) -> bool:
+    """Whether an array lies in the host's memory."""
+    return jax.typeof(x).memory_space == HOST
+
+
+def _run(function: Callable[..., Array], x: Array, *others: Any) -> Array:
+    others = tuple(jax.device_put(other, HOST) for other in others)
+    with compute_on("device_host"):
+        return jax.jit(function)(x, *others)

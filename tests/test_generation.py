@@ -49,6 +49,11 @@ def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
     return jnp.stack(keys)
 
 
+def first_cache(steps: Any) -> Any:
+    """Return the cache of the first block, of an iterator that has not begun."""
+    return steps.gi_frame.f_locals["cache"][0]
+
+
 def by_full_passes(
     model: LanguageModel, prompt: list[int], row: int, count: int, seed: int = 0, **options: Any
 ) -> list[int]:
@@ -212,6 +217,19 @@ def test_few_programs_serve_all_lengths(restored, caplog):
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 
+def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
+    """They stay there, the tokens are the same, and nothing is compiled on the way."""
+    model = make_model("linear-grm", jnp.float32)
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    near = tokens_of(model, PROMPTS, 9, block=1)
+    steps = generate(model, PROMPTS, 9, block=1, cache_device="host")
+    weights = first_cache(steps).stored.weights
+    assert {w.sharding.memory_kind for w in weights} == {"pinned_host"}
+    with jax.log_compiles():
+        np.testing.assert_array_equal(np.stack(list(steps), axis=1), near)
+    assert "Compiling jit(extend)" not in caplog.text
+
+
 def test_blocks_hold_every_prompt_once():
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -224,20 +242,13 @@ def test_blocks_hold_every_prompt_once():
             assert not padding[row, : len(prompt)].any()
 
 
-def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for(monkeypatch):
-    model, seen = make_model("linear-grm", jnp.float32), []
-    init = LanguageModel.init_cache
-
-    def record(self: LanguageModel, *args: Any, **options: Any) -> Any:
-        seen.append(init(self, *args, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(LanguageModel, "init_cache", record)
-    low, high = (tokens_of(model, PROMPTS, 12, cache_dtype=d) for d in ("bfloat16", None))
-    weights = [cache[0].stored.weights[0] for cache in seen]
+def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for():
+    model = make_model("linear-grm", jnp.float32)
+    low, high = (generate(model, PROMPTS, 12, cache_dtype=d) for d in ("bfloat16", None))
+    weights = [first_cache(steps).stored.weights[0] for steps in (low, high)]
     assert [w.dtype for w in weights] == [jnp.bfloat16, jnp.float32]
     assert 2 * weights[0].nbytes == weights[1].nbytes
-    assert (low == high).mean() > 0.5
+    assert np.mean([np.mean(x == y) for x, y in zip(low, high, strict=True)]) > 0.5
 
 
 def test_cached_memories_on_the_host_give_the_same():

@@ -1,4 +1,4 @@
-"""`python -m parity` is `mc parity`."""
+"""`python -m parity` is `mc parity`: a door to the command, which lives above this room."""
 
 import sys
 

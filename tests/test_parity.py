@@ -10,6 +10,7 @@ import pytest
 from tiny import mc, write_config
 
 from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES
+from mc_core.optimizer import OptimizerConfig
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
@@ -19,8 +20,7 @@ from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
 from parity.leaves import Leaf, cotangent, flatten
 from parity.report import as_json, as_markdown, failures, summary
-from train.config import OptimizerConfig
-from train.optimizer import make_schedule
+from train.optimizer import make_optimizer, make_schedule
 
 EXACT = Tolerance(1e-10, 1e-9)
 
@@ -95,7 +95,7 @@ def test_equal_scores_select_the_same_memories():
 
 
 def test_training_step_by_step_is_equal():
-    both = training.train(steps=20)
+    both = training.train(make_optimizer, steps=20)
     assert both.ok, training.summary(both)
     assert len(both.steps) == 20
     assert both.steps[-1].loss[0] < both.steps[0].loss[0]

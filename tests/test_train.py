@@ -13,7 +13,8 @@ from flax import nnx
 from tiny import TINY, write_config
 
 from mc_core.errors import NotFiniteError, UserError
-from train.config import OptimizerConfig, TrainConfig, from_dict, load_config, to_dict
+from mc_core.optimizer import OptimizerConfig
+from train.config import TrainConfig, from_dict, load_config, to_dict
 from train.data import load_corpus
 from train.evaluate import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
-from parity.cli import app as parity
+from train.parity_cli import app as parity
 
 app = typer.Typer(
     help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",

@@ -103,6 +103,14 @@ def test_training_step_by_step_is_equal():
     assert training.draw(both, Path("x.png")).startswith(b"\x89PNG")
 
 
+def test_the_first_steps_of_a_users_run_are_equal(monkeypatch, capsys, tmp_path):
+    """The run's warm-up may be longer than the comparison, as that of most runs is."""
+    config = write_config(tmp_path, optimizer={"learning_rate": 0.01, "warmup_steps": 10})
+    words = ("parity", "train", "--config", config, "--steps", 2, "--tokens", 9)
+    assert mc(monkeypatch, *words) == 0
+    assert "over 2 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_the_rates_of_both_trainings_are_equal(warmup):
     config = OptimizerConfig(warmup_steps=warmup)

@@ -94,7 +94,7 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="a run's YAML file  [default: a small Titans model]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw losses and differences here")] = None,
 ) -> None:
@@ -112,7 +112,7 @@ def train(
 
         run = load_config(config)
         options = {"tokens": 2 * run.model.layer.segment_size + 5} | options
-        options |= {"config": run.model, "optimizer": run.optimizer}
+        options |= {"config": run.model, "optimizer": run.optimizer, "run_steps": run.run.steps}
     training = _plain(both.train, make_optimizer, steps=steps, **options)
     console = _console()
     console.print(both.table(training.steps))

@@ -3,6 +3,9 @@
 import dataclasses
 import lzma
 import math
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,8 @@ from train.data import load_corpus
 from train.evaluate import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.step import TrainState, build, check_finite, make_train_step, token_losses
+
+ROOT = Path(__file__).parents[1]
 
 
 def tiny(**run: object) -> TrainConfig:
@@ -209,6 +214,16 @@ def test_the_directory_follows_the_name_of_the_file(tmp_path):
     )
     (tmp_path / "twin.yaml").write_text("base: other.yaml\n")
     assert load_config(tmp_path / "twin.yaml").run.directory == "runs/twin"
+
+
+def test_the_commands_of_the_readme_load(monkeypatch):
+    """Each has keys that exist; two of them never share a directory with different settings."""
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"(?m)^.*?\bmc train ([^`|#\n]*\w)", (ROOT / "README.md").read_text())
+    commands = [shlex.split(line) for line in lines if not line.startswith("CONFIG")]
+    assert len(commands) >= 3
+    configs = [load_config(Path(path), words) for path, *words in commands]
+    assert len(set(configs)) == len({config.run.directory for config in configs}) >= 3
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import sys
 
-from train.cli import main
+from train.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["parity"]

@@ -130,10 +130,6 @@ def main() -> None:
         code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except NotFiniteError as error:
         code = _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        code = _fail("needs PyTorch: pip install 'memory-caching-jax[torch]'", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
     sys.exit(code)

@@ -233,6 +233,7 @@ def test_the_commands_of_the_readme_load(monkeypatch):
         ("run.steps=3.5", "run.steps = 3.5: must be of type int"),
         ("run.steps=true", "run.steps = True: must be of type int"),
         ("run.steps=0", "run.steps = 0: must be >= 1"),
+        ("run.seed=4294967296", "run.seed = 4294967296: must be in [0, 4294967295]"),
         ("run.stesp=1", "run: unknown key 'stesp'; allowed are steps, "),
         ("runs.steps=1", "unknown key 'runs'; allowed are data, model, run, optimizer"),
         ("run=3", "run must be a mapping of keys"),

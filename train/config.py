@@ -83,7 +83,7 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             check_range(self, name, 1)
         check_range(self, "validate_bytes", 1)
-        check_range(self, "seed", 0)
+        check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
         check_range(self, "validate_every", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))
 

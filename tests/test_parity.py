@@ -16,6 +16,7 @@ from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
 from parity.check import check
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
+from parity.environment import quick_compile
 from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
 from parity.leaves import Leaf, cotangent, flatten
@@ -255,6 +256,13 @@ def test_the_command_fails_where_a_leaf_differs():
     line = done.stdout.splitlines()[-2]
     assert "first to diverge, in forward order: cache.segments.weights.0: relative RMS" in line
     assert "1 of 1 cases differ" in done.stdout
+
+
+@pytest.mark.parametrize(("release", "known"), [("0.10.2", True), ("0.12.0.1", False)])
+def test_xla_is_given_no_flag_that_it_does_not_know(monkeypatch, release, known):
+    """It would end the process, without a word that Python could catch."""
+    monkeypatch.setattr("parity.environment.version", lambda _: release)
+    assert ("xla_cpu_use_fusion_emitters" in quick_compile()) == known
 
 
 @pytest.mark.parametrize("package", ["torch", "jax"])

@@ -1,8 +1,8 @@
-"""`python -m parity` is `mc parity`."""
+"""`python -m parity` is `mc parity`: a door to the command, which lives above this room."""
 
 import sys
 
-from train.cli import main
+from train.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["parity"]

@@ -284,7 +284,8 @@ QUICK = (
     case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
     case(DLAConfig(expansion=1, norm="layer"), "mean", segmentation="logarithmic"),
     case(_TITANS, "none", method="recurrent", mask="segment"),
-    case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14),
+    # Under seed 0 a layer norm meets so small a variance that float32 loses two digits anywhere.
+    case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14, seed=1),
     case(_TITANS, "grm", level="model", conv_width=4, tie_embeddings=False, mask="padded"),
     case(TitansConfig(depth=1, inner_clip=None), "soup", "restart", mask="some"),
     case(_TITANS, "ssc", ssc_top_k=1, method="recurrent", tokens=11),

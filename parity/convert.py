@@ -18,17 +18,12 @@ import mc_torch
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.pretrained import one_dtype
 from mc_core.weights import Flat, Leaf, check_leaves, leaves
+from parity.environment import quick_compile
 from parity.files import Config, Format, Weights
 from parity.weights import jax_weights, load_jax, load_torch, torch_weights
 
 TOLERANCE = 1e-9  # relative RMS, float64
 BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 8
-# Compiled once and run once: XLA's optimisations would take most of the time.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class Proof(NamedTuple):
@@ -164,7 +159,8 @@ def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
         return np.asarray(module._logits(x))
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+# Compiled once and run once: XLA's optimisations would take most of the time.
+@partial(jax.jit, static_argnums=0, compiler_options=quick_compile())
 def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state)(inputs)
 

@@ -2,17 +2,37 @@
 
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
-# XLA's compiler takes nearly all of the time of a check, the tiny programs none. Without its
-# optimisations it is about five times faster, and each program is compiled in one thread, while
-# another is traced.
-CPU_FLAGS = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax whose XLA may be without the flag
+
+
+def quick_compile() -> dict[str, bool | int]:
+    """Return the options under which XLA compiles tiny programs about five times faster.
+
+    Its compiler takes nearly all of their time, and its optimisations nearly all of that. XLA ends
+    the process at an option that it does not know.
+    """
+    options: dict[str, bool | int] = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    if find_spec("jax") and _release(version("jax")) < FUSION_EMITTERS_UNTIL:
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
+
+
+def flags(options: dict[str, bool | int]) -> str:
+    """Return options as XLA_FLAGS has them; a user's own flags come last: they win."""
+    words = [f"--{name}={str(value).lower()}" for name, value in options.items()]
+    return " ".join((*words, os.environ.get("XLA_FLAGS", "")))
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
 EXTRAS = {
     "jax": "jax",
     "flax": "jax",
@@ -39,8 +59,9 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
                 f"{package} is not installed: pip install 'memory-caching-jax[{EXTRAS[package]}]'"
             )
     if "jax" not in sys.modules and device == "cpu":
-        # A user's own flags come last: they win.
-        os.environ["XLA_FLAGS"] = " ".join((*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")))
+        # Each program is compiled in one thread, while another is traced.
+        options = quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
+        os.environ["XLA_FLAGS"] = flags(options)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import torch

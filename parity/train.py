@@ -1,10 +1,12 @@
 """Train the same model in both frameworks, step by step: what `mc parity train` does.
 
-Float64, the same first weights and batches; optax as `train.optimizer` sets it up, and torch.optim.
+Float64, the same first weights and batches. Optax is handed in as the trainer sets it up, and is
+held to torch.optim here.
 """
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,12 @@ from flax import nnx
 from rich.table import Table
 
 from mc_core import MCConfig, ModelConfig, TitansConfig
+from mc_core.optimizer import DECAYED, OptimizerConfig
 from parity import run_jax, run_torch
 from parity.cases import Array, Case
 from parity.compare import Difference, difference
 from parity.leaves import Leaf
 from parity.weights import Flat, jax_weights, load_torch, to_jax, to_torch, torch_weights
-from train.config import OptimizerConfig
-from train.optimizer import DECAYED, make_optimizer
 
 TOLERANCE = 1e-8
 BATCH = 2
@@ -35,6 +36,8 @@ SMALL = ModelConfig(
     MCConfig(16, 2, TitansConfig(expansion=1), "grm", segment_size=6, chunk_size=4, conv_width=4),
 )
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=5)
+STEPS = 20
+MakeOptimizer = Callable[[OptimizerConfig, int], optax.GradientTransformation]
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,36 @@ class Training:
 
 
 def train(
+    optax_of: MakeOptimizer,
     config: ModelConfig = SMALL,
     optimizer: OptimizerConfig = OPTIMIZER,
-    steps: int = 20,
+    steps: int = STEPS,
+    run_steps: int = STEPS,
     tokens: int = 17,
     seed: int = 0,
 ) -> Training:
-    """Train on random batches of `tokens` tokens, and compare."""
+    """Train on random batches, and compare.
+
+    Args:
+        optax_of: from a configuration and a number of steps to the optimiser of the JAX side.
+        config: of the model.
+        optimizer: of both sides.
+        steps: how many are compared.
+        run_steps: of the run whose first `steps` these are: its schedule is as long. Where there
+            are fewer than `steps`, the schedule has `steps`.
+        tokens: length of the sequences.
+        seed: of weights and batches.
+    """
     case = Case(config, "model", tokens=tokens, batch=BATCH, seed=seed)
     weights = run_jax.parameters(case)
     rng = np.random.default_rng(seed)
     # A few batches again and again, so that there is something to learn.
     batches = rng.integers(config.vocab_size, size=(4, BATCH, tokens + 1))
     batches = batches[np.arange(steps) % len(batches)]
-    left, ours = _train_jax(case, weights, optimizer, batches)
-    right, theirs = _train_torch(case, weights, optimizer, batches)
+    run_steps = max(run_steps, steps)
+    left, ours = _train_jax(case, weights, optax_of(optimizer, run_steps), batches)
+    rates = [learning_rate(optimizer, step, run_steps) for step in range(steps)]
+    right, theirs = _train_torch(case, weights, optimizer, rates, batches)
     rows = enumerate(zip(left, right, strict=True), 1)
     return Training(
         tuple(Step(number, (a[0], b[0]), (a[1], b[1])) for number, (a, b) in rows),
@@ -101,12 +119,11 @@ Rows = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
 def _train_jax(
-    case: Case, weights: Flat, config: OptimizerConfig, batches: Array
+    case: Case, weights: Flat, optimizer: optax.GradientTransformation, batches: Array
 ) -> tuple[Rows, Flat]:
     with jax.enable_x64(True):
         graphdef, shapes = run_jax.abstract(case, "float64")
         params = run_jax.filled(shapes, weights)
-        optimizer = make_optimizer(config, len(batches))
 
         def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
             logits = nnx.merge(graphdef, params)(tokens[:, :-1])
@@ -133,7 +150,7 @@ def _wide_counters(state: Any) -> Any:
 
 
 def _train_torch(
-    case: Case, weights: Flat, config: OptimizerConfig, batches: Array
+    case: Case, weights: Flat, config: OptimizerConfig, rates: list[float], batches: Array
 ) -> tuple[Rows, Flat]:
     model = run_torch.build(case, "float64", "cpu")
     load_torch(model, to_torch(weights))
@@ -147,7 +164,7 @@ def _train_torch(
         groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps
     )
     rows = []
-    for number, ids in enumerate(torch.tensor(batches)):
+    for rate, ids in zip(rates, torch.tensor(batches), strict=True):
         logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
@@ -158,7 +175,7 @@ def _train_torch(
         if config.clip_norm is not None and norm > config.clip_norm:
             torch._foreach_mul_(gradients, config.clip_norm / norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, number, len(batches))
+            group["lr"] = rate
         optimizer.step()
         rows.append((loss.item(), norm.item()))
     return rows, to_jax(torch_weights(model))

@@ -5,17 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from parity.environment import flags, quick_compile
+
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
 # optimisations a jitted gradient takes 1-2 s in place of 10. Four devices are simulated, too.
-_FLAGS = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_force_host_platform_device_count=4",
-)
-os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))
+os.environ["XLA_FLAGS"] = flags(quick_compile() | {"xla_force_host_platform_device_count": 4})
 
-import jax  # noqa: E402
+import jax
 
 
 @pytest.fixture(scope="module")

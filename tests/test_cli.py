@@ -157,6 +157,17 @@ def test_bad_commands(tmp_path, monkeypatch, capsys, words, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("package", ["typer", "jax"])
+def test_a_library_that_is_not_installed(package):
+    code = f"import sys; sys.modules['{package}'] = None; from train.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "train", "configs/demo.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"mc: {package} is not installed: pip install 'memory-caching-jax[train]'\n"
+    )
+
+
 def test_a_nan_stops_the_run_and_names_step_and_tensor(tmp_path, monkeypatch, capsys):
     """Parameters of about 1e38 overflow the next loss; the checkpoint before stays the last."""
     config = write_config(tmp_path)

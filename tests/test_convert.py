@@ -347,10 +347,10 @@ def test_the_command_says_what_is_wrong_on_one_line(
 
 
 def test_the_command_names_the_missing_framework(run, tmp_path):
-    code = "import sys; sys.modules['torch'] = None; from train.cli import main; main()"
+    code = "import sys; sys.modules['torch'] = None; from train.__main__ import main; main()"
     command = [sys.executable, "-c", code, "convert", str(run), str(tmp_path / "x.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    message = "mc: needs PyTorch: pip install 'memory-caching-jax[torch]'\n"
+    message = "mc: torch is not installed: pip install 'memory-caching-jax[torch]'\n"
     assert (done.returncode, done.stderr) == (2, message)
 
 

@@ -10,18 +10,19 @@ import pytest
 from tiny import mc, write_config
 
 from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES, START_MODES
+from mc_core.optimizer import OptimizerConfig
 from mc_core.trees import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
 from parity.check import check
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
+from parity.environment import quick_compile
 from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
 from parity.leaves import Leaf, cotangent
 from parity.report import as_json, as_markdown, failures, summary
-from train.config import OptimizerConfig
-from train.optimizer import make_schedule
+from train.optimizer import make_optimizer, make_schedule
 
 EXACT = Tolerance(1e-10, 1e-9)
 
@@ -102,12 +103,20 @@ def test_equal_scores_select_the_same_memories():
 
 
 def test_training_step_by_step_is_equal():
-    both = training.train(steps=20)
+    both = training.train(make_optimizer, steps=20)
     assert both.ok, training.summary(both)
     assert len(both.steps) == 20
     assert both.steps[-1].loss[0] < both.steps[0].loss[0]
     assert max(step.norm[0] for step in both.steps) > training.OPTIMIZER.clip_norm, "clips"
     assert training.draw(both, Path("x.png")).startswith(b"\x89PNG")
+
+
+def test_the_first_steps_of_a_users_run_are_equal(monkeypatch, capsys, tmp_path):
+    """The run's warm-up may be longer than the comparison, as that of most runs is."""
+    config = write_config(tmp_path, optimizer={"learning_rate": 0.01, "warmup_steps": 10})
+    words = ("parity", "train", "--config", config, "--steps", 2, "--tokens", 9)
+    assert mc(monkeypatch, *words) == 0
+    assert "over 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -254,6 +263,13 @@ def test_the_command_fails_where_a_leaf_differs():
     line = done.stdout.splitlines()[-2]
     assert "first to diverge, in forward order: cache.stored.weights.0: relative RMS" in line
     assert "1 of 1 cases differ" in done.stdout
+
+
+@pytest.mark.parametrize(("release", "known"), [("0.10.2", True), ("0.12.0.1", False)])
+def test_xla_is_given_no_flag_that_it_does_not_know(monkeypatch, release, known):
+    """It would end the process, without a word that Python could catch."""
+    monkeypatch.setattr("parity.environment.version", lambda _: release)
+    assert ("xla_cpu_use_fusion_emitters" in quick_compile()) == known
 
 
 @pytest.mark.parametrize("package", ["torch", "jax"])

@@ -3,6 +3,9 @@
 import dataclasses
 import lzma
 import math
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +16,14 @@ from flax import nnx
 from tiny import TINY, write_config
 
 from mc_core.errors import NotFiniteError, UserError
-from train.config import OptimizerConfig, TrainConfig, from_dict, load_config, to_dict
+from mc_core.optimizer import OptimizerConfig
+from train.config import TrainConfig, from_dict, load_config, to_dict
 from train.data import load_corpus
 from train.evaluate import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.step import TrainState, build, check_finite, make_train_step, token_losses
+
+ROOT = Path(__file__).parents[1]
 
 
 def tiny(**run: object) -> TrainConfig:
@@ -210,6 +216,16 @@ def test_the_directory_follows_the_name_of_the_file(tmp_path):
     assert load_config(tmp_path / "twin.yaml").run.directory == "runs/twin"
 
 
+def test_the_commands_of_the_readme_load(monkeypatch):
+    """Each has keys that exist; two of them never share a directory with different settings."""
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"(?m)^.*?\bmc train ([^`|#\n]*\w)", (ROOT / "README.md").read_text())
+    commands = [shlex.split(line) for line in lines if not line.startswith("CONFIG")]
+    assert len(commands) >= 3
+    configs = [load_config(Path(path), words) for path, *words in commands]
+    assert len(set(configs)) == len({config.run.directory for config in configs}) >= 3
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -217,6 +233,7 @@ def test_the_directory_follows_the_name_of_the_file(tmp_path):
         ("run.steps=3.5", "run.steps = 3.5: must be of type int"),
         ("run.steps=true", "run.steps = True: must be of type int"),
         ("run.steps=0", "run.steps = 0: must be >= 1"),
+        ("run.seed=4294967296", "run.seed = 4294967296: must be in [0, 4294967295]"),
         ("run.stesp=1", "run: unknown key 'stesp'; allowed are steps, "),
         ("runs.steps=1", "unknown key 'runs'; allowed are data, model, run, optimizer"),
         ("run=3", "run must be a mapping of keys"),

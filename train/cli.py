@@ -11,7 +11,7 @@ from rich.console import Console
 from bench.cli import app as bench
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
-from parity.cli import app as parity
+from train.parity_cli import app as parity
 
 app = typer.Typer(
     help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",
@@ -223,10 +223,6 @@ def main() -> None:
         code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except NotFiniteError as error:
         code = _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        code = _fail("needs PyTorch: pip install 'memory-caching-jax[torch]'", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
     sys.exit(code)

@@ -18,6 +18,7 @@ from mc_core import ModelConfig
 from mc_core.checks import check_choice, check_range, fail
 from mc_core.config import MEMORIES
 from mc_core.errors import UserError
+from mc_core.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -46,40 +47,6 @@ class DataConfig:
         for name in ("window", "validation_bytes", "train_bytes"):
             check_range(self, name, 1)
         check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine to `final_fraction` of the peak.
-
-    Attributes:
-        learning_rate: the peak.
-        warmup_steps: steps from 0 to the peak.
-        final_fraction: the last step's share of the peak.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: of kernels and embeddings only.
-        clip_norm: largest global norm of a gradient; None for no limit.
-    """
-
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "clip_norm"):
-            check_range(self, name, 0.0, open_low=True)
-        for name in ("beta1", "beta2"):
-            check_range(self, name, 0.0, 1.0, open_high=True)
-        check_range(self, "final_fraction", 0.0, 1.0)
-        for name in ("warmup_steps", "weight_decay"):
-            check_range(self, name, 0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +85,7 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             check_range(self, name, 1)
         check_range(self, "validate_bytes", 1)
-        check_range(self, "seed", 0)
+        check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
         check_range(self, "validate_every", 0)
         check_range(self, "sample_tokens", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))

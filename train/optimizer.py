@@ -1,13 +1,11 @@
-"""AdamW as this project uses it."""
+"""AdamW in Optax, as a configuration says."""
 
 from typing import Any
 
 import jax
 import optax
 
-from train.config import OptimizerConfig
-
-DECAYED = ("kernel", "embedding")
+from mc_core.optimizer import DECAYED, OptimizerConfig
 
 
 def decay_mask(params: Any) -> Any:

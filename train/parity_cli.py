@@ -57,7 +57,7 @@ def check(
 
     weights = None
     if config or checkpoint:
-        from parity.own import own_case
+        from train.own import own_case
 
         if full or kind or aggregation:
             raise UserError("--full, --kind and --aggregation choose from the grid: leave them out")
@@ -94,7 +94,7 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="a run's YAML file  [default: a small Titans model]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw losses and differences here")] = None,
 ) -> None:
@@ -104,6 +104,7 @@ def train(
     """
     _prepare("cpu", "optax", "omegaconf")
     from parity import train as both
+    from train.optimizer import make_optimizer
 
     options: dict[str, Any] = {"tokens": tokens} if tokens else {}
     if config:
@@ -111,8 +112,8 @@ def train(
 
         run = load_config(config)
         options = {"tokens": 2 * run.model.layer.segment_size + 5} | options
-        options |= {"config": run.model, "optimizer": run.optimizer}
-    training = _plain(both.train, steps=steps, **options)
+        options |= {"config": run.model, "optimizer": run.optimizer, "run_steps": run.run.steps}
+    training = _plain(both.train, make_optimizer, steps=steps, **options)
     console = _console()
     console.print(both.table(training.steps))
     console.print(both.summary(training), soft_wrap=True, highlight=False)

@@ -1,0 +1,45 @@
+"""Arrows between the rooms run one way, and each room does with the libraries that it may have."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BELOW = {
+    "mc_core": set(),
+    "mc_jax": {"mc_core"},
+    "mc_torch": {"mc_core"},
+    "parity": {"mc_core", "mc_jax", "mc_torch"},
+    "train": {"mc_core", "mc_jax", "parity"},
+}
+# The program `python -m parity` is the command, which is above.
+DOORS = {"parity/__main__.py"}
+FOREIGN = {
+    "mc_core": {"jax", "flax", "torch", "optax"},
+    "mc_jax": {"torch", "optax"},
+    "mc_torch": {"jax", "flax", "optax"},
+    "parity": set(),
+    "train": {"torch"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Return the first words of all that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{file}: a relative import"
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_from_below(room):
+    files = [f for f in (ROOT / room).rglob("*.py") if str(f.relative_to(ROOT)) not in DOORS]
+    assert files
+    forbidden = (BELOW.keys() - BELOW[room] - {room}) | FOREIGN[room]
+    wrong = {str(file.relative_to(ROOT)): imported(file) & forbidden for file in files}
+    assert not {file: names for file, names in wrong.items() if names}

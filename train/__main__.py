@@ -1,0 +1,24 @@
+"""The program `mc`, also `python -m train`: the command, once what it needs is installed."""
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    """Run the command; a library that is not installed is one line and exit code 2."""
+    try:
+        from train.cli import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or find_spec(package):
+            raise
+        extra = "torch" if package == "torch" else "train"
+        install = f"pip install 'memory-caching-jax[{extra}]'"
+        print(f"mc: {package} is not installed: {install}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Timings that can be compared: whole runs, alternating, after warm-up; compile time apart."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that can be timed.
+
+    Attributes:
+        name: what a table calls it.
+        run: does the work once, waits for it, and returns what it made.
+        tokens: tokens that a run works on.
+        compile_s: seconds of tracing and compilation, before the first run; None if there is none.
+        flops: operations of a run as the compiler or an operation counter counts them.
+        bytes: the most bytes that a run holds at once, arguments and results included.
+        about: what a reader must know to compare it.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    tokens: int
+    compile_s: float | None = None
+    flops: float | None = None
+    bytes: int | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the steady runs of a subject, in the order in which they were made."""
+
+    seconds: tuple[float, ...] = field(repr=False)
+
+    @property
+    def median(self) -> float:
+        """The median run, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return float("nan")
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def alternate(
+    subjects: Mapping[str, Callable[[], Any]], runs: int = 10, warmup: int = 2
+) -> dict[str, Timing]:
+    """Time subjects in turn, so that whatever else the machine does falls on all alike.
+
+    Args:
+        subjects: name -> a function that does the work once and waits for it.
+        runs: timed runs of each.
+        warmup: runs of each before that, which do not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for turn in range(warmup + runs):
+        for name, run in subjects.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def ratio(of: Timing, to: Timing) -> float:
+    """Return how many times `of` takes as long as `to`: the median over the turns' own ratios.
+
+    A turn's runs follow each other, so a change of the machine's load falls out of their ratio.
+    """
+    pairs = zip(of.seconds, to.seconds, strict=True)
+    return statistics.median(one / other for one, other in pairs)

@@ -1,10 +1,7 @@
 """What a user would pick instead, as subjects on the same batch; each imports its own package."""
 
-import dataclasses
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-import numpy as np
 import torch
 
 from bench.batch import batch

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.batch import batch
+from bench.count import count_flops
 from bench.timing import Subject
 from mc_core.config import MCConfig
 from mc_core.weights import Flat, to_jax
@@ -65,19 +66,18 @@ def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: in
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*args).compile()
     compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     held = (
         memory.temp_size_in_bytes
         + memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    cost = compiled.cost_analysis() or {}
     return Subject(
         name=name,
         run=lambda: jax.block_until_ready(compiled(*args)),
         tokens=tokens,
         compile_s=compile_s,
-        flops=cost.get("flops"),
+        flops=count_flops(function, *args),
         bytes=held,
     )

@@ -102,3 +102,75 @@ def titans_pytorch(
         count=False,
         about="all gradients of a batch are taken at the first weights",
     )
+
+
+def attention(width: int, heads: int, rows: int, tokens: int, seed: int = 0) -> list[Subject]:
+    """Return causal softmax attention layers, projections included: torch's SDPA, and JAX's."""
+    rng = np.random.default_rng(seed)
+    kernels = rng.standard_normal((4, width, width), np.float32) / width**0.5
+    arrays = batch(width, rows, tokens, seed)
+    x, cotangent = (torch.from_numpy(a).to(device()) for a in arrays)
+    parameters = [torch.nn.Parameter(torch.from_numpy(k).to(device())) for k in kernels]
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            (x @ w).unflatten(-1, (heads, width // heads)).transpose(1, 2) for w in parameters[:3]
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2) @ parameters[3]
+
+    theirs = module_subject("torch SDPA", attend, parameters, x, cotangent, count=False)
+    return [theirs, _jax_attention(kernels, arrays, heads)]
+
+
+def _jax_attention(
+    kernels: np.ndarray, arrays: tuple[np.ndarray, np.ndarray], heads: int
+) -> Subject:
+    import jax
+    import jax.numpy as jnp
+
+    from bench.jax_layers import compiled_subject
+
+    def attend(kernels: jax.Array, x: jax.Array) -> jax.Array:
+        b, t, d = x.shape
+        q, k, v = ((x @ w).reshape(b, t, heads, d // heads) for w in kernels[:3])
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return y.reshape(b, t, d) @ kernels[3]
+
+    def both(kernels: jax.Array, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, pull = jax.vjp(attend, kernels, x)
+        return y, *pull(cotangent)
+
+    args = tuple(jnp.asarray(a) for a in (kernels, *arrays))
+    rows, tokens, _ = arrays[0].shape
+    return compiled_subject("jax dot_product_attention", both, args, rows * tokens)
+
+
+def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:
+    """Return a layer of flash-linear-attention's `chunk_linear_attn` or `chunk_simple_gla`.
+
+    A GPU alone runs it: one sequence, bfloat16, heads of 128.
+    """
+    need("flash-linear-attention")
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    torch.manual_seed(seed)
+    width = 128 * heads
+    arrays = batch(width, 1, tokens, seed)
+    x, cotangent = (torch.from_numpy(a).to(device(), torch.bfloat16) for a in arrays)
+    kernels = [
+        torch.nn.Parameter(torch.randn(width, width, device=device()).bfloat16() / width**0.5)
+        for _ in range(4)
+    ]
+    decay = torch.full((1, tokens, heads), float(np.log(0.99)), device=device())
+
+    def mix(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = ((x @ w).unflatten(-1, (heads, 128)) for w in kernels[:3])
+        if kind == "linear":
+            y, _ = chunk_linear_attn(q, k, v, scale=1.0, normalize=False)
+        else:
+            y, _ = chunk_simple_gla(q, k, v, decay, scale=1.0)
+        return y.flatten(2) @ kernels[3]
+
+    return module_subject("flash-linear-attention", mix, kernels, x, cotangent, count=False)

@@ -33,14 +33,23 @@ class Subject:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the steady runs of a subject, in the order in which they were made."""
+    """The steady runs of a subject, in the order in which they were made.
 
-    seconds: tuple[float, ...] = field(repr=False)
+    On a machine that has other work a wall clock measures that work, too; processor time does not.
+    """
+
+    seconds: tuple[float, ...] = field(repr=False)  # of the wall clock
+    processor: tuple[float, ...] = field(repr=False)  # summed over this process's threads
 
     @property
     def median(self) -> float:
-        """The median run, in seconds."""
+        """The median run, in seconds of the wall clock."""
         return statistics.median(self.seconds)
+
+    @property
+    def processor_median(self) -> float:
+        """The median run, in seconds of processor time."""
+        return statistics.median(self.processor)
 
     @property
     def spread(self) -> float:
@@ -62,21 +71,26 @@ def alternate(
         warmup: runs of each before that, which do not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    processor: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(warmup + runs):
         for name, run in subjects.items():
             gc.collect()
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
-            elapsed = time.perf_counter() - start
+            end = time.perf_counter(), time.process_time()
             if turn >= warmup:
-                seconds[name].append(elapsed)
-    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+                seconds[name].append(end[0] - start[0])
+                processor[name].append(end[1] - start[1])
+    return {name: Timing(tuple(seconds[name]), tuple(processor[name])) for name in subjects}
 
 
-def ratio(of: Timing, to: Timing) -> float:
-    """Return how many times `of` takes as long as `to`: the median over the turns' own ratios.
+def ratio(of: Timing, to: Timing) -> tuple[float, float]:
+    """Return how many times `of` takes as long as `to`: by the wall clock, and in processor time.
 
-    A turn's runs follow each other, so a change of the machine's load falls out of their ratio.
+    Each is the median over the turns' own ratios: a turn's runs follow each other, so a change of
+    the machine's load falls out of their ratio.
     """
-    pairs = zip(of.seconds, to.seconds, strict=True)
-    return statistics.median(one / other for one, other in pairs)
+    return (
+        statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True)),
+        statistics.median(a / b for a, b in zip(of.processor, to.processor, strict=True)),
+    )

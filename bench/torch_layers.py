@@ -71,16 +71,17 @@ def module_subject(
     x = x.clone().requires_grad_(cotangent is not None)
     wanted = [x, *(p for p in parameters if p.requires_grad)]
 
-    def run() -> tuple[torch.Tensor | None, ...]:
+    def run() -> list[torch.Tensor | None]:
+        made: list[torch.Tensor | None]
         if cotangent is None:
             with torch.no_grad():
-                made = (function(x),)
+                made = [function(x)]
         else:
             for tensor in wanted:
                 tensor.grad = None
             y = function(x)
             y.backward(cotangent)
-            made = (y.detach(), *(tensor.grad for tensor in wanted))
+            made = [y.detach(), *(tensor.grad for tensor in wanted)]
         if x.is_cuda:
             torch.cuda.synchronize()
         return made

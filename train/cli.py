@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bench.cli import app as bench
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
 from parity.cli import app as parity
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(parity, name="parity")
+app.add_typer(bench, name="bench")
 
 
 class Segmentation(StrEnum):

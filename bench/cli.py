@@ -165,7 +165,7 @@ def _grid(options: dict[str, Any]) -> Any:
         "tokens": "tokens",
         "passes": "passes",
     }
-    values = {
+    values: dict[str, Any] = {
         many: tuple(options[one]) if isinstance(options[one], list) else (options[one],)
         for one, many in plural.items()
         if one in options
@@ -174,7 +174,8 @@ def _grid(options: dict[str, Any]) -> Any:
     if "torch" in values.get("frameworks", ()):
         _need_torch()
     same = ("expansion", "batch", "width", "heads", "seed")
-    return Grid(**values, **{name: options[name] for name in same})
+    plain: dict[str, Any] = values | {name: options[name] for name in same}
+    return Grid(**plain)
 
 
 def _value(option: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.ceilings import Ceilings, measure
 from bench.report import Report, Row
 from bench.timing import Subject, Timing, alternate
-from mc_core.config import MEMORIES, MCConfig
+from mc_core.config import MEMORIES, DLAConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
 
@@ -41,7 +41,7 @@ def make_config(grid: Grid, kind: str, aggregation: str, chunk: int, segment: in
         ValueError: a value is not allowed; names it.
     """
     memory = MEMORIES[kind]()
-    if hasattr(memory, "expansion"):
+    if isinstance(memory, DLAConfig | TitansConfig):
         memory = dataclasses.replace(memory, expansion=grid.expansion)
     return MCConfig(
         grid.width,
@@ -118,6 +118,7 @@ def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> R
             # Everything that is held is written and read once at the least.
             cells["of copy"] = f"{2 * subject.bytes / timing.median / ceilings.copy:.0%}"
     cells["compile s"] = subject.compile_s
+    cells["compile processor s"] = subject.compile_processor_s
     return cells
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def comparisons() -> dict[str, Comparison]:
     found = {
         f"linear-{tokens}": Comparison(
             f"linear + grm, {tokens:,} tokens",
-            lambda tokens=tokens: _published("linear", tokens, (64,)),
+            partial(_published, "linear", tokens, (64,)),
             {"mc_jax chunk 64": goal, "mc_torch chunk 64": 20.0},
             equal=True,
         )
@@ -52,39 +53,39 @@ def comparisons() -> dict[str, Comparison]:
     }
     found["titans-1024"] = Comparison(
         "Titans (hidden 64) + grm, 1,024 tokens",
-        lambda: _published("titans", 1024, (1, 16)),
+        partial(_published, "titans", 1024, (1, 16)),
         {"mc_jax chunk 1": 6.0, "mc_jax chunk 16": 30.0},
     )
     for chunk, goal in ((16, 2.0), (64, 1.0)):
         found[f"base-titans-{chunk}"] = Comparison(
             f"Titans (expansion 4) without caching, chunk {chunk}, 1,024 tokens",
-            lambda chunk=chunk: _titans_pytorch(chunk),
+            partial(_titans_pytorch, chunk),
             {"mc_jax": goal},
         )
     for kind, goal in (("linear", 2.2), ("titans", 1.6)):
         found[f"ssc-{kind}"] = Comparison(
             f"{kind} + ssc (top 2) against no caching, 4,096 tokens",
-            lambda kind=kind: _against_none(kind, "ssc", 4096),
+            partial(_against_none, kind, "ssc", 4096),
             {f"{kind} + ssc": goal},
             at_most=True,
         )
         found[f"length-{kind}"] = Comparison(
             f"{kind} + ssc, time a token, 16,384 against 4,096 tokens",
-            lambda kind=kind: _lengths(kind),
+            partial(_lengths, kind),
             {"16,384 tokens": 1 / 0.9},
             at_most=True,
         )
     for tokens in (1024, 4096):
         found[f"attention-{tokens}"] = Comparison(
             f"causal softmax attention, {tokens:,} tokens",
-            lambda tokens=tokens: _attention(tokens),
+            partial(_attention, tokens),
             {},
         )
     if torch.cuda.is_available():
         for kind in ("linear", "gla"):
             found[f"fla-{kind}"] = Comparison(
                 f"flash-linear-attention, {kind}, 8,192 tokens",
-                lambda kind=kind: _flash_linear(kind),
+                partial(_flash_linear, kind),
                 {},
             )
     return found

@@ -1,7 +1,9 @@
 """What a user would pick instead, as subjects on the same batch; each imports its own package."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
+import numpy as np
 import torch
 
 from bench.batch import batch
@@ -55,9 +57,8 @@ def published(
         step_size=0.02,
         momentum=0.9,
     )
-    config = theirs.MCConfig(
-        256, 4, backend=kind, aggregation=aggregation, segment_size=64, titans=titans
-    )
+    names: dict[str, Any] = {"backend": kind, "aggregation": aggregation}
+    config = theirs.MCConfig(256, 4, segment_size=64, titans=titans, **names)
     backend = theirs.LinearMemoryBackend() if kind == "linear" else theirs.TitansBackend(titans)
     torch.manual_seed(seed)
     layer = theirs.MemoryCachingLayer(config=config, backend=backend)

@@ -64,11 +64,12 @@ def exponents(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     for name in dict.fromkeys(row["aggregation"] for row in rows):
         own = [row for row in rows if row["aggregation"] == name]
         tokens = np.log([row["tokens"] for row in own])
-        fits = (
-            np.polyfit(tokens, np.log([r[c] for r in own]), 1) for c in ("processor ms", "GFLOP")
+        time, flops = (
+            float(np.polyfit(tokens, np.log([row[column] for row in own]), 1)[0])
+            for column in ("processor ms", "GFLOP")
         )
-        found[name] = tuple(float(slope) for slope, _ in fits)
-    return found  # type: ignore[return-value]
+        found[name] = time, flops
+    return found
 
 
 def draw(report: Report, path: Path) -> None:

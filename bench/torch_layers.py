@@ -94,4 +94,5 @@ def module_subject(
             run()
         flops = float(counter.get_total_flops())
         held = torch.cuda.max_memory_allocated() if x.is_cuda else None
-    return Subject(name, run, x.shape[0] * x.shape[1], None, flops, held, about)
+    tokens = x.shape[0] * x.shape[1]
+    return Subject(name, run, tokens, flops=flops, bytes=held, about=about)

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check format bench-peers clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -20,6 +20,12 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
+
+# What mc bench peers compares with: the package of the same paper is there already.
+bench-peers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check titans-pytorch==0.5.5
+	@! command -v nvidia-smi > /dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check flash-linear-attention
 
 format: $(READY)
 	$(BIN)/ruff format .

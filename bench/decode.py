@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
-from bench.memory import readable_bytes
-from bench.timing import Timing, alternate
+from bench.report import Report, Row
+from bench.timing import Timing, alternate, ratio
 from mc_core.config import MEMORIES, MCConfig
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.trees import flatten
@@ -32,9 +30,39 @@ class Decoder(NamedTuple):
     read: int  # bytes of the cache that a token reads
 
 
+def run(
+    configs: Sequence[MCConfig], contexts: Sequence[int], prompt: int, runs: int, seed: int
+) -> Report:
+    """Time one token of every layer after every context, a prompt, and what short storage costs.
+
+    Args:
+        configs: layers of one width.
+        contexts: tokens that came before.
+        prompt: tokens of a prompt, in one call and in single steps; 0 for none.
+        runs: timed tokens of each.
+        seed: of parameters and memories.
+    """
+    notes = ["one stream, float32; memories at random: what a step costs does not depend on them"]
+    rows = compare(configs, contexts, runs, seed)
+    for config in configs if prompt else ():
+        one = compare_prefill(config, prompt, seed)
+        notes.append(
+            f"{_name(config)}, {prompt:,} tokens: {one['prefill_s']:.3g} s in one call, "
+            f"{one['steps_s']:.3g} s in single steps: {one['ratio']:.1f} times "
+            f"(outputs differ by {one['difference']:.1e})"
+        )
+        for kept in compare_storage(config, prompt, seed) if config.slots(1) else ():
+            notes.append(
+                f"{_name(config)}, cached memories in {kept['cache_dtype']} on "
+                f"{kept['cache_device']}: {kept['memory_bytes'] / 2**20:.3g} MiB, "
+                f"output off by {kept['relative_error']:.1e}"
+            )
+    return Report("A token after a context", rows, notes)
+
+
 def compare(
     configs: Sequence[MCConfig], contexts: Sequence[int], runs: int, seed: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Time one token of every layer after every context, in turn, beside attention.
 
     The memories are random: what a step costs does not depend on what they hold.
@@ -58,7 +86,7 @@ def compare(
     return rows
 
 
-def compare_prefill(config: MCConfig, tokens: int, seed: int) -> dict[str, Any]:
+def compare_prefill(config: MCConfig, tokens: int, seed: int) -> Row:
     """Time a prompt in one call against as many single steps, each once after a warm-up."""
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
@@ -91,7 +119,7 @@ def compare_prefill(config: MCConfig, tokens: int, seed: int) -> dict[str, Any]:
     }
 
 
-def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[dict[str, Any]]:
+def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[Row]:
     """Return what it costs to keep cached memories short, or on the host: the output's error."""
     layer, _, _ = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
@@ -114,93 +142,35 @@ def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[dict[str, 
     return rows
 
 
-def print_decode(console: Console, result: dict[str, Any]) -> None:
-    """Print the tables."""
-    table = Table("layer", "context", "ms a token", "against attention", "cache", "read a token")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in result["decode"]:
-        sizes = [readable_bytes(row[name]) for name in ("cache_bytes", "read_bytes")]
-        table.add_row(
-            row["layer"],
-            f"{row['context']:,}",
-            f"{1e3 * row['seconds']:.3g} ± {row['spread']:.0%}",
-            f"{row['ratio']:.2f}",
-            *sizes,
-            end_section=row is result["decode"][-1],
-        )
-    console.print(table)
-    for row in result["prefill"]:
-        console.print(
-            f"prefill {row['layer']}: {row['tokens']:,} tokens in one call "
-            f"{row['prefill_s']:.3g} s, in single steps {row['steps_s']:.3g} s: "
-            f"{row['ratio']:.1f} times "
-            f"(outputs differ by {row['difference']:.1e})",
-            soft_wrap=True,
-            highlight=False,
-        )
-    for row in result["storage"]:
-        console.print(
-            f"storage {row['layer']}, {row['tokens']:,} tokens, {row['cache_dtype']} on "
-            f"{row['cache_device']}: {readable_bytes(row['memory_bytes'])} of cached memories, "
-            f"output off by {row['relative_error']:.1e}",
-            soft_wrap=True,
-            highlight=False,
-        )
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """Write the table of decoding steps in Markdown."""
-    lines = [
-        "| layer | context | ms a token | against attention | cache | read a token |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in result["decode"]:
-        lines.append(
-            f"| {row['layer']} | {row['context']:,} | {1e3 * row['seconds']:.3g} | "
-            f"{row['ratio']:.2f} | {readable_bytes(row['cache_bytes'])} | "
-            f"{readable_bytes(row['read_bytes'])} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def layers(
-    kinds: Sequence[str],
-    aggregations: Sequence[str],
-    *,
-    width: int,
-    heads: int,
-    segment_size: int,
-    chunk_size: int,
-) -> list[MCConfig]:
-    """Return the layers of a comparison, with each kind's defaults.
+def layer(
+    kind: str, aggregation: str, *, width: int, heads: int, segment_size: int, chunk_size: int
+) -> MCConfig:
+    """Return a layer with the defaults of its kind.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
-    return [
-        MCConfig(
-            width,
-            heads,
-            MEMORIES[kind](),
-            aggregation,
-            segment_size=segment_size,
-            chunk_size=chunk_size,
-        )
-        for kind in kinds
-        for aggregation in aggregations
-    ]
+    return MCConfig(
+        width,
+        heads,
+        MEMORIES[kind](),
+        aggregation,
+        segment_size=segment_size,
+        chunk_size=chunk_size,
+    )
 
 
-def _row(context: int, one: Decoder, timing: Timing, base: Timing) -> dict[str, Any]:
+def _row(context: int, one: Decoder, timing: Timing, base: Timing) -> Row:
+    wall, processor = ratio(timing, base)
     return {
         "layer": one.name,
         "context": context,
-        "seconds": timing.median,
-        "spread": timing.spread,
-        "ratio": timing.median / base.median,
-        "cache_bytes": one.held,
-        "read_bytes": one.read,
+        "ms": 1e3 * timing.median,
+        "±": timing.spread,
+        "against attention": wall,
+        "in processor time": processor,
+        "cache KiB": one.held / 2**10,
+        "read KiB": one.read / 2**10,
     }
 
 

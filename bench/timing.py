@@ -17,6 +17,7 @@ class Subject:
         run: does the work once, waits for it, and returns what it made.
         tokens: tokens that a run works on.
         compile_s: seconds of tracing and compilation, before the first run; None if there is none.
+        compile_processor_s: the same in processor time, summed over threads.
         flops: operations of a run as the compiler or an operation counter counts them.
         bytes: the most bytes that a run holds at once, arguments and results included.
         about: what a reader must know to compare it.
@@ -26,6 +27,7 @@ class Subject:
     run: Callable[[], Any]
     tokens: int
     compile_s: float | None = None
+    compile_processor_s: float | None = None
     flops: float | None = None
     bytes: int | None = None
     about: str = ""

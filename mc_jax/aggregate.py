@@ -11,7 +11,7 @@ from mc_jax.backends import Memory, Weights
 from mc_jax.backends.base import apply_weights
 from mc_jax.chunked import Writes, online_apply
 from mc_jax.layout import from_chunks, from_segments, to_chunks, to_segments
-from mc_jax.numerics import Array, product
+from mc_jax.numerics import KEPT, Array, product, scale_rows
 from mc_jax.sparse import read_selected
 from mc_jax.triangle import sum_over_earlier
 
@@ -56,7 +56,7 @@ def read_all(
 def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
     """Read each token's own memory `M_t(q_t)`: [b, t, h, v]."""
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=KEPT)
     def read(writes: Writes, q: Array) -> Array:
         return memory.read(online_apply(writes, q.dtype), q)
 
@@ -74,8 +74,8 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
     """Read every earlier memory, weighted by its gate (equations 7 and 9)."""
 
-    def read(x: Array, weights: Weights) -> Array:
-        return memory.read(apply_weights(weights, x.dtype), x)
+    def read(x: Array, gate: Array, weights: Weights) -> Array:
+        return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
 
     x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
     return from_segments(sum_over_earlier(read, x, weight, cached), plan)
@@ -88,8 +88,8 @@ def read_soup(
     weight = to_segments(gates[..., :-1], plan)
     own = to_chunks(gates[..., -1], plan)[..., None]
 
-    def one_layer(a: Array, weights: Weights) -> Array:
-        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+    def one_layer(a: Array, gate: Array, weights: Weights) -> Array:
+        return product("...oi,...ci->...co", weights[0], scale_rows(gate, a), dtype=a.dtype)
 
     @partial(jax.checkpoint, static_argnums=0)
     def layer_online(layer: int, a: Array, writes: Writes) -> Array:

@@ -12,7 +12,7 @@ from mc_jax.backends import ChunkMix, Coefficients, Events, Memory, MemoryState,
 from mc_jax.backends.base import Apply
 from mc_jax.cache import choose, start_state
 from mc_jax.layout import to_chunks
-from mc_jax.numerics import Array, product
+from mc_jax.numerics import KEPT, Array, keep, product, scale_rows
 
 
 class Writes(NamedTuple):
@@ -135,17 +135,18 @@ def online_apply(writes: Writes, dtype: jnp.dtype) -> Apply:
     mix, events = writes.mix, writes.events
 
     def apply(layer: int, a: Array) -> Array:
-        z = mix.state[..., None] * product(
-            "...oi,...ci->...co", writes.weights[layer], a, dtype=dtype
+        # Scaled before the product, so that the scale's gradient needs no product again.
+        z = product(
+            "...oi,...ci->...co", writes.weights[layer], scale_rows(mix.state, a), dtype=dtype
         )
         if mix.momentum is not None:
-            z += mix.momentum[..., None] * product(
-                "...oi,...ci->...co", writes.momentum[layer], a, dtype=dtype
-            )
+            scaled = scale_rows(mix.momentum, a)
+            z += product("...oi,...ci->...co", writes.momentum[layer], scaled, dtype=dtype)
         match = product("...ci,...ei->...ce", a, events.inputs[layer], dtype=dtype)
-        return z - product(
+        written = product(
             "...ce,...eo->...co", match * mix.events, events.deltas[layer], dtype=dtype
         )
+        return keep(z - written)
 
     return apply
 
@@ -160,7 +161,7 @@ def _scan_mlp(
     restarts: Array | None,
     opens: Array | None,
 ) -> Scanned:
-    @partial(jax.checkpoint, prevent_cse=False)
+    @partial(jax.checkpoint, prevent_cse=False, policy=KEPT)
     def write(anchor: Weights, weights: Weights, momentum: Weights, k: Array, v: Array, mix):  # type: ignore[no-untyped-def]
         events = memory.events(anchor, k, v)
         add = _outer(events, mix.events[..., -1, :], k.dtype)
@@ -219,7 +220,7 @@ def _scan_matrix(
 def _outer(events: Events, scale: Array, dtype: jnp.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
     return tuple(
-        product("...eo,...ei->...oi", delta * scale[..., None].astype(delta.dtype), a, dtype=dtype)
+        product("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
         for a, delta in zip(events.inputs, events.deltas, strict=True)
     )
 

@@ -16,15 +16,16 @@ import numpy as np
 from mc_jax.backends import Weights
 from mc_jax.numerics import Array
 
-# (tokens [a, b, h, c, i], weights each [a, b, h, o, i]) -> [a, b, h, c, o], a: squares side by side
-Read = Callable[[Array, Weights], Array]
+# (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
+# [a, b, h, c, o]; a: squares side by side
+Read = Callable[[Array, Array, Weights], Array]
 
 
 def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
-    """Return, for the tokens of each segment s, `Σ_{i<s} gates_i read(x, weights_i)`.
+    """Return, for the tokens of each segment s, `Σ_{i<s} read(x, gates_i, weights_i)`.
 
     Args:
-        read: how tokens read one memory.
+        read: how tokens read one memory, weighted by their gates.
         x: tokens by segment [b, h, n, c, i], n >= 2.
         gates: [b, h, n, c, n], entry (s, i) weighs memory i for a token of segment s.
         weights: memories, each [b, n, h, o, i].
@@ -87,7 +88,7 @@ def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array
     # Only the tokens and one memory are kept for the backward pass, never a product's result.
     @partial(jax.checkpoint, prevent_cse=False)
     def weighted(x: Array, gate: Array, memory: Weights) -> Array:
-        return gate[..., None] * read(x, memory)
+        return read(x, gate, memory)
 
     def step(total: Array, one: tuple[Array, Weights]) -> tuple[Array, None]:
         gate, memory = one

@@ -7,7 +7,7 @@ from mc_torch.backends import Memory, Weights
 from mc_torch.backends.base import apply_weights
 from mc_torch.chunked import Writes, online_apply
 from mc_torch.layout import Plan, from_chunks, from_segments, to_chunks, to_segments
-from mc_torch.numerics import Array, product, remat, tree_map
+from mc_torch.numerics import Array, product, remat, scale_rows, tree_map
 from mc_torch.sparse import read_selected
 from mc_torch.triangle import sum_over_earlier
 
@@ -70,8 +70,8 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
     """Read every earlier memory, weighted by its gate (equations 7 and 9)."""
 
-    def read(x: Array, weights: Weights) -> Array:
-        return memory.read(apply_weights(weights, x.dtype), x)
+    def read(x: Array, gate: Array, weights: Weights) -> Array:
+        return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
 
     x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
     return from_segments(sum_over_earlier(read, x, weight, cached), plan)
@@ -84,8 +84,8 @@ def read_soup(
     weight = to_segments(gates[..., :-1], plan)
     own = to_chunks(gates[..., -1], plan)[..., None]
 
-    def one_layer(a: Array, weights: Weights) -> Array:
-        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+    def one_layer(a: Array, gate: Array, weights: Weights) -> Array:
+        return product("...oi,...ci->...co", weights[0], scale_rows(gate, a), dtype=a.dtype)
 
     @remat
     def layer_online(layer: int, a: Array, writes: Writes) -> Array:

@@ -8,7 +8,7 @@ from mc_torch.backends import ChunkMix, Coefficients, Events, Memory, MemoryStat
 from mc_torch.backends.base import Apply
 from mc_torch.cache import choose, start_state
 from mc_torch.layout import Plan, to_chunks
-from mc_torch.numerics import Array, product, remat, tree_map, unstack
+from mc_torch.numerics import Array, product, remat, scale_rows, tree_map, unstack
 
 
 class Writes(NamedTuple):
@@ -135,13 +135,13 @@ def online_apply(writes: Writes, dtype: torch.dtype) -> Apply:
     mix, events = writes.mix, writes.events
 
     def apply(layer: int, a: Array) -> Array:
-        z = mix.state[..., None] * product(
-            "...oi,...ci->...co", writes.weights[layer], a, dtype=dtype
+        # Scaled before the product, so that the scale's gradient needs no product again.
+        z = product(
+            "...oi,...ci->...co", writes.weights[layer], scale_rows(mix.state, a), dtype=dtype
         )
         if mix.momentum is not None:
-            z = z + mix.momentum[..., None] * product(
-                "...oi,...ci->...co", writes.momentum[layer], a, dtype=dtype
-            )
+            scaled = scale_rows(mix.momentum, a)
+            z = z + product("...oi,...ci->...co", writes.momentum[layer], scaled, dtype=dtype)
         match = product("...ci,...ei->...ce", a, events.inputs[layer], dtype=dtype)
         return z - product(
             "...ce,...eo->...co", match * mix.events, events.deltas[layer], dtype=dtype
@@ -226,7 +226,7 @@ def _loop_matrix(
 def _outer(events: Events, scale: Array, dtype: torch.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
     return tuple(
-        product("...eo,...ei->...oi", delta * scale[..., None].to(delta.dtype), a, dtype=dtype)
+        product("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
         for a, delta in zip(events.inputs, events.deltas, strict=True)
     )
 

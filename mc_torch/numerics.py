@@ -56,6 +56,11 @@ def running_sum(x: Array) -> Array:
     return torch.cumsum(x, dim=-2)
 
 
+def scale_rows(scale: Array, x: Array) -> Array:
+    """Return `scale[..., None] * x` in the dtype of `scale` [..., c]; x is [..., c, i]."""
+    return scale[..., None] * x.to(scale.dtype)
+
+
 def align(x: Array, ndim: int) -> Array:
     """Prepend axes of length 1 until `x` has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from mc_torch.backends import Weights
 from mc_torch.numerics import Array, remat, unstack
 
-# (tokens [a, b, h, c, i], weights each [a, b, h, o, i]) -> [a, b, h, c, o], a: squares side by side
-Read = Callable[[Array, Weights], Array]
+# (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
+# [a, b, h, c, o]; a: squares side by side
+Read = Callable[[Array, Array, Weights], Array]
 
 
 def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
-    """Return, for the tokens of each segment s, `Σ_{i<s} gates_i read(x, weights_i)`.
+    """Return, for the tokens of each segment s, `Σ_{i<s} read(x, gates_i, weights_i)`.
 
     Args:
-        read: how tokens read one memory.
+        read: how tokens read one memory, weighted by their gates.
         x: tokens by segment [b, h, n, c, i], n >= 2.
         gates: [b, h, n, c, n], entry (s, i) weighs memory i for a token of segment s.
         weights: memories, each [b, n, h, o, i].
@@ -92,13 +93,9 @@ def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array
     x = x.permute(2, 0, 1, 5, 3, 4).reshape(a, b, h, rows * c, i)
 
     # Only the tokens and one memory are kept for the backward pass, never a product's result.
-    @remat
-    def weighted(x: Array, gate: Array, memory: Weights) -> Array:
-        return gate[..., None] * read(x, memory)
-
     total = None
     for gate, memory in unstack((gates, weights)):
-        part = weighted(x, gate, memory)
+        part = remat(read)(x, gate, memory)
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(a, b, h, rows, c, -1).permute(1, 2, 0, 3, 4, 5)

@@ -31,8 +31,9 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
     gates = rng.standard_normal((b, h, n, c, n))
     weights = rng.standard_normal((b, n, h, 5, width))
 
-    def read(x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.sin(jnp.einsum("...oi,...ci->...co", weights[0], x))  # not linear in the pair
+    def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        y = jnp.sin(jnp.einsum("...oi,...ci->...co", weights[0], x))  # not linear in the pair
+        return gate[..., None] * y
 
     def loop(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
         values = jnp.sin(jnp.einsum("bmhoi,bhnci->bhncmo", weights, x))
@@ -67,10 +68,10 @@ def test_triangle_reads_about_half_of_the_square():
 def test_triangle_counts_the_pairs_that_it_reads(n):
     pairs: list[int] = []
 
-    def read(x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+    def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
         squares, *_, rows, _ = x.shape
         jax.debug.callback(lambda: pairs.append(squares * rows))  # every time that it runs
-        return x
+        return gate[..., None] * x
 
     one = jnp.ones((1, 1, n, 1, n))
     memories = (jnp.ones((1, n, 1, 1, 1)),)

@@ -5,13 +5,17 @@ import json
 import pytest
 from tiny import TINY, mc, write_config
 
+from bench import decode
+
 
 def test_memory(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "bench", "memory", path, "--json", tmp_path / "m.json") == 0
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert [row["tokens"] for row in rows] == [1024, 4096, 16384, 65536, 262144]
-    assert all(row["cache_bytes"] == row["state_bytes"] + row["cached_bytes"] for row in rows)
+    for row in rows:
+        parts = row["state MiB"] + row["cached memories MiB"]
+        assert row["cache MiB"] == pytest.approx(parts)
     assert "warning" not in capsys.readouterr().out
 
 
@@ -32,23 +36,34 @@ def test_memory_of_what_cannot_stream(tmp_path, monkeypatch, capsys):
 
 
 def test_decode(tmp_path, monkeypatch, capsys):
-    words = "--width 8 --heads 2 --segment-size 4 --chunk-size 2 --context 16 --context 64 --runs 2"
-    words += " --kind linear --aggregation grm --aggregation none --prefill 12"
+    words = "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --context 64 --runs 2"
+    words += " --kind linear --aggregation grm --aggregation none --prompt 12"
     files = {"json": tmp_path / "d.json", "markdown": tmp_path / "d.md"}
     extra = [word for name, path in files.items() for word in (f"--{name}", path)]
     assert mc(monkeypatch, "bench", "decode", *words.split(), *extra) == 0
     result = json.loads(files["json"].read_text())
-    layers = {row["layer"] for row in result["decode"]}
-    assert layers == {"attention", "linear + grm", "linear + none"}
-    assert {row["context"] for row in result["decode"]} == {16, 64}
-    assert [row["difference"] < 1e-5 for row in result["prefill"]] == [True, True]
-    errors = {(row["cache_dtype"], row["cache_device"]): row for row in result["storage"]}
-    assert errors["float32", "host"]["relative_error"] < 1e-5
-    short, long = errors["bfloat16", "device"], errors["float32", "device"]
-    assert 2 * short["memory_bytes"] == long["memory_bytes"]
-    assert 1e-5 < short["relative_error"] < 1e-1
-    assert files["markdown"].read_text().count("\n") == 2 + len(result["decode"])
+    layers = [(row["layer"], row["context"]) for row in result["rows"]]
+    names = ("attention", "linear + grm", "linear + none")
+    assert layers == [(name, context) for context in (16, 64) for name in names]
+    notes = "\n".join(result["notes"])
+    assert notes.count("in single steps") == 2
+    assert "linear + grm, cached memories in bfloat16 on device" in notes
+    assert "linear + none, cached" not in notes
+    assert files["markdown"].read_text().count("| linear + grm |") == 2
     assert "linear + grm" in capsys.readouterr().out
+
+
+def test_a_prompt_is_its_single_steps():
+    config = decode.layer("titans", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
+    assert decode.compare_prefill(config, 14, 0)["difference"] < 1e-5
+
+
+def test_what_short_storage_costs():
+    config = decode.layer("linear", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
+    exact, short, far = decode.compare_storage(config, 14, 0)
+    assert exact["relative_error"] == 0
+    assert far["relative_error"] < 1e-5 < short["relative_error"] < 1e-1
+    assert 2 * short["memory_bytes"] == exact["memory_bytes"] == far["memory_bytes"]
 
 
 @pytest.mark.parametrize("word", ["--width 9", "--context 0", "--runs 0", "--kind square"])

@@ -11,7 +11,8 @@ BELOW = {
     "mc_jax": {"mc_core"},
     "mc_torch": {"mc_core"},
     "parity": {"mc_core", "mc_jax", "mc_torch"},
-    "train": {"mc_core", "mc_jax", "parity"},
+    "bench": {"mc_core", "mc_jax", "mc_torch", "parity"},
+    "train": {"mc_core", "mc_jax", "parity", "bench"},
 }
 # The program `python -m parity` is the command, which is above.
 DOORS = {"parity/__main__.py"}
@@ -20,6 +21,7 @@ FOREIGN = {
     "mc_jax": {"torch", "optax"},
     "mc_torch": {"jax", "flax", "optax"},
     "parity": set(),
+    "bench": set(),
     "train": {"torch"},
 }
 

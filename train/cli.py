@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.cli import app as bench
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
+from train.bench_cli import app as bench
 from train.parity_cli import app as parity
 
 app = typer.Typer(

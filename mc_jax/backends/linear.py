@@ -22,7 +22,7 @@ from mc_jax.backends.base import (
     decay_products,
     mask_coefficients,
 )
-from mc_jax.numerics import Array, state_dtype
+from mc_jax.numerics import Array, scale_rows, state_dtype
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Linear:
         if not self.config.normalize:
             return y
         return y[..., :-1] / jnp.maximum(y[..., -1:], NORMALIZER_FLOOR)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        if self.config.normalize:
+            return scale_rows(weight, self.read(apply, q))
+        return apply(0, scale_rows(weight, self._feature(q)))
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = apply(0, self._feature(k))[..., : v.shape[-1]]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mc_core.config import CLIP_EPS, DLAConfig, TitansConfig
 from mc_jax.backends.base import Apply, Events, Weights
-from mc_jax.numerics import Array, align, gelu, gelu_slope, product, standardize
+from mc_jax.numerics import Array, align, gelu, gelu_slope, keep, product, scale_rows, standardize
 
 Norm = tuple[Array, Array] | None  # (gain, bias), each [h, v]
 
@@ -29,10 +29,13 @@ class MLPMemory:
         return initial
 
     def read(self, apply: Apply, q: Array) -> Array:
-        a = q
-        for layer in range(self.config.depth - 1):
-            a = gelu(apply(layer, a))
-        return self._output(apply(self.config.depth - 1, a), q)
+        return self._output(apply(self.config.depth - 1, self._hidden(apply, q)), q)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        if self.norm is not None:
+            return scale_rows(weight, self.read(apply, q))
+        y = apply(self.config.depth - 1, scale_rows(weight, self._hidden(apply, q)))
+        return y + scale_rows(weight, q) if self.config.residual else y
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = self.read(apply, k)
@@ -45,17 +48,24 @@ class MLPMemory:
         dtype, last = k.dtype, self.config.depth - 1
         inputs, outputs = [k], []
         for layer, weight in enumerate(weights):
-            outputs.append(product("...oi,...ci->...co", weight, inputs[-1], dtype=dtype))
+            z = product("...oi,...ci->...co", weight, inputs[-1], dtype=dtype)
+            outputs.append(keep(z))
             if layer < last:
                 inputs.append(gelu(outputs[-1]))
         deltas = [self._output_gradient(outputs[-1], k, v)]
         for layer in range(last, 0, -1):
             back = product("...oi,...co->...ci", weights[layer], deltas[0], dtype=dtype)
-            deltas.insert(0, back * gelu_slope(outputs[layer - 1]))
+            deltas.insert(0, keep(back) * gelu_slope(outputs[layer - 1]))
         if self.config.inner_clip is not None:
             clip = self.config.inner_clip
             deltas = [_clipped(d, a, clip) for d, a in zip(deltas, inputs, strict=True)]
         return Events(tuple(inputs), tuple(deltas))
+
+    def _hidden(self, apply: Apply, q: Array) -> Array:
+        """Return what the last layer reads."""
+        for layer in range(self.config.depth - 1):
+            q = gelu(apply(layer, q))
+        return q
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:
@@ -94,5 +104,5 @@ def _by_head(parameter: Array, like: Array) -> Array:
 def _clipped(delta: Array, a: Array, clip: float) -> Array:
     """Scale δ so that the Frobenius norm of `δ aᵀ` is at most `clip`."""
     a = a.astype(delta.dtype)
-    squares = jnp.sum(delta * delta, -1, keepdims=True) * jnp.sum(a * a, -1, keepdims=True)
-    return delta * (clip / jnp.maximum(clip, jnp.sqrt(squares + CLIP_EPS)))
+    squares = jnp.sum(delta * delta, -1) * jnp.sum(a * a, -1)
+    return scale_rows(clip / jnp.maximum(clip, jnp.sqrt(squares + CLIP_EPS)), delta)

@@ -19,7 +19,7 @@ from mc_jax.backends.base import (
     decay_products,
     mask_coefficients,
 )
-from mc_jax.numerics import Array, align, product
+from mc_jax.numerics import Array, align, product, scale_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class SWLA:
 
     def read(self, apply: Apply, q: Array) -> Array:
         return apply(0, q)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        return apply(0, scale_rows(weight, q))
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = apply(0, k)

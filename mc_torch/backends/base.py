@@ -76,6 +76,13 @@ class Memory(Protocol):
     def read(self, apply: Apply, q: Array) -> Array:
         """Read queries [..., h, c, k] through `apply`, the memory's linear maps."""
 
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        """Return `weight` [..., h, c] times the read of q.
+
+        Where the last map is linear its input is weighed, not its output: then the gradient by the
+        weight takes no product that the other gradients do not take.
+        """
+
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         """Return the inner loss [..., h, c] of `k` [..., h, c, k] and `v` [..., h, c, v]."""
 

@@ -21,7 +21,7 @@ from mc_torch.backends.base import (
     decay_products,
     mask_coefficients,
 )
-from mc_torch.numerics import Array, maximum
+from mc_torch.numerics import Array, maximum, scale_rows
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Linear:
         if not self.config.normalize:
             return y
         return y[..., :-1] / maximum(y[..., -1:], NORMALIZER_FLOOR)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        if self.config.normalize:
+            return scale_rows(weight, self.read(apply, q))
+        return apply(0, scale_rows(weight, self._feature(q)))
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = apply(0, self._feature(k))[..., : v.shape[-1]]

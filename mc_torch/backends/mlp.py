@@ -10,7 +10,16 @@ import torch
 
 from mc_core.config import CLIP_EPS, DLAConfig, TitansConfig
 from mc_torch.backends.base import Apply, Events, Weights
-from mc_torch.numerics import Array, align, gelu, gelu_slope, maximum, product, standardize
+from mc_torch.numerics import (
+    Array,
+    align,
+    gelu,
+    gelu_slope,
+    maximum,
+    product,
+    scale_rows,
+    standardize,
+)
 
 Norm = tuple[Array, Array] | None  # (gain, bias), each [h, v]
 
@@ -29,10 +38,13 @@ class MLPMemory:
         return initial
 
     def read(self, apply: Apply, q: Array) -> Array:
-        a = q
-        for layer in range(self.config.depth - 1):
-            a = gelu(apply(layer, a))
-        return self._output(apply(self.config.depth - 1, a), q)
+        return self._output(apply(self.config.depth - 1, self._hidden(apply, q)), q)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        if self.norm is not None:
+            return scale_rows(weight, self.read(apply, q))
+        y = apply(self.config.depth - 1, scale_rows(weight, self._hidden(apply, q)))
+        return y + scale_rows(weight, q) if self.config.residual else y
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = self.read(apply, k)
@@ -56,6 +68,12 @@ class MLPMemory:
             clip = self.config.inner_clip
             deltas = [_clipped(d, a, clip) for d, a in zip(deltas, inputs, strict=True)]
         return Events(tuple(inputs), tuple(deltas))
+
+    def _hidden(self, apply: Apply, q: Array) -> Array:
+        """Return what the last layer reads."""
+        for layer in range(self.config.depth - 1):
+            q = gelu(apply(layer, q))
+        return q
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:
@@ -94,5 +112,5 @@ def _by_head(parameter: Array, like: Array) -> Array:
 def _clipped(delta: Array, a: Array, clip: float) -> Array:
     """Scale δ so that the Frobenius norm of `δ aᵀ` is at most `clip`."""
     a = a.to(delta.dtype)
-    squares = torch.sum(delta * delta, -1, keepdim=True) * torch.sum(a * a, -1, keepdim=True)
-    return delta * (clip / maximum(torch.sqrt(squares + CLIP_EPS), clip))
+    squares = torch.sum(delta * delta, -1) * torch.sum(a * a, -1)
+    return scale_rows(clip / maximum(torch.sqrt(squares + CLIP_EPS), clip), delta)

@@ -18,7 +18,7 @@ from mc_torch.backends.base import (
     decay_products,
     mask_coefficients,
 )
-from mc_torch.numerics import Array, align, product
+from mc_torch.numerics import Array, align, product, scale_rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class SWLA:
 
     def read(self, apply: Apply, q: Array) -> Array:
         return apply(0, q)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        return apply(0, scale_rows(weight, q))
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = apply(0, k)

@@ -1,0 +1,84 @@
+"""Layers of `mc_jax` as subjects: compiled once, outputs and gradients on a fixed batch."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bench.batch import batch
+from bench.count import count_flops
+from bench.timing import Subject
+from mc_core.config import MCConfig
+from mc_core.weights import Flat, to_jax
+from mc_jax import MemoryCachingLayer
+from mc_jax.pretrained import set_weights
+
+
+def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
+    """Return a float32 layer, drawn from the seed or with PyTorch-layout weights put in."""
+    layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed))
+    if flat is not None:
+        set_weights(layer, to_jax(flat))
+    return layer
+
+
+def subject(
+    config: MCConfig,
+    rows: int,
+    tokens: int,
+    *,
+    dtype: str = "float32",
+    backward: bool = True,
+    flat: Flat | None = None,
+    seed: int = 0,
+    name: str = "jax",
+) -> Subject:
+    """Return the layer, ready to run; with `backward`, the gradients of tokens and parameters too.
+
+    Args:
+        config: the layer.
+        rows: sequences of the batch.
+        tokens: tokens of each.
+        dtype: compute dtype; parameters are float32.
+        backward: whether gradients are taken.
+        flat: weights in PyTorch's layout, instead of drawn ones.
+        seed: of the parameters and of the batch.
+        name: what a table calls it.
+    """
+    graphdef, params = nnx.split(build(config, flat, seed))
+    x, cotangent = (jnp.asarray(a, dtype) for a in batch(config.d_model, rows, tokens, seed))
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(x)
+
+    def both(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, params, x)
+        return y, *pull(cotangent)
+
+    args = (params, x, cotangent) if backward else (params, x)
+    return compiled_subject(name, both if backward else forward, args, rows * tokens)
+
+
+def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: int) -> Subject:
+    """Compile a function and return it as a subject with its compile time, flops and bytes."""
+    start = time.perf_counter(), time.process_time()
+    compiled = jax.jit(function).lower(*args).compile()
+    end = time.perf_counter(), time.process_time()
+    memory: Any = compiled.memory_analysis()
+    held = (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return Subject(
+        name=name,
+        run=lambda: jax.block_until_ready(compiled(*args)),
+        tokens=tokens,
+        compile_s=end[0] - start[0],
+        compile_processor_s=end[1] - start[1],
+        flops=count_flops(function, *args),
+        bytes=held,
+    )

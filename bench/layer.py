@@ -1,0 +1,146 @@
+"""`mc bench layer`: milliseconds, tokens a second and bytes of layers, against the ceilings."""
+
+import dataclasses
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.ceilings import Ceilings, measure
+from bench.report import Report, Row
+from bench.timing import Subject, Timing, alternate
+from mc_core.config import MEMORIES, DLAConfig, MCConfig, TitansConfig
+from mc_core.errors import UserError
+from mc_core.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of these is one subject; the defaults are those of docs/results.md."""
+
+    kinds: Sequence[str] = ("linear",)
+    aggregations: Sequence[str] = ("grm",)
+    tokens: Sequence[int] = (1024,)
+    chunks: Sequence[int] = (64,)
+    segments: Sequence[int] = (64,)
+    dtypes: Sequence[str] = ("float32",)
+    frameworks: Sequence[str] = ("jax",)
+    passes: Sequence[str] = ("both",)  # forward | both
+    expansion: int = 4
+    batch: int = 2
+    width: int = 256
+    heads: int = 4
+    seed: int = 0
+
+
+def make_config(grid: Grid, kind: str, aggregation: str, chunk: int, segment: int) -> MCConfig:
+    """Return a layer's configuration.
+
+    Raises:
+        ValueError: a value is not allowed; names it.
+    """
+    memory = MEMORIES[kind]()
+    if isinstance(memory, DLAConfig | TitansConfig):
+        memory = dataclasses.replace(memory, expansion=grid.expansion)
+    return MCConfig(
+        grid.width,
+        grid.heads,
+        memory=memory,
+        aggregation=aggregation,
+        segment_size=segment,
+        chunk_size=chunk,
+    )
+
+
+def run(grid: Grid, runs: int, *, ceilings: Ceilings | None = None) -> Report:
+    """Compile and time the grid, all subjects in turn.
+
+    Args:
+        grid: what is measured.
+        runs: timed runs of each; 0 compiles alone, and reports bytes and compile times.
+        ceilings: measured here unless given.
+    """
+    subjects = build(grid)
+    times = alternate({name: s.run for name, s in subjects.items()}, runs) if runs else {}
+    if runs and ceilings is None:
+        ceilings = measure(grid.dtypes[0])
+    notes = []
+    if ceilings:
+        rates = f"{ceilings.matmul / 1e9:.0f} GFLOP/s, {ceilings.copy / 1e9:.1f} GB/s"
+        notes.append(f"ceilings: a product of 2,048² matrices and a copy of 256 MiB: {rates}")
+    rows = [row(s, times.get(name), ceilings) for name, s in subjects.items()]
+    size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
+    return Report(f"Layers: {size}", rows, notes)
+
+
+def build(grid: Grid) -> dict[str, Subject]:
+    """Compile every combination."""
+    from importlib import import_module
+
+    subjects = {}
+    axes = (grid.frameworks, grid.kinds, grid.aggregations, grid.tokens, grid.chunks, grid.segments)
+    for values in itertools.product(*axes, grid.dtypes, grid.passes):
+        framework, kind, aggregation, tokens, chunk, segment, dtype, passes = values
+        config = make_config(grid, kind, aggregation, chunk, segment)
+        words = [framework, f"{kind}+{aggregation}", f"t={tokens}", f"chunk={chunk}"]
+        name = " ".join([*words, f"segment={segment}", dtype, passes])
+        package = import_module(f"bench.{framework}_layers")
+        subjects[name] = package.subject(
+            config,
+            grid.batch,
+            tokens,
+            dtype=dtype,
+            backward=passes == "both",
+            seed=grid.seed,
+            name=name,
+        )
+    return subjects
+
+
+def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> Row:
+    """Return a subject's cells; `floor ms` is its products at the machine's own rate."""
+    cells: Row = {"layer": subject.name}
+    if timing:
+        cells["ms"] = 1e3 * timing.median
+        cells["spread"] = f"{timing.spread:.0%}"
+        cells["processor ms"] = 1e3 * timing.processor_median
+        cells["tokens/s"] = subject.tokens / timing.median
+    if subject.flops:
+        cells["GFLOP"] = subject.flops / 1e9
+        if ceilings:
+            cells["floor ms"] = 1e3 * subject.flops / ceilings.matmul
+        if ceilings and timing:
+            cells["of matmul"] = f"{ceilings.share(subject.flops, timing.median):.0%}"
+    if subject.bytes:
+        cells["MiB"] = subject.bytes / 2**20
+        if ceilings and timing:
+            # Everything that is held is written and read once at the least.
+            cells["of copy"] = f"{2 * subject.bytes / timing.median / ceilings.copy:.0%}"
+    cells["compile s"] = subject.compile_s
+    cells["compile processor s"] = subject.compile_processor_s
+    return cells
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw each layer's milliseconds, and its floor, as a PNG file.
+
+    Raises:
+        UserError: nothing was timed.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report.rows if "ms" in row]
+    if not rows:
+        raise UserError("--plot: nothing was timed; give --runs 1 or more")
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [row["layer"] for row in rows]
+    axes.barh(names, [row["ms"] for row in rows], color="0.7", label="measured")
+    axes.barh(names, [row.get("floor ms", 0) for row in rows], label="floor of its products")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=report.title)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,66 @@
+"""`mc bench model`: the training step of a configuration, and its share of the machine's rate."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.ceilings import measure
+from bench.count import count_flops
+from bench.report import Report, Row
+from bench.timing import alternate
+
+
+def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], runs: int) -> Report:
+    """Time the whole optimiser step on random tokens.
+
+    Args:
+        config: a training run's configuration.
+        build: makes the model's structure, its first state and the jitted step of it.
+        losses: (structure, parameters, rest, tokens) -> the losses of a microbatch.
+        runs: timed steps.
+    """
+    run, window = config.run, config.data.window
+    graphdef, state, step = build(config)
+    rng = np.random.default_rng(run.seed)
+    shape = (run.accumulation, run.batch_size, window + 1)
+    tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    flops = count_flops(step, state, tokens)
+    forward = count_flops(lambda *a: losses(graphdef, *a)[0], state.params, state.rest, tokens[0])
+    needed = 3 * forward * run.accumulation
+    start = time.perf_counter()
+    compiled = step.lower(state, tokens).compile()
+    compile_s = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    held = [state]
+
+    def once() -> None:
+        # The step consumes its state.
+        held[0], metrics = compiled(held[0], tokens)
+        jax.block_until_ready((held[0], metrics))
+
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    timing = alternate({"step": once}, runs)["step"]
+    ceilings = measure(run.dtype)
+    trained = run.accumulation * run.batch_size * window
+    row: Row = {
+        "model": f"{config.model.layer.memory.kind} + {config.model.layer.aggregation}",
+        "parameters": f"{parameters:,}",
+        "ms a step": 1e3 * timing.median,
+        "spread": f"{timing.spread:.0%}",
+        "processor ms": 1e3 * timing.processor_median,
+        "tokens/s": trained / timing.median,
+        "GFLOP": flops / 1e9,
+        "floor ms": 1e3 * flops / ceilings.matmul,
+        "MFU": f"{ceilings.share(needed, timing.median):.0%}",
+        "MiB": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+        "compile s": compile_s,
+    }
+    notes = [
+        f"{run.accumulation} × {run.batch_size} × {window} tokens a step, {run.dtype}",
+        f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
+        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of 2,048² matrices",
+    ]
+    return Report("Training step", [row], notes)

@@ -1,0 +1,255 @@
+"""`mc bench peers`: this package beside what a user would pick instead, in one alternating run."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import jax_layers, rivals, torch_layers
+from bench.report import Report, Row
+from bench.timing import Subject, alternate, ratio
+from mc_core.config import LinearConfig, MCConfig, TitansConfig
+from mc_core.errors import UserError
+
+ROWS = 2  # sequences of a batch
+WIDTH, HEADS, SEGMENT = 256, 4, 64
+TOLERANCE = 1e-4  # relative RMS of outputs and gradients in float32, where the maths is equal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Subjects that do the same work; the first is what the others are held against.
+
+    Attributes:
+        about: what is compared.
+        build: compiles the subjects.
+        goals: subject -> the ratio to reach.
+        at_most: whether the goal bounds the subject's time by the first one's, from above; else it
+            is how many times faster than the first one the subject is.
+        equal: whether all compute the same, so that their outputs are compared too.
+    """
+
+    about: str
+    build: Callable[[], list[Subject]]
+    goals: dict[str, float]
+    at_most: bool = False
+    equal: bool = False
+
+
+def comparisons() -> dict[str, Comparison]:
+    """Return every comparison by its name."""
+    found = {
+        f"linear-{tokens}": Comparison(
+            f"linear + grm, {tokens:,} tokens",
+            partial(_published, "linear", tokens, (64,)),
+            {"mc_jax chunk 64": goal, "mc_torch chunk 64": 20.0},
+            equal=True,
+        )
+        for tokens, goal in ((1024, 40.0), (4096, 150.0))
+    }
+    found["titans-1024"] = Comparison(
+        "Titans (hidden 64) + grm, 1,024 tokens",
+        partial(_published, "titans", 1024, (1, 16)),
+        {"mc_jax chunk 1": 6.0, "mc_jax chunk 16": 30.0},
+    )
+    for chunk, goal in ((16, 2.0), (64, 1.0)):
+        found[f"base-titans-{chunk}"] = Comparison(
+            f"Titans (expansion 4) without caching, chunk {chunk}, 1,024 tokens",
+            partial(_titans_pytorch, chunk),
+            {"mc_jax": goal},
+        )
+    for kind, goal in (("linear", 2.2), ("titans", 1.6)):
+        found[f"ssc-{kind}"] = Comparison(
+            f"{kind} + ssc (top 2) against no caching, 4,096 tokens",
+            partial(_against_none, kind, "ssc", 4096),
+            {f"{kind} + ssc": goal},
+            at_most=True,
+        )
+        found[f"length-{kind}"] = Comparison(
+            f"{kind} + ssc, time a token, 16,384 against 4,096 tokens",
+            partial(_lengths, kind),
+            {"16,384 tokens": 1 / 0.9},
+            at_most=True,
+        )
+    for tokens in (1024, 4096):
+        found[f"attention-{tokens}"] = Comparison(
+            f"causal softmax attention, {tokens:,} tokens",
+            partial(_attention, tokens),
+            {},
+        )
+    if torch.cuda.is_available():
+        for kind in ("linear", "gla"):
+            found[f"fla-{kind}"] = Comparison(
+                f"flash-linear-attention, {kind}, 8,192 tokens",
+                partial(_flash_linear, kind),
+                {},
+            )
+    return found
+
+
+def run(names: Sequence[str], runs: int, threads: int | None = None) -> Report:
+    """Run comparisons one after another; the subjects of each alternate.
+
+    Args:
+        names: of `comparisons()`; all if empty.
+        runs: timed runs of each subject.
+        threads: of torch's own loops; None = its default.
+
+    Raises:
+        UserError: a name is unknown, or a peer is not installed.
+    """
+    known = comparisons()
+    for name in names:
+        if name not in known:
+            raise UserError(f"--only {name}: must be one of {', '.join(known)}")
+    if threads:
+        torch.set_num_threads(threads)
+    rows: list[Row] = []
+    for name in names or known:
+        rows += measure(name, known[name], runs)
+    notes = [
+        f"torch: {torch.get_num_threads()} threads",
+        "times faster: the median of the turns' ratios, by the wall clock and by processor time",
+        "titans-pytorch takes all gradients of a batch at the first weights, and one step a chunk: "
+        "less work than a causal write of every token",
+    ]
+    return Report("Peers, forward and backward, whole layer, float32", rows, notes)
+
+
+def measure(name: str, comparison: Comparison, runs: int) -> list[Row]:
+    """Time a comparison's subjects in turn; one row each."""
+    subjects = comparison.build()
+    times = alternate({s.name: s.run for s in subjects}, runs, warmup=1)
+    reference, *_ = subjects
+    made = _first_two(reference) if comparison.equal else None
+    rows = []
+    for subject in subjects:
+        timing, base = times[subject.name], times[reference.name]
+        cells: Row = {
+            "comparison": name,
+            "subject": subject.name,
+            "runs": len(timing.seconds),
+            "ms": 1e3 * timing.median,
+            "spread": f"{timing.spread:.0%}",
+            "processor ms": 1e3 * timing.processor_median,
+            "tokens/s": subject.tokens / timing.median,
+        }
+        if subject is not reference:
+            wall, processor = ratio(base, timing)
+            if comparison.at_most:
+                share = reference.tokens / subject.tokens
+                wall, processor = share / wall, share / processor
+            kind = "times its time" if comparison.at_most else "times faster"
+            cells |= {kind: wall, f"{kind} (processor)": processor}
+            if subject.name in comparison.goals:
+                sign = "<=" if comparison.at_most else ">="
+                cells["goal"] = f"{sign} {comparison.goals[subject.name]:.3g}"
+            if made is not None:
+                cells["error"] = f"{_distance(made, _first_two(subject)):.0e}"
+        cells["compile s"] = subject.compile_s
+        rows.append(cells)
+    return rows
+
+
+def _published(kind: str, tokens: int, chunks: Sequence[int]) -> list[Subject]:
+    theirs, config, flat = rivals.published(kind, "grm", ROWS, tokens)
+    subjects = [theirs]
+    for chunk in chunks:
+        ours = dataclasses.replace(config, chunk_size=chunk)
+        for package, module in (("mc_jax", jax_layers), ("mc_torch", torch_layers)):
+            if package == "mc_torch" and chunk == 1:
+                continue
+            name = f"{package} chunk {chunk}"
+            subjects.append(module.subject(ours, ROWS, tokens, flat=flat, name=name))
+    return subjects
+
+
+def _titans_pytorch(chunk: int) -> list[Subject]:
+    # Its memory reads `x + LN(MLP(x))`.
+    config = _config(TitansConfig(norm="layer"), "none", chunk)
+    return [
+        rivals.titans_pytorch(chunk, ROWS, 1024),
+        jax_layers.subject(config, ROWS, 1024, name="mc_jax"),
+        torch_layers.subject(config, ROWS, 1024, name="mc_torch"),
+    ]
+
+
+def _small(kind: str, aggregation: str) -> MCConfig:
+    if kind == "linear":
+        return _config(LinearConfig(), aggregation, 64)
+    return _config(TitansConfig(expansion=1), aggregation, 16)
+
+
+def _against_none(kind: str, aggregation: str, tokens: int) -> list[Subject]:
+    return [
+        jax_layers.subject(_small(kind, each), ROWS, tokens, name=f"{kind} + {each}")
+        for each in ("none", aggregation)
+    ]
+
+
+def _lengths(kind: str) -> list[Subject]:
+    return [
+        jax_layers.subject(_small(kind, "ssc"), ROWS, tokens, name=f"{tokens:,} tokens")
+        for tokens in (4096, 16384)
+    ]
+
+
+def _attention(tokens: int) -> list[Subject]:
+    ours = [
+        jax_layers.subject(_small(kind, "grm"), ROWS, tokens, name=f"mc_jax {kind} + grm")
+        for kind in ("linear", "titans")
+    ]
+    return [*rivals.attention(WIDTH, HEADS, ROWS, tokens), *ours]
+
+
+def _flash_linear(kind: str) -> list[Subject]:
+    heads, tokens = 32, 8192
+    memory = LinearConfig(coefficients="constant", retention=1.0 if kind == "linear" else 0.99)
+    config = MCConfig(128 * heads, heads, memory=memory, aggregation="none", output_norm="none")
+    return [
+        rivals.flash_linear(kind, heads, tokens),
+        jax_layers.subject(config, 1, tokens, dtype="bfloat16", name="mc_jax"),
+        torch_layers.subject(config, 1, tokens, dtype="bfloat16", name="mc_torch"),
+    ]
+
+
+def _config(memory: LinearConfig | TitansConfig, aggregation: str, chunk: int) -> MCConfig:
+    return MCConfig(
+        WIDTH,
+        HEADS,
+        memory=memory,
+        aggregation=aggregation,
+        segment_size=SEGMENT,
+        chunk_size=chunk,
+    )
+
+
+def _first_two(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Return the output and the gradient by the tokens."""
+    y, *gradients = subject.run()
+    x = gradients[-1] if subject.name.startswith("mc_jax") else gradients[0]
+    return _plain(y), _plain(x)
+
+
+def _plain(x: Any) -> np.ndarray:
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def _distance(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> float:
+    """Return the larger relative RMS distance of two outputs and two gradients.
+
+    Raises:
+        UserError: it is larger than rounding explains.
+    """
+    distance = max(
+        float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(left, right, strict=True)
+    )
+    if not distance < TOLERANCE:
+        raise UserError(
+            f"outputs differ by {distance:.0e} (relative RMS): must be below {TOLERANCE:.0e}"
+        )
+    return distance

@@ -1,0 +1,93 @@
+"""`mc bench scaling`: cost against tokens, with the fitted exponent and a log-log picture."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench import jax_layers
+from bench.layer import Grid, make_config
+from bench.report import Report, Row
+from bench.timing import alternate
+from mc_core.files import write_atomic
+
+
+def run(grid: Grid, runs: int) -> Report:
+    """Time one kind and chunk under each aggregation at every length.
+
+    A length is compiled, timed and let go before the next; the aggregations of a length alternate.
+    """
+    kind, chunk, segment = grid.kinds[0], grid.chunks[0], grid.segments[0]
+    rows: list[Row] = []
+    for tokens in grid.tokens:
+        subjects = {
+            aggregation: jax_layers.subject(
+                make_config(grid, kind, aggregation, chunk, segment),
+                grid.batch,
+                tokens,
+                dtype=grid.dtypes[0],
+                backward=grid.passes[0] == "both",
+                seed=grid.seed,
+                name=aggregation,
+            )
+            for aggregation in grid.aggregations
+        }
+        times = alternate({name: s.run for name, s in subjects.items()}, runs, warmup=1)
+        for name, timing in times.items():
+            rows.append(
+                {
+                    "aggregation": name,
+                    "tokens": tokens,
+                    "ms": 1e3 * timing.median,
+                    "processor ms": 1e3 * timing.processor_median,
+                    "tokens/s": subjects[name].tokens / timing.median,
+                    "GFLOP": (subjects[name].flops or 0) / 1e9,
+                    "MiB": (subjects[name].bytes or 0) / 2**20,
+                    "compile s": subjects[name].compile_s,
+                }
+            )
+    notes = []
+    if len(grid.tokens) > 1:
+        for name, (ms, gflop) in exponents(rows).items():
+            notes.append(f"{name}: time grows as tokens^{ms:.2f}, operations as tokens^{gflop:.2f}")
+    title = f"Scaling: {kind}, chunk {chunk}, segments of {segment}, {grid.batch} sequences"
+    return Report(title, rows, notes)
+
+
+def exponents(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Return, by aggregation, the exponents of tokens in processor time and in operations.
+
+    Least squares in logarithms.
+    """
+    found = {}
+    for name in dict.fromkeys(row["aggregation"] for row in rows):
+        own = [row for row in rows if row["aggregation"] == name]
+        tokens = np.log([row["tokens"] for row in own])
+        time, flops = (
+            float(np.polyfit(tokens, np.log([row[column] for row in own]), 1)[0])
+            for column in ("processor ms", "GFLOP")
+        )
+        found[name] = time, flops
+    return found
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw processor time against tokens, both in logarithms, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, (slope, _) in exponents(report.rows).items():
+        own = [row for row in report.rows if row["aggregation"] == name]
+        label = f"{name}: tokens^{slope:.2f}"
+        axes.loglog(
+            [r["tokens"] for r in own], [r["processor ms"] for r in own], marker="o", label=label
+        )
+    axes.set(xlabel="tokens", ylabel="processor time, ms", title=report.title)
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomic(path, buffer.getvalue())

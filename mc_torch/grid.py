@@ -68,7 +68,7 @@ def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> G
 
     opens = (begin >= 0) & (begin < stop)
     segment_end = chunk % per_segment == per_segment - 1
-    ends = segment_end & (end <= count[:, None]) & (end > 0)
+    ends = segment_end & (end <= count[:, None])
     segment = position // size
     following = segment[:, None] + _range(completed, 2, device)
     complete = (following + 1) * size <= (position + count)[:, None]

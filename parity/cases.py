@@ -47,6 +47,7 @@ class Case:
         dtype: float64, float32, or bfloat16 compute over float32 parameters.
         ties: all segments have the same keys, so that the router's scores are equal.
         drawn: the parameters are drawn for the comparison, else they are the model's own.
+        new_tokens: a model goes on with the tokens for so many, greedily; 0 = it does not.
         seed: of inputs, parameters and cotangents.
     """
 
@@ -62,6 +63,7 @@ class Case:
     dtype: str = "float64"
     ties: bool = False
     drawn: bool = True
+    new_tokens: int = 0
     seed: int = 0
 
     @property
@@ -75,6 +77,7 @@ class Case:
         layer = self.layer
         words = [f"{layer.memory.kind}+{layer.aggregation}"]
         words.append(self.method if self.level == "function" else self.level)
+        words += [f"greedy={self.new_tokens}"] * (self.new_tokens > 0)
         words += [layer.state_init_mode] * (layer.state_init_mode == "restart")
         cut = "explicit" if self.lengths else layer.segmentation
         words += [cut] * (cut != "constant") + ["ties"] * self.ties
@@ -144,6 +147,13 @@ class Inputs(NamedTuple):
     tokens: Array | None  # ids [b, t] of a model
     mask: Array | None  # bool [b, t]
     padding: Array | None = None  # bool [b, t], True where a row has no token
+
+    @property
+    def prompts(self) -> list[Array]:
+        """The ids of each row, without those at padding."""
+        assert self.tokens is not None
+        padding = np.zeros(self.tokens.shape, bool) if self.padding is None else self.padding
+        return [row[~absent] for row, absent in zip(self.tokens, padding, strict=True)]
 
 
 def draw(case: Case) -> Inputs:
@@ -244,6 +254,7 @@ def case(
     method: str = "chunked",
     dtype: str = "float64",
     ties: bool = False,
+    new_tokens: int = 0,
     seed: int = 0,
     **options: Any,
 ) -> Case:
@@ -256,7 +267,18 @@ def case(
             VOCABULARY, num_layers, layer, tie_embeddings=tie_embeddings, remat=remat
         )
     return Case(
-        config, level, method, tokens, 2, mask, lengths, splits, padding, dtype, ties, seed=seed
+        config,
+        level,
+        method,
+        tokens,
+        mask=mask,
+        lengths=lengths,
+        splits=splits,
+        padding=padding,
+        dtype=dtype,
+        ties=ties,
+        new_tokens=new_tokens,
+        seed=seed,
     )
 
 
@@ -300,6 +322,8 @@ QUICK = (
     case(_DLA, "soup", "restart", splits=(6, 1, 4), tokens=11, pooling="sum"),
     case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 1, 7), padding=True),
     case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
+    case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
+    case(_SWLA, "grm", "restart", level="model", num_layers=2, new_tokens=9),
 )
 
 _VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {

@@ -15,6 +15,7 @@ from mc_jax import (
     LanguageModel,
     MemoryCachingLayer,
     extend,
+    generate,
     init_cache,
     memory_caching,
 )
@@ -95,7 +96,7 @@ def _name(path: Any) -> str:
 def run(
     case: Case, inputs: Inputs, weights: Flat, dtype: str | None = None, device: str = "cpu"
 ) -> Leaves:
-    """Run a case forward and backward.
+    """Run a case forward and backward; or go on with its tokens, where it says so.
 
     Args:
         case: the case.
@@ -111,6 +112,9 @@ def run(
         if case.level != "function":
             graphdef, shapes = abstract(case, dtype)
             params = filled(shapes, weights)
+        if graphdef is not None and case.new_tokens:
+            new = generate(nnx.merge(graphdef, params), inputs.prompts, case.new_tokens)
+            return {"new_tokens": _leaf(jnp.stack(list(new)))}
 
         def forward(given: Any, params: Any) -> Forward:
             module = None if graphdef is None else nnx.merge(graphdef, params)

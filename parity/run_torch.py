@@ -11,6 +11,7 @@ from mc_torch import (
     LanguageModel,
     MemoryCachingLayer,
     extend,
+    generate,
     init_cache,
     memory_caching,
 )
@@ -31,7 +32,7 @@ def build(case: Case, dtype: str, device: str) -> Any:
 def run(
     case: Case, inputs: Inputs, weights: Flat, dtype: str | None = None, device: str = "cpu"
 ) -> Leaves:
-    """Run a case forward and backward.
+    """Run a case forward and backward; or go on with its tokens, where it says so.
 
     Args:
         case: the case.
@@ -48,6 +49,9 @@ def run(
         wide = state_dtype(dtype)
         load_torch(module, {name: x.astype(wide) for name, x in to_torch(weights).items()})
         params = dict(module.named_parameters())
+    if module is not None and case.new_tokens:
+        new = generate(module, inputs.prompts, case.new_tokens)
+        return {"new_tokens": _leaf(torch.stack(list(new)).int())}  # ids are int64 in PyTorch
     # A layer computes in the dtype of its input, a model, whose input are ids, in autocast's.
     casts = dtype == "bfloat16" and case.level == "model"
     with torch.autocast(device, torch.bfloat16) if casts else nullcontext():

@@ -69,7 +69,9 @@ def check(
         cases = [
             case.where(dtype=str(dtype or case.dtype))
             for case in GRIDS["full" if full else "quick"]()
-            if case.layer.memory.kind in (kind or MEMORIES)
+            # In bfloat16 the likeliest of two near tokens is a matter of rounding.
+            if not (case.new_tokens and dtype == Dtype.bfloat16)
+            and case.layer.memory.kind in (kind or MEMORIES)
             and case.layer.aggregation in (aggregation or AGGREGATIONS)
         ]
         if not cases:

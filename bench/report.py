@@ -58,7 +58,10 @@ class Report:
         """Return a section with the command, the table, the notes and the machine."""
         rows = [[cell(row.get(name)) for name in self.columns] for row in self.rows]
         marks = ["---", *["---:"] * (len(self.columns) - 1)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, marks, *rows)]
+        lines = [
+            "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+            for cells in (self.columns, marks, *rows)
+        ]
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         notes = [f"{note}." for note in self.notes]
         return "\n".join(

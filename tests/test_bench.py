@@ -1,0 +1,232 @@
+"""`mc bench`: what it counts, computes and writes. Nothing here is timed against a limit."""
+
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import mc, write_config
+
+from bench import memory, scaling
+from bench.count import count_flops
+from bench.report import Report
+from bench.timing import Timing, alternate, ratio
+from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core.errors import UserError
+from mc_jax import MemoryCachingLayer
+
+MEMORIES = {
+    "linear": LinearConfig(),
+    "normalized": LinearConfig(normalize=True, feature_map="elu+1"),
+    "swla": SWLAConfig(),
+    "dla": DLAConfig(expansion=2),
+    "titans": TitansConfig(expansion=2, depth=3),
+}
+
+
+def layer_of(memory, aggregation):
+    config = MCConfig(8, 2, memory=memory, aggregation=aggregation, segment_size=8, chunk_size=4)
+    return MemoryCachingLayer(config, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def flops(kind, aggregation, tokens, backward=True):
+    """Count a layer's products, forward and backward; nothing is compiled."""
+    graphdef, params = nnx.split(layer_of(MEMORIES[kind], aggregation))
+
+    def forward(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    def both(params, x):
+        y, pull = jax.vjp(forward, params, x)
+        return pull(y)
+
+    return count_flops(both if backward else forward, params, jnp.ones((1, tokens, 8)))
+
+
+def test_subjects_take_turns_and_warm_up():
+    calls = []
+    subjects = {name: functools.partial(calls.append, name) for name in "ab"}
+    times = alternate(subjects, runs=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert [len(times[name].seconds) for name in "ab"] == [3, 3]
+
+
+def test_a_ratio_is_that_of_the_turns():
+    slow = Timing(seconds=(4.0, 40.0, 6.0), processor=(2.0, 2.0, 2.0))
+    fast = Timing(seconds=(2.0, 10.0, 3.0), processor=(1.0, 0.5, 1.0))
+    assert ratio(slow, fast) == (2.0, 2.0)
+    assert slow.median == 6.0
+
+
+def test_a_scan_counts_as_often_as_it_runs():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+
+    def loop(a, b):
+        step = jax.checkpoint(lambda carry, _: (carry + jnp.sum(a @ b), None))
+        return jax.lax.scan(step, 0.0, None, length=7)[0]
+
+    assert count_flops(jax.jit(loop), a, b) == 7 * 2 * 3 * 4 * 5
+
+
+def test_of_two_branches_the_dearer_one_counts():
+    a = jnp.ones((4, 4))
+    chosen = lambda a: jax.lax.cond(a[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, a)  # noqa: E731
+    assert count_flops(chosen, a) == 2 * 2 * 4**3
+
+
+# Operations of 64 tokens in 8 segments, forward and backward. A change that lowers one lowers it
+# here; one that raises it says why.
+OPERATIONS = {
+    ("linear", "grm"): 265_728,
+    ("linear", "soup"): 265_728,
+    ("linear", "ssc"): 342_016,
+    ("swla", "grm"): 313_088,
+    ("swla", "soup"): 313_088,
+    ("swla", "ssc"): 389_376,
+    ("dla", "grm"): 633_344,
+    ("dla", "soup"): 633_344,
+    ("dla", "ssc"): 995_328,
+    ("titans", "grm"): 1_377_792,
+    ("titans", "soup"): 1_384_960,
+    ("titans", "ssc"): 2_165_760,
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS, ids="+".join)
+def test_operations_have_not_grown(case):
+    assert flops(*case, 64) <= OPERATIONS[case]
+
+
+@pytest.mark.parametrize("kind", ["linear", "titans"])
+def test_ssc_grows_with_tokens_and_not_with_segments(kind):
+    """Scores aside, which are one product of width k a pair."""
+    scores = lambda t: 3 * 2 * 2 * t * (t // 8) * 4  # noqa: E731  passes, flops, heads, pairs, k
+    long, short = (flops(kind, "ssc", t) - scores(t) for t in (1024, 512))
+    assert long / short < 2.05
+
+
+@pytest.mark.parametrize("kind", ["dla", "titans"])
+@pytest.mark.parametrize("aggregation", ["grm", "soup"])
+def test_a_dense_read_takes_half_of_the_masked_square(kind, aggregation):
+    n, t, h, k = 16, 128, 2, 4
+    widths = [k, *[2 * k] * (MEMORIES[kind].depth - 1), k]
+    one = sum(2 * into * out for into, out in itertools.pairwise(widths))
+    square = t * n * h * one
+    connector = 2 * t * 8 * 8
+    dense = flops(kind, aggregation, t, False) - flops(kind, "none", t, False) - connector
+    assert dense < 0.6 * square
+
+
+@pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_the_cache_is_as_large_as_the_config_says(kind, aggregation):
+    layer = layer_of(MEMORIES[kind], aggregation)
+    _, cache = jax.eval_shape(layer.forward_with_cache, jnp.ones((1, 21, 8)))
+    held = (cache.segments.weights, cache.segments.pool, cache.state, cache.pool_sum)
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(held))
+    assert memory.cache_numbers(layer.config, 21) == numbers
+
+
+@pytest.mark.parametrize("aggregation", ["none", "residual", "mean"])
+def test_a_cache_of_plain_matrices_does_not_grow(aggregation):
+    config = MCConfig(8, 2, aggregation=aggregation, segment_size=8)
+    assert memory.cache_numbers(config, 10) == memory.cache_numbers(config, 10_000)
+    config = MCConfig(8, 2, memory=DLAConfig(), aggregation=aggregation, segment_size=8)
+    grows = memory.cache_numbers(config, 10) < memory.cache_numbers(config, 10_000)
+    assert grows == (aggregation != "none")
+
+
+def test_mlp_memories_outgrow_keys_and_values_below_four_head_widths():
+    """facts: a cache of MLPs of expansion 4 is 4k/S of a KV cache of the same numbers' width."""
+    for segment, warned in ((128, True), (1024, False)):
+        layer = MCConfig(1536, 16, memory=TitansConfig(), segment_size=segment)
+        report = memory.run(ModelConfig(256, 24, layer), "float32", [1 << 20])
+        assert report.rows[0]["cache / KV"] == pytest.approx(4 * 96 / segment, rel=0.02)
+        assert any("outgrows" in note for note in report.notes) == warned
+
+
+def test_exponents_are_fitted_in_logarithms():
+    rows = [
+        {"aggregation": "grm", "tokens": t, "processor ms": 3 * t**1.5, "GFLOP": t**2}
+        for t in (1024, 2048, 8192)
+    ]
+    (found,) = scaling.exponents(rows).values()
+    np.testing.assert_allclose(found, (1.5, 2.0))
+
+
+def test_a_report_has_its_command_machine_and_empty_cells():
+    rows = [{"name": "a|b", "ms": 1234.5, "none": None}, {"name": "c", "error": 0.00123}]
+    report = Report("Title", rows, ("a note",), {"cores": 2}, "mc bench layer")
+    assert report.columns == ["name", "ms", "error"]
+    assert report.as_markdown() == (
+        "## Title\n\n`mc bench layer`\n\n| name | ms | error |\n| --- | ---: | ---: |\n"
+        "| a\\|b | 1,234 |  |\n| c |  | 0.00123 |\n\na note.\ncores 2.\n"
+    )
+    assert json.loads(report.as_json())["rows"][0]["ms"] == 1234.5
+
+
+def test_layers_are_measured_and_written(monkeypatch, tmp_path, capsys):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown")}
+    options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--batch", 1, "--runs", 0]
+    for name, path in files.items():
+        options += [f"--{name}", path]
+    assert mc(monkeypatch, "bench", "layer", "--kind", "swla", *options) == 0
+    written = json.loads(files["json"].read_text())
+    assert written["command"].startswith("mc bench layer --kind swla --tokens 8")
+    (row,) = written["rows"]
+    assert row["MiB"] > 0
+    assert row["compile s"] > 0
+    assert "swla+grm" in capsys.readouterr().out
+    assert "| jax swla+grm t=8" in files["markdown"].read_text()
+
+
+def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
+    options = ["--tokens", 8, "--tokens", 16, "--segment", 4, "--width", 8, "--heads", 2]
+    plot = tmp_path / "curves.png"
+    words = ["bench", "scaling", "--aggregation", "none", "--runs", 1, "--plot", plot, *options]
+    assert mc(monkeypatch, *words) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cache_of_a_config(monkeypatch, tmp_path, capsys):
+    path = write_config(tmp_path)
+    words = ["bench", "memory", path, "model.layer.memory.kind=titans", "--tokens", 64]
+    assert mc(monkeypatch, *words) == 0
+    assert "warning: this cache outgrows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layer", "--tokens", 0], "Invalid value for '--tokens'"),
+        (["layer", "--width", 7, "--heads", 2], "d_model = 7: must be a multiple of num_heads = 2"),
+        (["layer", "--kind", "rnn"], "'rnn' is not one of"),
+        (["scaling", "--runs", 0], "--runs 0: must be >= 1"),
+        (["peers", "--only", "none"], "--only none: must be one of linear-1024"),
+        (["memory", "no.yaml"], "no.yaml"),
+        (["model", "no.yaml"], "no.yaml"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, words, message):
+    assert mc(monkeypatch, "bench", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mc: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_peers_that_differ_are_not_reported():
+    from bench.peers import _distance
+
+    one, other = np.ones(3), np.ones(3) + 1e-7
+    assert _distance([one, one], [one, other]) < 1e-6
+    with pytest.raises(UserError, match="outputs differ by 1e\\+00"):
+        _distance([one, one], [one, 2 * one])

@@ -124,10 +124,10 @@ def test_a_dense_read_takes_half_of_the_masked_square(kind, aggregation):
 
 
 def test_mlp_memories_outgrow_keys_and_values_below_four_head_widths():
-    """A cache of MLPs of expansion 4 is 4k/S of a KV cache of the same dtype, S a segment's tokens."""
+    """An MLP of expansion 4 takes 4k/S of what the keys and values of S tokens take."""
     for segment, warned in ((128, True), (1024, False)):
         layer = MCConfig(1536, 16, memory=TitansConfig(), segment_size=segment)
-        report = memory.run(ModelConfig(256, 24, layer), "float32", [1 << 20])
+        report = memory.run(ModelConfig(256, 24, layer), [1 << 20], "float32")
         assert report.rows[0]["cache / KV"] == pytest.approx(4 * 96 / segment, rel=0.02)
         assert any("outgrows" in note for note in report.notes) == warned
 

@@ -8,6 +8,11 @@ from importlib.util import find_spec
 FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax whose XLA may be without the flag
 
 
+# XLA leaves out roundings to bfloat16 between the operations that it fuses. A comparison needs each
+# program as it is written.
+AS_WRITTEN: dict[str, bool | int] = {"xla_allow_excess_precision": False}
+
+
 def quick_compile() -> dict[str, bool | int]:
     """Return the options under which XLA compiles tiny programs about five times faster.
 
@@ -58,11 +63,13 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
             raise MissingError(
                 f"{package} is not installed: pip install 'memory-caching-jax[{EXTRAS[package]}]'"
             )
-    if "jax" not in sys.modules and device == "cpu":
-        # Each program is compiled in one thread, while another is traced.
-        options = quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
+    if "jax" not in sys.modules:
+        options = AS_WRITTEN
+        if device == "cpu":
+            # Each program is compiled in one thread, while another is traced.
+            options = options | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ["XLA_FLAGS"] = flags(options)
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import torch
 

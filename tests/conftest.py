@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from parity.environment import flags, quick_compile
+from parity.environment import AS_WRITTEN, flags, quick_compile
 
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
 # optimisations a jitted gradient takes 1-2 s in place of 10. Four devices are simulated, too.
-os.environ["XLA_FLAGS"] = flags(quick_compile() | {"xla_force_host_platform_device_count": 4})
+os.environ["XLA_FLAGS"] = flags(
+    AS_WRITTEN | quick_compile() | {"xla_force_host_platform_device_count": 4}
+)
 
 import jax
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch_subject
 from cases import MAIN, Case, assert_close, make_case, rms
 from flax import nnx
 from subject import arrays, call, projected, run
@@ -78,6 +80,19 @@ def test_bfloat16_inputs_keep_a_float32_state(memory, method):
     assert_close(result.gates, expected.gates, 2e-6, name="gates")
     assert_close(result.cache.segments.pool, expected.cache.segments.pool, 2e-6, name="pools")
     assert_close(result.cache.segments.weights, expected.cache.segments.weights, 1e-2, name="W")
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("memory", ["linear", "swla"])
+def test_the_recurrence_writes_products_that_are_not_rounded(memory, framework):
+    """A matrix memory's write is a sum of v kᵀ: exact in float32 where v and k are bfloat16."""
+    case = long_case(memory)
+    if framework == "jax":
+        cache = run(case, "recurrent", jnp.bfloat16).cache
+    else:
+        cache = torch_subject.run(case, "recurrent", torch.bfloat16).cache
+    expected = exact(case).cache
+    assert_close(np.asarray(cache.state.weights[0]), expected.state.weights[0], 2e-6)
 
 
 def test_long_sums_do_not_stall_in_bfloat16():

@@ -44,8 +44,8 @@ class Linear:
 
     def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
         (weight,) = state.weights
-        outer = self._value(v)[..., 0, :, None] * self._feature(k)[..., 0, None, :]
-        outer = outer.to(weight.dtype)
+        k, v = self._feature(k).to(weight.dtype), self._value(v).to(weight.dtype)
+        outer = v[..., 0, :, None] * k[..., 0, None, :]
         step, retention = at.step[..., None, None], at.retention[..., None, None]
         return state._replace(weights=(retention * weight + step * outer,))
 

@@ -11,24 +11,43 @@ from mc_jax.host import take
 from mc_jax.numerics import Array, align
 
 READS = 8  # of one token each that a step takes together: few tokens read many slots at once
+RUN = 256  # tokens that go through the slots together, to the last one that any of them reads
 
 # (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 Read = Callable[[Array, Weights], Array]
 
 
-def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
-    """Return `Σ_i gates_i read(x, weights_i)`; slots from `filled` on cost nothing.
+def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment: Array) -> Array:
+    """Return `Σ_i gates_i read(x, weights_i)`; slots that no token of a run reads cost nothing.
 
     Args:
         read: how tokens read some memories.
         x: tokens [b, h, c, i].
-        gates: [b, h, c, n], 0 at slots from `filled` on.
+        gates: [b, h, c, n], 0 at slots that a token does not read.
         weights: memories, each [b, n, h, o, i].
-        filled: int32 [].
+        segment: int32 [b, c], one past the last slot that a token reads.
 
     Returns:
         [b, h, c, o] in the gates' dtype.
     """
+    b, h, c, _ = x.shape
+    if c <= RUN:
+        return _sum_run(read, x, gates, weights, jnp.max(segment))
+
+    def split(x: Array, axis: int) -> Array:
+        widths = [(0, -c % RUN if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths).reshape(*x.shape[:axis], -1, RUN, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def run(part: tuple[Array, Array, Array]) -> Array:
+        x, gates, segment = part
+        return _sum_run(read, x, gates, weights, jnp.max(segment))
+
+    sums = jax.lax.map(run, (split(x, 2), split(gates, 2), split(segment, 1)))
+    return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
+
+
+def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
     n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
     x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
 

@@ -180,7 +180,7 @@ def _read(
     if config.detach_cached_states:
         cached = jax.lax.stop_gradient(cached)
     own, apply = gates[..., -1:], online_apply(writes, q.dtype)
-    weight, filled = gates[..., :-1].swapaxes(1, 2), jnp.max(grid.segment)
+    weight = gates[..., :-1].swapaxes(1, 2)
     if config.aggregation == "soup" and not memory.mixes_linearly:
 
         def one_layer(a: Array, weights: Weights) -> Array:
@@ -189,7 +189,7 @@ def _read(
         def mixed(layer: int, a: Array) -> Array:
             a = a.astype(q.dtype)
             tokens = from_places(a, grid).swapaxes(1, 2)
-            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), filled)
+            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), grid.segment)
             return to_places(own, grid) * apply(layer, a) + to_places(z.swapaxes(1, 2), grid)
 
         return from_places(memory.read(mixed, to_places(q, grid)), grid)
@@ -203,4 +203,6 @@ def _read(
     def read(x: Array, weights: Weights) -> Array:
         return memory.read(apply_weights(weights, x.dtype), x)
 
-    return online + sum_over_slots(read, q.swapaxes(1, 2), weight, cached, filled).swapaxes(1, 2)
+    return online + sum_over_slots(read, q.swapaxes(1, 2), weight, cached, grid.segment).swapaxes(
+        1, 2
+    )

@@ -9,26 +9,32 @@ from mc_torch.cache import is_traced
 from mc_torch.numerics import Array, remat
 
 READS = 64  # of one token each that a step takes together: few tokens read many slots at once
+RUN = 256  # tokens that go through the slots together, to the last one that any of them reads
 
 # (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 Read = Callable[[Array, Weights], Array]
 
 
-def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
-    """Return `Σ_i gates_i read(x, weights_i)`; slots from `filled` on cost nothing.
+def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment: Array) -> Array:
+    """Return `Σ_i gates_i read(x, weights_i)`; slots that no token of a run reads cost nothing.
 
     A compiled program reads them too: only the host could tell how many there are.
 
     Args:
         read: how tokens read some memories.
         x: tokens [b, h, c, i].
-        gates: [b, h, c, n], 0 at slots from `filled` on.
+        gates: [b, h, c, n], 0 at slots that a token does not read.
         weights: memories, each [b, n, h, o, i].
-        filled: integer [].
+        segment: integers [b, c], one past the last slot that a token reads.
 
     Returns:
         [b, h, c, o] in the gates' dtype.
     """
+    runs = zip(x.split(RUN, dim=2), gates.split(RUN, dim=2), segment.split(RUN, dim=1), strict=True)
+    return torch.cat([_sum_run(read, x, g, weights, torch.amax(s)) for x, g, s in runs], dim=2)
+
+
+def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
     n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
     if not is_traced(filled):
         n = min(n, int(filled))

@@ -175,7 +175,7 @@ def _read(
     if config.detach_cached_states:
         cached = tree_map(torch.detach, cached)
     own, apply = gates[..., -1:], online_apply(writes, q.dtype)
-    weight, filled = gates[..., :-1].transpose(1, 2), torch.amax(grid.segment)
+    weight = gates[..., :-1].transpose(1, 2)
     if config.aggregation == "soup" and not memory.mixes_linearly:
 
         def one_layer(a: Array, weights: Weights) -> Array:
@@ -184,7 +184,7 @@ def _read(
         def mixed(layer: int, a: Array) -> Array:
             a = a.to(q.dtype)
             tokens = from_places(a, grid).transpose(1, 2)
-            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), filled)
+            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), grid.segment)
             return to_places(own, grid) * apply(layer, a) + to_places(z.transpose(1, 2), grid)
 
         return from_places(memory.read(mixed, to_places(q, grid)), grid)
@@ -199,4 +199,6 @@ def _read(
         shape = (*weights[0].shape[:2], *x.shape[2:])
         return memory.read(apply_weights(weights, x.dtype), x.expand(shape))
 
-    return online + sum_over_slots(read, q.transpose(1, 2), weight, cached, filled).transpose(1, 2)
+    return online + sum_over_slots(read, q.transpose(1, 2), weight, cached, grid.segment).transpose(
+        1, 2
+    )

@@ -21,6 +21,7 @@ from mc_jax import (
     memory_caching,
     save_cache,
 )
+from mc_jax.slots import sum_over_slots
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
@@ -139,6 +140,21 @@ def test_gradients_flow_through_the_cache(memory, aggregation, mode):
     inputs = arrays(case)
     expected, actual = (jax.jit(jax.grad(f))(inputs) for f in (whole, parts))
     assert_close(actual, expected, 1e-9, name="gradient")
+
+
+def test_many_tokens_go_through_the_slots_in_runs():
+    """The last run is not whole, and no run begins where a segment does."""
+    rng, (b, h, c, n) = np.random.default_rng(0), (2, 2, 600, 7)
+    x, weights = rng.standard_normal((b, h, c, 3)), rng.standard_normal((b, n, h, 5, 3))
+    segment = np.broadcast_to(np.arange(c, dtype=np.int32) // 90, (b, c))
+    gates = rng.standard_normal((b, h, c, n)) * (np.arange(n) < segment[:, None, :, None])
+
+    def read(x, weights):
+        return jnp.einsum("bshoi,bshci->bshco", weights[0], x)
+
+    given = map(jnp.asarray, (x, gates, weights, segment))
+    y = jax.jit(lambda x, g, w, s: sum_over_slots(read, x, g, (w,), s))(*given)
+    assert_close(y, np.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x), EXACT)
 
 
 def layer(memory=None, aggregation="grm", dtype=jnp.float64, **options):

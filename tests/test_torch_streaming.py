@@ -238,11 +238,29 @@ def test_only_filled_slots_are_read():
     x, weights = draw(2, 2, 16, 3), draw(2, 9, 2, 5, 3)
     gates = torch.where(torch.arange(9) < 6, draw(2, 2, 16, 9), 0.0)
     expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
-    assert_close(sum_over_slots(read, x, gates, (weights,), torch.tensor(6)), expected, 1e-14)
+    six = torch.full((2, 16), 6)
+    assert_close(sum_over_slots(read, x, gates, (weights,), six), expected, 1e-14)
     assert seen == [4, 2]
-    none = sum_over_slots(read, x, torch.zeros_like(gates), (weights,), torch.tensor(0))
+    none = sum_over_slots(read, x, torch.zeros_like(gates), (weights,), 0 * six)
     assert none.shape == expected.shape
     assert not none.any()
+
+
+def test_many_tokens_go_through_the_slots_in_runs():
+    """Each run to the last slot that it reads: half of the square of tokens and slots."""
+    seen = []
+
+    def read(x, weights):
+        seen.append(x.shape[3] * weights[0].shape[1])
+        return torch.einsum("bshoi,bxhci->bshco", weights[0], x)
+
+    c, n = 1100, 11
+    x, weights = draw(2, 2, c, 3), draw(2, n, 2, 5, 3)
+    segment = (torch.arange(c) // 100).expand(2, c)
+    gates = torch.where(torch.arange(n) < segment[:, None, :, None], draw(2, 2, c, n), 0.0)
+    expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
+    assert_close(sum_over_slots(read, x, gates, (weights,), segment), expected, 1e-14)
+    assert sum(seen) < 0.65 * c * n
 
 
 def test_segments_go_to_their_slots():

@@ -369,7 +369,9 @@ def full() -> Iterator[Case]:
     """Yield the quick grid, and every kind, aggregation, start and segmentation in every dtype.
 
     The remaining choices are drawn anew for each, from a fixed seed. A third of what can stream
-    does.
+    does. Models in bfloat16 have one block and memories of at most two layers: through more the
+    rounding grows until either side is some percent from its own float64 run, and there is nothing
+    left to compare; float64 and float32 hold the deep ones.
     """
     yield from QUICK
     pick, pick_stream = random.Random(0).choice, random.Random(1).choice
@@ -384,6 +386,11 @@ def full() -> Iterator[Case]:
         streams = segmentation == "constant" and method == "chunked"
         streams = streams and pick_stream((True, False, False))
         first = pick_stream(((5,), (2, 3), (1, 6, 1)))
+        num_layers = pick((1, 2))
+        if dtype == "bfloat16":
+            num_layers = 1
+            if getattr(memory, "depth", 1) > 2:
+                memory = dataclasses.replace(memory, depth=2)
         yield case(
             memory,
             aggregation,
@@ -393,7 +400,7 @@ def full() -> Iterator[Case]:
             tokens=tokens,
             splits=(*first, tokens - sum(first)) if streams else None,
             padding=streams and level != "function" and pick_stream((True, False)),
-            num_layers=pick((1, 2)),
+            num_layers=num_layers,
             tie_embeddings=pick((True, False)),
             remat=pick((True, False)),
             mask=pick(MASKS),

@@ -389,7 +389,7 @@ def full() -> Iterator[Case]:
         num_layers = pick((1, 2))
         if dtype == "bfloat16":
             num_layers = 1
-            if getattr(memory, "depth", 1) > 2:
+            if isinstance(memory, DLAConfig | TitansConfig) and memory.depth > 2:
                 memory = dataclasses.replace(memory, depth=2)
         yield case(
             memory,

@@ -24,7 +24,9 @@ def same(left: Case, right: Case, *, gates: bool = True, cache: bool = True) -> 
     if gates:
         assert_close(a.gates, b.gates, EXACT, name="gates")
     if cache:
-        assert_close(a.cache, b.cache, EXACT, name="cache")
+        # What is kept beside the memories follows from how they are read, not from what they hold.
+        a, b = (x.cache._replace(total=()) for x in (a, b))
+        assert_close(a, b, EXACT, name="cache")
 
 
 @pytest.mark.parametrize("memory", ["swla", "titans"])

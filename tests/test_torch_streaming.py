@@ -279,7 +279,7 @@ def test_positions_past_the_limit_give_nan():
     case = make_case("titans", tokens=6)
     inputs = arrays(case)
     short = init_cache(inputs["initial"], case.config, 2, 5)
-    output, cache, _ = extend(**inputs, cache=short, config=case.config)
+    output, cache, *_ = extend(**inputs, cache=short, config=case.config)
     assert output.isnan().all()
     assert cache.position.tolist() == [6, 6]
     count = torch.tensor([6, 5], dtype=torch.int32)

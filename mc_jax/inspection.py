@@ -136,13 +136,15 @@ def watch_writes(
         speed = decay_products(at.momentum)
         keep, add = speed[..., 0], speed[..., 1:] * at.step[..., None, :]
         momentum_norm = by_token(norm(ChunkMix(jnp.zeros_like(keep), add, keep)))
-    return InnerLoop(
+    inner = InnerLoop(
         memory_norm=by_token(norm(after)),
         momentum_norm=momentum_norm,
         update_norm=by_token(written * norm(change)),
         loss_before=loss(before),
         loss_after=loss(after),
     )
+    # The memory's own norm has parameters, too.
+    return jax.lax.stop_gradient(inner)
 
 
 def _token_before(mix: ChunkMix) -> ChunkMix:

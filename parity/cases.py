@@ -304,7 +304,7 @@ QUICK = (
     case(DLAConfig(expansion=1, residual=False), "grm", pooling="sum", tokens=11),
     case(DLAConfig(depth=3, expansion=1, objective="l2"), "soup", method="recurrent", mask="some"),
     case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
-    case(DLAConfig(expansion=1, norm="layer"), "mean", segmentation="logarithmic"),
+    case(DLAConfig(expansion=1, norm="layer"), "mean", level="layer", segmentation="logarithmic"),
     case(_TITANS, "none", method="recurrent", mask="segment"),
     # Under seed 0 a layer norm meets so small a variance that float32 loses two digits anywhere.
     case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14, seed=1),

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from parity import run_jax, run_torch
 from parity.cases import Case, Inputs, draw
 from parity.compare import Difference, Outcome, compare, compare_rounded, tolerance
+from parity.leaves import Leaves, stack
 from parity.weights import Flat
 
 WORKERS = 2  # XLA compiles one case while Python traces the next
@@ -41,10 +42,28 @@ def check_case(case: Case, device: str = "cpu", weights: Flat | None = None) -> 
 
 
 def _rounded(case: Case, inputs: Inputs, weights: Flat, device: str) -> tuple[Difference, ...]:
-    return compare_rounded(
+    """Compare a bfloat16 case; where its one draw is over a limit, three draws together decide.
+
+    The limit is itself a distance of rounded numbers, and of a few numbers it scatters.
+    """
+    allowed = tolerance("float32", device, case.tokens)
+    runs = [_run_rounded(case, inputs, weights, device)]
+    differences = compare_rounded(*runs[0], allowed)
+    if not case.drawn or all(difference.ok for difference in differences):
+        return differences
+    for seed in (case.seed + 1, case.seed + 2):
+        other = case.where(seed=seed)
+        runs.append(_run_rounded(other, draw(other), run_jax.parameters(other), device))
+    torch, jax, torch_exact, jax_exact = map(stack, zip(*runs, strict=True))
+    return compare_rounded(torch, jax, torch_exact, jax_exact, allowed)
+
+
+def _run_rounded(
+    case: Case, inputs: Inputs, weights: Flat, device: str
+) -> tuple[Leaves, Leaves, Leaves, Leaves]:
+    return (
         run_torch.run(case, inputs, weights, device=device),
         run_jax.run(case, inputs, weights, device=device),
         run_torch.run(case, inputs, weights, "float64", device),
         run_jax.run(case, inputs, weights, "float64", device),
-        tolerance("float32", device, case.tokens),
     )

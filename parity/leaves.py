@@ -1,5 +1,6 @@
 """Named arrays: what a run gives, flattened in forward order, in NumPy, whatever framework ran."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -16,6 +17,24 @@ class Leaf(NamedTuple):
 GRADIENT = "gradient"  # what the names of gradients begin with
 
 Leaves = dict[str, Leaf]  # in forward order
+
+
+def stack(runs: Iterable[Leaves]) -> Leaves:
+    """Put the leaves of runs that differ in their numbers alone side by side, to be judged as one.
+
+    A leaf that some run lacks, or has in another shape or dtype, is that of the first run.
+    """
+    first, *others = runs
+    joined = {}
+    for name, leaf in first.items():
+        same = [run[name] for run in others if name in run and _alike(run[name], leaf)]
+        values = [leaf.value, *(one.value for one in same)]
+        joined[name] = leaf if len(same) < len(others) else Leaf(np.stack(values), leaf.dtype)
+    return joined
+
+
+def _alike(one: Leaf, other: Leaf) -> bool:
+    return one.dtype == other.dtype and one.value.shape == other.value.shape
 
 
 def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

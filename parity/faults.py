@@ -14,8 +14,9 @@ from rich.table import Table
 from mc_core import LinearConfig, TitansConfig
 from mc_torch.numerics import tree_map
 from parity import run_jax, run_torch
-from parity.cases import Case, case, draw
+from parity.cases import Case, draw
 from parity.compare import Difference, Outcome, compare, tolerance
+from parity.grids import case
 
 # What is put in place of a function, made of the function itself.
 Substitute = Callable[[Any], Any]

@@ -14,12 +14,13 @@ from mc_core.optimizer import OptimizerConfig
 from mc_core.trees import flatten
 from parity import run_jax, run_torch
 from parity import train as training
-from parity.cases import DTYPES, LEVELS, MASKS, METHODS, QUICK, draw, full
+from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw
 from parity.check import check
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.environment import quick_compile
 from parity.faults import FAULTS, TIES, selftest
 from parity.files import write_safetensors
+from parity.grids import QUICK, full
 from parity.leaves import Leaf, cotangent
 from parity.report import as_json, as_markdown, failures, summary
 from train.optimizer import make_optimizer, make_schedule

@@ -52,8 +52,8 @@ def check(
     """
     _prepare(device)
     from parity import report
-    from parity.cases import GRIDS
     from parity.check import check as compare_all
+    from parity.grids import GRIDS
 
     weights = None
     if config or checkpoint:

@@ -1,0 +1,198 @@
+"""The grids of cases that `mc parity check` compares: one quick, one full."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+from mc_core import (
+    DLAConfig,
+    LinearConfig,
+    MCConfig,
+    MemoryConfig,
+    ModelConfig,
+    SWLAConfig,
+    TitansConfig,
+)
+from mc_core.config import AGGREGATIONS, START_MODES
+from parity.cases import DTYPES, MASKS, METHODS, Case
+
+VOCABULARY = 19
+
+
+def case(
+    memory: MemoryConfig,
+    aggregation: str,
+    start: str = "checkpoint",
+    *,
+    level: str = "function",
+    tokens: int = 13,
+    num_layers: int = 1,
+    tie_embeddings: bool = True,
+    remat: bool = False,
+    mask: str = "none",
+    lengths: tuple[int, ...] | None = None,
+    splits: tuple[int, ...] | None = None,
+    padding: bool = False,
+    method: str = "chunked",
+    dtype: str = "float64",
+    ties: bool = False,
+    new_tokens: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """Build a small case; `options` are fields of `MCConfig`."""
+    options = {"segment_size": 4, "chunk_size": 3} | options
+    layer = MCConfig(8, 2, memory, aggregation, state_init_mode=start, **options)
+    config: MCConfig | ModelConfig = layer
+    if level == "model":
+        config = ModelConfig(
+            VOCABULARY, num_layers, layer, tie_embeddings=tie_embeddings, remat=remat
+        )
+    return Case(
+        config,
+        level,
+        method,
+        tokens,
+        mask=mask,
+        lengths=lengths,
+        splits=splits,
+        padding=padding,
+        dtype=dtype,
+        ties=ties,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+
+
+_LINEAR, _SWLA = LinearConfig(), SWLAConfig()
+_DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
+
+# Each kind with each aggregation once; the other choices are spread over these pairs.
+QUICK = (
+    case(_LINEAR, "none", "restart", level="model", num_layers=2, qk_norm="l2"),
+    case(LinearConfig(coefficients="head"), "residual", level="layer", conv_width=4, mask="padded"),
+    case(LinearConfig("elu+1", normalize=True), "grm", mask="some", softmax_temperature=0.7),
+    case(LinearConfig("elu+1"), "soup", "restart", segmentation="logarithmic", pooling="sum"),
+    case(_LINEAR, "ssc", ssc_top_k=2, ties=True, tokens=19),
+    case(LinearConfig(learn_initial=True), "mean", level="layer", tokens=11, output_norm="none"),
+    case(_SWLA, "none", lengths=(5, 1, 7), mask="segment"),
+    case(_SWLA, "residual", "restart", mask="row", method="recurrent"),
+    case(_SWLA, "grm", "restart", level="layer", segmentation="logarithmic", conv_width=3),
+    case(_SWLA, "soup", mask="some", detach_cached_states=True),
+    case(SWLAConfig(coefficients="head"), "ssc", level="layer", use_q_as_u=True, mask="padded"),
+    case(SWLAConfig(coefficients="constant", previous=0.5), "mean", level="layer", qk_norm="l2"),
+    case(_DLA, "none", level="layer", mask="some", tokens=10),
+    case(DLAConfig(depth=1, residual=False), "residual", "restart", mask="some"),
+    case(DLAConfig(expansion=1, residual=False), "grm", pooling="sum", tokens=11),
+    case(DLAConfig(depth=3, expansion=1, objective="l2"), "soup", method="recurrent", mask="some"),
+    case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
+    case(DLAConfig(expansion=1, norm="layer"), "mean", level="layer", segmentation="logarithmic"),
+    case(_TITANS, "none", method="recurrent", mask="segment"),
+    # Under seed 0 a layer norm meets so small a variance that float32 loses two digits anywhere.
+    case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14, seed=1),
+    case(_TITANS, "grm", level="model", conv_width=4, tie_embeddings=False, mask="padded"),
+    case(TitansConfig(depth=1, inner_clip=None), "soup", "restart", mask="some"),
+    case(_TITANS, "ssc", ssc_top_k=1, method="recurrent", tokens=11),
+    case(TitansConfig(expansion=1, coefficients="head"), "mean", level="layer", chunk_size=5),
+    case(_LINEAR, "grm", "restart", dtype="float32", mask="some"),
+    case(TitansConfig(depth=1), "grm", dtype="float32", tokens=11),
+    case(LinearConfig(coefficients="token"), "grm", level="layer", dtype="bfloat16"),
+    case(DLAConfig(depth=1), "residual", dtype="bfloat16", mask="some"),
+    case(LinearConfig("elu+1", normalize=True), "grm", mask="some", splits=(2, 1, 10)),
+    case(_SWLA, "ssc", "restart", mask="segment", splits=(5, 3, 5), chunk_size=2),
+    case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
+    case(_DLA, "soup", "restart", splits=(6, 1, 4), tokens=11, pooling="sum"),
+    case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 1, 7), padding=True),
+    case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
+    case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
+    case(_SWLA, "grm", "restart", level="model", num_layers=2, new_tokens=9),
+)
+
+_VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {
+    "linear": (
+        LinearConfig(),
+        LinearConfig("elu+1"),
+        LinearConfig("elu+1", normalize=True, coefficients="token", retention=0.9),
+        LinearConfig(coefficients="head", learn_initial=True),
+    ),
+    "swla": (
+        SWLAConfig(),
+        SWLAConfig(coefficients="head", learn_initial=True),
+        SWLAConfig(coefficients="constant", retention=0.9, previous=-0.3),
+    ),
+    "dla": (
+        DLAConfig(expansion=2),
+        DLAConfig(depth=1, residual=False, coefficients="head"),
+        DLAConfig(depth=3, expansion=1, objective="l2", residual=False),
+        DLAConfig(expansion=1, norm="layer", inner_clip=0.5, coefficients="constant"),
+    ),
+    "titans": (
+        TitansConfig(expansion=2),
+        TitansConfig(depth=1, inner_clip=None, coefficients="constant"),
+        TitansConfig(expansion=1, norm="layer", inner_clip=0.5, coefficients="head"),
+        TitansConfig(depth=3, expansion=1, objective="dot"),
+    ),
+}
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "chunk_size": (1, 3, 5),
+    "pooling": ("mean", "sum"),
+    "softmax_temperature": (1.0, 0.6),
+    "ssc_top_k": (1, 2, 3),
+    "use_q_as_u": (False, False, True),
+    "qk_norm": (None, "l2"),
+    "conv_width": (0, 4),
+    "output_norm": ("rms", "rms", "none"),
+    "detach_cached_states": (False, False, True),
+    "detach_cached_context": (False, False, True),
+}
+
+
+def full() -> Iterator[Case]:
+    """Yield the quick grid, and every kind, aggregation, start and segmentation in every dtype.
+
+    The remaining choices are drawn anew for each, from a fixed seed. A third of what can stream
+    does. Models in float32 and bfloat16 have one block, memories in bfloat16 at most two layers:
+    through more a rounding grows past what a limit can tell from a fault; float64 holds the deep
+    ones.
+    """
+    yield from QUICK
+    pick, pick_stream = random.Random(0).choice, random.Random(1).choice
+    for kind, aggregation, start, segmentation, dtype in product(
+        _VARIANTS, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
+    ):
+        options = {name: pick(values) for name, values in _OPTIONS.items()}
+        level = pick(("function", "function", "layer", "model"))
+        memory = pick(_VARIANTS[kind])
+        method = pick(METHODS) if level == "function" else "chunked"
+        tokens = pick((11, 13, 14, 23))
+        streams = segmentation == "constant" and method == "chunked"
+        streams = streams and pick_stream((True, False, False))
+        first = pick_stream(((5,), (2, 3), (1, 6, 1)))
+        num_layers = pick((1, 2))
+        if dtype != "float64":
+            num_layers = 1
+        if isinstance(memory, DLAConfig | TitansConfig) and dtype == "bfloat16":
+            memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
+        yield case(
+            memory,
+            aggregation,
+            start,
+            level=level,
+            method=method,
+            tokens=tokens,
+            splits=(*first, tokens - sum(first)) if streams else None,
+            padding=streams and level != "function" and pick_stream((True, False)),
+            num_layers=num_layers,
+            tie_embeddings=pick((True, False)),
+            remat=pick((True, False)),
+            mask=pick(MASKS),
+            segmentation=segmentation,
+            dtype=dtype,
+            seed=pick(range(1000)),
+            **options,
+        )
+
+
+GRIDS: dict[str, Callable[[], Iterator[Case]]] = {"quick": lambda: iter(QUICK), "full": full}

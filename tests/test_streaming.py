@@ -17,11 +17,8 @@ from mc_jax import (
     MemoryCachingLayer,
     extend,
     init_cache,
-    load_cache,
     memory_caching,
-    save_cache,
 )
-from mc_jax.slots import sum_over_slots
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
@@ -140,21 +137,6 @@ def test_gradients_flow_through_the_cache(memory, aggregation, mode):
     inputs = arrays(case)
     expected, actual = (jax.jit(jax.grad(f))(inputs) for f in (whole, parts))
     assert_close(actual, expected, 1e-9, name="gradient")
-
-
-def test_many_tokens_go_through_the_slots_in_runs():
-    """The last run is not whole, and no run begins where a segment does."""
-    rng, (b, h, c, n) = np.random.default_rng(0), (2, 2, 600, 7)
-    x, weights = rng.standard_normal((b, h, c, 3)), rng.standard_normal((b, n, h, 5, 3))
-    segment = np.broadcast_to(np.arange(c, dtype=np.int32) // 90, (b, c))
-    gates = rng.standard_normal((b, h, c, n)) * (np.arange(n) < segment[:, None, :, None])
-
-    def read(x, weights):
-        return jnp.einsum("bshoi,bshci->bshco", weights[0], x)
-
-    given = map(jnp.asarray, (x, gates, weights, segment))
-    y = jax.jit(lambda x, g, w, s: sum_over_slots(read, x, g, (w,), s))(*given)
-    assert_close(y, np.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x), EXACT)
 
 
 def layer(memory=None, aggregation="grm", dtype=jnp.float64, **options):
@@ -371,45 +353,3 @@ def test_cached_memories_may_lie_in_the_hosts_memory(aggregation):
     grown = module.grow(here, 40)
     assert {w.sharding.memory_kind for w in grown.stored.weights} == {"pinned_host"}
     assert_close(here.stored, there.stored, 1e-14, name="stored")
-
-
-@pytest.mark.parametrize("kind", ["layer", "model"])
-def test_a_saved_cache_goes_on(tmp_path, kind):
-    """In the middle of a chunk and of a segment, convolutions and bfloat16 memories included."""
-    path = tmp_path / "stream.safetensors"
-    if kind == "layer":
-        module, x = layer()
-    else:
-        module, x = model(SWLAConfig(), "ssc")
-    x = jnp.asarray(x)
-    cache = module.init_cache(len(x), 13, cache_dtype=jnp.bfloat16)
-    _, cache = module.extend(x[:, :6], cache)
-    save_cache(path, cache, module.config)
-    loaded = load_cache(path, module)
-    assert jax.tree.structure(loaded) == jax.tree.structure(cache)
-    for (name, saved), (_, read) in zip(flatten(cache), flatten(loaded), strict=True):
-        assert saved.dtype == read.dtype, name
-        np.testing.assert_array_equal(saved, read, err_msg=name)
-    np.testing.assert_array_equal(
-        module.extend(x[:, 6:], loaded)[0], module.extend(x[:, 6:], cache)[0]
-    )
-
-
-def test_a_cache_of_something_else_is_refused(tmp_path):
-    path = tmp_path / "stream.safetensors"
-    module, _ = layer()
-    save_cache(path, module.init_cache(2, 13), module.config)
-    with pytest.raises(ValueError, match=r"MCConfig.segment_size = 5: must be 4, as in the cache"):
-        load_cache(path, layer(segment_size=5)[0])
-    with pytest.raises(ValueError, match="MemoryCachingLayer"):
-        load_cache(path, model(SWLAConfig(), "ssc")[0])
-    cache = module.init_cache(2, 13)
-    broken = cache._replace(pool=cache.pool[:, :1], conv=cache.conv[:2])
-    save_cache(path, broken, module.config)
-    with pytest.raises(
-        ValueError, match=r"(?s)tensors do not fit.*missing conv.2.*must be pool float64\[2, 2, 4\]"
-    ):
-        load_cache(path, module)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"stream\.safetensors"):
-        load_cache(path, module)

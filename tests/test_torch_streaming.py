@@ -11,10 +11,8 @@ from test_torch_layer import draw, make_layer
 from torch_subject import arrays, call, leaves, projected
 
 from mc_core import LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
-from mc_torch import LanguageModel, Segments, extend, grow, init_cache
-from mc_torch.cache import put_slots
+from mc_torch import LanguageModel, extend, grow, init_cache
 from mc_torch.numerics import tree_map
-from mc_torch.slots import sum_over_slots
 
 EXACT, GRADIENT = 1e-10, 1e-9
 TITANS = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=3, conv_width=3)
@@ -226,53 +224,6 @@ def test_slots_are_copied_only_where_a_segment_completes():
             cache = layer.extend(token, cache)[1]
             copied.append(cache.stored.weights[0].data_ptr() != held)
     assert copied == [False, False, False, True] * 2 + [False]
-
-
-def test_only_filled_slots_are_read():
-    seen = []
-
-    def read(x, weights):
-        seen.append(weights[0].shape[1])
-        return torch.einsum("bshoi,bxhci->bshco", weights[0], x)
-
-    x, weights = draw(2, 2, 16, 3), draw(2, 9, 2, 5, 3)
-    gates = torch.where(torch.arange(9) < 6, draw(2, 2, 16, 9), 0.0)
-    expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
-    six = torch.full((2, 16), 6)
-    assert_close(sum_over_slots(read, x, gates, (weights,), six), expected, 1e-14)
-    assert seen == [4, 2]
-    none = sum_over_slots(read, x, torch.zeros_like(gates), (weights,), 0 * six)
-    assert none.shape == expected.shape
-    assert not none.any()
-
-
-def test_many_tokens_go_through_the_slots_in_runs():
-    """Each run to the last slot that it reads: half of the square of tokens and slots."""
-    seen = []
-
-    def read(x, weights):
-        seen.append(x.shape[3] * weights[0].shape[1])
-        return torch.einsum("bshoi,bxhci->bshco", weights[0], x)
-
-    c, n = 1100, 11
-    x, weights = draw(2, 2, c, 3), draw(2, n, 2, 5, 3)
-    segment = (torch.arange(c) // 100).expand(2, c)
-    gates = torch.where(torch.arange(n) < segment[:, None, :, None], draw(2, 2, c, n), 0.0)
-    expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
-    assert_close(sum_over_slots(read, x, gates, (weights,), segment), expected, 1e-14)
-    assert sum(seen) < 0.65 * c * n
-
-
-def test_segments_go_to_their_slots():
-    stored = Segments((draw(2, 4, 3),), draw(2, 4), torch.zeros(2, 4))
-    some = Segments((draw(2, 3, 3, seed=1),), draw(2, 3, seed=1), torch.ones(2, 3))
-    slots = torch.tensor([[1, 9, 0], [4, 9, 3]])
-    written = put_slots(stored, some, slots)
-    for old, new, found in zip(*map(leaves, (stored, some, written)), strict=True):
-        expected = old.clone()
-        expected[0, 1], expected[0, 0], expected[1, 3] = new[0, 0], new[0, 2], new[1, 2]
-        assert torch.equal(found, expected)
-    assert put_slots(stored, some, torch.full((2, 3), 4)) is stored
 
 
 def test_positions_past_the_limit_give_nan():

@@ -1,0 +1,106 @@
+"""A stream's cache in a file: either package goes on with it, and with nothing else."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import mc_jax
+import mc_torch
+from mc_core import MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core.trees import flatten
+from parity.weights import load_torch, to_torch
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+
+LAYER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=3, conv_width=4)
+OTHER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=5, chunk_size=3, conv_width=4)
+MODEL = ModelConfig(
+    17, 2, MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=4, chunk_size=3, conv_width=4)
+)
+PACKAGES = pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
+
+
+def build(package: Any, config: Any) -> Any:
+    """Build a layer or model in float64; both packages' have the same weights."""
+    kind = "LanguageModel" if isinstance(config, ModelConfig) else "MemoryCachingLayer"
+    left = getattr(mc_jax, kind)(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    if package is mc_jax:
+        return left
+    right = mc_torch.__dict__[kind](config, dtype=torch.float64)
+    load_torch(right, to_torch(mc_jax.pretrained.get_weights(left)))
+    return right
+
+
+def tokens(package: Any, config: Any) -> Any:
+    rng = np.random.default_rng(0)
+    if isinstance(config, ModelConfig):
+        x = rng.integers(17, size=(2, 13)).astype(np.int32)
+    else:
+        x = rng.standard_normal((2, 13, 8))
+    return jnp.asarray(x) if package is mc_jax else torch.tensor(x)
+
+
+def begun(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
+    """Return a module, the rest of a stream, and its cache in the middle of a chunk."""
+    module, x = build(package, config), tokens(package, config)
+    cache = module.init_cache(2, 13, cache_dtype=cache_dtype)
+    return module, x[:, 6:], plain(module.extend(x[:, :6], cache)[1])
+
+
+def plain(tree: Any) -> Any:
+    return mc_torch.numerics.tree_map(lambda x: getattr(x, "detach", lambda: x)(), tree)
+
+
+def array(x: Any) -> np.ndarray:
+    return np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
+
+
+@PACKAGES
+@pytest.mark.parametrize("config", [LAYER, MODEL], ids=["layer", "model"])
+def test_a_saved_cache_goes_on(tmp_path, package, config):
+    """Convolutions and bfloat16 memories included."""
+    path = tmp_path / "stream.safetensors"
+    short = jnp.bfloat16 if package is mc_jax else torch.bfloat16
+    module, rest, cache = begun(package, config, short)
+    package.save_cache(path, cache, config)
+    loaded = package.load_cache(path, module)
+    for (name, saved), (same, read) in zip(flatten(cache), flatten(loaded), strict=True):
+        assert (name, saved.dtype) == (same, read.dtype)
+        assert bool((saved == read).all()), name
+    outputs = [array(module.extend(rest, one)[0]) for one in (cache, loaded)]
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
+def test_either_package_goes_on_with_the_others_cache(tmp_path, writer, reader):
+    path = tmp_path / "stream.safetensors"
+    module, rest, cache = begun(writer, LAYER)
+    writer.save_cache(path, cache, LAYER)
+    expected = array(module.extend(rest, cache)[0])
+    other = build(reader, LAYER)
+    y, _ = other.extend(tokens(reader, LAYER)[:, 6:], reader.load_cache(path, other))
+    np.testing.assert_allclose(array(y), expected, rtol=0, atol=1e-12)
+
+
+@PACKAGES
+def test_a_cache_of_something_else_is_refused(tmp_path, package):
+    path = tmp_path / "stream.safetensors"
+    module = build(package, LAYER)
+    cache = plain(module.init_cache(2, 13))
+    package.save_cache(path, cache, LAYER)
+    with pytest.raises(ValueError, match=r"MCConfig.segment_size = 5: must be 4, as in the cache"):
+        package.load_cache(path, build(package, OTHER))
+    with pytest.raises(ValueError, match="MemoryCachingLayer"):
+        package.load_cache(path, build(package, MODEL))
+    broken = cache._replace(pool=cache.pool[:, :1], conv=cache.conv[:2])
+    package.save_cache(path, broken, LAYER)
+    message = r"(?s)tensors do not fit.*missing conv.2.*must be pool float64\[2, 2, 4\]"
+    with pytest.raises(ValueError, match=message):
+        package.load_cache(path, module)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"stream\.safetensors"):
+        package.load_cache(path, module)

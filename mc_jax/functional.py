@@ -13,7 +13,7 @@ from mc_jax.aggregate import read_all
 from mc_jax.backends import Coefficients, Memory, Norm, Weights, make_memory
 from mc_jax.cache import Cache, Segments, in_dtype, sum_complete
 from mc_jax.chunked import write_chunks
-from mc_jax.gates import gate, pool_keys, scores
+from mc_jax.gates import gate, pool_keys, spread
 from mc_jax.inspection import InnerLoop, watch_writes
 from mc_jax.numerics import Array, align, state_dtype
 from mc_jax.recurrent import run_tokens
@@ -163,9 +163,10 @@ def _run_chunks(
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
-    score = scores(u, pools.segment, pools.running, config)
-    gates, selected = gate(score, jnp.asarray(plan.segment_of, jnp.int32), config)
-    output = read_all(memory, config, writes, q, gates, selected, plan)
+    segment = jnp.asarray(plan.segment_of, jnp.int32)
+    weights, selected = gate(u, pools.segment, pools.running, segment, config)
+    output = read_all(memory, config, writes, q, weights, selected, plan)
+    gates = spread(weights, selected, plan.segments)
     length = pools.length[:, -1]
     cache = Cache(
         stored=Segments(writes.ends, pools.segment, pools.length),

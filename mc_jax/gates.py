@@ -70,7 +70,7 @@ def select(score: Array, readable: Array, top_k: int) -> Array:
     """Return the `top_k` cached memories of each token under `ssc` (equation 16).
 
     Args:
-        score: [..., n + 1], the online memory last.
+        score: [..., n], of cached memories.
         readable: bool, broadcasts to [..., n]; True where a memory is cached already.
         top_k: memories to select.
 
@@ -78,8 +78,8 @@ def select(score: Array, readable: Array, top_k: int) -> Array:
         [..., min(top_k, n)] indices, the best first, ties in the segments' order; n where too few
         are cached.
     """
-    n = score.shape[-1] - 1
-    cached = jnp.where(readable, jax.lax.stop_gradient(score[..., :n]), -jnp.inf)
+    n = score.shape[-1]
+    cached = jnp.where(readable, jax.lax.stop_gradient(score), -jnp.inf)
     best, index = jax.lax.top_k(cached, min(top_k, n))
     return jnp.where(best == -jnp.inf, n, index)
 
@@ -108,8 +108,46 @@ def readable(segment: Array, n: int, config: MCConfig) -> Array:
     return jnp.concatenate([cached, jnp.ones_like(cached, shape=(*segment.shape, 1))], axis=-1)
 
 
-def gate(score: Array, segment: Array, config: MCConfig) -> tuple[Array, Array | None]:
-    """Return the gates of all tokens, and what `ssc` selected.
+def gate(
+    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
+) -> tuple[Array, Array | None]:
+    """Return the weights of all tokens' reads; under `ssc`, of the selected memories alone.
+
+    Args:
+        u: connectors [b, t, h, k].
+        pools: cached pooled keys [b, n, h, k].
+        running: the online segment's pooled keys [b, t, h, k].
+        segment: [t] or [b, t] each token's segment.
+        config: the aggregation.
+
+    Returns:
+        weights: [b, t, h, n + 1], the online memory last, 0 where a memory is not read; under
+            `ssc` [b, t, h, m + 1], m = min(top_k, n).
+        selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
+    """
+    if config.aggregation != "ssc":
+        return gate_densely(scores(u, pools, running, config), segment, config), None
+    n = pools.shape[1]
+    u = u.astype(running.dtype).swapaxes(1, 2)  # [b, h, t, k]
+    if config.detach_cached_context:
+        pools = jax.lax.stop_gradient(pools)
+    pools = pools.swapaxes(1, 2)
+    every = product("bhtk,bhnk->bhtn", *jax.lax.stop_gradient((u, pools)), exact=True)
+    allowed = readable(align(segment, 2), n, config)[:, None, :, :n]
+    selected = select(every, allowed, config.ssc_top_k)
+    # Gradients take the scores of the selected alone: n of each token would be too many.
+    slot = jnp.minimum(selected, n - 1).reshape(*u.shape[:2], -1, 1)
+    picked = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
+    cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
+    online = jnp.sum(u.swapaxes(1, 2) * running, axis=-1, keepdims=True)
+    score = jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
+    selected = selected.swapaxes(1, 2)
+    read = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
+    return weigh(score, read, config), selected
+
+
+def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:
+    """Return the gates of all tokens: the definition, and what `gate` has but for `ssc`.
 
     Args:
         score: [b, t, h, n + 1].
@@ -117,16 +155,25 @@ def gate(score: Array, segment: Array, config: MCConfig) -> tuple[Array, Array |
         config: the aggregation.
 
     Returns:
-        gates: [b, t, h, n + 1], 0 where a memory is not read.
-        selected: [b, t, h, min(top_k, n)] under `ssc`, else None.
+        [b, t, h, n + 1], 0 where a memory is not read.
     """
     n = score.shape[-1] - 1
-    allowed = readable(segment, n, config)
-    allowed = allowed.reshape((1,) * (3 - allowed.ndim) + allowed.shape)[:, :, None]
-    allowed = jnp.broadcast_to(allowed, score.shape)
-    if config.aggregation != "ssc":
-        return weigh(score, allowed, config), None
-    selected = select(score, allowed[..., :n], config.ssc_top_k)
-    slots = selected[..., :, None] == align(jnp.arange(n, dtype=selected.dtype), selected.ndim + 1)
-    read = jnp.concatenate([slots.any(axis=-2), allowed[..., n:]], axis=-1)
-    return weigh(score, read, config), selected
+    read = readable(align(segment, 2), n, config)[:, :, None]
+    if config.aggregation == "ssc":
+        selected = select(score[..., :n], read[..., :n], config.ssc_top_k)
+        slots = selected[..., :, None] == align(
+            jnp.arange(n, dtype=selected.dtype), selected.ndim + 1
+        )
+        online = jnp.ones_like(score[..., n:], dtype=bool)
+        read = jnp.concatenate([slots.any(axis=-2), online], axis=-1)
+    return weigh(score, jnp.broadcast_to(read, score.shape), config)
+
+
+def spread(weights: Array, selected: Array | None, n: int) -> Array:
+    """Turn what `gate` returns into gates [b, t, h, n + 1] over all memories."""
+    if selected is None:
+        return weights
+    at = selected[..., None] == align(jnp.arange(n, dtype=selected.dtype), selected.ndim + 1)
+    share = weights[..., :-1, None]
+    cached = jnp.sum(jnp.where(at, share, jnp.zeros_like(share)), axis=-2)
+    return jnp.concatenate([cached, weights[..., -1:]], axis=-1)

@@ -20,7 +20,7 @@ from mc_jax.cache import (
     start_state,
     sum_complete,
 )
-from mc_jax.gates import gate, pooled, scores
+from mc_jax.gates import gate_densely, pooled, scores
 from mc_jax.numerics import Array
 
 
@@ -112,7 +112,7 @@ def run_token(
     running = pooled(pool_sum, count[:, None], config.pooling)
 
     score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
-    gates = gate(score, token.segment[None], config)[0][:, 0]
+    gates = gate_densely(score, token.segment[None], config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)
     slot = jnp.full_like(cache.slot, token.segment)

@@ -12,7 +12,7 @@ from mc_jax.backends import Coefficients, Memory, Weights
 from mc_jax.backends.base import apply_weights
 from mc_jax.cache import Cache, Segments, choose, put_slots, start_state
 from mc_jax.chunked import Scanned, Writes, began, online_apply, scan_chunks
-from mc_jax.gates import gate, pooled, readable, scores
+from mc_jax.gates import gate, pooled, readable, spread
 from mc_jax.grid import Grid, from_places, make_grid, to_places
 from mc_jax.numerics import Array, product, running_sum
 from mc_jax.slots import sum_over_slots
@@ -75,9 +75,9 @@ def extend_chunks(
         output = from_places(read, grid) * share
         gates = allowed.astype(share.dtype) * share
     else:
-        score = scores(u, stored.pool, pools.running, config)
-        gates, selected = gate(score, grid.segment, config)
-        output = _read(memory, config, writes, stored.weights, q, gates, selected, grid)
+        weights, selected = gate(u, stored.pool, pools.running, grid.segment, config)
+        output = _read(memory, config, writes, stored.weights, q, weights, selected, grid)
+        gates = spread(weights, selected, stored.length.shape[1])
 
     new = cache._replace(
         stored=stored,
@@ -198,7 +198,7 @@ def _read(
         return online
     if config.aggregation == "ssc":
         assert selected is not None
-        return online + read_sparse(memory, cached, q, gates, selected)
+        return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
 
     def read(x: Array, weights: Weights) -> Array:
         return memory.read(apply_weights(weights, x.dtype), x)

@@ -28,8 +28,9 @@ def read_all(
         config: the aggregation.
         writes: a chunked write of the same tokens.
         q: queries [b, t, h, k].
-        gates: [b, t, h, n + 1], the online memory last.
-        selected: [b, t, h, top_k] under `ssc`.
+        gates: [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1], of the
+            selected ones alone.
+        selected: [b, t, h, m] under `ssc`.
         plan: segments and chunks.
 
     Returns:
@@ -43,7 +44,7 @@ def read_all(
     online = read_online(memory, writes, q, plan) * gates[..., -1:]
     if config.aggregation == "ssc":
         assert selected is not None
-        return online + read_sparse(memory, cached, q, gates, selected)
+        return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
     if config.aggregation in ("residual", "mean") and memory.mixes_linearly:
         return online + read_sum(memory, cached, q, plan) * gates[..., :1]
     return online + read_dense(memory, cached, q, gates, plan)
@@ -100,13 +101,9 @@ def read_soup(
     return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
 
 
-def read_sparse(memory: Memory, cached: Weights, q: Array, gates: Array, selected: Array) -> Array:
-    """Read the selected memories, weighted by their gates (equation 17)."""
-    n = gates.shape[-1] - 1
+def read_sparse(memory: Memory, cached: Weights, q: Array, weight: Array, selected: Array) -> Array:
+    """Read the selected memories [b, t, h, m], weighted by their gates (equation 17)."""
     reads = read_selected(memory, cached, q, selected)
-    slot = selected.clamp(max=n - 1)
-    weight = torch.gather(gates[..., :n], -1, slot)
-    weight = torch.where(selected < n, weight, torch.zeros_like(weight))
     return torch.sum(reads * weight[..., None], dim=-2)
 
 

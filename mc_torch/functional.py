@@ -11,7 +11,7 @@ from mc_torch.aggregate import read_all
 from mc_torch.backends import Coefficients, Memory, Norm, Weights, make_memory
 from mc_torch.cache import Cache, Segments, in_dtype, sum_complete
 from mc_torch.chunked import write_chunks
-from mc_torch.gates import gate, pool_keys, scores
+from mc_torch.gates import gate, pool_keys, spread
 from mc_torch.inspection import InnerLoop, watch_writes
 from mc_torch.layout import Plan, make_plan
 from mc_torch.numerics import Array, align, state_dtype, tree_map
@@ -161,9 +161,10 @@ def _run_chunks(
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
-    score = scores(u, pools.segment, pools.running, config)
-    gates, selected = gate(score, torch.tensor(plan.segment_of, device=q.device), config)
-    output = read_all(memory, config, writes, q, gates, selected, plan)
+    segment = torch.tensor(plan.segment_of, device=q.device)
+    weights, selected = gate(u, pools.segment, pools.running, segment, config)
+    output = read_all(memory, config, writes, q, weights, selected, plan)
+    gates = spread(weights, selected, plan.segments)
     length = pools.length[:, -1]
     cache = Cache(
         stored=Segments(writes.ends, pools.segment, pools.length),

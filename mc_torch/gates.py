@@ -68,7 +68,7 @@ def select(score: Array, readable: Array, top_k: int) -> Array:
     """Return the `top_k` cached memories of each token under `ssc` (equation 16).
 
     Args:
-        score: [..., n + 1], the online memory last.
+        score: [..., n], of cached memories.
         readable: bool, broadcasts to [..., n]; True where a memory is cached already.
         top_k: memories to select.
 
@@ -76,8 +76,8 @@ def select(score: Array, readable: Array, top_k: int) -> Array:
         [..., min(top_k, n)] indices, the best first, ties in the segments' order; n where too few
         are cached.
     """
-    n = score.shape[-1] - 1
-    cached = torch.where(readable, score[..., :n].detach(), -torch.inf)
+    n = score.shape[-1]
+    cached = torch.where(readable, score.detach(), -torch.inf)
     # `torch.topk` leaves the order of ties open.
     best, index = torch.sort(cached, dim=-1, descending=True, stable=True)
     return torch.where(best == -torch.inf, n, index)[..., :top_k]
@@ -108,8 +108,46 @@ def readable(segment: Array, n: int, config: MCConfig) -> Array:
     return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
 
 
-def gate(score: Array, segment: Array, config: MCConfig) -> tuple[Array, Array | None]:
-    """Return the gates of all tokens, and what `ssc` selected.
+def gate(
+    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
+) -> tuple[Array, Array | None]:
+    """Return the weights of all tokens' reads; under `ssc`, of the selected memories alone.
+
+    Args:
+        u: connectors [b, t, h, k].
+        pools: cached pooled keys [b, n, h, k].
+        running: the online segment's pooled keys [b, t, h, k].
+        segment: [t] or [b, t] each token's segment.
+        config: the aggregation.
+
+    Returns:
+        weights: [b, t, h, n + 1], the online memory last, 0 where a memory is not read; under
+            `ssc` [b, t, h, m + 1], m = min(top_k, n).
+        selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
+    """
+    if config.aggregation != "ssc":
+        return gate_densely(scores(u, pools, running, config), segment, config), None
+    n = pools.shape[1]
+    u = u.to(running.dtype).transpose(1, 2)  # [b, h, t, k]
+    if config.detach_cached_context:
+        pools = pools.detach()
+    pools = pools.transpose(1, 2)
+    every = product("bhtk,bhnk->bhtn", u.detach(), pools.detach(), exact=True)
+    allowed = readable(align(segment, 2), n, config)[:, None, :, :n]
+    selected = select(every, allowed, config.ssc_top_k)
+    # Gradients take the scores of the selected alone: n of each token would be too many.
+    slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
+    picked = torch.take_along_dim(pools, slot, dim=2).reshape(*selected.shape, -1)
+    cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
+    online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
+    score = torch.cat([cached, online], dim=-1) / config.softmax_temperature
+    selected = selected.transpose(1, 2)
+    read = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
+    return weigh(score, read, config), selected
+
+
+def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:
+    """Return the gates of all tokens: the definition, and what `gate` has but for `ssc`.
 
     Args:
         score: [b, t, h, n + 1].
@@ -117,16 +155,24 @@ def gate(score: Array, segment: Array, config: MCConfig) -> tuple[Array, Array |
         config: the aggregation.
 
     Returns:
-        gates: [b, t, h, n + 1], 0 where a memory is not read.
-        selected: [b, t, h, min(top_k, n)] under `ssc`, else None.
+        [b, t, h, n + 1], 0 where a memory is not read.
     """
     n = score.shape[-1] - 1
-    allowed = readable(segment, n, config)
-    allowed = align(allowed, 3)[:, :, None].expand(score.shape)
-    if config.aggregation != "ssc":
-        return weigh(score, allowed, config), None
-    selected = select(score, allowed[..., :n], config.ssc_top_k)
-    number = torch.arange(n, device=selected.device)
-    slots = selected[..., :, None] == align(number, selected.ndim + 1)
-    read = torch.cat([slots.any(dim=-2), allowed[..., n:]], dim=-1)
-    return weigh(score, read, config), selected
+    read = readable(align(segment, 2), n, config)[:, :, None]
+    if config.aggregation == "ssc":
+        selected = select(score[..., :n], read[..., :n], config.ssc_top_k)
+        number = torch.arange(n, device=selected.device)
+        slots = selected[..., :, None] == align(number, selected.ndim + 1)
+        online = torch.ones_like(score[..., n:], dtype=torch.bool)
+        read = torch.cat([slots.any(dim=-2), online], dim=-1)
+    return weigh(score, read.expand(score.shape), config)
+
+
+def spread(weights: Array, selected: Array | None, n: int) -> Array:
+    """Turn what `gate` returns into gates [b, t, h, n + 1] over all memories."""
+    if selected is None:
+        return weights
+    at = selected[..., None] == align(torch.arange(n, device=selected.device), selected.ndim + 1)
+    share = weights[..., :-1, None]
+    cached = torch.sum(torch.where(at, share, torch.zeros_like(share)), dim=-2)
+    return torch.cat([cached, weights[..., -1:]], dim=-1)

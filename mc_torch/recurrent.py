@@ -17,7 +17,7 @@ from mc_torch.cache import (
     start_state,
     sum_complete,
 )
-from mc_torch.gates import gate, pooled, scores
+from mc_torch.gates import gate_densely, pooled, scores
 from mc_torch.layout import Plan
 from mc_torch.numerics import Array, unstack
 
@@ -110,7 +110,7 @@ def run_token(
 
     score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
     segment = torch.full((1,), token.segment, device=score.device)
-    gates = gate(score, segment, config)[0][:, 0]
+    gates = gate_densely(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)
     slot = torch.full_like(cache.slot, token.segment)

@@ -10,7 +10,7 @@ from mc_torch.backends import Coefficients, Memory, Weights
 from mc_torch.backends.base import apply_weights
 from mc_torch.cache import Cache, Segments, choose, put_slots, start_state
 from mc_torch.chunked import Scanned, Writes, began, online_apply, scan_chunks
-from mc_torch.gates import gate, pooled, readable, scores
+from mc_torch.gates import gate, pooled, readable, spread
 from mc_torch.grid import Grid, from_places, make_grid, to_places
 from mc_torch.numerics import Array, product, running_sum, tree_map, unstack
 from mc_torch.slots import sum_over_slots
@@ -73,9 +73,9 @@ def extend_chunks(
         output = from_places(read, grid) * share
         gates = allowed.to(share.dtype) * share
     else:
-        score = scores(u, stored.pool, pools.running, config)
-        gates, selected = gate(score, grid.segment, config)
-        output = _read(memory, config, writes, stored.weights, q, gates, selected, grid)
+        weights, selected = gate(u, stored.pool, pools.running, grid.segment, config)
+        output = _read(memory, config, writes, stored.weights, q, weights, selected, grid)
+        gates = spread(weights, selected, stored.length.shape[1])
 
     pool_sum, length = pools.sums[-1], pools.counts[-1]
     new = cache._replace(
@@ -193,7 +193,7 @@ def _read(
         return online
     if config.aggregation == "ssc":
         assert selected is not None
-        return online + read_sparse(memory, cached, q, gates, selected)
+        return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
 
     def read(x: Array, weights: Weights) -> Array:
         shape = (*weights[0].shape[:2], *x.shape[2:])

@@ -148,10 +148,8 @@ def _softmax_of_cached(weigh: Any) -> Any:
 
 def _latest_of_ties(select: Any) -> Any:
     def reversed_(score: Any, readable: Any, top_k: int) -> Any:
-        n = score.shape[-1] - 1
-        cached = score[..., :n].flip(-1)
-        turned = torch.cat([cached, score[..., n:]], -1)
-        index = select(turned, readable.flip(-1), top_k)
+        n = score.shape[-1]
+        index = select(score.flip(-1), readable.flip(-1), top_k)
         return torch.where(index < n, n - 1 - index, index)
 
     return reversed_
@@ -280,7 +278,7 @@ FAULTS = (
         "dropped gradient path: cached pools",
         LINEAR,
         "gradient.k",
-        {"mc_torch.functional.scores": _detached_pools},
+        {"mc_torch.gates.scores": _detached_pools},
     ),
     Fault(
         "tanh gelu",

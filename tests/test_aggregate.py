@@ -9,7 +9,7 @@ from cases import Array, assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
-from mc_jax.gates import gate, pool_keys, select
+from mc_jax.gates import gate, gate_densely, pool_keys, scores, select, spread
 from mc_jax.numerics import running_sum
 from mc_jax.sparse import BLOCK, read_selected
 from mc_jax.triangle import pairs_read, sum_over_earlier
@@ -84,7 +84,7 @@ def test_triangle_counts_the_pairs_that_it_reads(n):
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
 def test_select_takes_the_highest_scores_and_ties_go_to_the_earlier_segment(top_k):
     """Equation 16; where too few are cached a slot is empty (n)."""
-    score = jnp.asarray([[1.0, 2.0, 2.0, 0.0, 9.0], [3.0, 3.0, 3.0, 3.0, -9.0]])
+    score = jnp.asarray([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
     allowed = jnp.asarray([[True, True, True, True], [True, True, False, False]])
     chosen = np.asarray(select(score, allowed, top_k))
     assert chosen.shape == (2, min(top_k, 4))
@@ -99,7 +99,7 @@ def test_gates(aggregation):
     segment, n = np.array([0, 0, 1, 2, 3]), 4
     score = rng.standard_normal((2, 5, 3, n + 1))
     config = layer(aggregation, ssc_top_k=2)
-    gates, selected = gate(jnp.asarray(score), jnp.asarray(segment), config)
+    gates = gate_densely(jnp.asarray(score), jnp.asarray(segment), config)
     expected = np.zeros_like(score)
     for at in np.ndindex(2, 5, 3):
         own = segment[at[1]]
@@ -113,15 +113,41 @@ def test_gates(aggregation):
         )
     assert_close(gates, expected, EXACT)
     assert (np.asarray(gates)[expected == 0] == 0).all()
-    assert (selected is not None) == (aggregation == "ssc")
     if aggregation not in ("none", "residual"):
         assert_close(jnp.sum(gates, -1), np.ones((2, 5, 3)), EXACT, name="sum of gates")
 
 
 def test_gates_of_huge_scores_are_finite():
     score = jnp.full((1, 2, 1, 3), 1e300).at[..., 0].set(-1e300)
-    gates, _ = gate(score, jnp.asarray([0, 2]), layer("grm"))
+    gates = gate_densely(score, jnp.asarray([0, 2]), layer("grm"))
     assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 9])
+def test_gates_of_selected_memories_are_those_of_all(top_k):
+    """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
+    rng = np.random.default_rng(top_k)
+    b, t, h, k, n = 2, 7, 3, 4, 5
+    config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7)
+    u, running = (jnp.asarray(x) for x in rng.standard_normal((2, b, t, h, k)))
+    pools = jnp.asarray(rng.standard_normal((b, n, h, k))).at[:, 3].set(0.5).at[:, 1].set(0.5)
+    segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
+
+    def fast(u, pools, running):
+        weights, selected = gate(u, pools, running, segment, config)
+        assert weights.shape == (b, t, h, min(top_k, n) + 1)
+        return spread(weights, selected, n)
+
+    def dense(u, pools, running):
+        return gate_densely(scores(u, pools, running, config), segment, config)
+
+    args = (u, pools, running)
+    cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))
+    got, pull = jax.vjp(fast, *args)
+    expected, pull_dense = jax.vjp(dense, *args)
+    assert_close(got, expected, EXACT)
+    for a, e in zip(pull(cotangent), pull_dense(cotangent), strict=True):
+        assert_close(a, e, EXACT)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
-from mc_jax.backends import Coefficients, Memory, Norm, Weights, make_memory
+from mc_jax.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
 from mc_jax.cache import Cache, Segments, in_dtype, sum_complete
 from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, spread
@@ -71,17 +71,13 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
-    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    tokens = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
     if method == "recurrent":
-        output, cache, gates = run_tokens(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan
-        )
+        output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
     else:
-        output, cache, gates, inner = _run_chunks(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan, inspect
-        )
+        output, cache, gates, inner = _run_chunks(memory, config, tokens, initial, plan, inspect)
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
     gates = jnp.where(real, gates, jnp.zeros_like(gates))
@@ -135,12 +131,10 @@ def extend(
         exists = align(jnp.arange(t, dtype=count.dtype), 2) < count[:, None]
     mask = exists if mask is None else mask & exists
     count = jnp.sum(exists, axis=1, dtype=jnp.int32)
-    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    tokens = _cleaned(q, k, v, u, coefficients, mask)
     cache = in_dtype(cache, state_dtype(q.dtype))
     memory = make_memory(config.memory, norm)
-    output, new, gates = extend_chunks(
-        memory, config, q, k, v, u, initial, coefficients, mask, count, cache
-    )
+    output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
     room = (new.position <= cache.limit)[:, None, None, None]
@@ -151,16 +145,12 @@ def extend(
 def _run_chunks(
     memory: Memory,
     config: MCConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     plan: Plan,
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
+    q, k, v, u, coefficients, mask = tokens
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
@@ -185,7 +175,7 @@ def _run_chunks(
 
 def _cleaned(
     q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
-) -> tuple[Array, Array, Array, Array, Coefficients]:
+) -> Tokens:
     # Whatever stands at a masked token, NaN included, must not reach a product.
     real = mask[:, :, None, None]
     q, k, v = (jnp.where(real, x, jnp.zeros_like(x)) for x in (q, k, v))
@@ -195,7 +185,7 @@ def _cleaned(
         lambda x: jnp.where(mask[:, :, None], x.astype(dtype), jnp.ones_like(x, dtype=dtype)),
         coefficients,
     )
-    return q, k, v, u, coefficients
+    return Tokens(q, k, v, u, coefficients, mask)
 
 
 def _check(

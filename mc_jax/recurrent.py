@@ -9,7 +9,7 @@ import numpy as np
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.aggregate import read_token
-from mc_jax.backends import Coefficients, Memory, MemoryState, Weights
+from mc_jax.backends import Coefficients, Memory, MemoryState, Tokens, Weights
 from mc_jax.cache import (
     Cache,
     Segments,
@@ -41,13 +41,8 @@ class Token(NamedTuple):
 def run_tokens(
     memory: Memory,
     config: MCConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     plan: Plan,
 ) -> tuple[Array, Cache, Array]:
     """Run a sequence token by token.
@@ -55,28 +50,23 @@ def run_tokens(
     Args:
         memory: the memory kind.
         config: the layer's configuration.
-        q: [b, t, h, k], as k and u; zero at masked tokens.
-        k: as q.
-        v: [b, t, h, v].
-        u: as q.
+        tokens: the sequence.
         initial: W_0, first layer first, each [h, o, i].
-        coefficients: each [b, t, h].
-        mask: bool [b, t].
         plan: the segments and chunks.
 
     Returns:
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
     """
-    start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
-    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, u, coefficients, mask))
+    start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
+    by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
     where = (plan.segment_of.astype(np.int32), plan.opens_segment, plan.opens_chunk)
-    tokens = Token(*(*by_token, *map(jnp.asarray, where)))
+    each = Token(*(*by_token, *map(jnp.asarray, where)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)
 
-    cache = empty_cache(start, k[:, 0], plan.segments, plan.tokens, total=False)
-    cache, (output, gates) = jax.lax.scan(step, cache, tokens)
+    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.tokens, total=False)
+    cache, (output, gates) = jax.lax.scan(step, cache, each)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
 

@@ -8,7 +8,7 @@ import torch
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.aggregate import read_all
-from mc_torch.backends import Coefficients, Memory, Norm, Weights, make_memory
+from mc_torch.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
 from mc_torch.cache import Cache, Segments, in_dtype, sum_complete
 from mc_torch.chunked import write_chunks
 from mc_torch.gates import gate, pool_keys, spread
@@ -70,17 +70,13 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
-    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    tokens = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
     if method == "recurrent":
-        output, cache, gates = run_tokens(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan
-        )
+        output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
     else:
-        output, cache, gates, inner = _run_chunks(
-            memory, config, q, k, v, u, initial, coefficients, mask, plan, inspect
-        )
+        output, cache, gates, inner = _run_chunks(memory, config, tokens, initial, plan, inspect)
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
     gates = torch.where(real, gates, torch.zeros_like(gates))
@@ -133,12 +129,10 @@ def extend(
         exists = align(torch.arange(t, device=q.device), 2) < count[:, None]
     mask = exists if mask is None else mask & exists
     count = torch.sum(exists, dim=1, dtype=torch.int32)
-    q, k, v, u, coefficients = _cleaned(q, k, v, u, coefficients, mask)
+    tokens = _cleaned(q, k, v, u, coefficients, mask)
     cache = in_dtype(cache, state_dtype(q.dtype))
     memory = make_memory(config.memory, norm)
-    output, new, gates = extend_chunks(
-        memory, config, q, k, v, u, initial, coefficients, mask, count, cache
-    )
+    output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
     room = (new.position <= cache.limit)[:, None, None, None]
@@ -149,16 +143,12 @@ def extend(
 def _run_chunks(
     memory: Memory,
     config: MCConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     plan: Plan,
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
+    q, k, v, u, coefficients, mask = tokens
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = torch.tensor(plan.segment_of, device=q.device)
@@ -183,7 +173,7 @@ def _run_chunks(
 
 def _cleaned(
     q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
-) -> tuple[Array, Array, Array, Array, Coefficients]:
+) -> Tokens:
     # Whatever stands at a masked token, NaN included, must not reach a product.
     real = mask[:, :, None, None]
     q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
@@ -193,7 +183,7 @@ def _cleaned(
         lambda x: torch.where(mask[:, :, None], x.to(dtype), torch.ones_like(x, dtype=dtype)),
         coefficients,
     )
-    return q, k, v, u, coefficients
+    return Tokens(q, k, v, u, coefficients, mask)
 
 
 def _check(

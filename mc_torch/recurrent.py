@@ -6,7 +6,7 @@ import torch
 
 from mc_core.config import MCConfig
 from mc_torch.aggregate import read_token
-from mc_torch.backends import Coefficients, Memory, MemoryState, Weights
+from mc_torch.backends import Coefficients, Memory, MemoryState, Tokens, Weights
 from mc_torch.cache import (
     Cache,
     Segments,
@@ -39,13 +39,8 @@ class Token(NamedTuple):
 def run_tokens(
     memory: Memory,
     config: MCConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     plan: Plan,
 ) -> tuple[Array, Cache, Array]:
     """Run a sequence token by token.
@@ -53,22 +48,17 @@ def run_tokens(
     Args:
         memory: the memory kind.
         config: the layer's configuration.
-        q: [b, t, h, k], as k and u; zero at masked tokens.
-        k: as q.
-        v: [b, t, h, v].
-        u: as q.
+        tokens: the sequence.
         initial: W_0, first layer first, each [h, o, i].
-        coefficients: each [b, t, h].
-        mask: bool [b, t].
         plan: the segments and chunks.
 
     Returns:
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
     """
-    start = start_state(memory, initial, k[:, 0, :, None], v[:, 0, :, None])
-    by_token = unstack((q, k, v, u, coefficients, mask), dim=1)
+    start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
+    by_token = unstack(tokens, dim=1)
     where = zip(plan.segment_of, plan.opens_segment, plan.opens_chunk, strict=True)
-    cache = empty_cache(start, k[:, 0], plan.segments, plan.tokens, total=False)
+    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.tokens, total=False)
     reads = []
     for here, there in zip(by_token, where, strict=True):
         cache, read = run_token(memory, config, start, cache, Token._make((*here, *there)))

@@ -6,7 +6,7 @@ import torch
 
 from mc_core.config import MCConfig
 from mc_torch.aggregate import read_sparse
-from mc_torch.backends import Coefficients, Memory, Weights
+from mc_torch.backends import Memory, Tokens, Weights
 from mc_torch.backends.base import apply_weights
 from mc_torch.cache import Cache, Segments, choose, put_slots, start_state
 from mc_torch.chunked import Scanned, Writes, began, online_apply, scan_chunks
@@ -27,13 +27,8 @@ class Pools(NamedTuple):
 def extend_chunks(
     memory: Memory,
     config: MCConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     count: Array,
     cache: Cache,
 ) -> tuple[Array, Cache, Array]:
@@ -42,22 +37,18 @@ def extend_chunks(
     Args:
         memory: the memory kind.
         config: the layer's configuration.
-        q: [b, t, h, k], as k and u; zero at masked tokens.
-        k: as q.
-        v: [b, t, h, v].
-        u: as q.
+        tokens: the next tokens.
         initial: W_0, first layer first, each [h, o, i].
-        coefficients: each [b, t, h].
-        mask: bool [b, t].
         count: tokens of each row, its first ones, int32 [b]; the others do not exist.
         cache: the stream so far.
 
     Returns:
         output [b, t, h, v], the new cache, gates [b, t, h, n + 1] over its n slots.
     """
+    q = tokens.q
     grid = make_grid(cache.position, count, q.shape[1], config)
-    scanned, writes = _write(memory, config, k, v, initial, coefficients, mask, grid, cache)
-    pools = _pool(k, mask, grid, cache, config)
+    scanned, writes = _write(memory, config, tokens, initial, grid, cache)
+    pools = _pool(tokens.k, tokens.mask, grid, cache, config)
     stored, total, totals = _complete(scanned, pools, grid, cache, config)
     if config.detach_cached_states:
         totals = tree_map(torch.detach, totals)
@@ -73,7 +64,7 @@ def extend_chunks(
         output = from_places(read, grid) * share
         gates = allowed.to(share.dtype) * share
     else:
-        weights, selected = gate(u, stored.pool, pools.running, grid.segment, config)
+        weights, selected = gate(tokens.u, stored.pool, pools.running, grid.segment, config)
         output = _read(memory, config, writes, stored.weights, q, weights, selected, grid)
         gates = spread(weights, selected, stored.length.shape[1])
 
@@ -94,17 +85,14 @@ def extend_chunks(
 def _write(
     memory: Memory,
     config: MCConfig,
-    k: Array,
-    v: Array,
+    tokens: Tokens,
     initial: Weights,
-    coefficients: Coefficients,
-    mask: Array,
     grid: Grid,
     cache: Cache,
 ) -> tuple[Scanned, Writes]:
-    k, v = to_places(k, grid), to_places(v, grid)
-    at = tree_map(lambda x: to_places(x, grid), coefficients)
-    written = to_places(mask[:, :, None].to(at.step.dtype), grid)
+    k, v = to_places(tokens.k, grid), to_places(tokens.v, grid)
+    at = tree_map(lambda x: to_places(x, grid), tokens.coefficients)
+    written = to_places(tokens.mask[:, :, None].to(at.step.dtype), grid)
     start = start_state(memory, initial, k[0], v[0])
     state = tree_map(lambda x: x[:, None], cache.state)
     restarts = grid.restarts if config.state_init_mode == "restart" else None

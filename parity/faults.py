@@ -245,7 +245,7 @@ FAULTS = (
         LINEAR,
         STATE,
         {
-            "mc_torch.functional._cleaned": lambda f: lambda *a: (*f(*a)[:4], a[4]),
+            "mc_torch.functional._cleaned": lambda f: lambda *a: f(*a)._replace(coefficients=a[4]),
             "mc_torch.backends.linear.mask_coefficients": _undecayed_only,
         },
     ),

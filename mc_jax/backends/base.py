@@ -21,6 +21,17 @@ class Coefficients(NamedTuple):
     previous: Array | None = None  # weight of the token before, `swla` alone
 
 
+class Tokens(NamedTuple):
+    """A sequence as memories take it: zeros, and coefficients of 1, at masked tokens."""
+
+    q: Array  # [b, t, h, k], as k and u
+    k: Array
+    v: Array  # [b, t, h, v]
+    u: Array
+    coefficients: Coefficients  # each [b, t, h]
+    mask: Array  # bool [b, t], True = a real token
+
+
 class MemoryState(NamedTuple):
     """The online memory between two tokens, valid anywhere in a chunk or segment."""
 

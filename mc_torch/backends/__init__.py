@@ -1,7 +1,15 @@
 """The four memories, one file a kind."""
 
 from mc_core.config import DLAConfig, LinearConfig, MemoryConfig, SWLAConfig
-from mc_torch.backends.base import ChunkMix, Coefficients, Events, Memory, MemoryState, Weights
+from mc_torch.backends.base import (
+    ChunkMix,
+    Coefficients,
+    Events,
+    Memory,
+    MemoryState,
+    Tokens,
+    Weights,
+)
 from mc_torch.backends.dla import DLA
 from mc_torch.backends.linear import Linear
 from mc_torch.backends.mlp import Norm
@@ -19,6 +27,7 @@ __all__ = [
     "MemoryState",
     "Norm",
     "Titans",
+    "Tokens",
     "Weights",
     "make_memory",
 ]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from train.config import RunConfig
 from train.tasks.config import MQARConfig
 from train.tasks.examples import SPLITS, make_batches
-from train.tasks.mqar import gap_law, make_draw
+from train.tasks.mqar import gap_law, make_draw, make_draws
 
 lengths = st.integers(1, 12).flatmap(lambda n: st.tuples(st.integers(4 * n, 6 * n + 9), st.just(n)))
 
@@ -92,6 +92,18 @@ def test_lengths_come_in_turn():
     made = batches(3, accumulation=2)
     shapes = [(one.tokens.shape, one.places.shape) for one in (next(made) for _ in range(4))]
     assert shapes == [((2, 3, 16), (2, 3, 2)), ((2, 3, 24), (2, 3, 4))] * 2
+
+
+def test_lengths_of_the_same_tokens_share_a_shape():
+    """What is added counts nothing; what is asked stays."""
+    lengths = ((24, 2), (24, 4), (16, 2))
+    wide = make_draws(CONFIG, lengths, 5)
+    for length, draw, slots in zip(lengths, wide, (4, 4, 2), strict=True):
+        plain, example = make_draw(CONFIG, length, 5)("train", 3), draw("train", 3)
+        assert {len(x) for x in example[1:]} == {slots}
+        assert example.weights.tolist() == [1.0] * length[1] + [0.0] * (slots - length[1])
+        for one, other in zip(plain, example, strict=True):
+            assert one.tolist() == other[: len(one)].tolist()
 
 
 def test_splits_and_seeds_share_no_example():

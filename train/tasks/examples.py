@@ -34,6 +34,19 @@ def stack(examples: Sequence[Example]) -> Example:
     return Example(*(np.stack(field) for field in zip(*examples, strict=True)))
 
 
+def widen(draw: Draw, slots: int) -> Draw:
+    """Return a function that draws the same examples, with `slots` answers.
+
+    Added ones have weight 0. Batches of one number of tokens then share a shape, and a compilation.
+    """
+
+    def wide(split: str, index: int) -> Example:
+        tokens, *answers = draw(split, index)
+        return Example(tokens, *(np.pad(x, (0, slots - len(x))) for x in answers))
+
+    return wide
+
+
 class Examples(grain.sources.RandomAccessDataSource):
     """The training examples of one length; each is drawn when it is asked for."""
 

@@ -11,12 +11,13 @@ The dots are random tokens. Place 4 + 2x asks for a key whose gap is x = 0, 1, .
 are drawn, one after another, with probabilities that fall as (x + 1)^(a - 1).
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from train.tasks.config import Length, MQARConfig
-from train.tasks.examples import Draw, Example, generator
+from train.tasks.examples import Draw, Example, generator, widen
 
 
 def make_draw(config: MQARConfig, length: Length, seed: int) -> Draw:
@@ -27,6 +28,16 @@ def make_draw(config: MQARConfig, length: Length, seed: int) -> Draw:
     """
     config.check_length(length)
     return partial(_draw, config, length, gap_law(config.power, length), seed)
+
+
+def make_draws(config: MQARConfig, lengths: Sequence[Length], seed: int) -> list[Draw]:
+    """Return `make_draw` of each length; those with the same tokens have as many answers.
+
+    Raises:
+        ValueError: a length is not possible.
+    """
+    most = {tokens: max(p for t, p in lengths if t == tokens) for tokens, _ in lengths}
+    return [widen(make_draw(config, one, seed), most[one[0]]) for one in lengths]
 
 
 def gap_law(power: float, length: Length) -> np.ndarray:

@@ -20,7 +20,7 @@ from train.report import FILE, draw_curves
 from train.step import TrainState
 from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.examples import Draw, make_batches
-from train.tasks.mqar import make_draw
+from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 from train.tasks.score import Score, join, make_answer
 
@@ -166,7 +166,7 @@ def prepare(config: TrainConfig) -> tuple[list[dict[str, int]], Sequence[Draw], 
     data, seed = config.data, config.run.seed
     if isinstance(data, MQARConfig):
         lengths = [{"tokens": tokens, "pairs": pairs} for tokens, pairs in data.lengths]
-        draws = [make_draw(data, length, seed) for length in data.lengths]
+        draws = make_draws(data, data.lengths, seed)
         first = draws[0]("train", 0)
         return lengths, draws, hashlib.sha256(first.tokens.tobytes()).hexdigest()
     assert isinstance(data, NIAHConfig)

@@ -184,6 +184,7 @@ def test_another_task_replaces_the_data(tmp_path):
     text = write_config(tmp_path)
     assert load_config(text, ["data.task=text"]).data.window == 16
     assert load_config(text, ["data.task=niah"]).data.lengths == (512,)
+    assert load_config(text, ["data.depths=4", "data.task=niah"]).data.depths == 4
     twin = tmp_path / "twin.yaml"
     twin.write_text("base: tiny.yaml\ndata: {task: niah, depths: 5}\n")
     loaded = load_config(twin, ["data.depths=6"])

@@ -159,6 +159,7 @@ FREE_KEYS = frozenset(
         "sample_tokens",
     )
 )
+TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
 SECTIONS = {
     "TrainConfig": "",
     **{task.__name__: "data" for task in TASKS.values()},
@@ -180,7 +181,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
     merged = _merge(defaults, _load_yaml(path, ()))
-    for word in overrides:
+    # A word that replaces a whole memory or task comes before those that say more about it.
+    for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")
         try:
@@ -232,9 +234,12 @@ def _flatten(data: Any, path: str = "") -> dict[str, Any]:
     return items
 
 
-def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    if path.resolve() in above:
-        raise UserError(f"{path}: base: leads back to this file")
+def read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         loaded = OmegaConf.load(path)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -242,7 +247,14 @@ def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: give a YAML file") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: must be a mapping of data, model, run and optimizer")
+        raise UserError(f"{path}: must be a mapping of keys")
+    return loaded
+
+
+def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in above:
+        raise UserError(f"{path}: base: leads back to this file")
+    loaded = read_yaml(path)
     base = loaded.pop("base", None)
     if base is None:
         return loaded

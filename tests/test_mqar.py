@@ -88,6 +88,15 @@ def test_an_example_is_the_same_in_every_batch_and_order():
         assert set(rows) == wanted
 
 
+def test_every_batch_is_full():
+    """Also where an epoch ends within a batch."""
+    made = batches(5)
+    drawn = [next(made).tokens for _ in range(2 * 24)]
+    assert {tokens.shape for tokens in drawn} == {(1, 5, 16), (1, 5, 24)}
+    rows = np.concatenate([tokens[0] for tokens in drawn[::2]])
+    assert {(rows == row).all(1).sum() for row in rows} == {5}
+
+
 def test_lengths_come_in_turn():
     made = batches(3, accumulation=2)
     shapes = [(one.tokens.shape, one.places.shape) for one in (next(made) for _ in range(4))]

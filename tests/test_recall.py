@@ -24,7 +24,7 @@ from train.curves import read_rows
 from train.loop import train
 from train.step import answer_losses, build, mean_loss
 from train.tasks.examples import stack
-from train.tasks.score import Answers, wilson
+from train.tasks.score import Answers, make_answer, wilson
 from train.tasks.task import load_task
 
 MQAR = {"task": "mqar", "vocab_size": 24, "lengths": [[8, 2], [12, 3]], "validation_examples": 7}
@@ -219,6 +219,23 @@ def test_answers_are_counted_one_by_one_or_all_of_an_example():
     assert answers.score()[:2] == (7, 8)
     assert answers.score(whole=True)[:2] == (2, 3)
     assert answers.score(answers.distances < 4)[:2] == (3, 3)
+
+
+def test_answers_are_to_the_examples_of_the_split():
+    """Each of them once, though the last pass is not full."""
+    config = tiny()
+    graphdef, state, _ = build(config)
+    draw, seen = load_task(config).draws[0], set()
+
+    def noted(split, index):
+        seen.add((split, index))
+        return draw(split, index)
+
+    answers = make_answer(graphdef, 2)(state.params, state.rest, noted, "test", 3)
+    assert seen == {("test", 0), ("test", 1), ("test", 2)}
+    assert answers.right.shape == (3, 2)
+    expected = [draw("test", i).places - draw("test", i).origins for i in range(3)]
+    assert np.array_equal(answers.distances, expected)
 
 
 def test_stacked_examples_keep_their_fields():

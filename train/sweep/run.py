@@ -55,7 +55,9 @@ def sweep(
             results.find(run)
     chosen: list[Result] = []
     total = sum(map(len, first.values())) + len(first) * (len(config.seeds) - 1)
-    for number, (run, is_choice) in enumerate(_plan(config, first, results), 1):
+    number = 0
+    for run, is_choice in _plan(config, first, results):
+        number += not is_choice or run.seed != config.seeds[0]
         result = results.find(run)
         if result is None:
             result = do(run)
@@ -64,7 +66,7 @@ def sweep(
         if is_choice:
             chosen.append(result)
     table = make_table(path.stem, chosen, config)
-    console.print(table.table())
+    console.print(make_table(path.stem, chosen, config, cells=False).table())
     for line in table.footer():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if markdown:

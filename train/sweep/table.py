@@ -37,9 +37,20 @@ def score(results: Sequence[Result]) -> dict[str, float]:
     return {"accuracy": right / asked, "low": low, "high": high}
 
 
-def make_table(title: str, results: Sequence[Result], config: SweepConfig) -> Report:
-    """Return a line a row: its rate, its size, and its accuracy on the test cells."""
-    rows = [_line(name, own) for name, own in by_row(results).items()]
+def label(result: Result, *without: str) -> str:
+    """Return the values of a row's overrides, but those of some keys."""
+    values = [str(value) for key, value in result["overrides"].items() if key not in without]
+    return " ".join(values) or "base"
+
+
+def make_table(
+    title: str, results: Sequence[Result], config: SweepConfig, *, cells: bool = True
+) -> Report:
+    """Return a line a row: its rate, its size and its accuracy.
+
+    With `cells` also the accuracy on each test cell, which makes a wide table.
+    """
+    rows = [_line(name, own, cells) for name, own in by_row(results).items()]
     tokens = max((result["state_tokens"] for result in results), default=0)
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     seeds = ", ".join(map(str, config.seeds))
@@ -48,14 +59,18 @@ def make_table(title: str, results: Sequence[Result], config: SweepConfig) -> Re
     return Report(title, rows, notes)
 
 
-def _line(name: str, own: list[Result]) -> Row:
+def _line(name: str, own: list[Result], cells: bool) -> Row:
     good = [result for result in own if not result.get("error")]
-    row: Row = {"row": name, "rate": f"{own[0]['rate']:g}", "seeds": len(good)}
+    row: Row = {
+        "row": name if cells else label(own[0]),
+        "rate": f"{own[0]['rate']:g}",
+        "seeds": len(good),
+    }
     if not good:
         return row | {"state": own[0]["state_bytes"], "failed": len(own)}
     whole, each = score(good), [100 * score([result])["accuracy"] for result in good]
     row |= {
-        "parameters": good[0]["parameters"],
+        "parameters": good[0]["parameters"] if cells else None,
         "state": good[0]["state_bytes"],
         "accuracy %": 100 * whole["accuracy"],
         "from %": 100 * whole["low"],
@@ -64,7 +79,7 @@ def _line(name: str, own: list[Result]) -> Row:
         "highest %": max(each) if len(each) > 1 else None,
         "failed": len(own) - len(good) or None,
     }
-    for number, cell in enumerate(good[0]["test"]):
+    for number, cell in enumerate(good[0]["test"] if cells else ()):
         same = [result["test"][number] for result in good]
         right, asked = (sum(one[key] for one in same) for key in ("right", "asked"))
         size = ":".join(str(cell[key]) for key in ("tokens", "pairs") if key in cell)
@@ -81,12 +96,10 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
     for own in by_row(results).values():
         good = [result for result in own if not result.get("error")]
         if good:
-            first = good[0]
-            rest = {k: v for k, v in first["overrides"].items() if k != "model.layer.d_model"}
-            name = ", ".join(str(value) for value in rest.values()) or "base"
-            lines.setdefault(name, []).append((first, score(good)))
+            name = label(good[0], "model.layer.d_model")
+            lines.setdefault(name, []).append((good[0], score(good)))
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, by, label in zip(
+    for axes, by, words in zip(
         figure.subplots(1, 2, sharey=True),
         ("width", "state_bytes"),
         ("model width", "bytes of a stream's state"),
@@ -98,7 +111,7 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
             plot_scores(axes, places, [one for _, one in points], name)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set(xlabel=label)
+        axes.set(xlabel=words)
     if lines:
         axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{title}: accuracy on test examples")

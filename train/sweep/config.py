@@ -34,7 +34,7 @@ class SweepConfig:
         rows: further rows, overrides as they stand.
         seeds: of the runs of a row; the first one chooses the rate.
         rates: learning rates; None = the base's alone.
-        examples: test examples of each length.
+        examples: test examples of each length and depth; None = as `mc evaluate`.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -46,7 +46,7 @@ class SweepConfig:
     rows: tuple[Overrides, ...] = ()
     seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] | None = None
-    examples: int = 500
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "examples", 1)
@@ -93,7 +93,7 @@ class Run:
         seed: of the run.
         rate: its learning rate.
         config: all that follows.
-        examples: test examples of each length.
+        examples: test examples of each length and depth; None = as `mc evaluate`.
     """
 
     row: str
@@ -101,7 +101,7 @@ class Run:
     seed: int
     rate: float
     config: TrainConfig
-    examples: int
+    examples: int | None
 
     @property
     def fingerprint(self) -> str:
@@ -150,7 +150,8 @@ def load_sweep(path: Path) -> SweepConfig:
             if given.get(name) is not None:
                 given[name] = _structure(name, given[name], kind)
         _check("directory", given["directory"], str)
-        _check("examples", given.get("examples", 1), int)
+        if given.get("examples") is not None:
+            _check("examples", given["examples"], int)
         return SweepConfig(**given)
     except ValueError as error:
         text = str(error).removeprefix("SweepConfig.").removeprefix("sweep: ")

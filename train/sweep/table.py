@@ -48,7 +48,7 @@ def make_table(
 ) -> Report:
     """Return a line a row: its rate, its size and its accuracy.
 
-    With `cells` also the accuracy on each test cell, which makes a wide table.
+    With `cells` also the spread over the seeds and each test cell, which makes a wide table.
     """
     rows = [_line(name, own, cells) for name, own in by_row(results).items()]
     tokens = max((result["state_tokens"] for result in results), default=0)
@@ -75,8 +75,8 @@ def _line(name: str, own: list[Result], cells: bool) -> Row:
         "accuracy %": 100 * whole["accuracy"],
         "from %": 100 * whole["low"],
         "to %": 100 * whole["high"],
-        "lowest %": min(each) if len(each) > 1 else None,
-        "highest %": max(each) if len(each) > 1 else None,
+        "lowest %": min(each) if cells and len(each) > 1 else None,
+        "highest %": max(each) if cells and len(each) > 1 else None,
         "failed": len(own) - len(good) or None,
     }
     for number, cell in enumerate(good[0]["test"] if cells else ()):

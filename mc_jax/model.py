@@ -134,20 +134,25 @@ class LanguageModel(nnx.Module):
         """
         return from_pretrained(cls, ModelConfig, path, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
-        """Predict the next token at every place.
+    def __call__(
+        self, tokens: Array, mask: Array | None = None, places: Array | None = None
+    ) -> Array:
+        """Predict the next token at every place, or at chosen ones.
 
         Args:
             tokens: ids [b, t], int32, each below `vocab_size`: larger ones are not noticed here.
             mask: bool [b, t], True = a real token.
+            places: int [b, p], each below t; the head then computes no other logits. None = all.
 
         Returns:
-            logits [b, t, vocab_size], float32 (float64 where the model computes in it).
+            logits [b, t or p, vocab_size], float32 (float64 where the model computes in it).
         """
         x = self.embed(tokens)
         for block in self.blocks:
             run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
             x = run(block, x, mask)
+        if places is not None:
+            x = jnp.take_along_axis(x, places[..., None], axis=1)
         return self._logits(x)
 
     def inspect(self, tokens: Array, mask: Array | None = None) -> tuple[Array, tuple[Trace, ...]]:

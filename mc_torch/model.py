@@ -124,20 +124,25 @@ class LanguageModel(nn.Module):
         """
         return from_pretrained(cls, ModelConfig, path, device=device, dtype=dtype)
 
-    def forward(self, tokens: Array, mask: Array | None = None) -> Array:
-        """Predict the next token at every place.
+    def forward(
+        self, tokens: Array, mask: Array | None = None, places: Array | None = None
+    ) -> Array:
+        """Predict the next token at every place, or at chosen ones.
 
         Args:
             tokens: ids [b, t], integers below `vocab_size`.
             mask: bool [b, t], True = a real token.
+            places: int64 [b, p], each below t; the head then computes no other logits. None = all.
 
         Returns:
-            logits [b, t, vocab_size], float32 (float64 where the model computes in it).
+            logits [b, t or p, vocab_size], float32 (float64 where the model computes in it).
         """
         x = self._embed(tokens)
         for block in self.blocks:
             run = remat(block) if self.config.remat else block
             x = run(x, mask)
+        if places is not None:
+            x = torch.take_along_dim(x, places[..., None], dim=1)
         return self._logits(x)
 
     def inspect(self, tokens: Array, mask: Array | None = None) -> tuple[Array, tuple[Trace, ...]]:

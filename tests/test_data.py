@@ -11,7 +11,7 @@ from tiny import write_documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mc_core.errors import UserError
-from train.config import DataConfig, RunConfig
+from train.config import RunConfig, TextConfig
 from train.data import (
     STDLIB_WITHOUT,
     Windows,
@@ -67,7 +67,7 @@ def test_the_held_out_share_is_the_fraction():
 
 def test_a_copy_under_another_name_does_not_leak(tmp_path):
     folder = write_documents(tmp_path / "text")
-    config = DataConfig(corpus=(str(folder),), window=16, validation_fraction=0.3)
+    config = TextConfig(corpus=(str(folder),), window=16, validation_fraction=0.3)
     before = load_corpus(config, 256)
     for file in list(folder.iterdir()):
         (folder / f"copy of {file.name}").write_bytes(file.read_bytes())
@@ -82,7 +82,7 @@ def test_a_copy_under_another_name_does_not_leak(tmp_path):
 def test_a_single_file_gives_its_end_after_a_gap(tmp_path):
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(128)) * 8)
-    corpus = load_corpus(DataConfig(corpus=(str(path),), window=24, validation_fraction=0.1), 256)
+    corpus = load_corpus(TextConfig(corpus=(str(path),), window=24, validation_fraction=0.1), 256)
     text = path.read_bytes()
     assert corpus.validation == text[-102:]
     assert corpus.train.tobytes() == text[: 1024 - 102 - 24]
@@ -90,7 +90,7 @@ def test_a_single_file_gives_its_end_after_a_gap(tmp_path):
 
 def test_the_fingerprint_follows_the_text(tmp_path):
     folder = write_documents(tmp_path / "text")
-    config = DataConfig(corpus=(str(folder),), window=16)
+    config = TextConfig(corpus=(str(folder),), window=16)
     before = load_corpus(config, 256).fingerprint
     (folder / "3.txt").write_text("changed")
     assert load_corpus(config, 256).fingerprint != before
@@ -105,7 +105,7 @@ def test_stdlib_is_source_without_tests():
 
 def test_limits_cut_both_sides(tmp_path):
     folder = write_documents(tmp_path / "text")
-    config = DataConfig(
+    config = TextConfig(
         corpus=(str(folder),), window=16, train_bytes=100, validation_bytes=50,
         validation_fraction=0.3,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def test_windows_predict_every_token_once():
 
 
 def _batches(seed=0, accumulation=2, batch_size=3):
-    data = DataConfig(corpus=("x",), window=4)
+    data = TextConfig(corpus=("x",), window=4)
     run = RunConfig(steps=1, batch_size=batch_size, accumulation=accumulation, seed=seed)
     return make_batches(np.arange(4 * 30 + 1), data, run)
 
@@ -178,7 +178,7 @@ def tokenizer(tmp_path):
 def test_tokenizer_file(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("the memory reads the text " * 40)
-    corpus = load_corpus(DataConfig(corpus=(str(path),), tokenizer=tokenizer, window=8), 4)
+    corpus = load_corpus(TextConfig(corpus=(str(path),), tokenizer=tokenizer, window=8), 4)
     assert corpus.train[:5].tolist() == [1, 2, 3, 1, 0]
     assert corpus.encode(b"reads the").tolist() == [3, 1]
 
@@ -186,7 +186,7 @@ def test_tokenizer_file(tmp_path, tokenizer):
 def test_tokenizer_must_fit_the_model(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("the memory " * 40)
-    config = DataConfig(corpus=(str(path),), tokenizer=tokenizer, window=8)
+    config = TextConfig(corpus=(str(path),), tokenizer=tokenizer, window=8)
     with pytest.raises(UserError, match=r"model\.vocab_size = 3: .*needs at least 4"):
         load_corpus(config, 3)
     path.write_bytes(b"the \xff memory " * 40)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from cases import assert_close
 from flax import nnx
 from test_layer import layer_oracle
 
+import mc_torch
 from mc_core import LinearConfig, MCConfig, ModelConfig, TitansConfig
 from mc_core.config import NORM_EPS
 from mc_jax import LanguageModel
@@ -65,6 +67,29 @@ def test_the_model_is_its_blocks_one_after_another(tied):
     head = p["embed"]["embedding"].T if tied else p["head"]["kernel"]
     assert_close(run(model, TOKENS, mask), norm(x, p["norm"]["scale"]) @ head, 1e-9)
     assert ("head" in p) != tied
+
+
+@pytest.mark.usefixtures("float64", "strict")
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_logits_at_chosen_places_are_those_of_all_places(framework):
+    """Places may stand in any order, more than once, and differ between rows."""
+    places = np.array([[10, 0, 3], [5, 5, 1]])
+    if framework == "jax":
+        model = make_model(num_layers=1)
+        every = np.asarray(run(model, TOKENS))
+        graph, state = nnx.split(model)
+        some = np.asarray(
+            jax.jit(lambda s, *a: nnx.merge(graph, s)(a[0], None, a[1]))(state, TOKENS, places)
+        )
+    else:
+        config = dataclasses.replace(CONFIG, num_layers=1)
+        mirror = mc_torch.LanguageModel(config, dtype=torch.float64)
+        ids = torch.from_numpy(TOKENS).long()
+        with torch.no_grad():
+            every = mirror(ids).numpy()
+            some = mirror(ids, None, torch.from_numpy(places)).numpy()
+    assert some.shape == (2, 3, 13)
+    np.testing.assert_allclose(some, every[np.arange(2)[:, None], places], rtol=1e-12)
 
 
 @pytest.mark.usefixtures("float64", "strict")

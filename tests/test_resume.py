@@ -163,7 +163,7 @@ def train_until(step: int, config: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_random_streams_resume(tmp_path, monkeypatch):
     """A model with dropout draws the same numbers after a restart."""
     monkeypatch.setattr("train.step.LanguageModel", Dropping)
-    monkeypatch.setattr("train.loop.draw_gates", lambda *_: None)
+    monkeypatch.setattr("train.tasks.text.draw_gates", lambda *_: None)
     config = write_config(tmp_path)
     quiet(config, WHOLE(config))
     train_until(8, config, monkeypatch)

@@ -105,9 +105,11 @@ def model(
 ) -> None:
     """Time the training step of a configuration, on random tokens."""
     from bench import model as run
-    from train.config import load_config
+    from train.config import TextConfig, load_config
 
     loaded = load_config(config, overrides or ())
+    if not isinstance(loaded.data, TextConfig):
+        raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text' to be timed")
     from train.step import build, token_losses
 
     _show(run.run(loaded, build, token_losses, runs), json, markdown)

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import jax  # before grain, which does no more than warn where it is missing
+
+# isort: split
 import grain
-import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
@@ -22,7 +24,7 @@ class Meta(NamedTuple):
     """What a checkpoint says about itself; plain values, saved as JSON."""
 
     config: dict[str, Any]
-    fingerprint: str  # of the corpus
+    fingerprint: str  # of the data
     seconds: float  # of training, over all sittings
 
 

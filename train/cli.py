@@ -60,6 +60,14 @@ class CacheDtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class TaskName(StrEnum):
+    """What a run is scored on."""
+
+    TEXT = "text"
+    MQAR = "mqar"
+    NIAH = "niah"
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -79,11 +87,46 @@ def train(
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="a run's directory")]) -> None:
-    """Score a run's last checkpoint on its validation text."""
-    from train.loop import evaluate as score
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
+    markdown: Annotated[Path | None, typer.Option(help="write the table here")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the accuracy here  [default: sweep.png]")
+    ] = None,
+) -> None:
+    """Train and test many runs of a recall task, or go on with a sweep that was interrupted."""
+    from train.sweep.run import sweep as run
 
-    score(run, Console())
+    run(config, Console(), markdown=markdown, plot=plot)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    task: Annotated[TaskName | None, typer.Option(help="[default: the run's]")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah)  [default: to twice the run's]"
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="of a length and depth  [default: mqar 500, niah 20]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the test examples")] = 0,
+    depths: Annotated[int | None, typer.Option(help="niah: how many  [default: 40]")] = None,
+    haystack: Annotated[str | None, typer.Option(help="niah: noise or essay")] = None,
+    value: Annotated[str | None, typer.Option(help="niah: number or uuid")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the numbers here")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the accuracy here, as PNG")] = None,
+) -> None:
+    """Score a run's last checkpoint: validation text, or a recall task's test examples."""
+    from train.tasks.evaluate import Options
+    from train.tasks.evaluate import evaluate as score
+
+    options = Options(task, lengths, examples, seed, depths, haystack, value)
+    score(run, options, Console(), json_file=json, markdown=markdown, plot=plot)
 
 
 @app.command()

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_origin
 
 import cattrs
 import yaml
@@ -19,11 +19,12 @@ from mc_core.checks import check_choice, check_range, fail
 from mc_core.config import MEMORIES
 from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig
+from train.tasks.config import Length, MQARConfig, NIAHConfig
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The text.
+class TextConfig:
+    """Text, every token of which is predicted from those before it: what `data` is by default.
 
     Attributes:
         corpus: files, folders, or the word `stdlib` (the running Python's standard library).
@@ -34,6 +35,8 @@ class DataConfig:
         train_bytes: at most so much text is trained on; None for all of it.
     """
 
+    task: ClassVar[str] = "text"
+
     corpus: tuple[str, ...]
     tokenizer: str = "bytes"
     window: int = 512
@@ -43,10 +46,26 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.corpus:
-            fail("DataConfig", "corpus", list(self.corpus), "at least one file or folder")
+            fail("TextConfig", "corpus", list(self.corpus), "at least one file or folder")
         for name in ("window", "validation_bytes", "train_bytes"):
             check_range(self, name, 1)
         check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens that an example predicts."""
+        return self.window
+
+    @property
+    def min_vocab_size(self) -> int:
+        """The smallest `model.vocab_size` that can read the text, as far as it is known."""
+        return 256 if self.tokenizer == "bytes" else 1
+
+
+DataConfig = TextConfig | MQARConfig | NIAHConfig
+TASKS: dict[str, type[DataConfig]] = {
+    config.task: config for config in (TextConfig, MQARConfig, NIAHConfig)
+}
 
 
 @dataclass(frozen=True)
@@ -55,16 +74,16 @@ class RunConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: windows of a microbatch.
+        batch_size: windows, or examples of a recall task, of a microbatch.
         accumulation: microbatches of a step; their mean gradient is applied.
-        seed: of the parameters and of the order of the windows.
+        seed: of the parameters, of the data's order, and of what a recall task draws.
         dtype: compute type, `float32` or `bfloat16`; parameters are float32.
         directory: where everything goes; `runs/<name of the config file>` unless set.
         log_every: steps from one row of the curves to the next.
         save_every: steps from one checkpoint to the next; the last step is always saved.
         keep: how many checkpoints stay.
         validate_every: steps from one validation to the next; 0 for the end only.
-        validate_bytes: held-out text that is scored on the way.
+        validate_bytes: held-out text that is scored on the way; recall tasks score all examples.
         sample_tokens: length of the text that the trained model writes at the end; 0 for none.
     """
 
@@ -105,11 +124,26 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        if self.data.tokenizer == "bytes" and self.model.vocab_size < 256:
-            fail("ModelConfig", "vocab_size", self.model.vocab_size, ">= 256 for bytes")
+        least = self.data.min_vocab_size
+        if self.model.vocab_size < least:
+            reason = (
+                f"data.vocab_size = {least}" if self.data.task == "mqar" else f"{least} for bytes"
+            )
+            fail("ModelConfig", "vocab_size", self.model.vocab_size, f">= {reason}")
         warmup = self.optimizer.warmup_steps
         if warmup >= self.run.steps:
             fail("OptimizerConfig", "warmup_steps", warmup, f"< run.steps = {self.run.steps}")
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer of the run's text.
+
+        Raises:
+            UserError: the run knows no text.
+        """
+        if isinstance(self.data, MQARConfig):
+            raise UserError(f"{self.run.directory}: a run on data.task = 'mqar' knows no text")
+        return self.data.tokenizer
 
 
 # Keys that change nothing about the parameters: a checkpoint resumes under other values of them.
@@ -125,9 +159,10 @@ FREE_KEYS = frozenset(
         "sample_tokens",
     )
 )
+TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
 SECTIONS = {
     "TrainConfig": "",
-    "DataConfig": "data",
+    **{task.__name__: "data" for task in TASKS.values()},
     "OptimizerConfig": "optimizer",
     "RunConfig": "run",
     "ModelConfig": "model",
@@ -146,7 +181,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
     merged = _merge(defaults, _load_yaml(path, ()))
-    for word in overrides:
+    # A word that replaces a whole memory or task comes before those that say more about it.
+    for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")
         try:
@@ -198,9 +234,12 @@ def _flatten(data: Any, path: str = "") -> dict[str, Any]:
     return items
 
 
-def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    if path.resolve() in above:
-        raise UserError(f"{path}: base: leads back to this file")
+def read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         loaded = OmegaConf.load(path)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -208,7 +247,14 @@ def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: give a YAML file") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: must be a mapping of data, model, run and optimizer")
+        raise UserError(f"{path}: must be a mapping of keys")
+    return loaded
+
+
+def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    if path.resolve() in above:
+        raise UserError(f"{path}: base: leads back to this file")
+    loaded = read_yaml(path)
     base = loaded.pop("base", None)
     if base is None:
         return loaded
@@ -218,11 +264,15 @@ def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
 
 
 def _merge(low: DictConfig, high: DictConfig) -> DictConfig:
-    """Lay `high` over `low`; a memory of another kind replaces the whole memory."""
+    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole."""
     kinds = [OmegaConf.select(config, "model.layer.memory.kind") for config in (low, high)]
     if None not in kinds and kinds[0] != kinds[1]:
         low = low.copy()
         del low["model"]["layer"]["memory"]
+    task = OmegaConf.select(high, "data.task")
+    if task not in (None, OmegaConf.select(low, "data.task", default="text")) and "data" in low:
+        low = low.copy()
+        del low["data"]
     merged = OmegaConf.merge(low, high)
     assert isinstance(merged, DictConfig)
     return merged
@@ -230,19 +280,50 @@ def _merge(low: DictConfig, high: DictConfig) -> DictConfig:
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    for kind in (int, float, str):
+    for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _structure_plain)
     converter.register_structure_hook_func(lambda t: t == tuple[str, ...], _structure_words)
+    converter.register_structure_hook_func(_is_lengths, _structure_lengths)
+    converter.register_structure_hook_func(lambda t: t == DataConfig, _structure_task(converter))
+    converter.register_unstructure_hook_func(
+        lambda t: t == DataConfig, _unstructure_task(converter)
+    )
     converter.register_structure_hook(ModelConfig, lambda data, _: ModelConfig.from_dict(data))
     converter.register_unstructure_hook(ModelConfig, ModelConfig.to_dict)
-    converter.register_unstructure_hook_func(lambda t: t == tuple[str, ...], list)
+    converter.register_unstructure_hook_func(lambda t: get_origin(t) is tuple, _to_list)
     for kind in (int, float):
         converter.register_structure_hook(kind | None, _structure_optional)
     return converter
 
 
+def _structure_task(converter: cattrs.Converter) -> Callable[[Any, Any], DataConfig]:
+    def structure(data: Any, _: Any) -> DataConfig:
+        if not isinstance(data, dict):
+            raise ValueError("must be a mapping of keys")
+        task = data.get("task", TextConfig.task)
+        if not isinstance(task, str) or task not in TASKS:
+            fail("TextConfig", "task", task, "one of " + ", ".join(map(repr, TASKS)))
+        rest = {key: value for key, value in data.items() if key != "task"}
+        return converter.structure(rest, TASKS[task])
+
+    return structure
+
+
+def _unstructure_task(converter: cattrs.Converter) -> Callable[[DataConfig], dict[str, Any]]:
+    def unstructure(data: DataConfig) -> dict[str, Any]:
+        # Text goes without saying: so it stands in the checkpoints of runs that knew no other task.
+        tag = {} if isinstance(data, TextConfig) else {"task": data.task}
+        return tag | converter.unstructure(data, type(data))
+
+    return unstructure
+
+
+def _to_list(value: Any) -> Any:
+    return [_to_list(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _structure_plain(value: object, kind: type) -> Any:
-    wrong = isinstance(value, bool) or not isinstance(
+    wrong = isinstance(value, bool) != (kind is bool) or not isinstance(
         value, (int, float) if kind is float else kind
     )
     if wrong:
@@ -261,6 +342,24 @@ def _structure_words(value: object, _: type) -> tuple[str, ...]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"= {value!r}: must be a path, the word stdlib, or a list of them")
     return tuple(words)
+
+
+def _is_lengths(kind: Any) -> bool:
+    return kind in (tuple[int, ...], tuple[Length, ...])
+
+
+def _structure_lengths(value: object, kind: Any) -> tuple[Any, ...]:
+    def whole(item: object) -> bool:
+        return isinstance(item, int) and not isinstance(item, bool)
+
+    def pair(item: object) -> bool:
+        return isinstance(item, list) and len(item) == 2 and all(map(whole, item))
+
+    pairs = kind == tuple[Length, ...]
+    if not isinstance(value, list) or not all(map(pair if pairs else whole, value)):
+        what = "[tokens, pairs], each a list of two integers" if pairs else "numbers of tokens"
+        raise ValueError(f"= {value!r}: must be a list of {what}")
+    return tuple(tuple(item) if pairs else item for item in value)
 
 
 def _message(error: ClassValidationError) -> str:

@@ -16,8 +16,8 @@ from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run
 from train.config import TrainConfig, to_dict
-from train.data import load_corpus, make_batches
 from train.step import build, split
+from train.tasks.task import load_task
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
 
@@ -87,14 +87,13 @@ def read_run(path: Path) -> Weights:
 
 def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
     """Write a run that has not trained a step yet, with these parameters."""
-    corpus = load_corpus(config.data, config.model.vocab_size)
+    task = load_task(config)
     graphdef, state, _ = build(config)
     model = nnx.merge(graphdef, state.params, state.rest)
     load_jax(model, flat)
     state = state._replace(params=split(model)[1])
-    batches = make_batches(corpus.train, config.data, config.run)
     with Checkpoints(path) as checkpoints:
-        checkpoints.save(0, state, batches, Meta(to_dict(config), corpus.fingerprint, 0.0))
+        checkpoints.save(0, state, task.batches(), Meta(to_dict(config), task.fingerprint, 0.0))
 
 
 def _format_of(path: Path) -> str:

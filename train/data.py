@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mc_core.errors import UserError
-from train.config import DataConfig, RunConfig
+from train.config import RunConfig, TextConfig
 
 STDLIB = "stdlib"
 # Tests are data more than source; the rest of these differs between installations of one version.
@@ -41,7 +41,7 @@ class Corpus:
     fingerprint: str
 
 
-def load_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
     """Read, split and encode the text.
 
     Raises:
@@ -203,7 +203,7 @@ class Windows(grain.sources.RandomAccessDataSource):
         return self._tokens[start : start + self._size + 1].astype(np.int32)
 
 
-def make_batches(tokens: np.ndarray, data: DataConfig, run: RunConfig) -> grain.DatasetIterator:
+def make_batches(tokens: np.ndarray, data: TextConfig, run: RunConfig) -> grain.DatasetIterator:
     """Iterate without end over [accumulation, batch_size, window + 1] int32 batches.
 
     Every epoch visits all windows once, in an order of its own that follows from the seed.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.config import TrainConfig
+from train.config import TextConfig, TrainConfig
 from train.data import Corpus, clip
 from train.step import Tree, token_losses
 
@@ -41,6 +41,7 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
     window, which starts from nothing; a window's first token is predicted from the last one of
     the window before. Before the text's first token there is nothing: it costs log2(vocab_size).
     """
+    assert isinstance(config.data, TextConfig)
     window, rows = config.data.window, config.run.batch_size
 
     @jax.jit

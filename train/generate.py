@@ -201,7 +201,7 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
     if source.is_file():
         raise UserError(f"{source}: must be a run's folder or a .safetensors file")
     config, model, *_ = load_run(source)
-    return model, load_tokenizer(tokenizer or config.data.tokenizer, config.model.vocab_size)
+    return model, load_tokenizer(tokenizer or config.tokenizer, config.model.vocab_size)
 
 
 def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:

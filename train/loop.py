@@ -1,37 +1,29 @@
 """A training run, from its configuration to its report."""
 
-import dataclasses
-import hashlib
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
 from rich.console import Console
 
-from mc_core import segment_lengths
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.curves import Curves
-from train.data import Corpus, load_corpus, make_batches
-from train.evaluate import Validate, make_validation, references
 from train.optimizer import make_schedule
 from train.progress import Progress
-from train.report import Report, draw_curves, draw_router, load_report, print_report, save_report
-from train.sample import draw_sample
 from train.step import TrainState, build, check_finite, split
+from train.tasks.task import load_task
 
 
-def train(config: TrainConfig, console: Console) -> Report:
+def train(config: TrainConfig, console: Console) -> Any:
     """Train, or go on from the last checkpoint, and report; a finished run only prints its report.
 
     Raises:
-        UserError: the text, the configuration or the run's directory do not allow it.
+        UserError: the data, the configuration or the run's directory do not allow it.
         NotFiniteError: training met a NaN or an infinity; the last checkpoint is from before it.
     """
     run, directory = config.run, Path(config.run.directory)
-    corpus = load_corpus(config.data, config.model.vocab_size)
-    meta = Meta(to_dict(config), corpus.fingerprint, 0.0)
+    task = load_task(config)
+    meta = Meta(to_dict(config), task.fingerprint, 0.0)
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
         start = saved_step or 0
@@ -39,13 +31,13 @@ def train(config: TrainConfig, console: Console) -> Report:
             saved = checkpoints.meta(start)
             check_same_run(directory, saved, meta)
             meta = meta._replace(seconds=saved.seconds)
-        if start == run.steps and (report := load_report(directory)):
-            print_report(console, directory, report)
+        if start == run.steps and (report := task.load_report(directory)):
+            task.print_report(console, directory, report)
             return report
 
         graphdef, state, step_fn = build(config)
-        batches = make_batches(corpus.train, config.data, run)
-        validate = make_validation(graphdef, config, corpus)
+        batches = task.batches()
+        scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
         if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
@@ -71,75 +63,27 @@ def train(config: TrainConfig, console: Console) -> Report:
                         seconds=progress.seconds,
                     )
                 if due(step, run.validate_every):
-                    bits = validate(state.params, state.rest, run.validate_bytes)
-                    curves.write(step, validation_bits_per_byte=bits)
+                    curves.write(step, **scoring.row(state))
                 if due(step, run.save_every):
                     meta = meta._replace(seconds=progress.seconds)
                     checkpoints.save(step, state, batches, meta)
 
-    report = summarize(config, corpus, state, validate, run.steps, meta.seconds)
-    if run.sample_tokens:
-        model = nnx.merge(graphdef, state.params, state.rest)
-        sample = draw_sample(model, config, corpus.validation)
-        report = dataclasses.replace(report, sample=sample)
-    draw_curves(directory)
-    draw_gates(directory, config, corpus, graphdef, state)
-    save_report(directory, report)
-    print_report(console, directory, report)
+    report = scoring.report(state, run.steps, meta.seconds)
+    report = scoring.finish(directory, state, report)
+    task.print_report(console, directory, report)
     return report
 
 
-def evaluate(directory: Path, console: Console) -> Report:
-    """Score a run's last checkpoint, finished or not, and print the table.
+def evaluate(directory: Path, console: Console) -> Any:
+    """Score a run's last checkpoint, finished or not, on validation data, and print the table.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or the text is not the one of the run.
+        UserError: there is no checkpoint, it cannot be read, or the data are not those of the run.
     """
     config, model, step, saved = load_run(directory)
-    corpus = load_corpus(config.data, config.model.vocab_size)
-    check_same_run(directory, saved, saved._replace(fingerprint=corpus.fingerprint))
+    task = load_task(config)
+    check_same_run(directory, saved, saved._replace(fingerprint=task.fingerprint))
     graphdef, params, rest = split(model)
-    state = TrainState(params, (), rest)
-    validate = make_validation(graphdef, config, corpus)
-    report = summarize(config, corpus, state, validate, step, saved.seconds)
-    print_report(console, directory, report)
+    report = task.scoring(graphdef).report(TrainState(params, (), rest), step, saved.seconds)
+    task.print_report(console, directory, report)
     return report
-
-
-def summarize(
-    config: TrainConfig,
-    corpus: Corpus,
-    state: TrainState,
-    validate: Validate,
-    step: int,
-    seconds: float,
-) -> Report:
-    """Score the state after `step` steps on the whole validation text, beside the references."""
-    run, layer = config.run, config.model.layer
-    return Report(
-        name=Path(run.directory).name,
-        model=f"{layer.memory.kind} + {layer.aggregation}",
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        steps=step,
-        tokens=step * run.batch_size * run.accumulation * config.data.window,
-        seconds=seconds,
-        bits_per_byte=validate(state.params, state.rest, len(corpus.validation)),
-        validation_bytes=len(corpus.validation),
-        validation_sha256=hashlib.sha256(corpus.validation).hexdigest(),
-        documents=corpus.documents,
-        references=references(corpus.validation),
-    )
-
-
-def draw_gates(
-    directory: Path, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef, state: TrainState
-) -> None:
-    """Draw `router.png` for the first window of the validation text."""
-    layer = config.model.layer
-    model = nnx.merge(graphdef, state.params, state.rest)
-    tokens = corpus.encode(corpus.validation)[: config.data.window].astype(np.int32)
-    _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])
-    gates = [np.asarray(trace.gates[0].mean(axis=1)) for trace in traces]
-    draw_router(
-        directory, gates, segment_lengths(len(tokens), layer.segmentation, layer.segment_size)
-    )

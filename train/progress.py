@@ -26,7 +26,7 @@ class Progress:
         run = config.run
         self._console = console
         self._steps = run.steps
-        self._tokens_per_step = run.batch_size * run.accumulation * config.data.window
+        self._tokens_per_step = run.batch_size * run.accumulation * config.data.mean_tokens
         self._began = time.monotonic() - meta.seconds
         self._log_every = run.log_every
         self._start = start

@@ -112,6 +112,7 @@ def draw_curves(run: Path) -> None:
     panels = {
         "loss (nats a token)": "loss",
         "validation bits per byte": "validation_bits_per_byte",
+        "validation accuracy": "validation_accuracy",
         "gradient norm": "grad_norm",
         "learning rate": "learning_rate",
     }

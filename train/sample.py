@@ -25,11 +25,10 @@ class Sample(NamedTuple):
 
 def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) -> Sample:
     """Go on with the beginning of the validation text, for `run.sample_tokens` tokens."""
-    window = config.data.window
     options = Options(config.run.sample_tokens, temperature=0.8, batch_size=1)
     # No longer than half of what the model has seen at once; and a whole character at least.
-    text = clip(validation, min(PROMPT_BYTES, max(4, window // 2)))
-    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+    text = clip(validation, min(PROMPT_BYTES, max(4, int(config.data.mean_tokens) // 2)))
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     try:
         # Blocks of one token: one program to compile, where a second would take longer than they.
         (row,) = complete(model, tokenizer, [Prompt("validation", text)], options, Speed(), block=1)

@@ -12,6 +12,7 @@ from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
+from train.tasks.examples import Example
 
 Tree = Any  # nested dictionaries of arrays
 
@@ -27,13 +28,14 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """What a step reports: float32 scalars, and booleans."""
 
-    loss: jax.Array  # nats a token, mean over the batch
+    loss: jax.Array  # nats a token that is predicted, mean over the batch
     grad_norm: jax.Array  # before clipping
     all_finite: jax.Array
     finite: dict[str, Tree]  # "gradient" and "parameter": True where a tensor is finite
 
 
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+Batch = jax.Array | Example  # tokens [b, t + 1] of a text, or examples of a recall task
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
@@ -61,26 +63,46 @@ def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.A
     return losses, split(model)[2]
 
 
+def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Example) -> Any:
+    """Return losses [b, p], in nats, whether each answer is right, bool [b, p], and the new rest.
+
+    An answer is right where its label's logit is the highest; no other places have logits.
+    """
+    model = nnx.merge(graphdef, params, rest)
+    logits = model(batch.tokens, None, batch.places).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return losses, logits.argmax(-1) == batch.labels, split(model)[2]
+
+
+def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) -> Any:
+    """Return the mean over the tokens, or the answers, that are predicted, and the new rest."""
+    if isinstance(batch, Example):
+        losses, _, rest = answer_losses(graphdef, params, rest, batch)
+        return (losses * batch.weights).sum() / batch.weights.sum(), rest
+    losses, rest = token_losses(graphdef, params, rest, batch)
+    return losses.mean(), rest
+
+
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> TrainStep:
-    """Return the jitted step over tokens [accumulation, b, t + 1]; it consumes its state.
+    """Return the jitted step over microbatches, stacked [accumulation, ...]; it consumes its state.
 
     The gradient is the mean over the microbatches, as if they were one batch.
     """
 
-    def loss_of(params: Tree, rest: Tree, tokens: jax.Array) -> Any:
-        losses, rest = token_losses(graphdef, params, rest, tokens)
-        return losses.mean(), rest
+    def loss_of(params: Tree, rest: Tree, batch: Batch) -> Any:
+        return mean_loss(graphdef, params, rest, batch)
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        def add(carry: Any, microbatch: jax.Array) -> Any:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def add(carry: Any, microbatch: Any) -> Any:
             total, gradient, rest = carry
             grad_of = jax.value_and_grad(loss_of, has_aux=True)
             (loss, rest), new = grad_of(state.params, rest, microbatch)
             return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
 
         first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.rest)
-        (loss, gradient, rest), _ = jax.lax.scan(add, first, tokens)
-        loss, gradient = jax.tree.map(lambda x: x / len(tokens), (loss, gradient))
+        (loss, gradient, rest), _ = jax.lax.scan(add, first, batch)
+        count = len(jax.tree.leaves(batch)[0])
+        loss, gradient = jax.tree.map(lambda x: x / count, (loss, gradient))
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jax.tree.map(

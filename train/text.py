@@ -57,7 +57,7 @@ def read_text(path: Path, config: TrainConfig) -> Text:
     data = path.read_bytes()
     if not data:
         raise UserError(f"{path}: the file is empty: name one with text")
-    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     if tokenizer is None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = [decoder.decode(data[i : i + 1]) for i in range(len(data))]
@@ -72,7 +72,7 @@ def read_text(path: Path, config: TrainConfig) -> Text:
         raise UserError(f"{path}: {error}: a tokenizer needs UTF-8 text") from error
     encoded = tokenizer.encode(text, add_special_tokens=False)
     if not encoded.ids:
-        raise UserError(f"{path}: {config.data.tokenizer} makes no token of it: name another")
+        raise UserError(f"{path}: {config.tokenizer} makes no token of it: name another")
     ends = np.maximum.accumulate([end for _, end in encoded.offsets])
     # What a tokenizer skips, such as blanks, goes with the token after it.
     begins = [0, *ends[:-1]]

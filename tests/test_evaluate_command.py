@@ -1,0 +1,149 @@
+"""`mc evaluate` on recall tasks: what is asked, how it is counted, and what it writes."""
+
+import json
+
+import numpy as np
+import pytest
+from test_cli import fails
+from test_recall import MQAR, NIAH, write
+from tiny import mc, write_config
+
+from train.tasks import evaluate as subject
+from train.tasks.config import MQARConfig, NIAHConfig
+from train.tasks.score import wilson
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The configurations of two short runs, with a checkpoint each."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, data in (("mqar", MQAR), ("niah", NIAH)):
+            made[name] = write(tmp_path_factory.mktemp(name), data, steps=3)
+            assert mc(patch, "train", made[name]) == 0
+    return made
+
+
+def run_of(config):
+    return config.parent / "runs" / "recall"
+
+
+def known(monkeypatch, right):
+    """Let a model be right where a function of example, tokens and place says so."""
+
+    def make_answer(graphdef, rows):
+        def answer(params, rest, draw, split, count):
+            assert split == "test"
+            examples = [draw(split, i) for i in range(count)]
+            fields = ("weights", "places", "origins")
+            weights, places, origins = (np.stack([getattr(e, x) for e in examples]) for x in fields)
+            marks = np.stack([right(e, places[i]) for i, e in enumerate(examples)])
+            return subject.Answers(np.ones(marks.shape), marks, weights, places - origins)
+
+        return answer
+
+    monkeypatch.setattr(subject, "make_answer", make_answer)
+
+
+def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
+    """A model that remembers ten tokens is right up to there and no further."""
+    known(monkeypatch, lambda example, places: places - example.origins < 8)
+    files = [tmp_path / f"x.{kind}" for kind in ("json", "md", "png")]
+    words = ("--lengths", "24:2,24:6", "--examples", 40, "--seed", 4)
+    outputs = ("--json", files[0], "--markdown", files[1], "--plot", files[2])
+    assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words, *outputs) == 0
+    out = capsys.readouterr().out
+    found = json.loads(files[0].read_text())
+    assert [(c["tokens"], c["pairs"], c["asked"]) for c in found["cells"]] == [
+        (24, 2, 80), (24, 6, 240),
+    ]  # fmt: skip
+    shares = {part["distance"]: part for part in found["parts"]}
+    assert set(shares) == {2, 4, 8, 16}
+    assert [shares[d]["accuracy"] for d in (2, 4, 8, 16)] == [1, 1, 0, 0]
+    assert sum(part["asked"] for part in found["parts"]) == 320
+    assert sum(part["right"] for part in found["parts"]) == sum(c["right"] for c in found["cells"])
+    for row in [*found["cells"], *found["parts"]]:
+        assert (row["low"], row["high"]) == wilson(row["right"], row["asked"])
+        assert row["accuracy"] == row["right"] / row["asked"]
+    assert (found["seed"], found["examples"], found["step"]) == (4, 40, 3)
+    assert {"jax", "Python"} <= found["machine"].keys()
+    markdown = files[1].read_text()
+    for cell in found["cells"]:
+        assert f"| {cell['tokens']} | {cell['pairs']} | {100 * cell['accuracy']:.3g} |" in markdown
+    assert "accuracy % by distance" in out
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
+    """A needle counts only whole; one that stands before the middle is lost."""
+
+    def right(example, places):
+        half = example.origins < len(example.tokens) // 4
+        return np.where(half, np.arange(len(places)) > 0, True)
+
+    known(monkeypatch, right)
+    path, plot = tmp_path / "x.json", tmp_path / "x.png"
+    words = ("--lengths", "300,500", "--depths", 3, "--examples", 5, "--value", "uuid")
+    run = run_of(runs["niah"])
+    assert mc(monkeypatch, "evaluate", run, *words, "--json", path, "--plot", plot) == 0
+    found = json.loads(path.read_text())
+    assert found["data"]["value"] == "uuid"
+    assert [(p["tokens"], p["depth"], p["asked"]) for p in found["parts"]] == [
+        (tokens, depth, 5) for tokens in (300, 500) for depth in (0.0, 0.5, 1.0)
+    ]
+    by_depth = {(p["tokens"], p["depth"]): p["accuracy"] for p in found["parts"]}
+    assert by_depth[500, 0.0] == 0.0
+    assert by_depth[500, 0.5] == by_depth[500, 1.0] == 1.0
+    assert [cell["asked"] for cell in found["cells"]] == [15, 15]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_answers(runs, tmp_path, monkeypatch):
+    """Without a stand-in: the last, incomplete pass counts each example once."""
+    path = tmp_path / "x.json"
+    words = ("--lengths", "8:2", "--examples", 5, "--json", path)
+    assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert cell["asked"] == 10
+    assert 4.5 < cell["loss"] < 6.5
+    first = path.read_text()
+    assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
+    assert json.loads(path.read_text())["cells"] == json.loads(first)["cells"]
+
+
+def test_the_grid_reaches_twice_the_trained_lengths():
+    trained = MQARConfig(64, ((16, 2), (32, 8)))
+    assert subject.grid(trained) == (
+        (16, 2), (32, 2), (32, 8), (64, 2), (64, 8), (64, 16),
+    )  # fmt: skip
+    assert subject.grid(NIAHConfig(lengths=(256, 512))) == (256, 512, 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("mqar", ["--lengths", "8"], "--lengths '8': must have the form tokens:pairs"),
+        ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),
+        ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
+        ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),
+        ("mqar", ["--task", "niah"], "knows no text"),
+        ("mqar", ["--task", "text"], "name mqar or niah"),
+        ("mqar", ["--task", "quiz"], "'--task'"),
+        ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),
+        ("niah", ["--lengths", "30"], "data.lengths = 30: must be > "),
+        ("niah", ["--depths", "0"], "depths = 0: must be >= 1"),
+        ("niah", ["--value", "word"], "value = 'word': must be one of 'number', 'uuid'"),
+    ],
+)
+def test_bad_options(runs, monkeypatch, capsys, name, words, message):
+    fails(runs[name], monkeypatch, capsys, message, "evaluate", run_of(runs[name]), *words)
+
+
+def test_a_run_on_text_answers_too(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    assert mc(monkeypatch, "train", config, "run.steps=3") == 0
+    run = tmp_path / "runs" / "tiny"
+    words = ("--task", "mqar", "--lengths", "16:2", "--examples", 2)
+    assert mc(monkeypatch, "evaluate", run, *words) == 0
+    assert "queries" in capsys.readouterr().out
+    fails(config, monkeypatch, capsys, "name mqar or niah", "evaluate", run, "--examples", 3)

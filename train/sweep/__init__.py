@@ -1,0 +1,1 @@
+"""`mc sweep`: many runs of one recall task, and what they show together."""

@@ -1,0 +1,1 @@
+"""Recall tasks as training data: sequences whose answers stand in the sequence itself."""

@@ -1,0 +1,123 @@
+"""What a recall task is, as `data.task` of a run names it; checked once."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mc_core.checks import check_choice, check_range, fail
+
+Length = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MQARConfig:
+    """Multi-query associative recall, as zoology defines it (arXiv:2312.04927); see `mqar`.
+
+    Attributes:
+        vocab_size: token ids; keys are in the lower half, values in the upper.
+        lengths: (tokens, pairs) of the training examples; batches take them in turn.
+        power: exponent a of the gaps' law, a·x^(a - 1): the smaller, the nearer most queries.
+        random_non_queries: places that hold neither pair nor query are random tokens; otherwise 0.
+        examples: distinct training examples of each length; an epoch visits each once.
+        validation_examples: held-out examples of each length.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    task: ClassVar[str] = "mqar"
+
+    vocab_size: int = 8192
+    lengths: tuple[Length, ...] = ((64, 4), (128, 8), (256, 16), (512, 64))
+    power: float = 0.01
+    random_non_queries: bool = True
+    examples: int = 100_000
+    validation_examples: int = 500
+
+    def __post_init__(self) -> None:
+        check_range(self, "vocab_size", 4)
+        check_range(self, "power", 0.0, open_low=True)
+        for name in ("examples", "validation_examples"):
+            check_range(self, name, 1)
+        if not self.lengths:
+            fail("MQARConfig", "lengths", [], "at least one [tokens, pairs]")
+        for length in self.lengths:
+            self.check_length(length)
+
+    def check_length(self, length: Length) -> None:
+        """Hold (tokens, pairs) to what fits.
+
+        Raises:
+            ValueError: the queries do not fit into the tokens, or the keys into the vocabulary.
+        """
+        tokens, pairs = length
+        if pairs < 1 or tokens < 4 * pairs:
+            allowed = "[tokens, pairs] with pairs >= 1 and tokens >= 4 pairs"
+            fail("MQARConfig", "lengths", list(length), allowed)
+        if pairs > self.vocab_size // 2 - 1:
+            allowed = f"< {self.vocab_size // 2} pairs: keys are half of the {self.vocab_size} ids"
+            fail("MQARConfig", "lengths", list(length), allowed)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of an example, mean over the lengths."""
+        return sum(tokens for tokens, _ in self.lengths) / len(self.lengths)
+
+    @property
+    def min_vocab_size(self) -> int:
+        """The smallest `model.vocab_size` that can read the examples."""
+        return self.vocab_size
+
+
+@dataclass(frozen=True)
+class NIAHConfig:
+    """One needle in a haystack: S-NIAH-1, 2 and 3 in RULER's form (arXiv:2404.06654); see `niah`.
+
+    S-NIAH-1 is `noise` and `number`, S-NIAH-2 `essay` and `number`, S-NIAH-3 `essay` and `uuid`.
+
+    Attributes:
+        haystack: `noise`, a few sentences over and over, or `essay`, the text of `corpus`.
+        value: what the needle tells: `number`, of 7 digits, or `uuid`.
+        lengths: tokens of the training examples, the answer's included; batches take them in turn.
+        depths: how many depths there are, evenly from the haystack's start to its end.
+        corpus: files, folders, or the word `stdlib`; the haystack of `essay`, at most 4 MiB of it.
+        tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+        validation_fraction: share of the corpus that only held-out examples are made of.
+        examples: distinct training examples of each length; an epoch visits each once.
+        validation_examples: held-out examples of each length.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    task: ClassVar[str] = "niah"
+
+    haystack: str = "noise"
+    value: str = "number"
+    lengths: tuple[int, ...] = (512,)
+    depths: int = 40
+    corpus: tuple[str, ...] = ("stdlib",)
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.05
+    examples: int = 100_000
+    validation_examples: int = 100
+
+    def __post_init__(self) -> None:
+        check_choice(self, "haystack", ("noise", "essay"))
+        check_choice(self, "value", ("number", "uuid"))
+        for name in ("depths", "examples", "validation_examples"):
+            check_range(self, name, 1)
+        check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
+        if not self.lengths or min(self.lengths) < 1:
+            fail("NIAHConfig", "lengths", list(self.lengths), "at least one number of tokens")
+        if not self.corpus:
+            fail("NIAHConfig", "corpus", list(self.corpus), "at least one file or folder")
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of an example, mean over the lengths."""
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def min_vocab_size(self) -> int:
+        """The smallest `model.vocab_size` that can read the examples, as far as it is known."""
+        return 256 if self.tokenizer == "bytes" else 1

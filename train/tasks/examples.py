@@ -1,0 +1,92 @@
+"""What an example of a recall task is, and batches of them whose position can be saved."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, SupportsIndex
+
+import grain
+import numpy as np
+
+from train.config import RunConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+class Example(NamedTuple):
+    """A sequence and the places at which something is asked; a batch has more axes in front."""
+
+    tokens: np.ndarray  # int32 [t]
+    places: np.ndarray  # int32 [p]: the tokens after which something is asked for
+    labels: np.ndarray  # int32 [p]: the tokens that are right there
+    weights: np.ndarray  # float32 [p]: 1, or 0 where a row has fewer than p answers
+    origins: np.ndarray  # int32 [p]: where what was asked for stands
+
+
+Draw = Callable[[str, int], Example]  # (split, index) -> an example
+
+
+def generator(seed: int, split: str, *index: int) -> np.random.Generator:
+    """Return the random numbers of one example: of its own, whatever is drawn beside it."""
+    return np.random.default_rng((seed, SPLITS.index(split), *index))
+
+
+def stack(examples: Sequence[Example]) -> Example:
+    """Return a batch of examples of one length."""
+    return Example(*(np.stack(field) for field in zip(*examples, strict=True)))
+
+
+def widen(draw: Draw, slots: int) -> Draw:
+    """Return a function that draws the same examples, with `slots` answers.
+
+    Added ones have weight 0. Batches of one number of tokens then share a shape, and a compilation.
+    """
+
+    def wide(split: str, index: int) -> Example:
+        tokens, *answers = draw(split, index)
+        return Example(tokens, *(np.pad(x, (0, slots - len(x))) for x in answers))
+
+    return wide
+
+
+class Examples(grain.sources.RandomAccessDataSource):
+    """The training examples of one length; each is drawn when it is asked for."""
+
+    def __init__(self, draw: Draw, count: int):
+        self._draw = draw
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        return self._draw("train", int(index))
+
+
+def make_batches(draws: Sequence[Draw], count: int, run: RunConfig) -> grain.DatasetIterator:
+    """Iterate without end over batches [accumulation, batch_size, ...], the lengths in turn.
+
+    Every epoch visits the `count` examples of a length once, in an order of its own that follows
+    from the seed. Grain's checkpoint handler saves and restores the position.
+
+    Args:
+        draws: draws an example, a length each.
+        count: distinct examples of a length.
+        run: batch size, accumulation and seed.
+    """
+    rows = run.accumulation * run.batch_size
+
+    def split(batch: Example) -> Example:
+        shape = (run.accumulation, run.batch_size)
+        return Example(*(field.reshape(*shape, *field.shape[1:]) for field in batch))
+
+    lengths = [
+        grain.MapDataset.source(Examples(draw, count))
+        .shuffle(seed=(run.seed + number) % 2**32)
+        .repeat(2**48 // count)
+        .batch(rows, batch_fn=stack)
+        for number, draw in enumerate(draws)
+    ]
+    return iter(
+        grain.MapDataset.mix(lengths)
+        .map(split)
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )

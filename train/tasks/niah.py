@@ -1,0 +1,199 @@
+"""A needle in a haystack: S-NIAH of RULER (arXiv:2404.06654), in words of our own.
+
+Somewhere in a long text stands one sentence that says a value; the text ends with the question for
+it, and the value. With noise and a number, at the second of five depths:
+
+    The river is slow. A door is open. One of the special magic numbers for quiet-harbor is:
+    4720851. Nobody is in a hurry. ... The clock has stopped.
+    What is the special magic number for quiet-harbor? It is: 4720851
+
+Only the last 4720851 is asked for. Pieces are encoded one by one, so that lengths and depths are
+exact in tokens, whatever the tokenizer.
+"""
+
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from mc_core.errors import UserError
+from train.data import Encode, clip, distinct, load_encoder, read_documents, split
+from train.tasks.config import NIAHConfig
+from train.tasks.examples import Draw, Example, generator
+
+NOISE = (
+    "The river is slow. ",
+    "A door is open. ",
+    "Nobody is in a hurry. ",
+    "The clock has stopped. ",
+    "Rain falls on the hills, and then it does not. ",
+)
+FIRST = (  # noqa: SIM905
+    "amber autumn brave bright calm clever copper crimson distant eager early faint gentle golden "
+    "hidden hollow humble idle ivory jolly keen little lively lonely mellow misty narrow noble old "
+    "patient plain proud quiet rapid rustic silent silver solemn swift wild"
+).split()
+SECOND = (  # noqa: SIM905
+    "anchor apple arrow barrel basket beacon bridge candle canyon castle cedar cloud compass "
+    "cottage feather forest garden glacier harbor island kettle ladder lantern meadow mirror "
+    "mountain orchard pebble pepper pillow ribbon saddle sparrow spoon tunnel valley violin wagon "
+    "whistle window"
+).split()
+TYPES = {"number": "number", "uuid": "UUID"}
+SENTENCE_END = re.compile(rb"[.!?]\s+|\n\s*")
+ESSAY_BYTES = 2**22  # more text than this of a corpus is left out: a tokenizer takes seconds for it
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text as tokens.
+
+    Attributes:
+        tokens: int32 [n].
+        starts: [m] where a sentence or a line begins, 0 among them.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    def cut(self, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return `room` tokens from the start of some sentence on, and where sentences begin.
+
+        A text that is too short begins again at its end. Both ends of the cut count as beginnings.
+        """
+        start = int(rng.choice(self.starts))
+        size = len(self.tokens)
+        rounds = np.arange(-(-(start + room) // size))[:, None] * size
+        starts = (rounds + self.starts).ravel() - start
+        inside = starts[(starts >= 0) & (starts < room)]
+        return self.tokens.take(np.arange(start, start + room), mode="wrap"), np.append(
+            inside, room
+        )
+
+
+class Needles:
+    """Draws examples; holds the haystacks of training and of held-out examples.
+
+    Args:
+        config: the task.
+        vocab_size: of the model.
+        seed: of all draws.
+
+    Raises:
+        UserError: the corpus or the tokenizer cannot be used, or a length is too short.
+    """
+
+    def __init__(self, config: NIAHConfig, vocab_size: int, seed: int):
+        self._config = config
+        self._seed = seed
+        self._encode = load_encoder(config.tokenizer, vocab_size)
+        train, held_out = load_haystacks(config, self._encode)
+        self._haystacks = {"train": train, "validation": held_out, "test": held_out}
+        parts = [part.tokens for part in (train, held_out)]
+        self.fingerprint = "-".join(hashlib.sha256(x.tobytes()).hexdigest() for x in parts)
+
+    def draw(self, length: int, depth: int | None = None) -> Draw:
+        """Return the function from split and index to an example of `length` tokens.
+
+        Args:
+            length: tokens, with the answer's but for the last one, which nothing follows.
+            depth: of the needle, 0 to `depths` - 1; None draws it.
+
+        Raises:
+            UserError: the length has no room for needle, question and answer.
+        """
+        config = self._config
+        first, second = (max(words, key=len) for words in (FIRST, SECOND))
+        longest = {"number": "7" * 7, "uuid": str(uuid.UUID(int=0))}[config.value]
+        texts = self._texts(f"{first}-{second}", longest)
+        _room(length, [self._tokens(text) for text in texts])
+        # No tokenizer makes more tokens than bytes, but for one that may mark the beginning.
+        slots = len(texts[2]) + (config.tokenizer != "bytes")
+
+        def example(split: str, index: int) -> Example:
+            rng = generator(self._seed, split, length, 0 if depth is None else depth + 1, index)
+            names = [words[rng.integers(len(words))] for words in (FIRST, SECOND)]
+            value = str(rng.integers(10**6, 10**7))
+            if config.value == "uuid":
+                value = str(uuid.UUID(bytes=rng.bytes(16), version=4))
+            pieces = [self._tokens(text) for text in self._texts("-".join(names), value)]
+            needle, question, answer = pieces
+            room = _room(length, pieces)
+            at = int(rng.integers(config.depths)) if depth is None else depth
+            hay, starts = self._haystacks[split].cut(room, rng)
+            target = room * at / max(config.depths - 1, 1)
+            origin = int(starts[np.abs(starts - target).argmin()])
+            whole = np.concatenate([hay[:origin], needle, hay[origin:], question, answer])
+            return _ask(whole, len(answer), origin, slots)
+
+        return example
+
+    def _tokens(self, text: str) -> np.ndarray:
+        return self._encode(text.encode()).astype(np.int32)
+
+    def _texts(self, key: str, value: str) -> tuple[str, str, str]:
+        """Return the needle, the question and the answer."""
+        kind = TYPES[self._config.value]
+        return (
+            f"One of the special magic {kind}s for {key} is: {value}. ",
+            f"\nWhat is the special magic {kind} for {key}? It is:",
+            f" {value}",
+        )
+
+
+def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haystack]:
+    """Return the text of training and that of held-out examples; noise is the same for both.
+
+    Raises:
+        UserError: the corpus or the tokenizer cannot be used.
+    """
+    if config.haystack == "noise":
+        noise = make_haystack([sentence.encode() for sentence in NOISE], encode)
+        return noise, noise
+    sides = split(distinct(read_documents(config.corpus)), config.validation_fraction, 0)
+    made = []
+    for side in sides:
+        text = clip(b"\n".join(side), ESSAY_BYTES)
+        borders = [0, *(found.end() for found in SENTENCE_END.finditer(text)), len(text)]
+        sentences = [text[begin:end] for begin, end in pairwise(borders)]
+        made.append(make_haystack(sentences, encode))
+        if not len(made[-1].tokens):
+            names = ", ".join(config.corpus)
+            raise UserError(f"data.corpus = {names}: too little text for haystacks: give more")
+    return made[0], made[1]
+
+
+def make_haystack(sentences: list[bytes], encode: Encode) -> Haystack:
+    """Encode sentences one by one."""
+    encoded = [encode(sentence).astype(np.int32) for sentence in sentences]
+    encoded = [tokens for tokens in encoded if len(tokens)]
+    starts = np.cumsum([0, *map(len, encoded)])[:-1]
+    return Haystack(np.concatenate([np.zeros(0, np.int32), *encoded]), starts)
+
+
+def _room(length: int, pieces: list[np.ndarray]) -> int:
+    """Return the tokens that are left for the haystack.
+
+    Raises:
+        UserError: there are none.
+    """
+    # The answer's last token is a label alone.
+    needed = sum(map(len, pieces)) - 1
+    if length <= needed:
+        raise UserError(
+            f"data.lengths = {length}: must be > {needed}, the tokens of needle, question, answer"
+        )
+    return length - needed
+
+
+def _ask(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
+    """Ask for the last `asked` tokens of `whole` [t + 1], in `slots` places."""
+    places = np.zeros(slots, np.int32)
+    labels, weights = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+    places[:asked] = np.arange(len(whole) - asked, len(whole)) - 1
+    labels[:asked], weights[:asked] = whole[-asked:], 1.0
+    origins = np.full(slots, origin, np.int32)
+    return Example(whole[:-1].astype(np.int32), places, labels, weights, origins)

@@ -1,0 +1,100 @@
+"""Text as a task: windows of it, bits per byte, a sample, and the router's picture."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from mc_core import segment_lengths
+from train.config import TextConfig, TrainConfig
+from train.data import Corpus, load_corpus, make_batches
+from train.evaluate import make_validation, references
+from train.report import Report, draw_curves, draw_router, load_report, print_report, save_report
+from train.sample import draw_sample
+from train.step import TrainState
+
+
+class TextTask:
+    """Predict every token of a text; see `Task`."""
+
+    load_report = staticmethod(load_report)
+    print_report = staticmethod(print_report)
+
+    def __init__(self, config: TrainConfig):
+        assert isinstance(config.data, TextConfig)
+        self._config = config
+        self._data = config.data
+        self._corpus = load_corpus(config.data, config.model.vocab_size)
+        self.fingerprint = self._corpus.fingerprint
+
+    def batches(self) -> grain.DatasetIterator:
+        """Iterate over windows."""
+        return make_batches(self._corpus.train, self._data, self._config.run)
+
+    def scoring(self, graphdef: nnx.GraphDef) -> "TextScoring":
+        """Return what scores the validation text."""
+        return TextScoring(self._config, self._corpus, graphdef)
+
+
+class TextScoring:
+    """Scores a state on the validation text; see `Scoring`."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef):
+        self._config = config
+        self._corpus = corpus
+        self._graphdef = graphdef
+        self._validate = make_validation(graphdef, config, corpus)
+
+    def row(self, state: TrainState) -> dict[str, float]:
+        """Return the bits per byte of the text's first `run.validate_bytes`."""
+        bits = self._validate(state.params, state.rest, self._config.run.validate_bytes)
+        return {"validation_bits_per_byte": bits}
+
+    def report(self, state: TrainState, step: int, seconds: float) -> Report:
+        """Score the whole validation text, beside the references."""
+        config, corpus = self._config, self._corpus
+        run, layer = config.run, config.model.layer
+        return Report(
+            name=Path(run.directory).name,
+            model=f"{layer.memory.kind} + {layer.aggregation}",
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            steps=step,
+            tokens=step * run.batch_size * run.accumulation * int(config.data.mean_tokens),
+            seconds=seconds,
+            bits_per_byte=self._validate(state.params, state.rest, len(corpus.validation)),
+            validation_bytes=len(corpus.validation),
+            validation_sha256=hashlib.sha256(corpus.validation).hexdigest(),
+            documents=corpus.documents,
+            references=references(corpus.validation),
+        )
+
+    def finish(self, directory: Path, state: TrainState, report: Report) -> Report:
+        """Add a sample to the report, and write it and the pictures."""
+        config = self._config
+        if config.run.sample_tokens:
+            model = nnx.merge(self._graphdef, state.params, state.rest)
+            sample = draw_sample(model, config, self._corpus.validation)
+            report = dataclasses.replace(report, sample=sample)
+        draw_curves(directory)
+        draw_gates(directory, config, self._corpus, self._graphdef, state)
+        save_report(directory, report)
+        return report
+
+
+def draw_gates(
+    directory: Path, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef, state: TrainState
+) -> None:
+    """Draw `router.png` for the first window of the validation text."""
+    layer = config.model.layer
+    model = nnx.merge(graphdef, state.params, state.rest)
+    window = int(config.data.mean_tokens)
+    tokens = corpus.encode(corpus.validation)[:window].astype(np.int32)
+    _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])
+    gates = [np.asarray(trace.gates[0].mean(axis=1)) for trace in traces]
+    draw_router(
+        directory, gates, segment_lengths(len(tokens), layer.segmentation, layer.segment_size)
+    )

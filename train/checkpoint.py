@@ -14,7 +14,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
-from train.config import TrainConfig, first_difference, from_dict
+from train.config import TrainConfig, first_difference, from_dict, to_dict
 from train.step import TrainState, build
 
 
@@ -129,7 +129,8 @@ def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
     Raises:
         UserError: names the first key that differs.
     """
-    difference = first_difference(saved.config, now.config)
+    # By way of the configuration, so that a key that is newer than the checkpoint has its default.
+    difference = first_difference(to_dict(from_dict(saved.config)), now.config)
     if difference:
         key, old, new = difference
         raise UserError(

@@ -22,6 +22,9 @@ LAYERS = {
 }
 MODELS = {
     "tied": ModelConfig(11, 2, LAYERS["linear"]),
+    "hybrid": ModelConfig(
+        11, 3, LAYERS["swla"], ffn_width=0, mixers=("attention", "memory", "window")
+    ),
     "free": ModelConfig(11, 1, LAYERS["titans"], ffn_width=12, tie_embeddings=False),
 }
 ALL: dict[str, Any] = {**LAYERS, **MODELS}

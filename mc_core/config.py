@@ -349,6 +349,12 @@ class ModelConfig(Plain):
         _ = self.block_layers  # holds the widths to what attention needs
 
     @property
+    def name(self) -> str:
+        """What mixes the tokens, in words: the pattern of mixers, the memory by kind and reads."""
+        memory = f"{self.layer.memory.kind} + {self.layer.aggregation}"
+        return ", ".join(memory if mixer == "memory" else mixer for mixer in self.mixers)
+
+    @property
     def ffn_dim(self) -> int:
         """Hidden width of the SwiGLU, 0 where there is none."""
         return -(-8 * self.layer.d_model // 24) * 8 if self.ffn_width is None else self.ffn_width

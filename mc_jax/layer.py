@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_core.config import MCConfig
-from mc_core.segmentation import make_plan
+from mc_core.segmentation import check_streams, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
@@ -189,6 +189,7 @@ class MemoryCachingLayer(nnx.Module):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
+        check_streams(self.config)
         check_rows(x, cache, self.config)
         if padding is None:
             check_room(cache, x.shape[1])

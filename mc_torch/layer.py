@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mc_core.config import MCConfig
+from mc_core.segmentation import check_streams
 from mc_torch.backends import Coefficients, Norm, Weights
 from mc_torch.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_torch.functional import Result, extend, memory_caching
@@ -196,6 +197,7 @@ class MemoryCachingLayer(nn.Module):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
+        check_streams(self.config)
         check_rows(x, cache, self.config)
         if padding is None:
             check_room(cache, x.shape[1])

@@ -67,8 +67,8 @@ class Needle:
         layer, head = np.unravel_index(np.argmax(self.last_weight), self.last_weight.shape)
         most = (
             f"the largest weight is {self.last_weight[layer, head]:.3f} in layer "
-            f"{self.blocks[layer]} head {head}, rank {self.last_rank[layer, head]} of {self.cached}; uniform "
-            f"{self.last_uniform:.3f}; its mean over all tokens after: "
+            f"{self.blocks[layer]} head {head}, rank {self.last_rank[layer, head]} of "
+            f"{self.cached}; uniform {self.last_uniform:.3f}; its mean over all tokens after: "
             f"{self.mean_weight[layer, head]:.3f}"
         )
         if self.constant:

@@ -227,6 +227,8 @@ def test_mixers_are_one_line_of_a_config(tmp_path):
     for key in ("mixers", "attention_window", "rope_base"):
         del old["model"][key]
     check_same_run(tmp_path, now._replace(config=old), now)
+    with pytest.raises(UserError, match=r"another version .*unknown key 'depth'"):
+        check_same_run(tmp_path, now._replace(config=old | {"depth": 1}), now)
     other = now._replace(config=to_dict(config))
     with pytest.raises(UserError, match=r"model.mixers was \['memory'\] and is \['attention'\]"):
         check_same_run(tmp_path, now._replace(config=old), other)

@@ -130,7 +130,14 @@ def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
         UserError: names the first key that differs.
     """
     # By way of the configuration, so that a key that is newer than the checkpoint has its default.
-    difference = first_difference(to_dict(from_dict(saved.config)), now.config)
+    try:
+        before = to_dict(from_dict(saved.config))
+    except ValueError as error:
+        raise UserError(
+            f"{directory} holds a checkpoint of another version ({error}); "
+            "set another run.directory"
+        ) from error
+    difference = first_difference(before, now.config)
     if difference:
         key, old, new = difference
         raise UserError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from bench.report import Report, Row
 from mc_core.config import MCConfig, ModelConfig
-from mc_core.footprint import cache_footprint, kv_bytes, memory_size, outgrows_kv
+from mc_core.footprint import cache_footprint, kv_bytes, memory_size, outgrows_kv, state_bytes
 from mc_core.segmentation import check_streams
 
 ITEMS = {"float32": 4, "bfloat16": 2}
@@ -22,26 +22,29 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> Report:
         ValueError: the segments cannot stream.
     """
     layer, layers, item = model.layer, model.num_layers, ITEMS[cache_dtype]
-    check_streams(layer)
+    memories = model.block_layers.count(layer)
+    if memories:
+        check_streams(layer)
     rows: list[Row] = []
     for length in tokens:
-        one, kv = cache_footprint(layer, length, item), kv_bytes(layer, length, item)
+        one, kv = cache_footprint(layer, length, item), layers * kv_bytes(layer, length, item)
+        cache = state_bytes(model, length, item)
         rows.append(
             {
                 "tokens": length,
-                "state MiB": layers * one.state / 2**20,
-                "cached memories MiB": layers * (one.memories + one.pools) / 2**20,
-                "cache MiB": layers * one.total / 2**20,
-                "KV MiB": layers * kv / 2**20,
-                "cache / KV": one.total / kv,
+                "state MiB": memories * one.state / 2**20,
+                "cached memories MiB": memories * (one.memories + one.pools) / 2**20,
+                "cache MiB": cache / 2**20,
+                "KV MiB": kv / 2**20,
+                "cache / KV": cache / kv,
             }
         )
     about = (
-        f"{layers} layers of {layer.memory.kind} + {layer.aggregation}, {layer.num_heads} heads of "
+        f"{layers} layers of {model.name}, {layer.num_heads} heads of "
         f"{layer.head_dim}, segment_size {layer.segment_size}; cached memories, keys and values "
         f"{cache_dtype}, the online memory float32"
     )
-    return Report("Cache of one stream", rows, (about, *warnings(layer)))
+    return Report("Cache of one stream", rows, (about, *(warnings(layer) if memories else ())))
 
 
 def warnings(layer: MCConfig) -> list[str]:

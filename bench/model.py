@@ -46,7 +46,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
     ceilings = measure(run.dtype)
     trained = run.accumulation * run.batch_size * window
     row: Row = {
-        "model": f"{config.model.layer.memory.kind} + {config.model.layer.aggregation}",
+        "model": config.model.name,
         "parameters": f"{parameters:,}",
         "ms a step": 1e3 * timing.median,
         "spread": f"{timing.spread:.0%}",

@@ -1,6 +1,7 @@
 """What both frameworks share: configurations and the plan of segments and chunks. NumPy only."""
 
 from mc_core.config import (
+    AttentionConfig,
     DLAConfig,
     LinearConfig,
     MCConfig,
@@ -12,6 +13,7 @@ from mc_core.config import (
 from mc_core.segmentation import Plan, make_plan, segment_lengths
 
 __all__ = [
+    "AttentionConfig",
     "DLAConfig",
     "LinearConfig",
     "MCConfig",

@@ -27,16 +27,24 @@ def check_types(config: Any) -> None:
         union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
         options = typing.get_args(hint) if union else (hint,)
         if not any(_is(value, option) for option in options):
-            names = " or ".join("None" if o is type(None) else o.__name__ for o in options)
-            fail(owner, field.name, value, f"of type {names}")
+            fail(owner, field.name, value, f"of type {' or '.join(map(_name, options))}")
         if isinstance(value, float) and not math.isfinite(value):
             fail(owner, field.name, value, "finite")
 
 
-def _is(value: object, kind: type) -> bool:
+def _is(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        item, _ = typing.get_args(kind)
+        return isinstance(value, tuple) and all(_is(x, item) for x in value)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"tuple of {typing.get_args(kind)[0].__name__}"
+    return "None" if kind is type(None) else kind.__name__
 
 
 def check_choice(config: Any, field: str, choices: Collection[str]) -> None:

@@ -1,60 +1,26 @@
 """Configurations of memories, layers and models: frozen dataclasses, checked on construction."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from mc_core.checks import check_choice, check_keys, check_range, check_types, fail
+from mc_core.checks import check_choice, check_range, check_types, fail
+from mc_core.plain import Plain
 
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
 SEGMENTATIONS = ("constant", "logarithmic", "fenwick")
 START_MODES = ("checkpoint", "restart")
 COEFFICIENTS = ("constant", "head", "token")
+MIXERS = ("memory", "attention", "window")
+OUTPUT_NORMS = ("rms", "none")
 
 NORM_EPS = 1e-6  # under the root of every RMS, layer and L2 norm
 CLIP_EPS = 1e-12  # under the root of the inner gradient's Frobenius norm
 NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalised linear read (equation 2)
 
 
-class _Dict:
-    """Strict conversion to and from plain dictionaries."""
-
-    kind: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; nested configurations become dictionaries; memories keep `kind`."""
-        out: dict[str, Any] = {"kind": self.kind} if hasattr(self, "kind") else {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            out[field.name] = value.to_dict() if isinstance(value, _Dict) else value
-        return out
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build from `to_dict`'s form.
-
-        Raises:
-            ValueError: an unknown or missing key, or a value that is out of range.
-        """
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-        names = [f.name for f in fields]
-        if hasattr(cls, "kind") and isinstance(data, dict) and "kind" in data:
-            if data["kind"] != cls.kind:
-                fail(cls.__name__, "kind", data["kind"], repr(cls.kind))
-            data = {key: value for key, value in data.items() if key != "kind"}
-        check_keys(cls.__name__, data, names, required)
-        return cls(**{key: cls._load(key, value) for key, value in data.items()})
-
-    @classmethod
-    def _load(cls, key: str, value: Any) -> Any:
-        del key
-        return value
-
-
 @dataclass(frozen=True)
-class LinearConfig(_Dict):
+class LinearConfig(Plain):
     """Matrix memory, dot loss (equations 2 and 12): `W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ`.
 
     `step` is η and `retention` α: the constants, or the values at which learned ones start.
@@ -79,7 +45,7 @@ class LinearConfig(_Dict):
 
 
 @dataclass(frozen=True)
-class SWLAConfig(_Dict):
+class SWLAConfig(Plain):
     """Matrix memory with a window of two (equations 26 and 28).
 
     `W_t = α_t W_{t-1} + β_t v_{t-1} k_{t-1}ᵀ + λ_t v_t k_tᵀ`; `previous` is β, `newest` is λ.
@@ -104,7 +70,7 @@ class SWLAConfig(_Dict):
 
 
 @dataclass(frozen=True)
-class DLAConfig(_Dict):
+class DLAConfig(Plain):
     """MLP memory trained by gradient steps on the dot loss (equation 30).
 
     `W_t = α_t W_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`. `inner_clip` bounds each token's gradient in
@@ -132,7 +98,7 @@ class DLAConfig(_Dict):
 
 
 @dataclass(frozen=True)
-class TitansConfig(_Dict):
+class TitansConfig(Plain):
     """MLP memory trained by gradient steps with momentum on the L2 loss (equations 34 and 35).
 
     `S_t = β_t S_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`, `W_t = α_t W_{t-1} + S_t`; `momentum` is β.
@@ -190,7 +156,7 @@ def _check_coefficients(config: MemoryConfig) -> None:
 
 
 @dataclass(frozen=True)
-class MCConfig(_Dict):
+class MCConfig(Plain):
     """One Memory Caching layer (arXiv:2602.24281): a memory, its segments, and how they are read.
 
     Attributes:
@@ -244,7 +210,7 @@ class MCConfig(_Dict):
         check_choice(self, "segmentation", SEGMENTATIONS)
         check_choice(self, "state_init_mode", START_MODES)
         check_choice(self, "pooling", ("mean", "sum"))
-        check_choice(self, "output_norm", ("rms", "none"))
+        check_choice(self, "output_norm", OUTPUT_NORMS)
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
         if self.segmentation == "fenwick":
@@ -297,16 +263,66 @@ class MCConfig(_Dict):
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Dict):
-    """A language model of pre-norm blocks: memory layer, then SwiGLU.
+class AttentionConfig(Plain):
+    """One layer of causal softmax attention with rotary positions (RoPE, arXiv:2104.09864).
+
+    Attributes:
+        d_model: model width d, a multiple of 2 `num_heads`.
+        num_heads: heads h; key and value width are d / h.
+        window: tokens that a token sees, itself included; None = all before it.
+        rope_base: pair i of a head's k / 2 pairs turns by `rope_base ** (-2i / k)` a token.
+        conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
+        output_norm: RMS norm of each head's read, or none.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    d_model: int
+    num_heads: int
+    window: int | None = None
+    rope_base: float = 10000.0
+    conv_width: int = 0
+    output_norm: str = "rms"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for field in ("d_model", "num_heads", "window"):
+            check_range(self, field, 1)
+        check_range(self, "rope_base", 1.0)
+        check_range(self, "conv_width", 0)
+        check_choice(self, "output_norm", OUTPUT_NORMS)
+        if self.d_model % (2 * self.num_heads):
+            allowed = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
+            fail("AttentionConfig", "d_model", self.d_model, allowed)
+
+    @property
+    def head_dim(self) -> int:
+        """Key and value width of a head."""
+        return self.d_model // self.num_heads
+
+    def slots(self, tokens: int) -> int:
+        """Return how many keys and values a stream with room for so many tokens keeps."""
+        return tokens if self.window is None else min(self.window, tokens)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Plain):
+    """A language model of pre-norm blocks: a mixer of tokens, then SwiGLU.
 
     Attributes:
         vocab_size: number of token ids.
         num_layers: blocks.
-        layer: the memory layer of every block; its `d_model` is the model's width.
-        ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to 8.
+        layer: the memory layer; its `d_model` is the model's width. Attention has its heads,
+            `conv_width` and `output_norm`.
+        ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to 8;
+            0 = blocks without one.
         tie_embeddings: the head is the embedding's transpose.
         remat: recompute each block's activations in the backward pass.
+        mixers: what the blocks mix tokens with, repeated over them: `memory` (the layer),
+            `attention` (causal softmax attention) or `window` (the same over few tokens).
+        attention_window: tokens that a token sees in a `window` block, itself included.
+        rope_base: of the rotary positions of `attention` and `window`.
     """
 
     vocab_size: int
@@ -315,17 +331,57 @@ class ModelConfig(_Dict):
     ffn_width: int | None = None
     tie_embeddings: bool = True
     remat: bool = False
+    mixers: tuple[str, ...] = ("memory",)
+    attention_window: int = 256
+    rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("vocab_size", "num_layers", "ffn_width"):
+        for field in ("vocab_size", "num_layers", "attention_window"):
             check_range(self, field, 1)
+        check_range(self, "ffn_width", 0)
+        check_range(self, "rope_base", 1.0)
+        known = all(mixer in MIXERS for mixer in self.mixers)
+        if not known or not 1 <= len(self.mixers) <= self.num_layers:
+            names = ", ".join(map(repr, MIXERS))
+            allowed = f"1 to num_layers = {self.num_layers} words of {names}"
+            fail("ModelConfig", "mixers", list(self.mixers), allowed)
+        _ = self.block_layers  # holds the widths to what attention needs
+
+    @property
+    def name(self) -> str:
+        """What mixes the tokens, in words: the pattern of mixers, the memory by kind and reads."""
+        memory = f"{self.layer.memory.kind} + {self.layer.aggregation}"
+        return ", ".join(memory if mixer == "memory" else mixer for mixer in self.mixers)
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU."""
-        return self.ffn_width or -(-8 * self.layer.d_model // 24) * 8
+        """Hidden width of the SwiGLU, 0 where there is none."""
+        return -(-8 * self.layer.d_model // 24) * 8 if self.ffn_width is None else self.ffn_width
+
+    @property
+    def block_layers(self) -> tuple[MCConfig | AttentionConfig, ...]:
+        """The configuration of each block's mixer."""
+        made = {mixer: self._mixer(mixer) for mixer in self.mixers}
+        return tuple(made[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
+
+    def _mixer(self, name: str) -> MCConfig | AttentionConfig:
+        layer = self.layer
+        if name == "memory":
+            return layer
+        return AttentionConfig(
+            layer.d_model,
+            layer.num_heads,
+            window=self.attention_window if name == "window" else None,
+            rope_base=self.rope_base,
+            conv_width=layer.conv_width,
+            output_norm=layer.output_norm,
+        )
 
     @classmethod
     def _load(cls, key: str, value: Any) -> Any:
+        if key == "mixers" and isinstance(value, str):
+            return (value,)
+        if key == "mixers" and isinstance(value, list):
+            return tuple(value)
         return MCConfig.from_dict(value) if key == "layer" and isinstance(value, dict) else value

@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from mc_core.checks import check_keys
-from mc_core.config import MCConfig, ModelConfig
+from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.weights import Leaf
 
 VERSION = 1  # of names, layouts and this description together
 KEY = "memory_caching"  # of the metadata
 
-_KINDS: dict[str, type[MCConfig] | type[ModelConfig]] = {
+Config = MCConfig | AttentionConfig | ModelConfig
+
+_KINDS: dict[str, type[Config]] = {
     "MemoryCachingLayer": MCConfig,
+    "AttentionLayer": AttentionConfig,
     "LanguageModel": ModelConfig,
 }
 
 
-def describe(config: MCConfig | ModelConfig) -> dict[str, Any]:
+def describe(config: Config) -> dict[str, Any]:
     """Return version, module and configuration as plain values."""
     module = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
     return {"version": VERSION, "module": module, "config": config.to_dict()}
@@ -31,7 +34,7 @@ def read_description(description: Any, kind: Any) -> Any:
 
     Args:
         description: of a file.
-        kind: `MCConfig`, `ModelConfig`, or the union of both: what the file may hold.
+        kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
 
     Raises:
         ValueError: another version or kind, or a configuration that is not valid.
@@ -49,7 +52,7 @@ def read_description(description: Any, kind: Any) -> Any:
     return config
 
 
-def to_metadata(config: MCConfig | ModelConfig) -> dict[str, str]:
+def to_metadata(config: Config) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
     return {KEY: json.dumps(describe(config))}
 

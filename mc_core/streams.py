@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from mc_core.checks import fail
-from mc_core.config import MCConfig, ModelConfig
-from mc_core.pretrained import describe, read_description
+from mc_core.pretrained import Config, describe, read_description
 from mc_core.weights import Leaf, check_leaves
 
 KEY = "memory_caching_stream"  # of the metadata
 
 
-def to_metadata(config: MCConfig | ModelConfig) -> dict[str, str]:
+def to_metadata(config: Config) -> dict[str, str]:
     """Return the metadata of a safetensors file that holds a cache."""
     return {KEY: json.dumps(describe(config))}
 
 
-def check_stream(metadata: Mapping[str, str] | None, config: MCConfig | ModelConfig) -> None:
+def check_stream(metadata: Mapping[str, str] | None, config: Config) -> None:
     """Hold a file's metadata to the configuration of the module that goes on with the stream.
 
     Raises:

@@ -1,7 +1,8 @@
 """Memory Caching in JAX: functional recurrences under thin Flax NNX modules."""
 
+from mc_jax.attention import AttentionLayer
 from mc_jax.backends import Coefficients, MemoryState
-from mc_jax.cache import Cache, Segments, grow, init_cache
+from mc_jax.cache import Cache, KVCache, Segments, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.generation import generate, sample
@@ -10,9 +11,11 @@ from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
 
 __all__ = [
+    "AttentionLayer",
     "Cache",
     "Coefficients",
     "InnerLoop",
+    "KVCache",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",

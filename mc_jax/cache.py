@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_core.config import MCConfig
+from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.host import move_to_host, on_host, put
@@ -49,6 +49,23 @@ class Cache(NamedTuple):
             return self.stored
         online = Segments(self.state.weights, self.pool, self.length)
         return put_slots(self.stored, add_axis(online), self.slot[:, None])
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens that the next ones may see; every row by itself.
+
+    The token at position p lies in slot p % n of n.
+    """
+
+    keys: Array  # turned to their positions [b, n, h, k]
+    values: Array  # [b, n, h, v]
+    real: Array  # bool [b, n], False where no token, or a masked one, is
+    position: Array  # tokens so far, masked ones included, int32 [b]
+    limit: Array  # tokens that there is room for, int32 []
+    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+
+AnyCache = Cache | KVCache
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:
@@ -101,11 +118,7 @@ def init_cache(
             memory.
     """
     check_streams(config)
-    if cache_device not in ("device", "host"):
-        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be >= 1")
+    check_cache_options(batch, max_tokens, cache_device)
     memory = make_memory(config.memory)
     h, width = config.num_heads, initial[0].shape[-1]
     dtype = dtype or initial[0].dtype
@@ -128,15 +141,18 @@ def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
     Raises:
         ValueError: that is less than it has room for now.
     """
-    slots = max(config.slots(max_tokens), cache.stored.length.shape[1])
-    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
-        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+    check_growth(cache, max_tokens)
+    stored = add_slots(cache.stored, config.slots(max_tokens))
+    return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
+
+
+def add_slots(stored: Tree, slots: int) -> Tree:
+    """Return arrays [b, n, ...] with `slots` slots, or as many as they have; new ones are zero."""
 
     def pad(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, slots - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.pad(x, [(0, 0), (0, max(slots - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])
 
-    stored = jax.tree.map(partial(put, pad), cache.stored)
-    return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
+    return jax.tree.map(partial(put, pad), stored)
 
 
 def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
@@ -154,7 +170,30 @@ def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
     )
 
 
-def check_room(cache: Cache, tokens: int | Array) -> None:
+def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
+    """Hold to their ranges what says how many streams there are, how long, and where.
+
+    Raises:
+        ValueError: names what is out of range.
+    """
+    if cache_device not in ("device", "host"):
+        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
+    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be >= 1")
+
+
+def check_growth(cache: AnyCache, max_tokens: int) -> None:
+    """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
+
+    Raises:
+        ValueError: names both.
+    """
+    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
+        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+
+
+def check_room(cache: AnyCache, tokens: int | Array) -> None:
     """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
 
     Args:
@@ -175,13 +214,12 @@ def check_room(cache: Cache, tokens: int | Array) -> None:
         )
 
 
-def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
+def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) -> None:
     """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
 
     Raises:
-        ValueError: names the shape, or the segments cannot stream.
+        ValueError: names the shape.
     """
-    check_streams(config)
     batch = cache.position.shape[0]
     if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -244,8 +282,8 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
     return tuple(jnp.sum(w[:, :complete], axis=1) for w in weights)
 
 
-def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
-    """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
+def put_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
+    """Write `new` [b, s, ...] into the slots [b, s] of `stored` [b, n, ...]; none where it is n."""
     row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
 
     def write(all_: Array, some: Array) -> Array:
@@ -254,7 +292,7 @@ def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
             return put(_put_many, all_, some, slots, row)
         return _put_one(all_, some, slots)
 
-    return jax.tree.map(write, stored, segments)
+    return jax.tree.map(write, stored, new)
 
 
 def _put_many(all_: Array, some: Array, slots: Array, row: Array) -> Array:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_core.config import MCConfig, ModelConfig
 from mc_core.files import write_atomic
+from mc_core.pretrained import Config
 from mc_core.streams import batch_and_limit, check_stream, check_tensors, to_metadata
 from mc_core.trees import flatten, unflatten
 from mc_core.weights import leaves
 
 
-def save_cache(path: str | PathLike[str], cache: Any, config: MCConfig | ModelConfig) -> None:
+def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
     """Write a cache; the file appears whole or not at all.
 
     Args:

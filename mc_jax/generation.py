@@ -17,7 +17,7 @@ from mc_core.generation import (
     check_sampling,
     make_blocks,
 )
-from mc_jax.cache import Cache
+from mc_jax.cache import AnyCache
 from mc_jax.model import LanguageModel
 from mc_jax.numerics import Array, Dtype, state_dtype
 
@@ -130,7 +130,7 @@ def _run(
     blocks: list[Block],
     none: Array,
     max_new_tokens: int,
-    cache: tuple[Cache, ...],
+    cache: tuple[AnyCache, ...],
     last: Array,
     keys: Array,
     options: dict[str, Any],
@@ -159,7 +159,7 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
         room: int,
         cache_dtype: Dtype,
         cache_device: str,
-    ) -> tuple[tuple[Cache, ...], Array, Array]:
+    ) -> tuple[tuple[AnyCache, ...], Array, Array]:
         model = nnx.merge(graphdef, params)
         cache = model.init_cache(
             len(rows), room, cache_dtype=cache_dtype, cache_device=cache_device
@@ -169,8 +169,8 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
         return cache, last, keys
 
     def extend(
-        params: Any, tokens: Array, padding: Array, cache: tuple[Cache, ...], last: Array
-    ) -> tuple[Array, tuple[Cache, ...]]:
+        params: Any, tokens: Array, padding: Array, cache: tuple[AnyCache, ...], last: Array
+    ) -> tuple[Array, tuple[AnyCache, ...]]:
         model = nnx.merge(graphdef, params)
         logits, cache = model.extend(tokens, cache, padding=padding)
         count = jnp.sum(~padding, axis=1)[:, None]

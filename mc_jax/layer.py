@@ -9,13 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_core.config import MCConfig
-from mc_core.segmentation import make_plan
+from mc_core.segmentation import check_streams, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.grid import make_packing, pack, unpack
 from mc_jax.inspection import Trace, make_trace
-from mc_jax.modules import Coefficient, MemoryNorm, RMSNorm, ShortConv, initial_memory
+from mc_jax.modules import (
+    Coefficient,
+    MemoryNorm,
+    RMSNorm,
+    ShortConv,
+    initial_memory,
+    project,
+    split_heads,
+)
 from mc_jax.numerics import Array, Dtype, align, l2_normalize, state_dtype
 from mc_jax.pretrained import from_pretrained
 
@@ -181,6 +189,7 @@ class MemoryCachingLayer(nnx.Module):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
+        check_streams(self.config)
         check_rows(x, cache, self.config)
         if padding is None:
             check_room(cache, x.shape[1])
@@ -265,27 +274,17 @@ class MemoryCachingLayer(nnx.Module):
         self, x: Array, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Array | None, Weights]:
         config = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        tails: Weights = ()
-        if config.conv_width:
-            convs = self.q_conv, self.k_conv, self.v_conv
-            old = before or (None, None, None)
-            tails = tuple(
-                conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
-            )
-            q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        q, k, v, tails = project(self, x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         if not config.gated:
             return q, k, v, None, tails
-        return q, k, v, q if config.use_q_as_u else self._heads(self.u_proj(x)), tails
+        if config.use_q_as_u:
+            return q, k, v, q, tails
+        return q, k, v, split_heads(self.u_proj(x), config.num_heads), tails
 
     def _initial(self) -> Weights:
         if len(self.initial):
             return tuple(weight[...] for weight in self.initial)
         h, width = self.config.num_heads, self.config.head_dim
         return (jnp.zeros((h, width, width), jnp.float32),)
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)

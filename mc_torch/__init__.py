@@ -1,7 +1,8 @@
 """Memory Caching in PyTorch: the mirror of `mc_jax`, file by file and name by name."""
 
+from mc_torch.attention import AttentionLayer
 from mc_torch.backends import Coefficients, MemoryState
-from mc_torch.cache import Cache, Segments, grow, init_cache
+from mc_torch.cache import Cache, KVCache, Segments, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.generation import generate, sample
@@ -10,9 +11,11 @@ from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
 
 __all__ = [
+    "AttentionLayer",
     "Cache",
     "Coefficients",
     "InnerLoop",
+    "KVCache",
     "LanguageModel",
     "MemoryCachingLayer",
     "MemoryState",

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mc_core.config import MCConfig
+from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
 from mc_torch.gates import pooled
@@ -48,6 +48,23 @@ class Cache(NamedTuple):
             return self.stored
         online = Segments(self.state.weights, self.pool, self.length)
         return put_slots(self.stored, add_axis(online), self.slot[:, None])
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens that the next ones may see; every row by itself.
+
+    The token at position p lies in slot p % n of n.
+    """
+
+    keys: Array  # turned to their positions [b, n, h, k]
+    values: Array  # [b, n, h, v]
+    real: Array  # bool [b, n], False where no token, or a masked one, is
+    position: Array  # tokens so far, masked ones included, int32 [b]
+    limit: Array  # tokens that there is room for, int32 []
+    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+
+AnyCache = Cache | KVCache
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:
@@ -96,11 +113,7 @@ def init_cache(
         ValueError: a number is not positive, or the segments cannot stream.
     """
     check_streams(config)
-    if cache_device not in ("device", "host"):
-        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be >= 1")
+    check_cache_options(batch, max_tokens, cache_device)
     memory = make_memory(config.memory)
     h, width = config.num_heads, initial[0].shape[-1]
     dtype, device = dtype or initial[0].dtype, initial[0].device
@@ -124,16 +137,19 @@ def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
     Raises:
         ValueError: that is less than it has room for now.
     """
-    slots = max(config.slots(max_tokens), cache.stored.length.shape[1])
-    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
-        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+    check_growth(cache, max_tokens)
+    stored = add_slots(cache.stored, config.slots(max_tokens))
+    return cache._replace(stored=stored, limit=torch.full_like(cache.limit, max_tokens))
+
+
+def add_slots(stored: Tree, slots: int) -> Tree:
+    """Return tensors [b, n, ...] with `slots` slots, or as many as they have; new ones are zero."""
 
     def pad(x: Array) -> Array:
-        more = x.new_zeros(x.shape[0], slots - x.shape[1], *x.shape[2:])
+        more = x.new_zeros(x.shape[0], max(slots - x.shape[1], 0), *x.shape[2:])
         return torch.cat([x, more], dim=1)
 
-    stored = tree_map(pad, cache.stored)
-    return cache._replace(stored=stored, limit=torch.full_like(cache.limit, max_tokens))
+    return tree_map(pad, stored)
 
 
 def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
@@ -151,7 +167,30 @@ def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
     )
 
 
-def check_room(cache: Cache, tokens: int | Array) -> None:
+def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
+    """Hold to their ranges what says how many streams there are, how long, and where.
+
+    Raises:
+        ValueError: names what is out of range.
+    """
+    if cache_device not in ("device", "host"):
+        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
+    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be >= 1")
+
+
+def check_growth(cache: AnyCache, max_tokens: int) -> None:
+    """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
+
+    Raises:
+        ValueError: names both.
+    """
+    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
+        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+
+
+def check_room(cache: AnyCache, tokens: int | Array) -> None:
     """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
 
     Args:
@@ -172,13 +211,12 @@ def check_room(cache: Cache, tokens: int | Array) -> None:
         )
 
 
-def check_rows(x: Array, cache: Cache, config: MCConfig) -> None:
+def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) -> None:
     """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
 
     Raises:
-        ValueError: names the shape, or the segments cannot stream.
+        ValueError: names the shape.
     """
-    check_streams(config)
     batch = cache.position.shape[0]
     if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -243,9 +281,9 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
     return tuple(torch.sum(w[:, :complete], dim=1) for w in weights)
 
 
-def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
-    """Write segments [b, s, ...] into the slots [b, s] of [b, n, ...]; none where a slot is n."""
-    number = torch.arange(stored.length.shape[1], dtype=slots.dtype, device=slots.device)
+def put_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
+    """Write `new` [b, s, ...] into the slots [b, s] of `stored` [b, n, ...]; none where it is n."""
+    number = torch.arange(stored[-1].shape[1], dtype=slots.dtype, device=slots.device)
     here = slots[:, None, :] == number[:, None]  # [b, n, s]
     # The caller still holds what is stored, so a write copies it all: not at every token's price.
     if not is_traced(slots) and not here.any():
@@ -260,7 +298,7 @@ def put_slots(stored: Segments, segments: Segments, slots: Array) -> Segments:
         some = some if some.shape[1] == 1 else some[row, which]
         return put(choose_new, all_, some.to(all_.dtype), written)
 
-    return tree_map(write, stored, segments)
+    return tree_map(write, stored, new)
 
 
 def add_axis(tree: Tree) -> Tree:

@@ -14,7 +14,7 @@ from mc_core.generation import (
     check_sampling,
     make_blocks,
 )
-from mc_torch.cache import Cache
+from mc_torch.cache import AnyCache
 from mc_torch.model import LanguageModel
 from mc_torch.numerics import Array, Dtype, state_dtype
 
@@ -111,7 +111,7 @@ def _run(
     model: LanguageModel,
     blocks: list[Block],
     max_new_tokens: int,
-    cache: tuple[Cache, ...],
+    cache: tuple[AnyCache, ...],
     rng: list[torch.Generator],
     options: dict[str, Any],
 ) -> Iterator[Array]:
@@ -133,9 +133,9 @@ def _extend(
     model: LanguageModel,
     tokens: Array,
     padding: Array | None,
-    cache: tuple[Cache, ...],
+    cache: tuple[AnyCache, ...],
     last: Array | None,
-) -> tuple[Array, tuple[Cache, ...]]:
+) -> tuple[Array, tuple[AnyCache, ...]]:
     """Return the logits after each row's last token of [b, w], [b, s].
 
     A row without a token in the block keeps the logits that it had.

@@ -9,13 +9,23 @@ import torch
 from torch import nn
 
 from mc_core.config import MCConfig
+from mc_core.segmentation import check_streams
 from mc_torch.backends import Coefficients, Norm, Weights
 from mc_torch.cache import Cache, check_room, check_rows, grow, init_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.inspection import Trace, make_trace
 from mc_torch.layout import make_plan
-from mc_torch.modules import Coefficient, Linear, MemoryNorm, RMSNorm, ShortConv, initial_memory
+from mc_torch.modules import (
+    Coefficient,
+    Linear,
+    MemoryNorm,
+    RMSNorm,
+    ShortConv,
+    initial_memory,
+    project,
+    split_heads,
+)
 from mc_torch.numerics import Array, Dtype, align, compute_dtype, l2_normalize, state_dtype
 from mc_torch.pretrained import from_pretrained
 
@@ -187,6 +197,7 @@ class MemoryCachingLayer(nn.Module):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
+        check_streams(self.config)
         check_rows(x, cache, self.config)
         if padding is None:
             check_room(cache, x.shape[1])
@@ -271,21 +282,14 @@ class MemoryCachingLayer(nn.Module):
         self, x: Array, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Array | None, Weights]:
         config = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        tails: Weights = ()
-        if config.conv_width:
-            convs = self.q_conv, self.k_conv, self.v_conv
-            old = before or (None, None, None)
-            tails = tuple(
-                conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
-            )
-            q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        q, k, v, tails = project(self, x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         if not config.gated:
             return q, k, v, None, tails
-        return q, k, v, q if config.use_q_as_u else self._heads(self.u_proj(x)), tails
+        if config.use_q_as_u:
+            return q, k, v, q, tails
+        return q, k, v, split_heads(self.u_proj(x), config.num_heads), tails
 
     def _initial(self) -> Weights:
         if len(self.initial):
@@ -295,6 +299,3 @@ class MemoryCachingLayer(nn.Module):
         return (
             torch.zeros(h, width, width, device=weight.device, dtype=state_dtype(weight.dtype)),
         )
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)

@@ -1,14 +1,15 @@
-"""A language model of pre-norm blocks: Memory Caching layer, then SwiGLU."""
+"""A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mc_core.config import ModelConfig
-from mc_torch.cache import Cache, check_room, grow
+from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_torch.attention import AttentionLayer
+from mc_torch.cache import AnyCache, check_room
 from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
@@ -41,11 +42,19 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + memory(norm(x))`, then `x + ffn(norm(x))`."""
+    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`.
+
+    Args:
+        config: the model's configuration.
+        layer: that of the block's mixer.
+        device: where the parameters are.
+        dtype: dtype of the parameters.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
+        layer: MCConfig | AttentionConfig,
         *,
         device: torch.device | str | None = None,
         dtype: Dtype = None,
@@ -53,28 +62,33 @@ class Block(nn.Module):
         super().__init__()
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, device=device, dtype=dtype)
-        self.mixer = MemoryCachingLayer(config.layer, device=device, dtype=dtype)
-        self.ffn_norm = RMSNorm(d, device=device, dtype=dtype)
-        self.ffn = SwiGLU(config, device=device, dtype=dtype)
+        attends = isinstance(layer, AttentionConfig)
+        kind: Any = AttentionLayer if attends else MemoryCachingLayer
+        self.mixer = kind(layer, device=device, dtype=dtype)
+        if config.ffn_dim:
+            self.ffn_norm = RMSNorm(d, device=device, dtype=dtype)
+            self.ffn = SwiGLU(config, device=device, dtype=dtype)
 
     def forward(self, x: Array, mask: Array | None = None) -> Array:
         """Mix and transform tokens [b, t, d]; `mask` is bool [b, t]."""
-        x = x + self.mixer(self.mixer_norm(x), mask)
-        return x + self.ffn(self.ffn_norm(x))
+        return self._transform(x + self.mixer(self.mixer_norm(x), mask))
 
     def extend(
-        self, x: Array, cache: Cache, mask: Array | None = None, count: Array | None = None
-    ) -> tuple[Array, Cache]:
+        self, x: Array, cache: AnyCache, mask: Array | None = None, count: Array | None = None
+    ) -> tuple[Array, AnyCache]:
         """Do the same for the next tokens of a stream, of which row i has its first `count[i]`."""
         y, cache = self.mixer._extend(self.mixer_norm(x), cache, mask, count)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), cache
+        return self._transform(x + y), cache
 
-    def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Do the same for a whole sequence, and return the mixer's trace."""
+    def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace | None]:
+        """Do the same for a whole sequence, and return the mixer's trace if it is a memory."""
+        if isinstance(self.mixer, AttentionLayer):
+            return self(x, mask), None
         y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), trace
+        return self._transform(x + y), trace
+
+    def _transform(self, x: Array) -> Array:
+        return x + self.ffn(self.ffn_norm(x)) if hasattr(self, "ffn") else x
 
 
 class LanguageModel(nn.Module):
@@ -102,7 +116,7 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, d, device=device, dtype=dtype)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.blocks = nn.ModuleList(
-            [Block(config, device=device, dtype=dtype) for _ in range(config.num_layers)]
+            [Block(config, layer, device=device, dtype=dtype) for layer in config.block_layers]
         )
         self.norm = RMSNorm(d, device=device, dtype=dtype)
         if not config.tie_embeddings:
@@ -145,8 +159,10 @@ class LanguageModel(nn.Module):
             x = torch.take_along_dim(x, places[..., None], dim=1)
         return self._logits(x)
 
-    def inspect(self, tokens: Array, mask: Array | None = None) -> tuple[Array, tuple[Trace, ...]]:
-        """Predict, and return the trace of every block's memory layer."""
+    def inspect(
+        self, tokens: Array, mask: Array | None = None
+    ) -> tuple[Array, tuple[Trace | None, ...]]:
+        """Predict, and return the trace of every block's memory; None where a block has none."""
         x, traces = self._embed(tokens), []
         for block in self._blocks():
             x, trace = block.inspect(x, mask)
@@ -160,7 +176,7 @@ class LanguageModel(nn.Module):
         *,
         cache_dtype: Dtype = None,
         cache_device: str = "device",
-    ) -> tuple[Cache, ...]:
+    ) -> tuple[AnyCache, ...]:
         """Return the caches of all blocks, for streams that have not begun; as the layer's."""
         return tuple(
             block.mixer.init_cache(
@@ -169,18 +185,19 @@ class LanguageModel(nn.Module):
             for block in self._blocks()
         )
 
-    def grow(self, cache: tuple[Cache, ...], max_tokens: int) -> tuple[Cache, ...]:
+    def grow(self, cache: tuple[AnyCache, ...], max_tokens: int) -> tuple[AnyCache, ...]:
         """Return caches with the same content and room for `max_tokens` tokens."""
-        return tuple(grow(one, self.config.layer, max_tokens) for one in cache)
+        blocks = zip(self._blocks(), cache, strict=True)
+        return tuple(block.mixer.grow(one, max_tokens) for block, one in blocks)
 
     def extend(
         self,
         tokens: Array,
-        cache: tuple[Cache, ...],
+        cache: tuple[AnyCache, ...],
         mask: Array | None = None,
         *,
         padding: Array | None = None,
-    ) -> tuple[Array, tuple[Cache, ...]]:
+    ) -> tuple[Array, tuple[AnyCache, ...]]:
         """Predict after the next tokens of a stream; any split gives what the whole gives.
 
         Args:
@@ -212,10 +229,10 @@ class LanguageModel(nn.Module):
     def _extend(
         self,
         tokens: Array,
-        cache: tuple[Cache, ...],
+        cache: tuple[AnyCache, ...],
         mask: Array | None,
         count: Array | None = None,
-    ) -> tuple[Array, tuple[Cache, ...]]:
+    ) -> tuple[Array, tuple[AnyCache, ...]]:
         x, new = self._embed(tokens), []
         for block, one in zip(self._blocks(), cache, strict=True):
             x, one = block.extend(x, one, mask, count)

@@ -79,7 +79,7 @@ class Case:
         words += [f"mask={self.mask}"] * (self.mask != "none")
         words += _unusual(layer.memory) + _unusual(layer, _NAMED_FIELDS)
         if isinstance(self.config, ModelConfig):
-            words += _unusual(self.config, ("vocab_size", "layer", "ffn_width"))
+            words += _unusual(self.config, _NAMED_IN_MODEL)
         return " ".join((*words, f"t={self.tokens}"))
 
     @property
@@ -104,12 +104,13 @@ _NAMED_FIELDS = (
     "chunk_size",
     "state_init_mode",
 )
+_NAMED_IN_MODEL = ("vocab_size", "layer", "ffn_width", "attention_window")
 
 
 def _unusual(config: Any, known: tuple[str, ...] = ()) -> list[str]:
     """Return `field=value` for the fields that are not at their default."""
     return [
-        f"{field.name}={value}"
+        f"{field.name}={'+'.join(value) if isinstance(value, tuple) else value}"
         for field in dataclasses.fields(config)
         if field.name not in known and (value := getattr(config, field.name)) != field.default
     ]

@@ -183,7 +183,7 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _error(left: np.ndarray, right: np.ndarray) -> float:
-    return _rms(left - right) / max(_rms(right), FLOOR)
+    return _rms(np.subtract(left, right, dtype=np.float64)) / max(_rms(right), FLOOR)
 
 
 def _cosine(left: np.ndarray, right: np.ndarray) -> float:

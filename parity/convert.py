@@ -152,7 +152,7 @@ def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
         x = jnp.asarray(inputs)
         if not _is_model(config):
             return np.asarray(_run(*nnx.split(module), x))
-        # Block by block: all have one structure, which is compiled once, however many there are.
+        # Block by block: those of one structure are compiled once, however many there are.
         x = module.embed(x)
         for block in module.blocks:
             x = _run(*nnx.split(block), x)

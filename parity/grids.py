@@ -32,6 +32,7 @@ def case(
     num_layers: int = 1,
     tie_embeddings: bool = True,
     remat: bool = False,
+    mixers: tuple[str, ...] = ("memory",),
     mask: str = "none",
     lengths: tuple[int, ...] | None = None,
     splits: tuple[int, ...] | None = None,
@@ -49,7 +50,13 @@ def case(
     config: MCConfig | ModelConfig = layer
     if level == "model":
         config = ModelConfig(
-            VOCABULARY, num_layers, layer, tie_embeddings=tie_embeddings, remat=remat
+            VOCABULARY,
+            num_layers,
+            layer,
+            tie_embeddings=tie_embeddings,
+            remat=remat,
+            mixers=mixers,
+            attention_window=5,
         )
     return Case(
         config,
@@ -109,6 +116,17 @@ QUICK = (
     case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
     case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
     case(_SWLA, "grm", "restart", level="model", num_layers=2, new_tokens=9),
+    case(_LINEAR, "none", level="model", num_layers=2, mixers=("window", "memory"), mask="some"),
+    case(
+        _LINEAR,
+        "none",
+        level="model",
+        num_layers=2,
+        mixers=("attention", "window"),
+        conv_width=3,
+        splits=(6, 1, 6),
+        padding=True,
+    ),
 )
 
 _VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {

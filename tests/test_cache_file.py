@@ -1,5 +1,6 @@
 """A stream's cache in a file: either package goes on with it, and with nothing else."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ LAYER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=3, 
 OTHER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=5, chunk_size=3, conv_width=4)
 MODEL = ModelConfig(
     17, 2, MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=4, chunk_size=3, conv_width=4)
+)
+HYBRID = dataclasses.replace(
+    MODEL, num_layers=3, mixers=("window", "memory", "attention"), attention_window=5
 )
 PACKAGES = pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
 
@@ -60,7 +64,7 @@ def array(x: Any) -> np.ndarray:
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, MODEL], ids=["layer", "model"])
+@pytest.mark.parametrize("config", [LAYER, MODEL, HYBRID], ids=["layer", "model", "hybrid"])
 def test_a_saved_cache_goes_on(tmp_path, package, config):
     """Convolutions and bfloat16 memories included."""
     path = tmp_path / "stream.safetensors"
@@ -75,14 +79,15 @@ def test_a_saved_cache_goes_on(tmp_path, package, config):
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
 @pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
-def test_either_package_goes_on_with_the_others_cache(tmp_path, writer, reader):
+def test_either_package_goes_on_with_the_others_cache(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"
-    module, rest, cache = begun(writer, LAYER)
-    writer.save_cache(path, cache, LAYER)
+    module, rest, cache = begun(writer, config)
+    writer.save_cache(path, cache, config)
     expected = array(module.extend(rest, cache)[0])
-    other = build(reader, LAYER)
-    y, _ = other.extend(tokens(reader, LAYER)[:, 6:], reader.load_cache(path, other))
+    other = build(reader, config)
+    y, _ = other.extend(tokens(reader, config)[:, 6:], reader.load_cache(path, other))
     np.testing.assert_allclose(array(y), expected, rtol=0, atol=1e-12)
 
 

@@ -189,10 +189,10 @@ def test_segments(monkeypatch, capsys):
 
 
 def test_variants(monkeypatch, capsys):
-    from mc_core.config import AGGREGATIONS, MEMORIES
+    from mc_core.config import AGGREGATIONS, MEMORIES, MIXERS
 
     assert mc(monkeypatch, "variants") == 0
     out = capsys.readouterr().out
-    for name in (*MEMORIES, *AGGREGATIONS):
+    for name in (*MEMORIES, *AGGREGATIONS, *MIXERS):
         assert f" {name} " in out
     assert "24 variants" in out

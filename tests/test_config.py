@@ -11,6 +11,7 @@ from cases import AGGREGATIONS, MEMORIES, make_case
 from subject import arrays
 
 from mc_core import (
+    AttentionConfig,
     DLAConfig,
     LinearConfig,
     MCConfig,
@@ -30,6 +31,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     DLAConfig: {},
     TitansConfig: {},
     MCConfig: LAYER,
+    AttentionConfig: LAYER,
     ModelConfig: MODEL,
 }
 CHOICES = {
@@ -66,7 +68,12 @@ RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]]
     ((MCConfig,), "d_model", (9,), "a multiple of num_heads = 2", {}),
     ((MCConfig,), "segmentation", ("fenwick",), "'constant' or 'logarithmic'", {}),
     *(((ModelConfig,), name, (0,), ">= 1", {}) for name in ("vocab_size", "num_layers")),
-    ((ModelConfig,), "ffn_width", (0, -8), ">= 1", {}),
+    ((ModelConfig,), "ffn_width", (-8,), ">= 0", {}),
+    ((ModelConfig,), "attention_window", (0,), ">= 1", {}),
+    ((ModelConfig, AttentionConfig), "rope_base", (0.5,), ">= 1.0", {}),
+    *(((AttentionConfig,), n, (0,), ">= 1", {}) for n in ("d_model", "num_heads", "window")),
+    ((AttentionConfig,), "conv_width", (-1,), ">= 0", {}),
+    ((AttentionConfig,), "d_model", (6, 9), "a multiple of 2 * num_heads = 4", {}),
 ]
 
 
@@ -134,12 +141,45 @@ def test_configurations_are_frozen_and_their_derived_values():
     assert ModelConfig(**{**MODEL, "layer": MCConfig(48, 2)}).ffn_dim == 128
     assert ModelConfig(**MODEL, ffn_width=5).ffn_dim == 5
     assert ModelConfig(**MODEL).ffn_dim == 24  # 8/3 of 8 is 21.3
+    assert ModelConfig(**MODEL, ffn_width=0).ffn_dim == 0
+
+
+def test_a_pattern_of_mixers_repeats_over_the_blocks():
+    layer = MCConfig(8, 2, conv_width=4, output_norm="none")
+    options = {"attention_window": 5, "rope_base": 7.0}
+    full, few = (AttentionConfig(8, 2, window, 7.0, 4, "none") for window in (None, 5))
+
+    def layers(*mixers: str) -> tuple[Any, ...]:
+        return ModelConfig(11, 3, layer, mixers=mixers, **options).block_layers
+
+    assert layers("memory") == (layer,) * 3
+    assert layers("attention") == (full,) * 3
+    assert layers("window", "memory") == (few, layer, few)
+    assert layers("memory", "attention", "window") == (layer, full, few)
+    for mixers in ([], ["lstm"], ["memory"] * 4):
+        message = f"ModelConfig.mixers = {mixers}: must be 1 to num_layers = 3 words of 'memory', "
+        with pytest.raises(ValueError, match=re.escape(message)):
+            layers(*mixers)
+    with pytest.raises(ValueError, match=r"AttentionConfig.d_model = 6: must be a multiple of 2"):
+        ModelConfig(11, 1, MCConfig(6, 2), mixers=("attention",))
+
+
+def test_a_configuration_from_before_mixers_is_one_of_memories():
+    old = {
+        "vocab_size": 11, "num_layers": 2, "layer": LAYER, "ffn_width": None,
+        "tie_embeddings": True, "remat": False,
+    }  # fmt: skip
+    config = ModelConfig.from_dict(old)
+    assert config.block_layers == (MCConfig(**LAYER),) * 2
+    assert config.to_dict()["mixers"] == ["memory"]
+    assert ModelConfig.from_dict({**old, "mixers": "attention"}).mixers == ("attention",)
 
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_dictionaries_give_the_configuration_back(name):
     layer = MCConfig(8, 2, MEMORIES[name], "ssc", segment_size=5, qk_norm="none", conv_width=4)
-    for config in (MEMORIES[name], layer, ModelConfig(11, 3, layer, tie_embeddings=False)):
+    model = ModelConfig(11, 3, layer, tie_embeddings=False, mixers=("window", "memory"))
+    for config in (MEMORIES[name], layer, AttentionConfig(8, 2, 3), model):
         plain = json.loads(json.dumps(config.to_dict()))
         assert type(config).from_dict(plain) == config
     assert set(layer.to_dict()) == {f.name for f in dataclasses.fields(MCConfig)}

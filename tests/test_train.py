@@ -1,6 +1,7 @@
 """The step, the optimiser, the configuration and the evaluation."""
 
 import dataclasses
+import json
 import lzma
 import math
 import re
@@ -17,6 +18,7 @@ from tiny import TINY, write_config
 
 from mc_core.errors import NotFiniteError, UserError
 from mc_core.optimizer import OptimizerConfig
+from train.checkpoint import Meta, check_same_run
 from train.config import TrainConfig, from_dict, load_config, to_dict
 from train.data import load_corpus
 from train.evaluate import make_validation, references
@@ -205,6 +207,31 @@ def test_config_round_trip_and_base(tmp_path):
     assert loaded.data == config.data
     twin.write_text("base: tiny.yaml\n")
     assert load_config(twin, ["model.layer.memory.kind=dla"]).model.layer.memory.kind == "dla"
+
+
+def test_mixers_are_one_line_of_a_config(tmp_path):
+    path = write_config(tmp_path)
+    twin = tmp_path / "twin.yaml"
+    twin.write_text("base: tiny.yaml\nmodel: {mixers: [attention]}\n")
+    config = load_config(twin)
+    assert config.model.mixers == ("attention",)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    for word in ("model.mixers=window", "model.mixers=[window]"):
+        assert load_config(twin, [word, "model.ffn_width=0"]).model.mixers == ("window",)
+    message = r"model.mixers = \['lstm'\]: must be 1 to num_layers = 1 words of 'memory'"
+    with pytest.raises(UserError, match=message):
+        load_config(path, ["model.mixers=lstm"])
+    # A checkpoint from before there were mixers resumes as what it was.
+    now = Meta(to_dict(load_config(path)), "text", 0.0)
+    old = json.loads(json.dumps(now.config))
+    for key in ("mixers", "attention_window", "rope_base"):
+        del old["model"][key]
+    check_same_run(tmp_path, now._replace(config=old), now)
+    with pytest.raises(UserError, match=r"another version .*unknown key 'depth'"):
+        check_same_run(tmp_path, now._replace(config=old | {"depth": 1}), now)
+    other = now._replace(config=to_dict(config))
+    with pytest.raises(UserError, match=r"model.mixers was \['memory'\] and is \['attention'\]"):
+        check_same_run(tmp_path, now._replace(config=old), other)
 
 
 def test_the_directory_follows_the_name_of_the_file(tmp_path):

@@ -22,6 +22,14 @@ LAYERS = {
 }
 MODELS = {
     "tied": ModelConfig(11, 2, LAYERS["linear"]),
+    "hybrid": ModelConfig(
+        11,
+        3,
+        LAYERS["swla"],
+        ffn_width=0,
+        mixers=("attention", "memory", "window"),
+        attention_window=5,
+    ),
     "free": ModelConfig(11, 1, LAYERS["titans"], ffn_width=12, tie_embeddings=False),
 }
 ALL: dict[str, Any] = {**LAYERS, **MODELS}

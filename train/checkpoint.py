@@ -16,7 +16,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
-from train.config import TrainConfig, first_difference, from_dict
+from train.config import TrainConfig, first_difference, from_dict, to_dict
 from train.step import TrainState, build
 
 
@@ -131,7 +131,15 @@ def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
     Raises:
         UserError: names the first key that differs.
     """
-    difference = first_difference(saved.config, now.config)
+    # By way of the configuration, so that a key that is newer than the checkpoint has its default.
+    try:
+        before = to_dict(from_dict(saved.config))
+    except ValueError as error:
+        raise UserError(
+            f"{directory} holds a checkpoint of another version ({error}); "
+            "set another run.directory"
+        ) from error
+    difference = first_difference(before, now.config)
     if difference:
         key, old, new = difference
         raise UserError(

@@ -167,6 +167,7 @@ SECTIONS = {
     "RunConfig": "run",
     "ModelConfig": "model",
     "MCConfig": "model.layer",
+    "AttentionConfig": "model.layer",
     **{memory.__name__: "model.layer.memory" for memory in MEMORIES.values()},
 }
 

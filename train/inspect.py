@@ -49,9 +49,10 @@ def inspect(
     framed = found.needle.segments if found.needle else ()
     pictures = [
         draw_layer(layer, found.lengths, f"layer {number}", found.config.aggregation, framed)
-        for number, layer in enumerate(found.layers)
+        for number, layer in zip(found.blocks, found.layers, strict=True)
     ]
-    files = {f"layer-{number}.png": picture for number, picture in enumerate(pictures)}
+    numbered = zip(found.blocks, pictures, strict=True)
+    files = {f"layer-{number}.png": picture for number, picture in numbered}
     files["inspect.html"] = make_page(found, pictures).encode()
     for name, content in files.items():
         write_atomic(output / name, content)

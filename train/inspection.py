@@ -8,6 +8,7 @@ import numpy as np
 
 from mc_core import make_plan
 from mc_core.config import MCConfig
+from mc_core.errors import UserError
 from train.checkpoint import load_run
 from train.needle import Needle, find_needle, weigh_needle
 from train.text import Text, read_text
@@ -25,8 +26,9 @@ class Inspection(NamedTuple):
     config: MCConfig
     text: Text
     lengths: tuple[int, ...]  # tokens of each segment
-    layers: list[Layer]
+    layers: list[Layer]  # of the blocks that have a memory
     needle: Needle | None
+    blocks: tuple[int, ...]  # the number of each layer's block
 
     @property
     def summary(self) -> str:
@@ -43,7 +45,7 @@ class Inspection(NamedTuple):
         """Layer, head and, under `COLUMNS`, means over tokens."""
         return [
             [str(number), str(head), *means(layer, head)]
-            for number, layer in enumerate(self.layers)
+            for number, layer in zip(self.blocks, self.layers, strict=True)
             for head in range(layer["gates"].shape[1])
         ]
 
@@ -57,20 +59,28 @@ class Inspection(NamedTuple):
 
 
 def look(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
-    """Run the first tokens of a text through a run's model; nothing is written."""
+    """Run the first tokens of a text through a run's model; nothing is written.
+
+    Raises:
+        UserError: there is no checkpoint, no block has a memory, or the text cannot be used.
+    """
     config, model, step, _ = load_run(directory)
     layer = config.model.layer
+    if layer not in config.model.block_layers:
+        mixers = list(config.model.mixers)
+        raise UserError(f"{directory}: model.mixers = {mixers}: must have a 'memory' to inspect")
     text = read_text(path, config).first(tokens)
     segment = make_plan(len(text.tokens), layer).segment_of
     place = None if needle is None else find_needle(text, needle, segment, layer.aggregation)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(text.tokens[None])
-    layers = [_without_batch(trace._asdict()) for trace in traces]
+    blocks = tuple(block for block, trace in enumerate(traces) if trace is not None)
+    layers = [_without_batch(traces[block]._asdict()) for block in blocks]
     point = None
     if needle is not None and place is not None:
         gates = np.stack([found["gates"] for found in layers])
-        point = weigh_needle(needle, place, gates, segment, layer.aggregation)
+        point = weigh_needle(needle, place, gates, segment, layer.aggregation, blocks)
     lengths = tuple(np.bincount(segment).tolist())
-    return Inspection(directory.resolve().name, step, layer, text, lengths, layers, point)
+    return Inspection(directory.resolve().name, step, layer, text, lengths, layers, point, blocks)
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
@@ -82,6 +92,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
         "segment_lengths": list(found.lengths),
         "tokens": found.text.tokens.tolist(),
         "pieces": list(found.text.pieces),
+        "blocks": list(found.blocks),
         "layers": [{name: _plain(x) for name, x in layer.items()} for layer in found.layers],
     }
     if found.needle is not None:
@@ -106,7 +117,7 @@ def needle_row(needle: Needle, place: int) -> list[str]:
     """Return layer, head and, under `NEEDLE_COLUMNS`, what the gate at a flat place gives it."""
     layer, head = np.unravel_index(place, needle.last_weight.shape)
     return [
-        str(layer),
+        str(needle.blocks[layer]),
         str(head),
         f"{needle.last_weight[layer, head]:.3f}",
         f"{needle.last_rank[layer, head]} of {needle.cached}",

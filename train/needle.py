@@ -27,6 +27,7 @@ class Needle:
         mean_uniform: likewise of equal weights.
         first_share: share of those tokens for which the needle ranks first.
         constant: whether the aggregation weighs all memories alike.
+        blocks: the number of each layer's block.
     """
 
     words: str
@@ -40,6 +41,7 @@ class Needle:
     mean_uniform: float
     first_share: np.ndarray
     constant: bool
+    blocks: tuple[int, ...]
 
     @property
     def pointing(self) -> np.ndarray:
@@ -64,9 +66,9 @@ class Needle:
         """Say whether the gates point at the needle when the text ends."""
         layer, head = np.unravel_index(np.argmax(self.last_weight), self.last_weight.shape)
         most = (
-            f"the largest weight is {self.last_weight[layer, head]:.3f} in layer {layer} head "
-            f"{head}, rank {self.last_rank[layer, head]} of {self.cached}; uniform "
-            f"{self.last_uniform:.3f}; its mean over all tokens after: "
+            f"the largest weight is {self.last_weight[layer, head]:.3f} in layer "
+            f"{self.blocks[layer]} head {head}, rank {self.last_rank[layer, head]} of "
+            f"{self.cached}; uniform {self.last_uniform:.3f}; its mean over all tokens after: "
             f"{self.mean_weight[layer, head]:.3f}"
         )
         if self.constant:
@@ -104,7 +106,12 @@ def find_needle(text: Text, words: str, segment: np.ndarray, aggregation: str) -
 
 
 def weigh_needle(
-    words: str, tokens: np.ndarray, gates: np.ndarray, segment: np.ndarray, aggregation: str
+    words: str,
+    tokens: np.ndarray,
+    gates: np.ndarray,
+    segment: np.ndarray,
+    aggregation: str,
+    blocks: tuple[int, ...] | None = None,
 ) -> Needle:
     """Measure what the tokens after a needle's segment give to it.
 
@@ -114,6 +121,7 @@ def weigh_needle(
         gates: [layers, t, h, n + 1], the online memory last.
         segment: [t] each token's segment.
         aggregation: what the gates are of.
+        blocks: the number of each layer's block; None = 0, 1...
     """
     segments = np.unique(segment[tokens])
     after = segment > segments[-1]
@@ -137,4 +145,5 @@ def weigh_needle(
         mean_uniform=float(uniform.mean()),
         first_share=(rank == 1).mean(1),
         constant=aggregation in ("residual", "mean"),
+        blocks=tuple(range(len(gates))) if blocks is None else blocks,
     )

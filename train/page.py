@@ -52,7 +52,7 @@ def make_page(found: Inspection, pictures: Sequence[bytes]) -> str:
         "inner loss of the token, before and after its write.</p>"
     )
     parts.append(_table(COLUMNS, found.rows))
-    for number, picture in enumerate(pictures):
+    for number, picture in zip(found.blocks, pictures, strict=False):
         data = b64encode(picture).decode()
         parts.append(f"<h2>Layer {number}</h2>")
         parts.append(f'<img alt="layer {number}" src="data:image/png;base64,{data}">')
@@ -85,8 +85,8 @@ def _text(found: Inspection) -> str:
     for token, piece in enumerate(found.text.pieces):
         words = "; ".join(
             f"layer {layer}: {'online' if index == online else f'segment {index}'} {value:.2f}"
-            for layer, (index, value) in enumerate(
-                zip(most[:, token], weight[:, token], strict=True)
+            for layer, index, value in zip(
+                found.blocks, most[:, token], weight[:, token], strict=True
             )
         )
         marked = ' class="needle"' if token in needle else ""

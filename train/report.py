@@ -130,20 +130,21 @@ def draw_curves(run: Path) -> None:
     _save(figure, run / "curves.png")
 
 
-def draw_router(run: Path, gates: list[np.ndarray], lengths: tuple[int, ...]) -> None:
+def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...]) -> None:
     """Draw `router.png`: the weight of each memory in each token's read, a panel a block.
 
     Args:
         run: where to.
-        gates: for each block [t, n + 1], mean over heads: cached segments, the online memory last.
+        gates: by block [t, n + 1], mean over heads: cached segments, the online memory last.
         lengths: tokens of each segment.
     """
-    tokens, memories = gates[0].shape
+    tokens, memories = next(iter(gates.values())).shape
     figure = Figure(figsize=(10, 0.6 + 2.2 * len(gates)), layout="constrained")
     panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True)[:, 0]
     # A root scale: among many memories most weights are small.
-    scale = PowerNorm(0.5, vmin=0.0, vmax=max(1.0, *(float(block.max()) for block in gates)))
-    for number, (axes, block) in enumerate(zip(panels, gates, strict=True)):
+    largest = max(float(block.max()) for block in gates.values())
+    scale = PowerNorm(0.5, vmin=0.0, vmax=max(1.0, largest))
+    for axes, (number, block) in zip(panels, gates.items(), strict=True):
         image = axes.imshow(block.T, aspect="auto", norm=scale, interpolation="nearest")
         for border in np.cumsum(lengths)[:-1]:
             axes.axvline(border - 0.5, color="white", linewidth=0.6)

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from mc_core.config import AGGREGATIONS, MEMORIES
+from mc_core.config import AGGREGATIONS, MEMORIES, MIXERS
 
 MEMORY_WORDS = {
     "linear": "matrix, dot loss: linear attention",
@@ -19,13 +19,19 @@ AGGREGATION_WORDS = {
     "ssc": "sparse selective caching: grm over the online memory and the top-k cached ones",
     "mean": "plain average of all reads: caching added after training",
 }
+MIXER_WORDS = {
+    "memory": "model.layer: a memory and its cached states",
+    "attention": "causal softmax attention with rotary positions, its heads those of model.layer",
+    "window": "the same over the last model.attention_window tokens",
+}
 
 
 def print_variants(console: Console) -> None:
-    """Print every memory kind and every aggregation; each kind goes with each aggregation."""
+    """Print every memory kind, every aggregation, and what else a block may mix tokens with."""
     for title, names, words in (
         ("model.layer.memory.kind", MEMORIES, MEMORY_WORDS),
         ("model.layer.aggregation", AGGREGATIONS, AGGREGATION_WORDS),
+        ("model.mixers", MIXERS, MIXER_WORDS),
     ):
         table = Table(title, "what it is")
         for name in names:

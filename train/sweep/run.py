@@ -8,10 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mc_core import ModelConfig
 from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
-from mc_core.footprint import cache_footprint
+from mc_core.footprint import flops_per_token, state_bytes
 from train.checkpoint import load_run
 from train.loop import train
 from train.step import split
@@ -112,6 +111,7 @@ def do(run: Run) -> Result:
         "task": config.data.task,
         "width": config.model.layer.d_model,
         "state_bytes": state_bytes(config.model, tokens),
+        "flops_per_token": flops_per_token(config.model, tokens),
         "state_tokens": tokens,
         "steps": config.run.steps,
         "fingerprint": run.fingerprint,
@@ -133,11 +133,6 @@ def do(run: Run) -> Result:
         "test": found.cells,
         "wall_seconds": time.monotonic() - start,
     }
-
-
-def state_bytes(config: ModelConfig, tokens: int) -> int:
-    """Return the bytes of a stream's cache, all layers, after so many tokens."""
-    return config.num_layers * cache_footprint(config.layer, tokens).total
 
 
 def describe(result: Result) -> str:

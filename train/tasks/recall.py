@@ -132,12 +132,12 @@ class RecallScoring:
     def report(self, state: TrainState, step: int, seconds: float) -> RecallReport:
         """Score all validation examples."""
         config = self._config
-        run, layer = config.run, config.model.layer
+        run = config.run
         score, parts = self.scores(state)
         return RecallReport(
             task=config.data.task,
             name=Path(run.directory).name,
-            model=f"{layer.memory.kind} + {layer.aggregation}",
+            model=config.model.name,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             steps=step,
             tokens=round(step * run.batch_size * run.accumulation * config.data.mean_tokens),

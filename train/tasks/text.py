@@ -57,10 +57,10 @@ class TextScoring:
     def report(self, state: TrainState, step: int, seconds: float) -> Report:
         """Score the whole validation text, beside the references."""
         config, corpus = self._config, self._corpus
-        run, layer = config.run, config.model.layer
+        run = config.run
         return Report(
             name=Path(run.directory).name,
-            model=f"{layer.memory.kind} + {layer.aggregation}",
+            model=config.model.name,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             steps=step,
             tokens=step * run.batch_size * run.accumulation * int(config.data.mean_tokens),
@@ -88,13 +88,19 @@ class TextScoring:
 def draw_gates(
     directory: Path, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef, state: TrainState
 ) -> None:
-    """Draw `router.png` for the first window of the validation text."""
+    """Draw `router.png` for the first window of the validation text, if a block has a memory."""
     layer = config.model.layer
+    if layer not in config.model.block_layers:
+        return
     model = nnx.merge(graphdef, state.params, state.rest)
     window = int(config.data.mean_tokens)
     tokens = corpus.encode(corpus.validation)[:window].astype(np.int32)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])
-    gates = [np.asarray(trace.gates[0].mean(axis=1)) for trace in traces]
+    gates = {
+        block: np.asarray(trace.gates[0].mean(axis=1))
+        for block, trace in enumerate(traces)
+        if trace is not None
+    }
     draw_router(
         directory, gates, segment_lengths(len(tokens), layer.segmentation, layer.segment_size)
     )

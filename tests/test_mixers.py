@@ -1,0 +1,147 @@
+"""Models whose blocks differ: memories, attention and windows, with and without feed-forward."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import assert_close
+from flax import nnx
+from test_generation import PROMPTS, by_full_passes, tokens_of
+from weight_cases import draw, jax_module, torch_module
+
+import mc_torch
+from mc_core import LinearConfig, MCConfig, ModelConfig, TitansConfig
+from parity.weights import load_jax, load_torch, to_jax
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+
+LAYER = MCConfig(8, 2, LinearConfig(), "grm", segment_size=4, chunk_size=3, conv_width=3)
+HYBRID = ModelConfig(
+    13, 3, LAYER, ffn_width=0, mixers=("window", "memory", "attention"), attention_window=3
+)
+MODELS = {
+    "transformer": ModelConfig(
+        13, 1, LAYER, ffn_width=12, tie_embeddings=False, mixers=("attention",)
+    ),
+    "hybrid": HYBRID,
+    "titans": ModelConfig(
+        13, 2, dataclasses.replace(LAYER, memory=TitansConfig(expansion=1), conv_width=0),
+        tie_embeddings=False, mixers=("memory", "window"), attention_window=6,
+    ),
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(13, size=(2, 11)).astype(np.int32)
+
+
+def both(name: str) -> tuple[Any, Any]:
+    config = MODELS[name]
+    flat = draw(config, "float64", seed=3)
+    left, right = jax_module(config, jnp.float64), torch_module(config, torch.float64)
+    load_jax(left, to_jax(flat))
+    load_torch(right, flat)
+    return left, right
+
+
+def compiled(model: Any, method: str = "__call__") -> Any:
+    graph, state = nnx.split(model)
+    run = jax.jit(
+        lambda s, *args, **options: getattr(nnx.merge(graph, s), method)(*args, **options)
+    )
+    return lambda *args, **options: run(state, *args, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_packages_agree_on_logits_and_gradients(name):
+    left, right = both(name)
+    mask = np.random.default_rng(1).random(TOKENS.shape) < 0.8
+    weight = np.random.default_rng(2).standard_normal((*TOKENS.shape, 13))
+    graph, state = nnx.split(left, nnx.Param)
+
+    def loss(state: Any) -> Any:
+        logits = nnx.merge(graph, state)(jnp.asarray(TOKENS), jnp.asarray(mask))
+        return (logits * jnp.asarray(weight)).sum(), logits
+
+    (_, expected), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+    logits = right(torch.tensor(TOKENS).long(), torch.tensor(mask))
+    assert_close(logits.detach().numpy(), expected, 1e-10)
+    named = dict(right.named_parameters())
+    found = torch.autograd.grad((logits * torch.tensor(weight)).sum(), list(named.values()))
+    flat = to_jax(dict(zip(named, (g.numpy() for g in found), strict=True)))
+    wanted = {
+        ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(grads)
+    }
+    assert_close(flat, wanted, 1e-9)
+    assert all(np.abs(g).max() > 1e-9 for g in flat.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_logit_depends_on_a_later_token(name):
+    run, changed = compiled(both(name)[0]), TOKENS.copy()
+    changed[:, 6:] = (changed[:, 6:] + 5) % 13
+    before, after = (np.asarray(run(jnp.asarray(x))) for x in (TOKENS, changed))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before - after)[:, 6:].max(axis=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["hybrid", "transformer"])
+def test_a_stream_with_padding_is_what_its_rows_are_alone(name):
+    """In both packages, over a cache that grows on the way."""
+    left, right = both(name)
+    padding = np.random.default_rng(3).random(TOKENS.shape) < 0.3
+    padding[0, :5] = True
+    extend, results = compiled(left, "extend"), []
+    for make, cache, go_on, grow in (
+        (jnp.asarray, left.init_cache(2, 6), extend, left.grow),
+        (torch.tensor, right.init_cache(2, 6), right.extend, right.grow),
+    ):
+        outputs = []
+        for here in (slice(0, 5), slice(5, 6), slice(6, 11)):
+            cache = grow(cache, 11) if here.start == 6 else cache
+            y, cache = go_on(make(TOKENS[:, here]), cache, padding=make(padding[:, here]))
+            outputs.append(np.asarray(y.detach() if isinstance(y, torch.Tensor) else y))
+        results.append(np.concatenate(outputs, axis=1))
+    for row, absent in enumerate(padding):
+        with torch.no_grad():
+            alone = right(torch.tensor(TOKENS[row : row + 1, ~absent]))[0].numpy()
+        for package, y in zip(("jax", "torch"), results, strict=True):
+            assert_close(y[row, ~absent], alone, 1e-10, name=f"{package} row {row}")
+
+
+@pytest.mark.parametrize("name", ["transformer", "hybrid"])
+def test_greedy_tokens_are_those_of_repeated_full_passes(name):
+    left, right = both(name)
+    found = tokens_of(left, PROMPTS, 9, block=4)
+    other = np.stack([x.numpy() for x in mc_torch.generate(right, PROMPTS, 9, block=4)], axis=1)
+    for row, prompt in enumerate(PROMPTS):
+        expected = by_full_passes(left, prompt, row, 9)
+        assert found[row].tolist() == other[row].tolist() == expected
+    assert len(np.unique(found)) > 3
+
+
+def test_recomputation_changes_nothing():
+    left, _ = both("hybrid")
+    again = jax_module(dataclasses.replace(HYBRID, remat=True), jnp.float64)
+    load_jax(again, to_jax(draw(HYBRID, "float64", seed=3)))
+    tokens = jnp.asarray(TOKENS)
+    assert_close(compiled(again)(tokens), compiled(left)(tokens), 1e-12)
+
+
+def test_inspection_traces_the_blocks_that_have_a_memory():
+    left, right = both("hybrid")
+    logits, traces = compiled(left, "inspect")(jnp.asarray(TOKENS))
+    assert_close(logits, compiled(left)(jnp.asarray(TOKENS)), 1e-12)
+    with torch.no_grad():
+        other, mirrored = right.inspect(torch.tensor(TOKENS))
+    assert_close(other.numpy(), logits, 1e-10)
+    assert [trace is None for trace in traces] == [True, False, True]
+    assert [trace is None for trace in mirrored] == [True, False, True]
+    assert traces[1].gates.shape == (2, 11, 2, 4)
+
+
+def test_a_model_without_feed_forward_has_none():
+    names = draw(HYBRID)
+    assert not [name for name in names if "ffn" in name]
+    assert [name for name in draw(MODELS["transformer"]) if "ffn" in name]

@@ -10,6 +10,8 @@ from mc_core.segmentation import Plan
 from mc_jax.layout import from_segments, to_segments
 from mc_jax.numerics import Array, align, product, running_sum, state_dtype
 
+BLOCK = 512  # tokens whose scores stand side by side while memories are selected
+
 
 class Pools(NamedTuple):
     """Pooled keys of segments, and of the online segment as it runs."""
@@ -132,9 +134,7 @@ def gate(
     if config.detach_cached_context:
         pools = jax.lax.stop_gradient(pools)
     pools = pools.swapaxes(1, 2)
-    every = product("bhtk,bhnk->bhtn", *jax.lax.stop_gradient((u, pools)), exact=True)
-    allowed = readable(align(segment, 2), n, config)[:, None, :, :n]
-    selected = select(every, allowed, config.ssc_top_k)
+    selected = _select_in_blocks(*jax.lax.stop_gradient((u, pools)), segment, config)
     # Gradients take the scores of the selected alone: n of each token would be too many.
     slot = jnp.minimum(selected, n - 1).reshape(*u.shape[:2], -1, 1)
     picked = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
@@ -144,6 +144,28 @@ def gate(
     selected = selected.swapaxes(1, 2)
     read = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
     return weigh(score, read, config), selected
+
+
+def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
+    """Return what tokens [b, h, t, k] select among pools [b, h, n, k]: [b, h, t, min(top_k, n)]."""
+    b, h, t, width = u.shape
+    segment = jnp.broadcast_to(align(segment, 2), (b, t))
+
+    def one(block: tuple[Array, Array]) -> Array:
+        u, segment = block
+        score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
+        allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
+        return select(score, allowed, config.ssc_top_k)
+
+    if t <= BLOCK:
+        return one((u, segment))
+    # The scores of all tokens at once would be the largest array of a long sequence.
+    blocks = -(-t // BLOCK)
+    u = jnp.pad(u, [(0, 0), (0, 0), (0, blocks * BLOCK - t), (0, 0)])
+    segment = jnp.pad(segment, [(0, 0), (0, blocks * BLOCK - t)])
+    parts = u.reshape(b, h, blocks, BLOCK, width), segment.reshape(b, blocks, BLOCK)
+    selected = jax.lax.map(one, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0)))
+    return jnp.moveaxis(selected, 0, 2).reshape(b, h, blocks * BLOCK, -1)[:, :, :t]
 
 
 def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:

@@ -8,6 +8,8 @@ from mc_core.config import MCConfig
 from mc_torch.layout import Plan, from_segments, to_segments
 from mc_torch.numerics import Array, align, product, running_sum, state_dtype
 
+BLOCK = 512  # tokens whose scores stand side by side while memories are selected
+
 
 class Pools(NamedTuple):
     """Pooled keys of segments, and of the online segment as it runs."""
@@ -132,9 +134,7 @@ def gate(
     if config.detach_cached_context:
         pools = pools.detach()
     pools = pools.transpose(1, 2)
-    every = product("bhtk,bhnk->bhtn", u.detach(), pools.detach(), exact=True)
-    allowed = readable(align(segment, 2), n, config)[:, None, :, :n]
-    selected = select(every, allowed, config.ssc_top_k)
+    selected = _select_in_blocks(u.detach(), pools.detach(), segment, config)
     # Gradients take the scores of the selected alone: n of each token would be too many.
     slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
     picked = torch.take_along_dim(pools, slot, dim=2).reshape(*selected.shape, -1)
@@ -144,6 +144,21 @@ def gate(
     selected = selected.transpose(1, 2)
     read = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
     return weigh(score, read, config), selected
+
+
+def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
+    """Return what tokens [b, h, t, k] select among pools [b, h, n, k]: [b, h, t, min(top_k, n)]."""
+    b, _, t, _ = u.shape
+    segment = align(segment, 2).expand(b, t)
+
+    def one(u: Array, segment: Array) -> Array:
+        score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
+        allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
+        return select(score, allowed, config.ssc_top_k)
+
+    # The scores of all tokens at once would be the largest array of a long sequence.
+    parts = zip(u.split(BLOCK, dim=2), segment.split(BLOCK, dim=1), strict=True)
+    return torch.cat([one(*part) for part in parts], dim=2)
 
 
 def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:

@@ -123,9 +123,11 @@ def test_gates_of_huge_scores_are_finite():
     assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
 
 
+@pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
-def test_gates_of_selected_memories_are_those_of_all(top_k):
+def test_gates_of_selected_memories_are_those_of_all(top_k, block, monkeypatch):
     """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
+    monkeypatch.setattr("mc_jax.gates.BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
     config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7)

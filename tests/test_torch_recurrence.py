@@ -23,6 +23,8 @@ from test_recurrence import (
 from torch.autograd import gradcheck, gradgradcheck
 from torch_subject import arrays, call, gradients, leaves, projected, run
 
+from mc_core import MCConfig
+from mc_torch.gates import gate, gate_densely, scores, spread
 from mc_torch.numerics import tree_map
 
 
@@ -152,3 +154,18 @@ def test_derivatives_are_slopes(memory, aggregation, mode, order):
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_of_all_pairs(memory, aggregation, order):
     check_derivatives(memory, aggregation, "checkpoint", order)
+
+
+@pytest.mark.parametrize("block", [512, 3])
+def test_gates_of_selected_memories_are_those_of_all(block, monkeypatch):
+    """The fast form against `gate_densely`, in one block of tokens and in several."""
+    monkeypatch.setattr("mc_torch.gates.BLOCK", block)
+    rng = np.random.default_rng(0)
+    u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
+    pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
+    segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
+    config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2)
+    weights, selected = gate(u, pools, running, segment, config)
+    assert weights.shape == (2, 7, 3, 3)
+    expected = gate_densely(scores(u, pools, running, config), segment, config)
+    torch.testing.assert_close(spread(weights, selected, 5), expected)

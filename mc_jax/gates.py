@@ -127,9 +127,12 @@ def gate(
             `ssc` [b, t, h, m + 1], m = min(top_k, n).
         selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
     """
-    if config.aggregation != "ssc":
-        return gate_densely(scores(u, pools, running, config), segment, config), None
     n = pools.shape[1]
+    if config.aggregation != "ssc":
+        score = jnp.zeros_like(running, shape=(*running.shape[:3], n + 1))
+        if config.gated:
+            score = scores(u, pools, running, config)
+        return gate_densely(score, segment, config), None
     u = u.astype(running.dtype).swapaxes(1, 2)  # [b, h, t, k]
     if config.detach_cached_context:
         pools = jax.lax.stop_gradient(pools)

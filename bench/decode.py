@@ -1,6 +1,5 @@
 """`mc bench decode`: time and bytes of a token after a long context, beside attention's."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from mc_core.trees import flatten
 from mc_jax import Cache, MemoryCachingLayer
 
 ROOM = 64  # tokens after the context for which there is room: more than are timed
+PREFILLS = 5  # timed runs of a prompt, and of as many single steps
 ATTENTION = "attention"
 
 
@@ -86,36 +86,38 @@ def compare(
     return rows
 
 
-def compare_prefill(config: MCConfig, tokens: int, seed: int) -> Row:
-    """Time a prompt in one call against as many single steps, each once after a warm-up."""
+def compare_prefill(config: MCConfig, tokens: int, seed: int, runs: int = PREFILLS) -> Row:
+    """Time a prompt in one call and as single steps, in turn; `ratio` is the median of the turns'.
+
+    Steps follow each other without a wait, as they may where the next token is known.
+    """
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
+    parts = [x[:, start : start + 1] for start in range(tokens)]
 
     @partial(jax.jit, donate_argnums=2)
     def extend(state: Any, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return nnx.merge(graphdef, state).extend(x, cache)
 
-    def run(size: int) -> tuple[float, jax.Array]:
-        y, cache = extend(state, x[:, :size], layer.init_cache(1, tokens))
-        jax.block_until_ready((y, cache))
-        cache, outputs = layer.init_cache(1, tokens), []
-        parts = [x[:, start : start + size] for start in range(0, tokens, size)]
-        jax.block_until_ready((cache, parts))
-        start = time.perf_counter()
+    def whole() -> jax.Array:
+        y, cache = extend(state, x, layer.init_cache(1, tokens))
+        return jax.block_until_ready((y, cache))[0]
+
+    def steps() -> list[jax.Array]:
+        outputs, cache = [], layer.init_cache(1, tokens)
         for part in parts:
             y, cache = extend(state, part, cache)
             outputs.append(y)
-        jax.block_until_ready((outputs, cache))
-        return time.perf_counter() - start, jnp.concatenate(outputs, axis=1)
+        return jax.block_until_ready((outputs, cache))[0]
 
-    (whole, y), (single, steps) = run(tokens), run(1)
+    timings = alternate({"whole": whole, "steps": steps}, runs=runs, warmup=1)
     return {
         "layer": _name(config),
         "tokens": tokens,
-        "prefill_s": whole,
-        "steps_s": single,
-        "ratio": single / whole,
-        "difference": _relative(y, steps),
+        "prefill_s": timings["whole"].median,
+        "steps_s": timings["steps"].median,
+        "ratio": ratio(timings["steps"], timings["whole"])[0],
+        "difference": _relative(whole(), jnp.concatenate(steps(), axis=1)),
     }
 
 

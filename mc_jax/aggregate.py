@@ -9,7 +9,7 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.backends import Memory, Weights
 from mc_jax.backends.base import apply_weights
-from mc_jax.chunked import Writes, online_apply
+from mc_jax.chunked import Online, Writes, online_apply
 from mc_jax.layout import from_chunks, from_segments, to_chunks, to_segments
 from mc_jax.numerics import KEPT, Array, product, scale_rows
 from mc_jax.sparse import read_selected
@@ -55,13 +55,16 @@ def read_all(
 
 
 def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
-    """Read each token's own memory `M_t(q_t)`: [b, t, h, v]."""
+    """Return each token's read of its own memory `M_t(q_t)`: [b, t, h, v]."""
 
     @partial(jax.checkpoint, policy=KEPT)
-    def read(writes: Writes, q: Array) -> Array:
-        return memory.read(online_apply(writes, q.dtype), q)
+    def read(online: Online, q: Array) -> Array:
+        return memory.read(online_apply(online, q.dtype), q)
 
-    return from_chunks(read(writes, to_chunks(q, plan)), plan)
+    if writes.online is None:
+        assert writes.read is not None
+        return from_chunks(writes.read, plan)
+    return from_chunks(read(writes.online, to_chunks(q, plan)), plan)
 
 
 def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
@@ -92,15 +95,18 @@ def read_soup(
     def one_layer(a: Array, gate: Array, weights: Weights) -> Array:
         return product("...oi,...ci->...co", weights[0], scale_rows(gate, a), dtype=a.dtype)
 
+    online = writes.online
+    assert online is not None
+
     @partial(jax.checkpoint, static_argnums=0)
-    def layer_online(layer: int, a: Array, writes: Writes) -> Array:
-        return own * online_apply(writes, q.dtype)(layer, a)
+    def layer_online(layer: int, a: Array, online: Online) -> Array:
+        return own * online_apply(online, q.dtype)(layer, a)
 
     def apply(layer: int, a: Array) -> Array:
         a = a.astype(q.dtype)
         tokens = to_segments(from_chunks(a, plan), plan)
         mixed = sum_over_earlier(one_layer, tokens, weight, (cached[layer],))
-        return layer_online(layer, a, writes) + to_chunks(from_segments(mixed, plan), plan)
+        return layer_online(layer, a, online) + to_chunks(from_segments(mixed, plan), plan)
 
     return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
 

@@ -151,7 +151,10 @@ def _run_chunks(
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
-    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan)
+    # A soup mixes layer by layer with memories that the write has yet to make.
+    later = inspect or (config.aggregation == "soup" and plan.segments > 1)
+    queries = q if memory.is_mlp and not later else None
+    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, queries)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
     weights, selected = gate(u, pools.segment, pools.running, segment, config)
@@ -169,7 +172,10 @@ def _run_chunks(
         position=jnp.full_like(length, plan.tokens),
         limit=jnp.asarray(plan.tokens, jnp.int32),
     )
-    inner = watch_writes(memory, writes, k, v, coefficients, mask, plan) if inspect else None
+    inner = None
+    if inspect:
+        assert writes.online is not None
+        inner = watch_writes(memory, writes.online, k, v, coefficients, mask, plan)
     return output, cache, gates, inner
 
 

@@ -15,7 +15,7 @@ from mc_core.segmentation import Plan
 from mc_jax.backends import ChunkMix, Coefficients, Memory
 from mc_jax.backends.base import decay_products, mask_coefficients
 from mc_jax.cache import Segments
-from mc_jax.chunked import Writes, online_apply
+from mc_jax.chunked import Online, online_apply
 from mc_jax.layout import from_chunks, to_chunks
 from mc_jax.numerics import Array, product
 
@@ -91,7 +91,7 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
 
 def watch_writes(
     memory: Memory,
-    writes: Writes,
+    online: Online,
     k: Array,
     v: Array,
     coefficients: Coefficients,
@@ -102,21 +102,21 @@ def watch_writes(
 
     Args:
         memory: the memory kind.
-        writes: what `write_chunks` made of the arguments that follow.
+        online: what `write_chunks` made of the arguments that follow.
         k: keys [b, t, h, k], zero at masked tokens.
         v: values [b, t, h, v], zero at masked tokens.
         coefficients: each [b, t, h].
         mask: [b, t] bool, True = a real token.
         plan: segments and chunks.
     """
-    writes, k, v, coefficients = jax.lax.stop_gradient((writes, k, v, coefficients))
+    online, k, v, coefficients = jax.lax.stop_gradient((online, k, v, coefficients))
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     at = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     written = to_chunks(mask[:, :, None].astype(at.step.dtype), plan)
     at = mask_coefficients(at, written)
-    after, before = writes.mix, _token_before(writes.mix)
+    after, before = online.mix, _token_before(online.mix)
     change = _change(after, before, at.retention)
-    gram = _inner_products(writes)
+    gram = _inner_products(online)
 
     def by_token(x: Array) -> Array:
         return from_chunks(x[..., None], plan)[..., 0]
@@ -128,7 +128,7 @@ def watch_writes(
         return jnp.sqrt(jnp.maximum(squares, 0))
 
     def loss(mix: ChunkMix) -> Array:
-        apply = online_apply(writes._replace(mix=mix), k.dtype)
+        apply = online_apply(online._replace(mix=mix), k.dtype)
         return by_token(written * memory.loss(apply, k, v))
 
     momentum_norm = None
@@ -168,7 +168,7 @@ def _change(after: ChunkMix, before: ChunkMix, retention: Array) -> ChunkMix:
     return ChunkMix(state, events, after.momentum - before.momentum)
 
 
-def _inner_products(writes: Writes) -> Array:
+def _inner_products(online: Online) -> Array:
     """Return the inner products, summed over layers, of what a chunk's memories are sums of.
 
     Returns:
@@ -176,9 +176,9 @@ def _inner_products(writes: Writes) -> Array:
         chunk began, then its e events.
     """
     layers = []
-    for layer, weight in enumerate(writes.weights):
-        states = jnp.stack([weight, *writes.momentum[layer : layer + 1]], axis=-3)
-        a, delta = (x[layer].astype(weight.dtype) for x in writes.events)
+    for layer, weight in enumerate(online.weights):
+        states = jnp.stack([weight, *online.momentum[layer : layer + 1]], axis=-3)
+        a, delta = (x[layer].astype(weight.dtype) for x in online.events)
         read = product("...moi,...ei->...meo", states, a, exact=True)
         cross = product("...meo,...eo->...me", read, delta, exact=True)
         own = product("...moi,...noi->...mn", states, states, exact=True)

@@ -1,4 +1,7 @@
-"""The chunked write: a loop over chunks carries the memory; all else is parallel (section 6)."""
+"""The chunked write: a loop over chunks carries the memory; all else is parallel (section 6).
+
+The online memory of an MLP is read on the way, unless a soup or an inspection asks for it later.
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,13 +14,20 @@ from mc_torch.layout import Plan, to_chunks
 from mc_torch.numerics import Array, product, remat, scale_rows, tree_map, unstack
 
 
-class Writes(NamedTuple):
-    """What a chunked write leaves for the reads; every array leads with [g, b, r]."""
+class Online(NamedTuple):
+    """The online memory of every token of chunks, as reads take it; arrays lead with [g, b, r]."""
 
     weights: Weights  # the memory as each chunk began [..., h, o, i]
     momentum: Weights
     events: Events
     mix: ChunkMix
+
+
+class Writes(NamedTuple):
+    """What a chunked write leaves for the reads."""
+
+    online: Online | None  # None where it has been read on the way
+    read: Array | None  # what it gave then [g, b, r, h, c, v]
     ends: Weights  # the memory at each segment's end [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
 
@@ -27,9 +37,10 @@ class Scanned(NamedTuple):
 
     before: Weights  # the memory that came to each chunk, before any restart [..., h, o, i]
     momentum: Weights
-    events: Events
+    events: Events | None
     mix: ChunkMix
     final: MemoryState
+    read: Array | None = None  # of the queries that came along [..., h, c, v]; else None
 
 
 # bool [g, b or 1, r], or [g] where all rows do the same and the host knows; None = nowhere.
@@ -44,6 +55,7 @@ def write_chunks(
     coefficients: Coefficients,
     mask: Array,
     plan: Plan,
+    q: Array | None = None,
 ) -> Writes:
     """Write all tokens, chunk by chunk.
 
@@ -55,18 +67,19 @@ def write_chunks(
         coefficients: each [b, t, h].
         mask: [b, t] bool, True = a real token.
         plan: segments and chunks.
+        q: queries [b, t, h, k] that read the online memory on the way, as `scan_chunks` takes them.
     """
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     at = tree_map(lambda x: to_chunks(x, plan), coefficients)
     written = to_chunks(mask[:, :, None].to(at.step.dtype), plan)
     start = start_state(memory, initial, k[0], v[0])
     restarts = plan.restarts if any(plan.restarts[1:]) else None
-    scanned = scan_chunks(memory, k, v, at, written, start, start, restarts)
+    queries = None if q is None else to_chunks(q, plan)
+    scanned = scan_chunks(memory, k, v, at, written, start, start, restarts, q=queries)
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
     return Writes(
-        *began(scanned, start, restarts),
-        events=scanned.events,
-        mix=scanned.mix,
+        online=online_memory(scanned, start, restarts),
+        read=scanned.read,
         ends=tree_map(
             lambda b, f: _segment_ends(b, f, plan), scanned.before, scanned.final.weights
         ),
@@ -84,8 +97,12 @@ def scan_chunks(
     start: MemoryState,
     restarts: _Restarts,
     opens: Array | None = None,
+    q: Array | None = None,
 ) -> Scanned:
     """Write rows of chunks one after another.
+
+    A chunk's write and the read of its own queries work on the same few arrays. Together they stay
+    in a cache, and neither the momentum nor the events of a chunk outlive it.
 
     Args:
         memory: the memory kind.
@@ -99,6 +116,8 @@ def scan_chunks(
         opens: bool [g, b, r], True where a chunk begins with its first token: its gradients are
             taken at the memory as it is then, elsewhere at `state.anchor`, for what is here is the
             rest of a chunk. None = everywhere.
+        q: queries [g, b, r, h, c, k] that read their own memory on the way, MLP memories alone;
+            None = they come later, by `online_apply`.
     """
     mix = memory.chunk_mix(at, written)
     previous: Weights = ()
@@ -109,39 +128,43 @@ def scan_chunks(
             for p, x in zip(before, (k, v), strict=True)
         )
     if memory.is_mlp:
-        return _loop_mlp(memory, k, v, mix, state, start, restarts, opens)
+        return _loop_mlp(memory, k, v, mix, state, start, restarts, opens, q)
     events = memory.events((), k, v)
     carried, final = _loop_matrix(events, mix, state, start, restarts, k.dtype)
     return Scanned(carried, (), events, mix, final._replace(previous=previous))
 
 
-def began(scanned: Scanned, start: MemoryState, restarts: _Restarts) -> tuple[Weights, Weights]:
-    """Return the weights and the momentum with which each chunk began [g, b, r, h, o, i]."""
+def online_memory(scanned: Scanned, start: MemoryState, restarts: _Restarts) -> Online | None:
+    """Return what reads of the online memory take; None where a scan has read it on the way."""
+    events = scanned.events
+    if events is None:
+        return None
     if restarts is None:
-        return scanned.before, scanned.momentum
+        return Online(scanned.before, scanned.momentum, events, scanned.mix)
     condition = _as_tensor(restarts, scanned.before[0])[..., None, None, None]
 
     def pick(start: Weights, before: Weights) -> Weights:
         return tuple(torch.where(condition, s, b) for s, b in zip(start, before, strict=True))
 
-    return pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
+    weights, momentum = pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
+    return Online(weights, momentum, events, scanned.mix)
 
 
-def online_apply(writes: Writes, dtype: torch.dtype) -> Apply:
+def online_apply(online: Online, dtype: torch.dtype) -> Apply:
     """Return the online memory's linear maps for tokens [g, b, r, h, c, i]: the dual form.
 
     `z_t = P_t (W_0 a_t) + Q_t (S_0 a_t) - Σ_{i<=t} C[t, i] <a_t, a_i> δ_i`.
     """
-    mix, events = writes.mix, writes.events
+    mix, events = online.mix, online.events
 
     def apply(layer: int, a: Array) -> Array:
         # Scaled before the product, so that the scale's gradient needs no product again.
         z = product(
-            "...oi,...ci->...co", writes.weights[layer], scale_rows(mix.state, a), dtype=dtype
+            "...oi,...ci->...co", online.weights[layer], scale_rows(mix.state, a), dtype=dtype
         )
         if mix.momentum is not None:
             scaled = scale_rows(mix.momentum, a)
-            z = z + product("...oi,...ci->...co", writes.momentum[layer], scaled, dtype=dtype)
+            z = z + product("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
         match = product("...ci,...ei->...ce", a, events.inputs[layer], dtype=dtype)
         return z - product(
             "...ce,...eo->...co", match * mix.events, events.deltas[layer], dtype=dtype
@@ -159,23 +182,31 @@ def _loop_mlp(
     start: MemoryState,
     restarts: _Restarts,
     opens: Array | None,
+    q: Array | None,
 ) -> Scanned:
-    carried, events, chunks = [], [], k.shape[0]
-    each = zip(unstack((k, v, mix)), _each(restarts, chunks), _each(opens, chunks), strict=True)
-    for chunk, restart, opening in each:
-        carried.append((state.weights, state.momentum))
+    carried, left, chunks = [], [], k.shape[0]
+    each = zip(
+        unstack((k, v, mix)),
+        (None,) * chunks if q is None else q.unbind(0),
+        _each(restarts, chunks),
+        _each(opens, chunks),
+        strict=True,
+    )
+    for chunk, queries, restart, opening in each:
+        carried.append((state.weights, () if q is not None else state.momentum))
         state = _restarted(restart, start, state)
         anchor = state.weights
         if opening is not None:
             anchor = choose(opening, state.weights, state.anchor)
             state = state._replace(anchor=anchor)
-        weights, momentum, written = remat(_write_chunk)(
-            memory, anchor, state.weights, state.momentum, *chunk
+        weights, momentum, one = remat(_write_chunk)(
+            memory, anchor, state.weights, state.momentum, *chunk, queries
         )
         state = state._replace(weights=weights, momentum=momentum)
-        events.append(written)
+        left.append(one)
     before, speed = _stack(carried)
-    return Scanned(before, speed, _stack(events), mix, state)
+    events, read = (_stack(left), None) if q is None else (None, _stack(left))
+    return Scanned(before, speed, events, mix, state, read)
 
 
 def _write_chunk(
@@ -186,12 +217,17 @@ def _write_chunk(
     k: Array,
     v: Array,
     mix: ChunkMix,
-) -> tuple[Weights, Weights, Events]:
+    q: Array | None,
+) -> tuple[Weights, Weights, Events | Array]:
     events = memory.events(anchor, k, v)
+    left: Events | Array = events
+    if q is not None:
+        online = Online(weights, momentum, events, mix)
+        left = memory.read(online_apply(online, k.dtype), q)
     add = _outer(events, mix.events[..., -1, :], k.dtype)
     new = tuple(mix.state[..., -1, None, None] * w - g for w, g in zip(weights, add, strict=True))
     if mix.momentum is None or mix.momentum_add is None or mix.momentum_keep is None:
-        return new, momentum, events
+        return new, momentum, left
     new = tuple(
         w + mix.momentum[..., -1, None, None] * s for w, s in zip(new, momentum, strict=True)
     )
@@ -199,7 +235,7 @@ def _write_chunk(
     momentum = tuple(
         mix.momentum_keep[..., None, None] * s - g for s, g in zip(momentum, add, strict=True)
     )
-    return new, momentum, events
+    return new, momentum, left
 
 
 def _loop_matrix(
@@ -225,10 +261,15 @@ def _loop_matrix(
 
 def _outer(events: Events, scale: Array, dtype: torch.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
-    return tuple(
-        product("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
-        for a, delta in zip(events.inputs, events.deltas, strict=True)
-    )
+
+    def one(a: Array, delta: Array) -> Array:
+        scaled = scale_rows(scale, delta)
+        # The wider factor goes last: XLA's CPU takes half as long for it.
+        if delta.shape[-1] > a.shape[-1]:
+            return product("...eo,...ei->...io", scaled, a, dtype=dtype).transpose(-1, -2)
+        return product("...eo,...ei->...oi", scaled, a, dtype=dtype)
+
+    return tuple(map(one, events.inputs, events.deltas))
 
 
 def _stack(trees: list[Any]) -> Any:

@@ -9,7 +9,7 @@ from mc_torch.aggregate import read_sparse
 from mc_torch.backends import Memory, Tokens, Weights
 from mc_torch.backends.base import apply_weights
 from mc_torch.cache import Cache, Segments, choose, put_slots, start_state
-from mc_torch.chunked import Scanned, Writes, began, online_apply, scan_chunks
+from mc_torch.chunked import Scanned, Writes, online_apply, online_memory, scan_chunks
 from mc_torch.gates import gate, pooled, readable, spread
 from mc_torch.grid import Grid, from_places, make_grid, to_places
 from mc_torch.numerics import Array, product, running_sum, tree_map, unstack
@@ -55,7 +55,8 @@ def extend_chunks(
 
     if config.reads_sum:
         queries = to_places(q, grid)
-        read = memory.read(online_apply(writes, q.dtype), queries)
+        assert writes.online is not None
+        read = memory.read(online_apply(writes.online, q.dtype), queries)
         read = read + memory.read(apply_weights(totals, q.dtype), queries)
         allowed = readable(grid.segment, stored.length.shape[1], config)[:, :, None]
         share = torch.ones_like(pools.running[..., :1])
@@ -96,9 +97,11 @@ def _write(
     start = start_state(memory, initial, k[0], v[0])
     state = tree_map(lambda x: x[:, None], cache.state)
     restarts = grid.restarts if config.state_init_mode == "restart" else None
-    scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens)
-    weights, momentum = began(scanned, start, restarts)
-    return scanned, Writes(weights, momentum, scanned.events, scanned.mix, (), scanned.final)
+    # A soup mixes layer by layer with memories that the write has yet to make.
+    q = to_places(tokens.q, grid) if memory.is_mlp and config.aggregation != "soup" else None
+    scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens, q)
+    online = online_memory(scanned, start, restarts)
+    return scanned, Writes(online, scanned.read, (), scanned.final)
 
 
 def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> Pools:
@@ -162,9 +165,11 @@ def _read(
     """Read every token's online memory and the cached ones: [b, t, h, v]."""
     if config.detach_cached_states:
         cached = tree_map(torch.detach, cached)
-    own, apply = gates[..., -1:], online_apply(writes, q.dtype)
+    own = gates[..., -1:]
+    apply = None if writes.online is None else online_apply(writes.online, q.dtype)
     weight = gates[..., :-1].transpose(1, 2)
     if config.aggregation == "soup" and not memory.mixes_linearly:
+        assert apply is not None
 
         def one_layer(a: Array, weights: Weights) -> Array:
             return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
@@ -176,7 +181,9 @@ def _read(
             return to_places(own, grid) * apply(layer, a) + to_places(z.transpose(1, 2), grid)
 
         return from_places(memory.read(mixed, to_places(q, grid)), grid)
-    online = from_places(memory.read(apply, to_places(q, grid)), grid) * own
+    own_read = writes.read if apply is None else memory.read(apply, to_places(q, grid))
+    assert own_read is not None
+    online = from_places(own_read, grid) * own
     if config.aggregation == "none":
         return online
     if config.aggregation == "ssc":

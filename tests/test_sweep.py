@@ -244,7 +244,8 @@ def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
         ({"rates": [-1.0]}, "optimizer.learning_rate = -1.0"),
         ({"examples": 0}, "examples = 0: must be >= 1"),
         ({"directory": 3}, "directory = 3: must be a word"),
-        ({"rows": [{"data.task": "text", "data.corpus": "x"}]}, "must be 'mqar' or 'niah'"),
+        ({"rows": [{"data.task": "text", "data.corpus": "x"}]}, "examples = 4: text has none"),
+        ({"vary": {"data.task": ["mqar", "niah"]}}, "data.task = mqar, niah: must be the same"),
     ],
 )
 def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):

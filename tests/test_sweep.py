@@ -244,7 +244,8 @@ def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
         ({"rates": [-1.0]}, "optimizer.learning_rate = -1.0"),
         ({"examples": 0}, "examples = 0: must be >= 1"),
         ({"directory": 3}, "directory = 3: must be a word"),
-        ({"rows": [{"data.task": "text", "data.corpus": "x"}]}, "must be 'mqar' or 'niah'"),
+        ({"rows": [{"data.task": "text", "data.corpus": "x"}]}, "examples = 4: text has none"),
+        ({"vary": {"data.task": ["mqar", "niah"]}}, "data.task = mqar, niah: must be the same"),
     ],
 )
 def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
@@ -259,7 +260,7 @@ def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
 def test_the_shipped_sweep_loads(monkeypatch):
     sweep = load_sweep(ROOT / "configs" / "mqar" / "sweep.yaml")
     runs = make_runs(sweep)
-    assert len(runs) == 24
+    assert len(runs) == 45
     assert sweep.directory == "runs/sweep"
     for row in runs.values():
         assert row[0].config.data.task == "mqar"

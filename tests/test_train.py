@@ -173,7 +173,7 @@ def test_bits_per_byte_count_every_byte_once(tmp_path, limit):
     config = load_config(write_config(tmp_path))
     corpus = load_corpus(config.data, 256)
     graphdef, state, _ = build(config)
-    measured = make_validation(graphdef, config, corpus)(state.params, state.rest, limit)
+    found = make_validation(graphdef, config, corpus)(state.params, state.rest, limit)
     tokens = np.frombuffer(corpus.validation[:limit], np.uint8).astype(np.int32)
     losses_of = jax.jit(lambda window: token_losses(graphdef, state.params, state.rest, window)[0])
     bits, counted = 8.0, 1
@@ -183,7 +183,8 @@ def test_bits_per_byte_count_every_byte_once(tmp_path, limit):
         bits += float(losses.sum()) / math.log(2)
         counted += losses.size
     assert counted == limit
-    assert measured == pytest.approx(bits / limit, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(bits / limit, rel=1e-5)
+    assert (found.bits.sum(), found.tokens.sum()) == pytest.approx((bits - 8.0, limit - 1))
 
 
 def test_references():

@@ -91,10 +91,10 @@ def sweep(
     config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
     markdown: Annotated[Path | None, typer.Option(help="write the table here")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="draw the accuracy here  [default: sweep.png]")
+        Path | None, typer.Option(help="draw what was found here  [default: sweep.png]")
     ] = None,
 ) -> None:
-    """Train and test many runs of a recall task, or go on with a sweep that was interrupted."""
+    """Train and test many runs of one task, or go on with a sweep that was interrupted."""
     from train.sweep.run import sweep as run
 
     run(config, Console(), markdown=markdown, plot=plot)

@@ -1,9 +1,10 @@
-"""Validation bits per byte, beside references on the same bytes."""
+"""Validation bits per byte, whole and by position in the window, beside references."""
 
 import lzma
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,49 @@ from train.config import TextConfig, TrainConfig
 from train.data import Corpus, clip
 from train.step import Tree, token_losses
 
-Validate = Callable[[Tree, Tree, int], float]
+FIRST_EDGE = 16  # the first bucket of positions ends here; each of the others is twice as long
+
+
+class Validation(NamedTuple):
+    """What a validation text costs a model."""
+
+    bits_per_byte: float  # over all bytes
+    bits: np.ndarray  # float64 [window]: sum over the windows of what the token at a position costs
+    tokens: np.ndarray  # int64 [window]: how many tokens that is
+
+    @property
+    def positions(self) -> list[dict[str, Any]]:
+        """The mean bits a token by position; see `by_position`."""
+        return by_position(self.bits, self.tokens)
+
+
+Validate = Callable[[Tree, Tree, int], Validation]
+
+
+def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Return the mean bits a token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
+
+    The last bucket ends with the window. One without tokens, as of a text shorter than a window, is
+    left out.
+
+    Args:
+        bits: [window], sum of the bits of all tokens at each position.
+        tokens: [window], number of those tokens.
+
+    Returns:
+        for each bucket `start` and `end` (positions in [start, end)), `tokens` and `bits`, the mean
+        over them.
+    """
+    edges = [0, FIRST_EDGE]
+    while edges[-1] < len(bits):
+        edges.append(2 * edges[-1])
+    edges[-1] = len(bits)
+    buckets = []
+    for start, end in pairwise(edges):
+        if count := int(tokens[start:end].sum()):
+            mean = float(bits[start:end].sum()) / count
+            buckets.append({"start": start, "end": end, "tokens": count, "bits": mean})
+    return buckets
 
 
 class References(NamedTuple):
@@ -34,12 +77,14 @@ def references(text: bytes) -> References:
 
 
 def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus) -> Validate:
-    """Return the function from parameters, rest and a number of bytes to bits per byte.
+    """Return the function from parameters, rest and a number of bytes to what these cost.
 
     It scores so many bytes from the start of the validation text: the bits that the model needs for
     them, divided by their number. Every token is predicted once, from the tokens before it in its
     window, which starts from nothing; a window's first token is predicted from the last one of
-    the window before. Before the text's first token there is nothing: it costs log2(vocab_size).
+    the window before. So a token at position i of its window, 0 being the first, is predicted from
+    i + 1 tokens. Before the text's first token there is nothing: it costs log2(vocab_size), and has
+    no position.
     """
     assert isinstance(config.data, TextConfig)
     window, rows = config.data.window, config.run.batch_size
@@ -47,17 +92,20 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
     @jax.jit
     def nats(params: Tree, rest: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         losses, _ = token_losses(graphdef, params, rest, tokens)
-        return jnp.where(mask, losses, 0.0).sum()
+        return jnp.where(mask, losses, 0.0).sum(0)
 
-    def validate(params: Tree, rest: Tree, limit: int) -> float:
+    def validate(params: Tree, rest: Tree, limit: int) -> Validation:
         text = clip(corpus.validation, limit)
         tokens = corpus.encode(text).astype(np.int32)
         last = len(tokens) - 1
-        total = 0.0
+        total, counts = np.zeros(window), np.zeros(window, np.int64)
         for start in range(0, last, rows * window):
             index = start + np.arange(rows)[:, None] * window + np.arange(window + 1)
             mask = index[:, 1:] <= last
-            total += float(nats(params, rest, tokens[np.minimum(index, last)], mask))
-        return (total / math.log(2) + math.log2(config.model.vocab_size)) / len(text)
+            total += np.asarray(nats(params, rest, tokens[np.minimum(index, last)], mask))
+            counts += mask.sum(0)
+        bits = total / math.log(2)
+        whole = float(bits.sum()) + math.log2(config.model.vocab_size)
+        return Validation(whole / len(text), bits, counts)
 
     return validate

@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -35,6 +36,8 @@ class Report:
     validation_sha256: str
     documents: tuple[int, int]  # training, validation
     references: References
+    unit: str  # what a token is: a "byte", or a "token" of a tokenizer
+    positions: list[dict[str, Any]]  # bits a token by position in the window; see `by_position`
     sample: Sample | None = None
 
 
@@ -70,7 +73,10 @@ def siblings(run: Path, report: Report) -> list[Report]:
 
 
 def print_report(console: Console, run: Path, report: Report) -> None:
-    """Print the run beside others and the references, best first, who is ahead, and its sample."""
+    """Print the run beside others and the references, best first, who is ahead, and its sample.
+
+    The loss by position comes last.
+    """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
         f"are not among the {report.documents[0]} trained on;\n"
@@ -94,6 +100,19 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
     if report.sample:
         print_sample(console, report.name, report.sample)
+    print_positions(console, report)
+
+
+def print_positions(console: Console, report: Report) -> None:
+    """Print the loss by position in the window."""
+    table = Table("position", f"bits/{report.unit}", f"{report.unit}s", title="by position")
+    for column in table.columns:
+        column.justify = "right"
+    for bucket in report.positions:
+        span = f"{bucket['start']} to {bucket['end'] - 1}"
+        table.add_row(span, f"{bucket['bits']:.3f}", f"{bucket['tokens']:,}")
+    console.print(table)
+    console.print(f"a {report.unit} at position i of its window is predicted from i + 1 of them\n")
 
 
 def verdict(report: Report) -> str:

@@ -34,7 +34,7 @@ class SweepConfig:
         rows: further rows, overrides as they stand.
         seeds: of the runs of a row; the first one chooses the rate.
         rates: learning rates; None = the base's alone.
-        examples: test examples of each length and depth; None = as `mc evaluate`.
+        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -93,7 +93,7 @@ class Run:
         seed: of the run.
         rate: its learning rate.
         config: all that follows.
-        examples: test examples of each length and depth; None = as `mc evaluate`.
+        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
     """
 
     row: str
@@ -188,8 +188,8 @@ def make_run(
     rate = load_config(sweep.base, words).optimizer.learning_rate if rate is None else rate
     folder = Path(sweep.directory, row, f"rate={rate:g},seed={seed}")
     config = load_config(sweep.base, [*words, f"run.directory={json.dumps(str(folder))}"])
-    if isinstance(config.data, TextConfig):
-        raise UserError(f"{sweep.base}: data.task = 'text': must be 'mqar' or 'niah' in a sweep")
+    if isinstance(config.data, TextConfig) and sweep.examples is not None:
+        raise UserError(f"{sweep.base}: examples = {sweep.examples}: text has none; leave it out")
     return Run(row, overrides, seed, rate, config, sweep.examples)
 
 
@@ -197,14 +197,20 @@ def make_runs(sweep: SweepConfig) -> dict[str, list[Run]]:
     """Return, by row, a run of each rate with the first seed.
 
     Raises:
-        UserError: a configuration is not allowed.
+        UserError: a configuration is not allowed, or the rows have different tasks.
     """
     rates: Sequence[float | None] = sweep.rates or [None]
     try:
         rows = sweep.all_rows()
     except ValueError as error:
         raise UserError(str(error).removeprefix("SweepConfig.")) from error
-    return {
+    runs = {
         row: [make_run(sweep, row, overrides, sweep.seeds[0], rate) for rate in rates]
         for row, overrides in rows.items()
     }
+    tasks = sorted({run.config.data.task for own in runs.values() for run in own})
+    if len(tasks) > 1:
+        raise UserError(
+            f"{sweep.base}: data.task = {', '.join(tasks)}: must be the same in all rows"
+        )
+    return runs

@@ -1,6 +1,7 @@
 """The results of a sweep's runs: one JSON object a line."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
+from train.config import TextConfig
 from train.sweep.config import Run
 
 FILE = "results.jsonl"
@@ -67,16 +69,23 @@ class Results:
         self._rows.append(row)
 
 
+def is_text(result: Result) -> bool:
+    """Whether a result is that of a run on text, rather than on a recall task."""
+    return bool(result.get("task") == TextConfig.task)
+
+
 def best(results: Sequence[Result]) -> Result:
     """Return the result whose rate is chosen, as `mc sweep` states it.
 
-    The highest validation accuracy; of equal ones the lowest loss, then the lowest rate. A run that
-    met a NaN is behind all others.
+    The highest validation accuracy; of equal ones the lowest loss, then the lowest rate. On text,
+    the fewest bits per byte, then the lowest rate. A run that met a NaN is behind all others.
     """
 
     def key(row: Result) -> tuple[float, float, float]:
         if row.get("error"):
-            return 1.0, 0.0, row["rate"]
+            return math.inf, 0.0, row["rate"]
+        if is_text(row):
+            return row["bits_per_byte"], 0.0, row["rate"]
         return -row["accuracy"], row["loss"], row["rate"]
 
     return min(results, key=key)

@@ -12,13 +12,15 @@ from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
 from train.checkpoint import load_run
+from train.config import DataConfig, TextConfig
 from train.loop import train
 from train.step import split
+from train.sweep import text
 from train.sweep.config import Run, SweepConfig, load_sweep, make_run, make_runs
-from train.sweep.results import Result, Results, best
+from train.sweep.results import Result, Results, best, is_text
 from train.sweep.table import draw_sweep, make_table
-from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.evaluate import Options, run_tests, task_of
+from train.tasks.recall import RecallReport
 
 PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
 
@@ -30,7 +32,8 @@ def sweep(
 
     Every rate is tried with the first seed. The one with the best validation accuracy (of equal
     ones the lower loss, then the lower rate) is run with the other seeds, and those runs make the
-    row's figures, which come from test examples. All rates' results are kept.
+    row's figures, which come from test examples. All rates' results are kept. On text, the rate
+    with the fewest bits per byte is chosen, and the figures are those of the validation text.
 
     Args:
         path: the sweep's YAML file.
@@ -101,8 +104,7 @@ def do(run: Run) -> Result:
     """
     start = time.monotonic()
     config = run.config
-    assert isinstance(config.data, MQARConfig | NIAHConfig)
-    tokens = max(size[0] if isinstance(size, tuple) else size for size in config.data.lengths)
+    tokens = longest(config.data)
     result: Result = {
         "row": run.row,
         "overrides": run.overrides,
@@ -117,22 +119,36 @@ def do(run: Run) -> Result:
         "fingerprint": run.fingerprint,
         "versions": {name: version(name) for name in PACKAGES},
     }
+    if is_text(result):
+        result |= text.about(config)
     try:
         report = train(config, Console(file=io.StringIO()))
     except NotFiniteError as error:
         return result | {"error": str(error), "wall_seconds": time.monotonic() - start}
-    _, model, _, _ = load_run(Path(config.run.directory))
-    options = Options(examples=run.examples)
-    found = run_tests(*split(model), config, task_of(config, options), options)
+    measured = text.outcome(report) if is_text(result) else recall_outcome(run, report)
     return result | {
         "parameters": report.parameters,
-        "accuracy": report.score["accuracy"],
-        "loss": report.score["loss"],
+        **measured,
         "trained_tokens": report.tokens,
         "seconds": report.seconds,
-        "test": found.cells,
         "wall_seconds": time.monotonic() - start,
     }
+
+
+def longest(data: DataConfig) -> int:
+    """Return the tokens of a window of text, or of the longest training example."""
+    if isinstance(data, TextConfig):
+        return data.window
+    return max(size[0] if isinstance(size, tuple) else size for size in data.lengths)
+
+
+def recall_outcome(run: Run, report: RecallReport) -> Result:
+    """Return what a run on a recall task was worth on validation and on test examples."""
+    _, model, _, _ = load_run(Path(run.config.run.directory))
+    options = Options(examples=run.examples)
+    found = run_tests(*split(model), run.config, task_of(run.config, options), options)
+    score = report.score
+    return {"accuracy": score["accuracy"], "loss": score["loss"], "test": found.cells}
 
 
 def describe(result: Result) -> str:
@@ -140,6 +156,8 @@ def describe(result: Result) -> str:
     name = f"{result['row']} rate={result['rate']:g} seed={result['seed']}"
     if result.get("error"):
         return f"{name}: {result['error']}"
+    if is_text(result):
+        return f"{name}: {text.describe(result)}, {result['wall_seconds']:.0f} s"
     return (
         f"{name}: validation accuracy {result['accuracy']:.1%}, loss {result['loss']:.3f}, "
         f"{result['wall_seconds']:.0f} s"

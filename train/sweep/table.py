@@ -6,8 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from bench.report import Report, Row
+from train.sweep import text
 from train.sweep.config import SweepConfig
-from train.sweep.results import Result
+from train.sweep.results import Result, is_text
 from train.tasks.pictures import plot_scores, png
 from train.tasks.score import wilson
 
@@ -48,8 +49,11 @@ def make_table(
 ) -> Report:
     """Return a line a row: its rate, its size and its accuracy.
 
-    With `cells` also the spread over the seeds and each test cell, which makes a wide table.
+    With `cells` also the spread over the seeds and each test cell, which makes a wide table. That
+    of text is `text.make_table`'s.
     """
+    if any(map(is_text, results)):
+        return text.make_table(title, by_row(results), config, cells=cells)
     rows = [_line(name, own, cells) for name, own in by_row(results).items()]
     tokens = max((result["state_tokens"] for result in results), default=0)
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
@@ -90,8 +94,11 @@ def _line(name: str, own: list[Result], cells: bool) -> Row:
 def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
     """Draw accuracy against width and against state bytes.
 
-    Rows that differ in their width alone are a line. Bars are 95% intervals.
+    Rows that differ in their width alone are a line. Bars are 95% intervals. The picture
+    of text is `text.draw_sweep`'s.
     """
+    if any(map(is_text, results)):
+        return text.draw_sweep(title, by_row(results))
     lines: dict[str, list[tuple[Result, dict[str, float]]]] = {}
     for own in by_row(results).values():
         good = [result for result in own if not result.get("error")]

@@ -51,13 +51,14 @@ class TextScoring:
 
     def row(self, state: TrainState) -> dict[str, float]:
         """Return the bits per byte of the text's first `run.validate_bytes`."""
-        bits = self._validate(state.params, state.rest, self._config.run.validate_bytes)
-        return {"validation_bits_per_byte": bits}
+        found = self._validate(state.params, state.rest, self._config.run.validate_bytes)
+        return {"validation_bits_per_byte": found.bits_per_byte}
 
     def report(self, state: TrainState, step: int, seconds: float) -> Report:
         """Score the whole validation text, beside the references."""
         config, corpus = self._config, self._corpus
         run = config.run
+        found = self._validate(state.params, state.rest, len(corpus.validation))
         return Report(
             name=Path(run.directory).name,
             model=config.model.name,
@@ -65,11 +66,13 @@ class TextScoring:
             steps=step,
             tokens=step * run.batch_size * run.accumulation * int(config.data.mean_tokens),
             seconds=seconds,
-            bits_per_byte=self._validate(state.params, state.rest, len(corpus.validation)),
+            bits_per_byte=found.bits_per_byte,
             validation_bytes=len(corpus.validation),
             validation_sha256=hashlib.sha256(corpus.validation).hexdigest(),
             documents=corpus.documents,
             references=references(corpus.validation),
+            unit="byte" if config.tokenizer == "bytes" else "token",
+            positions=found.positions,
         )
 
     def finish(self, directory: Path, state: TrainState, report: Report) -> Report:

@@ -77,6 +77,7 @@ class RunConfig:
         steps: optimiser steps.
         batch_size: windows, or examples of a recall task, of a microbatch.
         accumulation: microbatches of a step; their mean gradient is applied.
+        devices: local devices over which a microbatch is split; all hold the parameters.
         seed: of the parameters, of the data's order, and of what a recall task draws.
         dtype: compute type, `float32` or `bfloat16`; parameters are float32.
         directory: where everything goes; `runs/<name of the config file>` unless set.
@@ -91,6 +92,7 @@ class RunConfig:
     steps: int
     batch_size: int = 8
     accumulation: int = 1
+    devices: int = 1
     seed: int = 0
     dtype: str = "float32"
     directory: str = "runs/run"
@@ -104,6 +106,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             check_range(self, name, 1)
+        check_range(self, "devices", 1)
+        if self.batch_size % self.devices:
+            allowed = f"a divisor of run.batch_size = {self.batch_size}"
+            fail("RunConfig", "devices", self.devices, allowed)
         check_range(self, "validate_bytes", 1)
         check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
         check_range(self, "validate_every", 0)
@@ -147,11 +153,13 @@ class TrainConfig:
         return self.data.tokenizer
 
 
-# Keys that change nothing about the parameters: a checkpoint resumes under other values of them.
+# Keys that change nothing about the parameters, roundings aside: a checkpoint resumes under other
+# values of them.
 FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
         "directory",
+        "devices",
         "log_every",
         "save_every",
         "keep",

@@ -13,6 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mc_core.errors import UserError
 
 AXIS = "batch"  # of the mesh
+ABOUT = (
+    "devices: the batch is split over them; of a CPU, one device runs a batch of small products on "
+    "one core, two devices on two"
+)
 
 
 def request(count: int) -> None:
@@ -25,16 +29,19 @@ def request(count: int) -> None:
         return  # it has started: the devices are those that there are
 
 
-def local(count: int, name: str) -> list[jax.Device]:
+def local(count: int, name: str, rows: int | None = None) -> list[jax.Device]:
     """Return the first `count` local devices of the default backend.
 
     Args:
         count: how many.
         name: what the user calls that number.
+        rows: of the batch, if it is known here.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or they do not divide the rows.
     """
+    if rows is not None and rows % count:
+        raise UserError(f"{name} = {count}: must be a divisor of the batch = {rows}")
     found = jax.local_devices()
     if count > len(found):
         kind = "CPU" if found[0].platform == "cpu" else found[0].device_kind
@@ -42,6 +49,11 @@ def local(count: int, name: str) -> list[jax.Device]:
             f"{name} = {count}: must be <= {len(found)}, the number of {kind} devices that JAX sees"
         )
     return found[:count]
+
+
+def named(name: str, devices: int) -> str:
+    """Return a subject's name that tells its devices, where they are several."""
+    return name if devices == 1 else f"{name}, {devices} devices"
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:

@@ -1,5 +1,6 @@
 """What this machine can do at most: its own large product and its own copy, measured."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +18,15 @@ class Ceilings:
 
     matmul: float  # floating-point operations a second
     copy: float  # bytes a second, read and written
+
+    def of(self, devices: int) -> "Ceilings":
+        """Return the rates of so many devices; those of a CPU have its cores and memory in common,
+        and one large product or copy has all of them already.
+        """
+        if jax.default_backend() == "cpu":
+            return self
+        rates = {name: devices * rate for name, rate in vars(self).items()}
+        return dataclasses.replace(self, **rates)
 
     def share(self, flops: float, seconds: float) -> float:
         """Return the share of the product's rate that so many operations in so long a time are."""

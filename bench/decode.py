@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 
 from bench.report import Report, Row
-from bench.timing import Timing, alternate, ratio
+from bench.timing import STEADY, Timing, alternate, ratio
 from mc_core.config import MEMORIES, MCConfig
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.trees import flatten
 from mc_jax import Cache, MemoryCachingLayer
 
-ROOM = 64  # tokens after the context for which there is room: more than are timed
+ROOM = 128  # tokens after the context for which there is room: more than are run
 PREFILLS = 5  # timed runs of a prompt, and of as many single steps
 ATTENTION = "attention"
 
@@ -43,6 +43,7 @@ def run(
         seed: of parameters and memories.
     """
     notes = ["one stream, float32; memories at random: what a step costs does not depend on them"]
+    notes.append(STEADY)
     rows = compare(configs, contexts, runs, seed)
     for config in configs if prompt else ():
         one = compare_prefill(config, prompt, seed)

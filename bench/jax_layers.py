@@ -9,6 +9,7 @@ from flax import nnx
 
 from bench.batch import batch
 from bench.count import count_flops
+from bench.devices import count, local, replicate, split_rows
 from bench.timing import Subject
 from mc_core.config import MCConfig
 from mc_core.weights import Flat, to_jax
@@ -34,6 +35,7 @@ def subject(
     flat: Flat | None = None,
     seed: int = 0,
     name: str = "jax",
+    devices: int = 1,
 ) -> Subject:
     """Return the layer, ready to run; with `backward`, the gradients of tokens and parameters too.
 
@@ -46,9 +48,15 @@ def subject(
         flat: weights in PyTorch's layout, instead of drawn ones.
         seed: of the parameters and of the batch.
         name: what a table calls it.
+        devices: local devices over which the batch is split.
+
+    Raises:
+        UserError: there are fewer devices, or they do not divide the batch.
     """
     graphdef, params = nnx.split(build(config, flat, seed))
-    x, cotangent = (jnp.asarray(a, dtype) for a in batch(config.d_model, rows, tokens, seed))
+    params = replicate(params, local(devices, "--devices", rows))
+    arrays = [jnp.asarray(a, dtype) for a in batch(config.d_model, rows, tokens, seed)]
+    x, cotangent = split_rows(arrays, params)
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(x)
@@ -62,7 +70,11 @@ def subject(
 
 
 def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: int) -> Subject:
-    """Compile a function and return it as a subject with its compile time, flops and bytes."""
+    """Compile a function and return it as a subject with its compile time, flops and bytes.
+
+    Its devices are those of its arguments.
+    """
+    devices = count(args)
     start = time.perf_counter(), time.process_time()
     compiled = jax.jit(function).lower(*args).compile()
     end = time.perf_counter(), time.process_time()
@@ -80,5 +92,6 @@ def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: in
         compile_s=end[0] - start[0],
         compile_processor_s=end[1] - start[1],
         flops=count_flops(function, *args),
-        bytes=held,
+        bytes=held * devices,  # the compiler tells those of one device; all run the same program
+        devices=devices,
     )

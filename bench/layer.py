@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.ceilings import Ceilings, measure
+from bench.devices import ABOUT, named
 from bench.report import Report, Row
-from bench.timing import Subject, Timing, alternate
+from bench.timing import STEADY, Subject, Timing, alternate
 from mc_core.config import MEMORIES, DLAConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
@@ -27,6 +28,7 @@ class Grid:
     dtypes: Sequence[str] = ("float32",)
     frameworks: Sequence[str] = ("jax",)
     passes: Sequence[str] = ("both",)  # forward | both
+    devices: Sequence[int] = (1,)  # over which a batch of jax is split
     expansion: int = 4
     batch: int = 2
     width: int = 256
@@ -69,22 +71,30 @@ def run(grid: Grid, runs: int, *, ceilings: Ceilings | None = None) -> Report:
     if ceilings:
         rates = f"{ceilings.matmul / 1e9:.0f} GFLOP/s, {ceilings.copy / 1e9:.1f} GB/s"
         notes.append(f"ceilings: a product of 2,048² matrices and a copy of 256 MiB: {rates}")
+        notes.append(STEADY)
+    if max(grid.devices) > 1:
+        notes.append(f"{ABOUT}; MiB are summed over them")
     rows = [row(s, times.get(name), ceilings) for name, s in subjects.items()]
     size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
     return Report(f"Layers: {size}", rows, notes)
 
 
 def build(grid: Grid) -> dict[str, Subject]:
-    """Compile every combination."""
+    """Compile every combination; PyTorch's have no devices."""
     from importlib import import_module
 
     subjects = {}
     axes = (grid.frameworks, grid.kinds, grid.aggregations, grid.tokens, grid.chunks, grid.segments)
-    for values in itertools.product(*axes, grid.dtypes, grid.passes):
-        framework, kind, aggregation, tokens, chunk, segment, dtype, passes = values
+    for values in itertools.product(*axes, grid.dtypes, grid.passes, grid.devices):
+        framework, kind, aggregation, tokens, chunk, segment, dtype, passes, devices = values
+        if framework == "torch" and devices != grid.devices[0]:
+            continue
         config = make_config(grid, kind, aggregation, chunk, segment)
         words = [framework, f"{kind}+{aggregation}", f"t={tokens}", f"chunk={chunk}"]
         name = " ".join([*words, f"segment={segment}", dtype, passes])
+        options = {} if framework == "torch" else {"devices": devices}
+        if options:
+            name = named(name, devices)
         package = import_module(f"bench.{framework}_layers")
         subjects[name] = package.subject(
             config,
@@ -94,6 +104,7 @@ def build(grid: Grid) -> dict[str, Subject]:
             backward=passes == "both",
             seed=grid.seed,
             name=name,
+            **options,
         )
     return subjects
 
@@ -101,6 +112,8 @@ def build(grid: Grid) -> dict[str, Subject]:
 def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> Row:
     """Return a subject's cells; `floor ms` is its products at the machine's own rate."""
     cells: Row = {"layer": subject.name}
+    if ceilings:
+        ceilings = ceilings.of(subject.devices)
     if timing:
         cells["ms"] = 1e3 * timing.median
         cells["spread"] = f"{timing.spread:.0%}"

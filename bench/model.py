@@ -9,8 +9,9 @@ import numpy as np
 
 from bench.ceilings import measure
 from bench.count import count_flops
+from bench.devices import ABOUT, local, replicate, split_rows
 from bench.report import Report, Row
-from bench.timing import alternate
+from bench.timing import STEADY, alternate
 
 
 def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], runs: int) -> Report:
@@ -21,12 +22,18 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
         build: makes the model's structure, its first state and the jitted step of it.
         losses: (structure, parameters, rest, tokens) -> the losses of a microbatch.
         runs: timed steps.
+
+    Raises:
+        UserError: there are fewer devices than `run.devices`.
     """
     run, window = config.run, config.data.window
+    devices = local(run.devices, "run.devices")
     graphdef, state, step = build(config)
+    state = replicate(state, devices)
     rng = np.random.default_rng(run.seed)
     shape = (run.accumulation, run.batch_size, window + 1)
     tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    tokens = split_rows(tokens, state, axis=1)
     flops = count_flops(step, state, tokens)
     forward = count_flops(lambda *a: losses(graphdef, *a)[0], state.params, state.rest, tokens[0])
     needed = 3 * forward * run.accumulation
@@ -34,6 +41,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
     compiled = step.lower(state, tokens).compile()
     compile_s = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
+    held_by_one = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     held = [state]
 
     def once() -> None:
@@ -43,7 +51,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
 
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     timing = alternate({"step": once}, runs)["step"]
-    ceilings = measure(run.dtype)
+    ceilings = measure(run.dtype).of(run.devices)
     trained = run.accumulation * run.batch_size * window
     row: Row = {
         "model": config.model.name,
@@ -55,7 +63,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
         "GFLOP": flops / 1e9,
         "floor ms": 1e3 * flops / ceilings.matmul,
         "MFU": f"{ceilings.share(needed, timing.median):.0%}",
-        "MiB": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+        "MiB": run.devices * held_by_one / 2**20,
         "compile s": compile_s,
     }
     notes = [
@@ -63,4 +71,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
         f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
         f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of 2,048² matrices",
     ]
+    notes.append(STEADY)
+    if run.devices > 1:
+        notes.append(f"{run.devices} {ABOUT}; MiB are summed over them")
     return Report("Training step", [row], notes)

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
 from bench import jax_layers, rivals, torch_layers
-from bench.report import Report, Row
-from bench.timing import Subject, alternate, ratio
+from bench.devices import ABOUT, local, named
+from bench.report import Report, Row, cores
+from bench.timing import STEADY, Subject, alternate, ratio
 from mc_core.config import LinearConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
+from mc_core.weights import Flat
 
 ROWS = 2  # sequences of a batch
 WIDTH, HEADS, SEGMENT = 256, 4, 64
@@ -26,15 +29,15 @@ class Comparison:
 
     Attributes:
         about: what is compared.
-        build: compiles the subjects.
-        goals: subject -> the ratio to reach.
-        at_most: whether the goal bounds the subject's time by the first one's, from above; else it
-            is how many times faster than the first one the subject is.
+        build: compiles the subjects; those of JAX for each number of devices.
+        goals: subject, on however many devices -> the ratio to reach.
+        at_most: whether the goal bounds the subject's time from above by that of the first one on
+            as many devices; else it is how many times faster than the first one the subject is.
         equal: whether all compute the same, so that their outputs are compared too.
     """
 
     about: str
-    build: Callable[[], list[Subject]]
+    build: Callable[[Sequence[int]], list[Subject]]
     goals: dict[str, float]
     at_most: bool = False
     equal: bool = False
@@ -94,43 +97,64 @@ def comparisons() -> dict[str, Comparison]:
     return found
 
 
-def run(names: Sequence[str], runs: int, threads: int | None = None) -> Report:
+def default_devices() -> tuple[int, ...]:
+    """Return one, and two where JAX sees two devices on two cores: torch uses both by itself."""
+    both = jax.default_backend() == "cpu" and min(cores(), jax.local_device_count(), ROWS) >= 2
+    return (1, 2) if both else (1,)
+
+
+def run(
+    names: Sequence[str],
+    runs: int,
+    threads: int | None = None,
+    devices: Sequence[int] = (),
+) -> Report:
     """Run comparisons one after another; the subjects of each alternate.
 
     Args:
         names: of `comparisons()`; all if empty.
         runs: timed runs of each subject.
         threads: of torch's own loops; None = its default.
+        devices: over how many the batch of JAX's subjects is split; empty = `default_devices()`.
 
     Raises:
-        UserError: a name is unknown, or a peer is not installed.
+        UserError: a name is unknown, a peer is not installed, or the devices do not fit.
     """
     known = comparisons()
     for name in names:
         if name not in known:
             raise UserError(f"--only {name}: must be one of {', '.join(known)}")
+    devices = devices or default_devices()
+    for count in devices:
+        local(count, "--devices", ROWS)
     if threads:
         torch.set_num_threads(threads)
     rows: list[Row] = []
     for name in names or known:
-        rows += measure(name, known[name], runs)
+        rows += measure(name, known[name], runs, devices)
     notes = [
         f"torch: {torch.get_num_threads()} threads",
         "times faster: the median of the turns' ratios, by the wall clock and by processor time",
         "titans-pytorch takes all gradients of a batch at the first weights, and one step a chunk: "
         "less work than a causal write of every token",
+        STEADY,
     ]
+    if max(devices) > 1:
+        notes.append(ABOUT)
     return Report("Peers, forward and backward, whole layer, float32", rows, notes)
 
 
-def measure(name: str, comparison: Comparison, runs: int) -> list[Row]:
+def measure(
+    name: str, comparison: Comparison, runs: int, devices: Sequence[int] = (1,)
+) -> list[Row]:
     """Time a comparison's subjects in turn; one row each."""
-    subjects = comparison.build()
+    subjects = comparison.build(devices)
     times = alternate({s.name: s.run for s in subjects}, runs, warmup=1)
-    reference, *_ = subjects
-    made = _first_two(reference) if comparison.equal else None
+    made = _first_two(subjects[0]) if comparison.equal else None
     rows = []
     for subject in subjects:
+        alike = (s for s in subjects if not comparison.at_most or s.devices == subject.devices)
+        reference = next(alike)
         timing, base = times[subject.name], times[reference.name]
         cells: Row = {
             "comparison": name,
@@ -148,9 +172,10 @@ def measure(name: str, comparison: Comparison, runs: int) -> list[Row]:
                 wall, processor = share / wall, share / processor
             kind = "times its time" if comparison.at_most else "times faster"
             cells |= {kind: wall, f"{kind} (processor)": processor}
-            if subject.name in comparison.goals:
-                sign = "<=" if comparison.at_most else ">="
-                cells["goal"] = f"{sign} {comparison.goals[subject.name]:.3g}"
+            for goal, value in comparison.goals.items():
+                if subject.name == named(goal, subject.devices):
+                    sign = "<=" if comparison.at_most else ">="
+                    cells["goal"] = f"{sign} {value:.3g}"
             if made is not None:
                 cells["error"] = f"{_distance(made, _first_two(subject)):.0e}"
         cells["compile s"] = subject.compile_s
@@ -158,25 +183,26 @@ def measure(name: str, comparison: Comparison, runs: int) -> list[Row]:
     return rows
 
 
-def _published(kind: str, tokens: int, chunks: Sequence[int]) -> list[Subject]:
+def _published(
+    kind: str, tokens: int, chunks: Sequence[int], devices: Sequence[int]
+) -> list[Subject]:
     theirs, config, flat = rivals.published(kind, "grm", ROWS, tokens)
     subjects = [theirs]
     for chunk in chunks:
         ours = dataclasses.replace(config, chunk_size=chunk)
-        for package, module in (("mc_jax", jax_layers), ("mc_torch", torch_layers)):
-            if package == "mc_torch" and chunk == 1:
-                continue
-            name = f"{package} chunk {chunk}"
-            subjects.append(module.subject(ours, ROWS, tokens, flat=flat, name=name))
+        subjects += _jax(ours, tokens, f"mc_jax chunk {chunk}", devices, flat=flat)
+        if chunk > 1:
+            name = f"mc_torch chunk {chunk}"
+            subjects.append(torch_layers.subject(ours, ROWS, tokens, flat=flat, name=name))
     return subjects
 
 
-def _titans_pytorch(chunk: int) -> list[Subject]:
+def _titans_pytorch(chunk: int, devices: Sequence[int]) -> list[Subject]:
     # Its memory reads `x + LN(MLP(x))`.
     config = _config(TitansConfig(norm="layer"), "none", chunk)
     return [
         rivals.titans_pytorch(chunk, ROWS, 1024),
-        jax_layers.subject(config, ROWS, 1024, name="mc_jax"),
+        *_jax(config, 1024, "mc_jax", devices),
         torch_layers.subject(config, ROWS, 1024, name="mc_torch"),
     ]
 
@@ -187,29 +213,45 @@ def _small(kind: str, aggregation: str) -> MCConfig:
     return _config(TitansConfig(expansion=1), aggregation, 16)
 
 
-def _against_none(kind: str, aggregation: str, tokens: int) -> list[Subject]:
+def _against_none(
+    kind: str, aggregation: str, tokens: int, devices: Sequence[int]
+) -> list[Subject]:
     return [
-        jax_layers.subject(_small(kind, each), ROWS, tokens, name=f"{kind} + {each}")
+        subject
         for each in ("none", aggregation)
+        for subject in _jax(_small(kind, each), tokens, f"{kind} + {each}", devices)
     ]
 
 
-def _lengths(kind: str) -> list[Subject]:
+def _lengths(kind: str, devices: Sequence[int]) -> list[Subject]:
     return [
-        jax_layers.subject(_small(kind, "ssc"), ROWS, tokens, name=f"{tokens:,} tokens")
+        subject
         for tokens in (4096, 16384)
+        for subject in _jax(_small(kind, "ssc"), tokens, f"{tokens:,} tokens", devices)
     ]
 
 
-def _attention(tokens: int) -> list[Subject]:
+def _attention(tokens: int, devices: Sequence[int]) -> list[Subject]:
     ours = [
-        jax_layers.subject(_small(kind, "grm"), ROWS, tokens, name=f"mc_jax {kind} + grm")
+        subject
         for kind in ("linear", "titans")
+        for subject in _jax(_small(kind, "grm"), tokens, f"mc_jax {kind} + grm", devices)
     ]
-    return [*rivals.attention(WIDTH, HEADS, ROWS, tokens), *ours]
+    return [*rivals.attention(WIDTH, HEADS, ROWS, tokens, devices), *ours]
 
 
-def _flash_linear(kind: str) -> list[Subject]:
+def _jax(
+    config: MCConfig, tokens: int, name: str, devices: Sequence[int], flat: Flat | None = None
+) -> list[Subject]:
+    """Return a layer of `mc_jax` on each number of devices."""
+    return [
+        jax_layers.subject(config, ROWS, tokens, flat=flat, name=named(name, count), devices=count)
+        for count in devices
+    ]
+
+
+def _flash_linear(kind: str, _: Sequence[int]) -> list[Subject]:
+    # One sequence: there is nothing to split.
     heads, tokens = 32, 8192
     memory = LinearConfig(coefficients="constant", retention=1.0 if kind == "linear" else 0.99)
     config = MCConfig(128 * heads, heads, memory=memory, aggregation="none", output_norm="none")

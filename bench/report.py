@@ -97,7 +97,7 @@ def machine() -> dict[str, Any]:
 
     device = jax.devices()[0]
     found: dict[str, Any] = {
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": cores(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "device": "CPU" if device.platform == "cpu" else device.device_kind,
         "processor": _processor(),
@@ -109,6 +109,11 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def command() -> str:

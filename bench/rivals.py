@@ -1,5 +1,6 @@
 """What a user would pick instead, as subjects on the same batch; each imports its own package."""
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -105,8 +106,13 @@ def titans_pytorch(
     )
 
 
-def attention(width: int, heads: int, rows: int, tokens: int, seed: int = 0) -> list[Subject]:
-    """Return causal softmax attention layers, projections included: torch's SDPA, and JAX's."""
+def attention(
+    width: int, heads: int, rows: int, tokens: int, devices: Sequence[int] = (1,), seed: int = 0
+) -> list[Subject]:
+    """Return causal softmax attention layers, projections included: torch's SDPA, and JAX's.
+
+    JAX's comes once for each number of `devices`, over which its batch is split.
+    """
     rng = np.random.default_rng(seed)
     kernels = rng.standard_normal((4, width, width), np.float32) / width**0.5
     arrays = batch(width, rows, tokens, seed)
@@ -121,15 +127,16 @@ def attention(width: int, heads: int, rows: int, tokens: int, seed: int = 0) -> 
         return y.transpose(1, 2).flatten(2) @ parameters[3]
 
     theirs = module_subject("torch SDPA", attend, parameters, x, cotangent, count=False)
-    return [theirs, _jax_attention(kernels, arrays, heads)]
+    return [theirs, *(_jax_attention(kernels, arrays, heads, count) for count in devices)]
 
 
 def _jax_attention(
-    kernels: np.ndarray, arrays: tuple[np.ndarray, np.ndarray], heads: int
+    kernels: np.ndarray, arrays: tuple[np.ndarray, np.ndarray], heads: int, devices: int
 ) -> Subject:
     import jax
     import jax.numpy as jnp
 
+    from bench.devices import local, named, replicate, split_rows
     from bench.jax_layers import compiled_subject
 
     def attend(kernels: jax.Array, x: jax.Array) -> jax.Array:
@@ -142,9 +149,11 @@ def _jax_attention(
         y, pull = jax.vjp(attend, kernels, x)
         return y, *pull(cotangent)
 
-    args = tuple(jnp.asarray(a) for a in (kernels, *arrays))
+    held = replicate(jnp.asarray(kernels), local(devices, "--devices", len(arrays[0])))
+    args = (held, *split_rows([jnp.asarray(a) for a in arrays], held))
     rows, tokens, _ = arrays[0].shape
-    return compiled_subject("jax dot_product_attention", both, args, rows * tokens)
+    name = named("jax dot_product_attention", devices)
+    return compiled_subject(name, both, args, rows * tokens)
 
 
 def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:

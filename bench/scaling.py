@@ -9,7 +9,7 @@ import numpy as np
 from bench import jax_layers
 from bench.layer import Grid, make_config
 from bench.report import Report, Row
-from bench.timing import alternate
+from bench.timing import STEADY, alternate
 from mc_core.files import write_atomic
 
 
@@ -47,7 +47,7 @@ def run(grid: Grid, runs: int) -> Report:
                     "compile s": subjects[name].compile_s,
                 }
             )
-    notes = []
+    notes = [STEADY]
     if len(grid.tokens) > 1:
         for name, (ms, gflop) in exponents(rows).items():
             notes.append(f"{name}: time grows as tokens^{ms:.2f}, operations as tokens^{gflop:.2f}")

@@ -7,6 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+QUICK = 1.0  # seconds: a subject that takes less has an untimed run before each timed one
+STEADY = (
+    f"a subject that takes less than {QUICK:g} s runs twice a turn, and the second run is timed: "
+    "it finds its own data in the cores' caches, as a training step does"
+)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -19,7 +25,9 @@ class Subject:
         compile_s: seconds of tracing and compilation, before the first run; None if there is none.
         compile_processor_s: the same in processor time, summed over threads.
         flops: operations of a run as the compiler or an operation counter counts them.
-        bytes: the most bytes that a run holds at once, arguments and results included.
+        bytes: the most bytes that a run holds at once, arguments and results included, on all of
+            its devices together.
+        devices: over how many the batch is split.
         about: what a reader must know to compare it.
     """
 
@@ -30,6 +38,7 @@ class Subject:
     compile_processor_s: float | None = None
     flops: float | None = None
     bytes: int | None = None
+    devices: int = 1
     about: str = ""
 
 
@@ -67,22 +76,31 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time subjects in turn, so that whatever else the machine does falls on all alike.
 
+    A timed run is a steady one. A subject whose last warm-up run took less than `QUICK` seconds
+    runs once untimed in each turn before it is timed: else it would begin with the others' data in
+    the cores' caches. Longer runs fill them themselves, at no cost that shows.
+
     Args:
         subjects: name -> a function that does the work once and waits for it.
         runs: timed runs of each.
-        warmup: runs of each before that, which do not count.
+        warmup: runs of each before that, which do not count; without any, all is timed at once.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     processor: dict[str, list[float]] = {name: [] for name in subjects}
+    quick: set[str] = set()
     for turn in range(warmup + runs):
         for name, run in subjects.items():
             gc.collect()
+            if turn >= warmup and name in quick:
+                run()
             start = time.perf_counter(), time.process_time()
             run()
             end = time.perf_counter(), time.process_time()
             if turn >= warmup:
                 seconds[name].append(end[0] - start[0])
                 processor[name].append(end[1] - start[1])
+            elif turn == warmup - 1 and end[0] - start[0] < QUICK:
+                quick.add(name)
     return {name: Timing(tuple(seconds[name]), tuple(processor[name])) for name in subjects}
 
 

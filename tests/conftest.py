@@ -8,12 +8,12 @@ import pytest
 from parity.environment import AS_WRITTEN, flags, quick_compile
 
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
-# optimisations a jitted gradient takes 1-2 s in place of 10. Four devices are simulated, too.
-os.environ["XLA_FLAGS"] = flags(
-    AS_WRITTEN | quick_compile() | {"xla_force_host_platform_device_count": 4}
-)
+# optimisations a jitted gradient takes 1-2 s in place of 10.
+os.environ["XLA_FLAGS"] = flags(AS_WRITTEN | quick_compile())
 
 import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import mc
+from tiny import mc, write_config
 
-from bench import memory, scaling
+from bench import devices, jax_layers, memory, peers, scaling
+from bench.ceilings import Ceilings
 from bench.count import count_flops
 from bench.report import Report
-from bench.timing import Timing, alternate, ratio
+from bench.timing import Subject, Timing, alternate, ratio
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_jax import MemoryCachingLayer
@@ -48,12 +49,34 @@ def flops(kind, aggregation, tokens, backward=True):
     return count_flops(both if backward else forward, params, jnp.ones((1, tokens, 8)))
 
 
-def test_subjects_take_turns_and_warm_up():
-    calls = []
-    subjects = {name: functools.partial(calls.append, name) for name in "ab"}
-    times = alternate(subjects, runs=3, warmup=2)
-    assert calls == ["a", "b"] * 5
-    assert [len(times[name].seconds) for name in "ab"] == [3, 3]
+class Clock:
+    """A clock that only work moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        for name in ("perf_counter", "process_time"):
+            monkeypatch.setattr(f"bench.timing.time.{name}", lambda: self.now)
+
+    def work(self, *seconds):
+        """Return a function that takes so many seconds when it is called first, second, ..."""
+        left = list(seconds)
+
+        def run():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_subjects_take_turns_and_warm_up(monkeypatch):
+    """Compilation and the first runs do not count; a quick subject settles in every turn."""
+    clock, calls = Clock(monkeypatch), []
+    works = {"a": clock.work(50, 0.9, 0.7, 0.5, 0.7, 0.5), "b": clock.work(60, 1.5, 2.0, 3.0)}
+    subjects = {name: lambda name=name: (calls.append(name), works[name]()) for name in works}
+    times = alternate(subjects, runs=2, warmup=2)
+    assert "".join(calls) == "abab" + "aab" * 2
+    for seconds in (times["a"].seconds, times["a"].processor):
+        assert seconds == pytest.approx((0.5, 0.5))
+    assert times["b"].seconds == pytest.approx((2.0, 3.0))
 
 
 def test_a_ratio_is_that_of_the_turns():
@@ -168,6 +191,76 @@ def test_layers_are_measured_and_written(monkeypatch, tmp_path, capsys):
     assert "| jax swla+grm t=8" in files["markdown"].read_text()
 
 
+def test_a_batch_split_over_devices_is_the_same_work():
+    """Outputs, gradients and operations are those of one device; each of two has half the rows."""
+    config = MCConfig(8, 2, memory=TitansConfig(expansion=1), segment_size=4, chunk_size=2)
+    one, two = peers._jax(config, 12, "mc_jax", (1, 2))
+    assert (one.name, two.name) == ("mc_jax", "mc_jax, 2 devices")
+    assert (one.devices, two.devices) == (1, 2)
+    assert one.flops == two.flops
+    y, _, x = two.run()
+    for array in (y, x):
+        assert [shard.data.shape for shard in array.addressable_shards] == [(1, 12, 8)] * 2
+        assert len(array.devices()) == 2
+    assert peers._distance(peers._first_two(one), peers._first_two(two)) < 1e-5
+
+
+def test_bytes_are_those_of_all_devices():
+    held, x = jnp.ones((1, 256)), jnp.ones((4, 256))
+    one = jax_layers.compiled_subject("", jnp.add, (held, x), 1)
+    held = devices.replicate(held, jax.local_devices()[:2])
+    two = jax_layers.compiled_subject("", jnp.add, (held, devices.split_rows(x, held)), 1)
+    assert one.bytes == held.nbytes + 2 * x.nbytes
+    assert two.bytes == 2 * held.nbytes + 2 * x.nbytes
+
+
+def test_peers_are_held_against_what_has_as_many_devices(monkeypatch):
+    clock = Clock(monkeypatch)
+    took = {"a": 8.0, "a, 2 devices": 4.0, "b": 12.0, "b, 2 devices": 5.0}
+    subjects = [
+        Subject(name, clock.work(seconds), 10, devices=2 if "2" in name else 1)
+        for name, seconds in took.items()
+    ]
+    for at_most, expected in ((True, (None, None, 1.5, 1.25)), (False, (None, 2, 2 / 3, 1.6))):
+        comparison = peers.Comparison("", lambda _: subjects, {"b": 3.0}, at_most=at_most)
+        rows = peers.measure("", comparison, 2, (1, 2))
+        column = "times its time" if at_most else "times faster"
+        assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
+        goal = "<= 3" if at_most else ">= 3"
+        assert [row.get("goal") for row in rows] == [None, None, goal, goal]
+
+
+def test_devices_of_layers_and_models(monkeypatch, tmp_path, capsys):
+    jax.devices()  # the command would ask for two, and there are four
+    options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--runs", 0]
+    file = tmp_path / "out.json"
+    words = ["--devices", 1, "--devices", 2, "--json", file]
+    assert mc(monkeypatch, "bench", "layer", *options, *words) == 0
+    written = json.loads(file.read_text())
+    one, two = (row["layer"] for row in written["rows"])
+    assert two == f"{one}, 2 devices"
+    assert "MiB are summed over them" in written["notes"][-1]
+    rates = []
+    monkeypatch.setattr("bench.model.measure", lambda dtype: Ceilings(1e9, 1e9))
+    for number in (1, 2):
+        words = ["--devices", number, "--runs", 1, "--json", file]
+        assert mc(monkeypatch, "bench", "model", write_config(tmp_path / str(number)), *words) == 0
+        written = json.loads(file.read_text())
+        rates.append(written["rows"][0]["GFLOP"])
+        assert any("2 devices: the batch" in note for note in written["notes"]) == (number == 2)
+    assert rates[0] == rates[1]
+    capsys.readouterr()
+
+
+def test_ceilings_of_devices(monkeypatch):
+    """A large product has all cores of a CPU; a GPU has rates of its own."""
+    one = Ceilings(100.0, 10.0)
+    assert one.of(2) == one
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert one.of(2) == Ceilings(200.0, 20.0)
+    assert peers.default_devices() == (1,)
+
+
 def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
     options = ["--tokens", 8, "--tokens", 16, "--segment", 4, "--width", 8, "--heads", 2]
     plot = tmp_path / "curves.png"
@@ -182,6 +275,10 @@ def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
         (["layer", "--tokens", 0], "Invalid value for '--tokens'"),
         (["layer", "--width", 7, "--heads", 2], "d_model = 7: must be a multiple of num_heads = 2"),
         (["layer", "--kind", "rnn"], "'rnn' is not one of"),
+        (["layer", "--devices", 3], "--devices = 3: must be a divisor of the batch = 2"),
+        (["layer", "--devices", 8, "--batch", 8], "--devices = 8: must be <= 4"),
+        (["layer", "--devices", 0], "Invalid value for '--devices'"),
+        (["peers", "--devices", 3], "--devices = 3: must be a divisor of the batch = 2"),
         (["scaling", "--runs", 0], "--runs 0: must be >= 1"),
         (["peers", "--only", "none"], "--only none: must be one of linear-1024"),
         (["memory", "no.yaml"], "no.yaml"),
@@ -198,9 +295,7 @@ def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, words, message
 
 
 def test_peers_that_differ_are_not_reported():
-    from bench.peers import _distance
-
     one, other = np.ones(3), np.ones(3) + 1e-7
-    assert _distance([one, one], [one, other]) < 1e-6
+    assert peers._distance([one, one], [one, other]) < 1e-6
     with pytest.raises(UserError, match="outputs differ by 1e\\+00"):
-        _distance([one, one], [one, 2 * one])
+        peers._distance([one, one], [one, 2 * one])

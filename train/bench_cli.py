@@ -27,6 +27,7 @@ Json = Annotated[Path | None, typer.Option(help="write everything here")]
 Markdown = Annotated[Path | None, typer.Option(help="write the table here")]
 Positive = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
+SPLIT = "over which a batch of jax is split"
 
 WIDTH = 200  # of tables that no terminal shows
 
@@ -41,6 +42,7 @@ def layer(
     dtype: Annotated[list[Dtype], typer.Option()] = [Dtype.float32],  # noqa: B006
     framework: Annotated[list[Framework], typer.Option()] = [Framework.jax],  # noqa: B006
     passes: Annotated[list[Passes], typer.Option()] = [Passes.both],  # noqa: B006
+    devices: Annotated[list[int], typer.Option(min=1, help=SPLIT)] = [1],  # noqa: B006
     expansion: Annotated[int, typer.Option(min=1, help="hidden width of an MLP, in heads")] = 4,
     batch: Positive = 2,
     width: Positive = 256,
@@ -53,7 +55,9 @@ def layer(
 ) -> None:
     """Time layers: every combination of the options that can be given more than once."""
     from bench import layer as run
+    from bench.devices import request
 
+    request(max(devices))
     made = _grid(locals())
     report = _plain(run.run, made, runs)
     _show(report, json, markdown)
@@ -99,15 +103,21 @@ def scaling(
 def model(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="as run.devices  [default: the file's]")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
     """Time the training step of a configuration, on random tokens."""
     from bench import model as run
+    from bench.devices import request
     from train.config import TextConfig, load_config
 
-    loaded = load_config(config, overrides or ())
+    words = [*(overrides or ()), *([f"run.devices={devices}"] if devices else [])]
+    loaded = load_config(config, words)
+    request(loaded.run.devices)
     if not isinstance(loaded.data, TextConfig):
         raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text' to be timed")
     from train.step import build, token_losses
@@ -123,6 +133,10 @@ def peers(
     threads: Annotated[
         int | None, typer.Option(min=1, help="of torch's loops  [default: torch's own]")
     ] = None,
+    devices: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help=f"{SPLIT}  [default: 1, and 2 where a CPU has two cores]"),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,
     markdown: Markdown = None,
@@ -130,8 +144,11 @@ def peers(
     """Time this package beside what a user would pick instead."""
     _need_torch()
     from bench import peers as run
+    from bench.devices import request
+    from bench.report import cores
 
-    _show(run.run(only or (), runs, threads), json, markdown)
+    request(max(devices or [min(2, cores())]))
+    _show(run.run(only or (), runs, threads, devices or ()), json, markdown)
 
 
 @app.command()
@@ -199,6 +216,7 @@ def _grid(options: dict[str, Any]) -> Any:
         "framework": "frameworks",
         "tokens": "tokens",
         "passes": "passes",
+        "devices": "devices",
     }
     values: dict[str, Any] = {
         many: tuple(options[one]) if isinstance(options[one], list) else (options[one],)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, get_origin
 import cattrs
 import yaml
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mc_core import ModelConfig
@@ -19,6 +19,7 @@ from mc_core.checks import check_choice, check_range, fail
 from mc_core.config import MEMORIES
 from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig
+from train.read import first_line, merge, read_with_bases
 from train.tasks.config import Length, MQARConfig, NIAHConfig
 
 
@@ -76,6 +77,7 @@ class RunConfig:
         steps: optimiser steps.
         batch_size: windows, or examples of a recall task, of a microbatch.
         accumulation: microbatches of a step; their mean gradient is applied.
+        devices: local devices over which a microbatch is split; all hold the parameters.
         seed: of the parameters, of the data's order, and of what a recall task draws.
         dtype: compute type, `float32` or `bfloat16`; parameters are float32.
         directory: where everything goes; `runs/<name of the config file>` unless set.
@@ -90,6 +92,7 @@ class RunConfig:
     steps: int
     batch_size: int = 8
     accumulation: int = 1
+    devices: int = 1
     seed: int = 0
     dtype: str = "float32"
     directory: str = "runs/run"
@@ -103,6 +106,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             check_range(self, name, 1)
+        check_range(self, "devices", 1)
+        if self.batch_size % self.devices:
+            allowed = f"a divisor of run.batch_size = {self.batch_size}"
+            fail("RunConfig", "devices", self.devices, allowed)
         check_range(self, "validate_bytes", 1)
         check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
         check_range(self, "validate_every", 0)
@@ -146,11 +153,13 @@ class TrainConfig:
         return self.data.tokenizer
 
 
-# Keys that change nothing about the parameters: a checkpoint resumes under other values of them.
+# Keys that change nothing about the parameters, roundings aside: a checkpoint resumes under other
+# values of them.
 FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
         "directory",
+        "devices",
         "log_every",
         "save_every",
         "keep",
@@ -181,19 +190,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         UserError: the file cannot be read, or a key or value is not allowed; names it.
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
-    merged = _merge(defaults, _load_yaml(path, ()))
+    merged = merge(defaults, read_with_bases(path))
     # A word that replaces a whole memory or task comes before those that say more about it.
     for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")
         try:
-            merged = _merge(merged, OmegaConf.from_dotlist([word]))
+            merged = merge(merged, OmegaConf.from_dotlist([word]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"{word}: {_first_line(error)}") from error
+            raise UserError(f"{word}: {first_line(error)}") from error
     try:
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from error
+        raise UserError(f"{path}: {first_line(error)}") from error
     try:
         return from_dict(plain)
     except ValueError as error:
@@ -233,50 +242,6 @@ def _flatten(data: Any, path: str = "") -> dict[str, Any]:
     for key, value in data.items():
         items |= _flatten(value, f"{path}.{key}" if path else key)
     return items
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {_first_line(error)}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}: give a YAML file") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: must be a mapping of keys")
-    return loaded
-
-
-def _load_yaml(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    if path.resolve() in above:
-        raise UserError(f"{path}: base: leads back to this file")
-    loaded = read_yaml(path)
-    base = loaded.pop("base", None)
-    if base is None:
-        return loaded
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base = {base!r}: must be the name of a YAML file")
-    return _merge(_load_yaml(path.parent / base, (*above, path.resolve())), loaded)
-
-
-def _merge(low: DictConfig, high: DictConfig) -> DictConfig:
-    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole."""
-    kinds = [OmegaConf.select(config, "model.layer.memory.kind") for config in (low, high)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        low = low.copy()
-        del low["model"]["layer"]["memory"]
-    task = OmegaConf.select(high, "data.task")
-    if task not in (None, OmegaConf.select(low, "data.task", default="text")) and "data" in low:
-        low = low.copy()
-        del low["data"]
-    merged = OmegaConf.merge(low, high)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _converter() -> cattrs.Converter:
@@ -384,7 +349,3 @@ def _message(error: ClassValidationError) -> str:
     if owner and owner[0] in SECTIONS:
         return f"{SECTIONS[owner[0]]}{text[owner.end() :]}".lstrip(".: ")
     return f"{where} must be a mapping of keys" if where else text
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n")[0].split())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench.devices import split_rows
 from train.config import TextConfig, TrainConfig
 from train.data import Corpus, clip
 from train.step import Tree, token_losses
@@ -102,7 +103,8 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
         for start in range(0, last, rows * window):
             index = start + np.arange(rows)[:, None] * window + np.arange(window + 1)
             mask = index[:, 1:] <= last
-            total += np.asarray(nats(params, rest, tokens[np.minimum(index, last)], mask))
+            batch = split_rows((tokens[np.minimum(index, last)], mask), params)
+            total += np.asarray(nats(params, rest, *batch))
             counts += mask.sum(0)
         bits = total / math.log(2)
         whole = float(bits.sum()) + math.log2(config.model.vocab_size)

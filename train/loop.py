@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.devices import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.curves import Curves
@@ -18,10 +19,12 @@ def train(config: TrainConfig, console: Console) -> Any:
     """Train, or go on from the last checkpoint, and report; a finished run only prints its report.
 
     Raises:
-        UserError: the data, the configuration or the run's directory do not allow it.
+        UserError: the data, the configuration, the run's directory or the number of devices do not
+            allow it.
         NotFiniteError: training met a NaN or an infinity; the last checkpoint is from before it.
     """
     run, directory = config.run, Path(config.run.directory)
+    devices = local(run.devices, "run.devices")
     task = load_task(config)
     meta = Meta(to_dict(config), task.fingerprint, 0.0)
     with Checkpoints(directory, run.keep) as checkpoints:
@@ -36,6 +39,7 @@ def train(config: TrainConfig, console: Console) -> Any:
             return report
 
         graphdef, state, step_fn = build(config)
+        state = replicate(state, devices)
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
@@ -49,7 +53,7 @@ def train(config: TrainConfig, console: Console) -> Any:
         directory.mkdir(parents=True, exist_ok=True)
         with Curves(directory, start) as curves, Progress(console, start, config, meta) as progress:
             for step in range(start + 1, run.steps + 1):
-                state, metrics = step_fn(state, next(batches))
+                state, metrics = step_fn(state, split_rows(next(batches), state, axis=1))
                 check_finite(metrics, step, checkpoints.latest() or 0)
                 loss = float(metrics.loss)
                 progress.step(step, loss)
@@ -69,7 +73,7 @@ def train(config: TrainConfig, console: Console) -> Any:
                     checkpoints.save(step, state, batches, meta)
 
     report = scoring.report(state, run.steps, meta.seconds)
-    report = scoring.finish(directory, state, report)
+    report = scoring.finish(directory, gather(state), report)
     task.print_report(console, directory, report)
     return report
 

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from mc_core.checks import check_keys, check_range, fail
 from mc_core.errors import UserError
 from mc_core.trees import flatten
-from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, read_yaml, to_dict
+from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
+from train.read import read_yaml
 
 KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
 # What a sweep sets by itself.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.devices import request
 from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
@@ -51,6 +52,7 @@ def sweep(
     config = load_sweep(path)
     directory = Path(config.directory)
     first = make_runs(config)
+    request(max(run.config.run.devices for runs in first.values() for run in runs))
     results = Results(directory)
     for runs in first.values():
         for run in runs:

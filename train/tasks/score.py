@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bench.devices import split_rows
 from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
@@ -91,7 +92,7 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
             # The last pass repeats its last example: one shape, one compilation.
             index = np.minimum(start + np.arange(rows), count - 1)
             batch = stack([draw(split, int(i)) for i in index])
-            losses, right = of_batch(params, rest, batch)
+            losses, right = of_batch(params, rest, split_rows(batch, params))
             fields = (losses, right, batch.weights, batch.places - batch.origins)
             parts.append([np.asarray(field)[: count - start] for field in fields])
         return Answers(*(np.concatenate(field) for field in zip(*parts, strict=True)))

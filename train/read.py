@@ -1,0 +1,67 @@
+"""YAML files of runs: one, those that its `base` names, and one laid over another."""
+
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mc_core.errors import UserError
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {first_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}: give a YAML file") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: must be a mapping of keys")
+    return loaded
+
+
+def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """Read a YAML file over what its `base` names, which is looked up beside it.
+
+    Args:
+        path: the file.
+        above: the files whose base it is.
+
+    Raises:
+        UserError: a file cannot be read, or a base leads back.
+    """
+    if path.resolve() in above:
+        raise UserError(f"{path}: base: leads back to this file")
+    loaded = read_yaml(path)
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base!r}: must be the name of a YAML file")
+    return merge(read_with_bases(path.parent / base, (*above, path.resolve())), loaded)
+
+
+def merge(low: DictConfig, high: DictConfig) -> DictConfig:
+    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole."""
+    kinds = [OmegaConf.select(config, "model.layer.memory.kind") for config in (low, high)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        low = low.copy()
+        del low["model"]["layer"]["memory"]
+    task = OmegaConf.select(high, "data.task")
+    if task not in (None, OmegaConf.select(low, "data.task", default="text")) and "data" in low:
+        low = low.copy()
+        del low["data"]
+    merged = OmegaConf.merge(low, high)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    return " ".join(str(error).split("\n")[0].split())

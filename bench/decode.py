@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench.devices import local, split_heads
 from bench.report import Report, Row
 from bench.timing import STEADY, Timing, alternate, ratio
 from mc_core.config import MEMORIES, MCConfig
+from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.trees import flatten
 from mc_jax import Cache, MemoryCachingLayer
@@ -31,7 +33,12 @@ class Decoder(NamedTuple):
 
 
 def run(
-    configs: Sequence[MCConfig], contexts: Sequence[int], prompt: int, runs: int, seed: int
+    configs: Sequence[MCConfig],
+    contexts: Sequence[int],
+    prompt: int,
+    runs: int,
+    seed: int,
+    devices: int = 1,
 ) -> Report:
     """Time one token of every layer after every context, a prompt, and what short storage costs.
 
@@ -41,17 +48,29 @@ def run(
         prompt: tokens of a prompt, in one call and in single steps; 0 for none.
         runs: timed tokens of each.
         seed: of parameters and memories.
+        devices: over which a prompt's heads are split, once more beside one device.
+
+    Raises:
+        UserError: there are fewer devices, or the heads cannot be split over them.
     """
+    places = local(devices, "--devices")
+    if configs and configs[0].num_heads % devices:
+        raise UserError(f"--devices {devices}: must divide --heads {configs[0].num_heads}")
     notes = ["one stream, float32; memories at random: what a step costs does not depend on them"]
     notes.append(STEADY)
     rows = compare(configs, contexts, runs, seed)
     for config in configs if prompt else ():
-        one = compare_prefill(config, prompt, seed)
+        one = compare_prefill(config, prompt, seed, places)
         notes.append(
             f"{_name(config)}, {prompt:,} tokens: {one['prefill_s']:.3g} s in one call, "
             f"{one['steps_s']:.3g} s in single steps: {one['ratio']:.1f} times "
             f"(outputs differ by {one['difference']:.1e})"
         )
+        if devices > 1:
+            notes[-1] += (
+                f"; with its heads on {devices} devices {one['split_s']:.3g} s: "
+                f"{one['split_ratio']:.1f} times"
+            )
         for kept in compare_storage(config, prompt, seed) if config.slots(1) else ():
             notes.append(
                 f"{_name(config)}, cached memories in {kept['cache_dtype']} on "
@@ -87,10 +106,17 @@ def compare(
     return rows
 
 
-def compare_prefill(config: MCConfig, tokens: int, seed: int, runs: int = PREFILLS) -> Row:
-    """Time a prompt in one call and as single steps, in turn; `ratio` is the median of the turns'.
+def compare_prefill(
+    config: MCConfig,
+    tokens: int,
+    seed: int,
+    devices: Sequence[jax.Device] = (),
+    runs: int = PREFILLS,
+) -> Row:
+    """Time a prompt in one call and as single steps, in turn; ratios are medians of the turns'.
 
-    Steps follow each other without a wait, as they may where the next token is known.
+    Steps follow each other without a wait, as they may where the next token is known. They run on
+    one device; with several `devices` the call is timed once more with its heads split over them.
     """
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
@@ -100,7 +126,7 @@ def compare_prefill(config: MCConfig, tokens: int, seed: int, runs: int = PREFIL
     def extend(state: Any, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return nnx.merge(graphdef, state).extend(x, cache)
 
-    def whole() -> jax.Array:
+    def whole(state: Any) -> jax.Array:
         y, cache = extend(state, x, layer.init_cache(1, tokens))
         return jax.block_until_ready((y, cache))[0]
 
@@ -111,15 +137,26 @@ def compare_prefill(config: MCConfig, tokens: int, seed: int, runs: int = PREFIL
             outputs.append(y)
         return jax.block_until_ready((outputs, cache))[0]
 
-    timings = alternate({"whole": whole, "steps": steps}, runs=runs, warmup=1)
-    return {
+    subjects: dict[str, Callable[[], Any]] = {"whole": partial(whole, state), "steps": steps}
+    if len(devices) > 1:
+        subjects["split"] = partial(whole, split_heads(state, list(devices)))
+    timings = alternate(subjects, runs=runs, warmup=1)
+    expected = jnp.concatenate(steps(), axis=1)
+    row: Row = {
         "layer": _name(config),
         "tokens": tokens,
         "prefill_s": timings["whole"].median,
         "steps_s": timings["steps"].median,
         "ratio": ratio(timings["steps"], timings["whole"])[0],
-        "difference": _relative(whole(), jnp.concatenate(steps(), axis=1)),
+        "difference": _relative(whole(state), expected),
     }
+    if "split" in subjects:
+        row |= {
+            "split_s": timings["split"].median,
+            "split_ratio": ratio(timings["steps"], timings["split"])[0],
+            "difference": max(row["difference"], _relative(subjects["split"](), expected)),
+        }
+    return row
 
 
 def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[Row]:

@@ -82,6 +82,26 @@ def split_rows(batch: Any, beside: Any, axis: int = 0) -> Any:
     return jax.device_put(batch, NamedSharding(sharding.mesh, spec))
 
 
+def split_heads(params: Any, devices: list[jax.Device]) -> Any:
+    """Split a layer's projections by head over devices; XLA splits what follows from them.
+
+    Args:
+        params: of a layer, or of a model, as `nnx.split` gives them.
+        devices: as many as divide the heads.
+    """
+    if len(devices) == 1:
+        return params
+    mesh = Mesh(np.array(devices), ("heads",), axis_types=(AxisType.Auto,))
+
+    def place(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        inputs = "out_proj" in name or "down_proj" in name  # the others' outputs are by head
+        axes = ("heads", None) if inputs else (None, "heads") if "_proj" in name else ()
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
 def gather(tree: Any) -> Any:
     """Bring arrays out of `replicate` back to one device."""
     return tree if count(tree) == 1 else jax.device_put(tree, jax.local_devices()[0])

@@ -16,6 +16,7 @@ from rich.table import Table
 from mc_core.files import write_atomic
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
+SETTINGS = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
 Row = dict[str, Any]
 
 
@@ -117,8 +118,9 @@ def cores() -> int:
 
 
 def command() -> str:
-    """Return the command that was given."""
-    return shlex.join(["mc", *sys.argv[1:]])
+    """Return the command that was given, with what the environment changes about its speed."""
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return shlex.join([*settings, "mc", *sys.argv[1:]])
 
 
 def _processor() -> str:

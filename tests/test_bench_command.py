@@ -2,10 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from tiny import TINY, mc, write_config
 
 from bench import decode
+from bench.devices import split_heads
 
 
 def test_memory(tmp_path, monkeypatch, capsys):
@@ -58,6 +62,24 @@ def test_a_prompt_is_its_single_steps():
     assert decode.compare_prefill(config, 14, 0)["difference"] < 1e-5
 
 
+def test_a_prompt_on_two_devices_is_its_single_steps(tmp_path, monkeypatch):
+    words = (
+        "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --runs 1 --prompt 12 --devices 2"
+    )
+    words += " --kind titans --aggregation ssc --json"
+    assert mc(monkeypatch, "bench", "decode", *words.split(), tmp_path / "d.json") == 0
+    notes = json.loads((tmp_path / "d.json").read_text())["notes"]
+    assert any("with its heads on 2 devices" in note for note in notes)
+    config = decode.layer("titans", "ssc", width=8, heads=2, segment_size=4, chunk_size=3)
+    row = decode.compare_prefill(config, 14, 0, jax.devices()[:2], runs=1)
+    assert row["difference"] < 1e-5
+    layer, _, params = decode._build(config, 0)
+    split = nnx.merge(nnx.split(layer)[0], split_heads(params, jax.devices()[:2]))
+    _, cache = split.extend(jnp.ones((1, 5, 8)), layer.init_cache(1, 8))
+    sharding = cache.state.weights[0].sharding
+    assert len(sharding.device_set) == 2
+
+
 def test_what_short_storage_costs():
     config = decode.layer("linear", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
     exact, short, far = decode.compare_storage(config, 14, 0)
@@ -66,7 +88,9 @@ def test_what_short_storage_costs():
     assert 2 * short["memory_bytes"] == exact["memory_bytes"] == far["memory_bytes"]
 
 
-@pytest.mark.parametrize("word", ["--width 9", "--context 0", "--runs 0", "--kind square"])
+@pytest.mark.parametrize(
+    "word", ["--width 9", "--context 0", "--runs 0", "--kind square", "--devices 3"]
+)
 def test_bad_options(monkeypatch, capsys, word):
     assert mc(monkeypatch, "bench", "decode", *word.split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

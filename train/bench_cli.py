@@ -190,18 +190,23 @@ def decode(
     heads: Positive = 4,
     seed: Seed = 0,
     runs: Annotated[int, typer.Option(min=1, max=60, help="timed tokens of each")] = 20,
+    devices: Annotated[
+        int, typer.Option(min=1, help="a prompt's heads split over so many, too")
+    ] = 1,
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
     """Time a token after long contexts, beside attention with a KV cache of the same widths."""
     from bench import decode as run
+    from bench.devices import request
 
+    request(devices)
     kinds, aggregations = map(str, kind), [str(name) for name in aggregation]
     sizes = {"width": width, "heads": heads, "segment_size": segment, "chunk_size": chunk}
     configs = [
         _plain(partial(run.layer, one, other, **sizes)) for one in kinds for other in aggregations
     ]
-    _show(run.run(configs, context, prompt, runs, seed), json, markdown)
+    _show(run.run(configs, context, prompt, runs, seed, devices), json, markdown)
 
 
 def _grid(options: dict[str, Any]) -> Any:

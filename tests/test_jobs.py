@@ -117,6 +117,7 @@ def test_a_rows_other_seeds_can_run_once_its_rates_are_known(tmp_path):
         ]  # fmt: skip
         assert plan.take() is None
         for run in taken[2:]:
+            assert plan.take() is None
             plan.add(result_of(run, run.rate))
         other = plan.take()
         assert other.key == ("d_model=16", 1, 0.2)
@@ -215,8 +216,10 @@ def sweep(path: Path, jobs: int, kill_when=None) -> list[dict]:
     process = subprocess.Popen([*words, "--markdown", path.with_suffix(".md")], cwd=ROOT, env=env)
     folder = Path(load_sweep(path).directory)
     if kill_when is not None:
-        wait_for(lambda: kill_when(folder) or process.poll() is not None)
-        process.kill()
+        try:
+            wait_for(lambda: kill_when(folder) or process.poll() is not None, 600)
+        finally:
+            process.kill()
     assert process.wait() == (0 if kill_when is None else -signal.SIGKILL)
     return sorted(read_results(folder), key=key_of)
 
@@ -227,18 +230,18 @@ def test_results_do_not_depend_on_jobs_nor_on_a_kill(tmp_path):
     """At a size where XLA, with two threads, gives other sums than with one."""
     base = str(ROOT / "configs" / "mqar" / "base.yaml")
     short = {"run.steps": 4, "run.save_every": 1, "optimizer.warmup_steps": 2}
-    rows = [{**short, "run.batch_size": size} for size in (64, 32)]
+    rows = [short | {"run.batch_size": size} for size in (64, 32, 16)]
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-        write(folder, base=base, rows=rows, seeds=[0, 1])
+        write(folder, base=base, rows=rows)
     whole = sweep(one / "small.yaml", 1)
-    assert len(whole) == 4
-    assert len(sweep(two / "small.yaml", 2, read_results)) < 4
+    assert len(whole) == 3
+    assert len(sweep(two / "small.yaml", 2, read_results)) < 3
     assert without_times(sweep(two / "small.yaml", 2)) == without_times(whole)
     for folder in (one, two):
         table = (folder / "small.md").read_text()
-        assert re.findall(r"batch_size=(\d+) \|", table) == ["64", "32"]
+        assert re.findall(r"batch_size=(\d+) \|", table) == ["64", "32", "16"]
 
 
 def processes_of(group: int) -> list[str]:

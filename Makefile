@@ -4,10 +4,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo test test-all check format bench-peers clean
+.PHONY: demo evidence test test-all check format bench-peers clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
+
+# JOBS=1 where there is one core.
+JOBS ?= 2
+evidence: $(READY)
+	$(BIN)/mc sweep configs/mqar/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/mqar.jsonl
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto

@@ -12,8 +12,9 @@ from mc_core.footprint import flops_per_token, model_parameters, state_bytes
 from train.config import load_config
 from train.sweep import text as subject
 from train.sweep.config import SweepConfig, load_sweep, make_runs
+from train.sweep.picture import draw_sweep
 from train.sweep.results import best, read_results
-from train.sweep.table import by_row, draw_sweep, make_table
+from train.sweep.table import by_row, make_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,3 +217,11 @@ def test_the_shipped_sweep_compares_like_with_like():
     assert {config.data.corpus for config in configs} == {demo.data.corpus}
     assert len({config.optimizer for config in configs}) == 1
     assert {config.model.layer.state_init_mode for config in configs} == {"checkpoint"}
+
+
+def test_nothing_recorded_stands_beside_text(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path)
+    (tmp_path / "r.jsonl").write_text("")
+    assert mc(monkeypatch, "sweep", path, "--recorded", tmp_path / "r.jsonl") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--recorded" in line and "data.task = 'text'" in line

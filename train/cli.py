@@ -91,15 +91,20 @@ def train(
 @app.command()
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
+    jobs: Annotated[int, typer.Option(help="runs at a time, each with cores of its own")] = 1,
     markdown: Annotated[Path | None, typer.Option(help="write the table here")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="draw what was found here  [default: sweep.png]")
+    ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="results.jsonl of an earlier sweep, to be shown beside this one's"),
     ] = None,
 ) -> None:
     """Train and test many runs of one task, or go on with a sweep that was interrupted."""
     from train.sweep.run import sweep as run
 
-    run(config, Console(), markdown=markdown, plot=plot)
+    run(config, Console(), jobs=jobs, markdown=markdown, plot=plot, recorded=recorded)
 
 
 @app.command()

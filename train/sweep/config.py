@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ class Run:
     examples: int | None
 
     @property
+    def key(self) -> tuple[str, int, float]:
+        """What tells it from the other runs of a directory."""
+        return self.row, self.seed, self.rate
+
+    @property
+    def name(self) -> str:
+        """How a line names it."""
+        return f"{self.row} rate={self.rate:g} seed={self.seed}"
+
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when the result would."""
         settings = {k: v for k, v in flatten(to_dict(self.config)) if k not in FREE_KEYS}

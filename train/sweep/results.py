@@ -1,43 +1,74 @@
 """The results of a sweep's runs: one JSON object a line."""
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
 from train.config import TextConfig
 from train.sweep.config import Run
 
 FILE = "results.jsonl"
 Result = dict[str, Any]
+Key = tuple[str, int, float]  # row, seed, rate
 
 
 def read_results(directory: Path) -> list[Result]:
     """Return the results so far; a last line that was cut off by a kill is left out."""
     path = directory / FILE
-    if not path.exists():
-        return []
+    return read_file(path) if path.exists() else []
+
+
+def read_file(path: Path) -> list[Result]:
+    """Return the results in a file; a last line without an end is left out.
+
+    Raises:
+        UserError: a line is no result.
+        OSError: the file cannot be read.
+    """
     *lines, _ = path.read_text().split("\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: a line is no JSON object: {error}: mend or delete it") from error
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+            key_of(result)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"{path}: line {number} is no result of a run: {why}: mend or delete it"
+            ) from error
+        results.append(result)
+    return results
+
+
+def key_of(result: Result) -> Key:
+    """Return what tells a result from the others of a file."""
+    return result["row"], result["seed"], result["rate"]
 
 
 class Results:
-    """Reads, and appends to, the results of a sweep; each is on the disk when `add` returns."""
+    """Reads, and appends to, the results of a sweep; each is on the disk when `add` returns.
+
+    Several processes may append to one file.
+    """
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / FILE
-        self._rows = read_results(directory)
-        whole = "".join(json.dumps(row) + "\n" for row in self._rows)
-        if not self._path.exists() or self._path.read_text() != whole:
-            write_atomic(self._path, whole.encode())
+        self._found: dict[Key, Result] = {}
+        self._size = -1
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._size:
+            self._found = {key_of(row): row for row in read_results(self._path.parent)}
+            self._size = size
 
     def find(self, run: Run) -> Result | None:
         """Return the result of a run, or None.
@@ -45,16 +76,13 @@ class Results:
         Raises:
             UserError: there is one of another configuration under its name.
         """
-        wanted = (run.row, run.seed, run.rate)
-        for row in self._rows:
-            if (row["row"], row["seed"], row["rate"]) == wanted:
-                if row["fingerprint"] != run.fingerprint:
-                    raise UserError(
-                        f"{self._path}: holds {run.row} of another config; "
-                        "set another directory, or delete its line and its folder"
-                    )
-                return row
-        return None
+        row = self._found.get(run.key)
+        if row is not None and row["fingerprint"] != run.fingerprint:
+            raise UserError(
+                f"{self._path}: holds {run.row} of another config; "
+                "set another directory, or delete its line and its folder"
+            )
+        return row
 
     def add(self, row: Result) -> None:
         """Append a result.
@@ -62,11 +90,31 @@ class Results:
         Raises:
             OSError: it cannot be written.
         """
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = (json.dumps(row) + "\n").encode()
+        with self._path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            # What follows the last whole line was cut off by a kill.
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._rows.append(row)
+        self._found[key_of(row)] = row
+
+
+def claim(folder: Path) -> IO[bytes] | None:
+    """Return a file that keeps other processes from a run's folder until it is closed, or None.
+
+    A process that dies gives up its claims. None: another process has the claim.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def is_text(result: Result) -> bool:

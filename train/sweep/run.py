@@ -2,7 +2,6 @@
 
 import io
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +16,13 @@ from train.config import DataConfig, TextConfig
 from train.loop import train
 from train.step import split
 from train.sweep import text
-from train.sweep.config import Run, SweepConfig, load_sweep, make_run, make_runs
-from train.sweep.results import Result, Results, best, is_text
-from train.sweep.table import draw_sweep, make_table
+from train.sweep.config import Run, load_sweep, make_runs
+from train.sweep.jobs import Workers, check_jobs, one_thread
+from train.sweep.picture import draw_sweep
+from train.sweep.plan import Plan
+from train.sweep.recorded import read_recorded
+from train.sweep.results import Result, Results, is_text
+from train.sweep.table import for_terminal, make_table
 from train.tasks.evaluate import Options, run_tests, task_of
 from train.tasks.recall import RecallReport
 
@@ -27,7 +30,13 @@ PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
 
 
 def sweep(
-    path: Path, console: Console, *, markdown: Path | None = None, plot: Path | None = None
+    path: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    markdown: Path | None = None,
+    plot: Path | None = None,
+    recorded: Path | None = None,
 ) -> list[Result]:
     """Train and test all runs of a sweep, or those that are missing; print and draw what they show.
 
@@ -39,8 +48,10 @@ def sweep(
     Args:
         path: the sweep's YAML file.
         console: where progress and the table are printed.
+        jobs: runs at a time, each on its share of the cores.
         markdown: where the table goes, too.
         plot: where the picture goes; None = `sweep.png` in the sweep's directory.
+        recorded: `results.jsonl` of an earlier sweep, whose accuracy the table shows, too.
 
     Returns:
         the results of the runs that make the table.
@@ -49,28 +60,22 @@ def sweep(
         UserError: the sweep, or a run of it, is not allowed; nothing is trained then.
         OSError: a file cannot be read or written.
     """
+    check_jobs(jobs)
     config = load_sweep(path)
     directory = Path(config.directory)
     first = make_runs(config)
+    then = read_recorded(recorded, config, first) if recorded else None
     request(max(run.config.run.devices for runs in first.values() for run in runs))
     results = Results(directory)
     for runs in first.values():
         for run in runs:
             results.find(run)
-    chosen: list[Result] = []
-    total = sum(map(len, first.values())) + len(first) * (len(config.seeds) - 1)
-    number = 0
-    for run, is_choice in _plan(config, first, results):
-        number += not is_choice or run.seed != config.seeds[0]
-        result = results.find(run)
-        if result is None:
-            result = do(run)
-            results.add(result)
-            console.print(f"{number}/{total}  {describe(result)}", soft_wrap=True, highlight=False)
-        if is_choice:
-            chosen.append(result)
-    table = make_table(path.stem, chosen, config)
-    console.print(make_table(path.stem, chosen, config, cells=False).table())
+    with one_thread(), Plan(config, first, results) as plan:
+        finish(plan, jobs, console)
+        chosen = plan.table()
+    table = make_table(path.stem, chosen, config, recorded=then)
+    short = make_table(path.stem, chosen, config, recorded=then, cells=False)
+    console.print(for_terminal(short))
     for line in table.footer():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if markdown:
@@ -81,22 +86,25 @@ def sweep(
     return chosen
 
 
-def _plan(
-    config: SweepConfig, first: dict[str, list[Run]], results: Results
-) -> Iterator[tuple[Run, bool]]:
-    """Yield the runs in turn, and whether each makes a row's figures.
-
-    Those of the rates come first; what they found, `results` knows by then.
-    """
-    for row, runs in first.items():
-        for run in runs:
-            yield run, False
-        found = [result for run in runs if (result := results.find(run))]
-        rate = best(found)["rate"]
-        (winner,) = (run for run in runs if run.rate == rate)
-        for seed in config.seeds:
-            chosen = seed == winner.seed
-            yield winner if chosen else make_run(config, row, winner.overrides, seed, rate), True
+def finish(plan: Plan, jobs: int, console: Console) -> None:
+    """Do what is left of a sweep, and say a line about each run."""
+    waits = False
+    with Workers(jobs, do) as workers:
+        while True:
+            while workers.busy < jobs and (run := plan.take()):
+                workers.start(run)
+            if workers.busy:
+                for result in workers.results():
+                    plan.add(result)
+                    line = f"{plan.progress()}  {describe(result)}"
+                    console.print(line, soft_wrap=True, highlight=False)
+            elif plan.left:
+                if not waits:
+                    console.print("waiting for runs that another sweep does", highlight=False)
+                waits = True
+                time.sleep(1.0)
+            else:
+                return
 
 
 def do(run: Run) -> Result:

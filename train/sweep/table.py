@@ -1,15 +1,17 @@
-"""What a sweep found, as a table and as a picture."""
+"""What a sweep found, as a table."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from rich.box import SIMPLE
+from rich.table import Table
 
 from bench.report import Report, Row
 from train.sweep import text
 from train.sweep.config import SweepConfig
+from train.sweep.recorded import Recorded
 from train.sweep.results import Result, is_text
-from train.tasks.pictures import plot_scores, png
 from train.tasks.score import wilson
 
 RULE = (
@@ -39,87 +41,100 @@ def score(results: Sequence[Result]) -> dict[str, float]:
 
 
 def label(result: Result, *without: str) -> str:
-    """Return the values of a row's overrides, but those of some keys."""
-    values = [str(value) for key, value in result["overrides"].items() if key not in without]
-    return " ".join(values) or "base"
+    """Return the values of a row's overrides, but those of some keys.
+
+    Words stand alone; another value says nothing without its key's last word.
+    """
+    given = {key: value for key, value in result["overrides"].items() if key not in without}
+    return " ".join(_shown(key, value) for key, value in given.items()) or "base"
+
+
+def _shown(key: str, value: Any) -> str:
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return "+".join(words)
+    return f"{key.rpartition('.')[2]}={value if isinstance(value, float) else json.dumps(value)}"
 
 
 def make_table(
-    title: str, results: Sequence[Result], config: SweepConfig, *, cells: bool = True
+    title: str,
+    results: Sequence[Result],
+    config: SweepConfig,
+    *,
+    recorded: Recorded | None = None,
+    cells: bool = True,
 ) -> Report:
     """Return a line a row: its rate, its size and its accuracy.
 
-    With `cells` also the spread over the seeds and each test cell, which makes a wide table. That
-    of text is `text.make_table`'s.
+    With `recorded` also the accuracy that it had then. With `cells` also the spread over the seeds
+    and each test cell, which makes a wide table. That of text is `text.make_table`'s.
     """
     if any(map(is_text, results)):
         return text.make_table(title, by_row(results), config, cells=cells)
-    rows = [_line(name, own, cells) for name, own in by_row(results).items()]
+    own = by_row(results)
+    flops = flops_column([rows[0] for rows in own.values()])
+    then = {} if recorded is None else recorded.rows
+    rows = [_line(name, own[name], flops.get(name, {}), then.get(name), cells) for name in own]
     tokens = max((result["state_tokens"] for result in results), default=0)
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     seeds = ", ".join(map(str, config.seeds))
     notes = [RULE, f"rates tried: {rates}; seeds: {seeds}", MEASURE]
     notes.append(f"state: bytes of a stream's cache after {tokens} tokens, all layers")
-    return Report(title, rows, notes)
+    notes.append(
+        f"kFLOP, MFLOP: products of the forward pass, a token, in the mean over {tokens} tokens"
+    )
+    return Report(title, rows, [*notes, *(recorded.notes if recorded else ())])
 
 
-def _line(name: str, own: list[Result], cells: bool) -> Row:
+def flops_column(results: Sequence[Result]) -> dict[str, Row]:
+    """Return, by row, the cell of the FLOPs a token, in one unit for all."""
+    flops = {row["row"]: row["flops_per_token"] for row in results if "flops_per_token" in row}
+    mega = max(flops.values(), default=0.0) >= 1e6
+    unit, name = (1e6, "MFLOP") if mega else (1e3, "kFLOP")
+    return {row: {name: count / unit} for row, count in flops.items()}
+
+
+def _line(name: str, own: list[Result], flops: Row, then: list[Result] | None, cells: bool) -> Row:
     good = [result for result in own if not result.get("error")]
     row: Row = {
         "row": name if cells else label(own[0]),
         "rate": f"{own[0]['rate']:g}",
-        "seeds": len(good),
-    }
-    if not good:
-        return row | {"state": own[0]["state_bytes"], "failed": len(own)}
-    whole, each = score(good), [100 * score([result])["accuracy"] for result in good]
-    row |= {
-        "parameters": good[0]["parameters"] if cells else None,
-        "state": good[0]["state_bytes"],
-        "accuracy %": 100 * whole["accuracy"],
-        "from %": 100 * whole["low"],
-        "to %": 100 * whole["high"],
-        "lowest %": min(each) if cells and len(each) > 1 else None,
-        "highest %": max(each) if cells and len(each) > 1 else None,
+        "seeds": len(good) if cells else None,
+        "parameters": good[0]["parameters"] if cells and good else None,
+        "state": own[0]["state_bytes"],
+        **flops,
+        **_figures(good, cells),
+        "recorded %": 100 * score(then)["accuracy"] if then else None,
         "failed": len(own) - len(good) or None,
     }
-    for number, cell in enumerate(good[0]["test"] if cells else ()):
+    for number, cell in enumerate(good[0]["test"] if cells and good else ()):
         same = [result["test"][number] for result in good]
         right, asked = (sum(one[key] for one in same) for key in ("right", "asked"))
         size = ":".join(str(cell[key]) for key in ("tokens", "pairs") if key in cell)
         row[size] = 100 * right / asked
-    return row | {"s": sum(result["seconds"] for result in good) / len(good)}
+    return row | {"s": sum(result["seconds"] for result in good) / len(good) if good else None}
 
 
-def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
-    """Draw accuracy against width and against state bytes.
+def _figures(good: list[Result], cells: bool) -> Row:
+    """Return the accuracy of a row's runs, and how far apart they are."""
+    whole = score(good) if good else {}
+    each = [100 * score([result])["accuracy"] for result in good]
+    spread = cells and len(each) > 1
+    return {
+        "accuracy %": 100 * whole["accuracy"] if good else None,
+        "from %": 100 * whole["low"] if good else None,
+        "to %": 100 * whole["high"] if good else None,
+        "lowest %": min(each) if spread else None,
+        "highest %": max(each) if spread else None,
+    }
 
-    Rows that differ in their width alone are a line. Bars are 95% intervals. The picture
-    of text is `text.draw_sweep`'s.
-    """
-    if any(map(is_text, results)):
-        return text.draw_sweep(title, by_row(results))
-    lines: dict[str, list[tuple[Result, dict[str, float]]]] = {}
-    for own in by_row(results).values():
-        good = [result for result in own if not result.get("error")]
-        if good:
-            name = label(good[0], "model.layer.d_model")
-            lines.setdefault(name, []).append((good[0], score(good)))
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, by, words in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("width", "state_bytes"),
-        ("model width", "bytes of a stream's state"),
-        strict=True,
-    ):
-        for name, points in lines.items():
-            points = sorted(points, key=lambda point: point[0][by])
-            places = [result[by] for result, _ in points]
-            plot_scores(axes, places, [one for _, one in points], name)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set(xlabel=words)
-    if lines:
-        axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"{title}: accuracy on test examples")
-    return png(figure)
+
+def for_terminal(report: Report) -> Table:
+    """Return the rows of a report for 80 columns, and the words of the first one uncut."""
+    made = report.table()
+    made.box, made.show_edge, made.pad_edge, made.collapse_padding = SIMPLE, False, False, True
+    words = [word for row in report.rows for word in row["row"].split()]
+    made.columns[0].min_width = max(map(len, words), default=0)
+    for column in made.columns:
+        column.header = str(column.header).replace(" ", "\n")
+    return made

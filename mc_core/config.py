@@ -231,6 +231,11 @@ class MCConfig(Plain):
         return self.aggregation in GATED
 
     @property
+    def projects_u(self) -> bool:
+        """Whether the connector u is a projection of its own."""
+        return self.gated and not self.use_q_as_u
+
+    @property
     def reads_sum(self) -> bool:
         """Whether all cached memories are read at once, as their sum (equation 7)."""
         memory = self.memory

@@ -95,7 +95,7 @@ def layer_parameters(config: Layer) -> int:
     if isinstance(config, AttentionConfig):
         return count
     memory = config.memory
-    count += d * d * _has_u(config)
+    count += d * d * config.projects_u
     count += {"constant": 0, "head": h, "token": h + d * h}[memory.coefficients] * len(
         memory.ranges
     )
@@ -147,7 +147,7 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
         seen = window - window * (window - 1) / 2 / tokens  # mean of min(i, window), i = 1...
         return flops + 4 * d * seen
     learned = len(config.memory.ranges) * (config.memory.coefficients == "token")
-    flops += 2 * d * d * _has_u(config) + 2 * d * config.num_heads * learned
+    flops += 2 * d * d * config.projects_u + 2 * d * config.num_heads * learned
     return flops + _write_and_read(config, tokens) + _cached_reads(config, tokens)
 
 
@@ -168,10 +168,6 @@ def _widths(config: MCConfig) -> list[int]:
     if isinstance(memory, DLAConfig | TitansConfig):
         hidden = memory.depth - 1
     return [width, *[width * getattr(memory, "expansion", 1)] * hidden, width]
-
-
-def _has_u(config: MCConfig) -> bool:
-    return config.gated and not config.use_q_as_u
 
 
 def _write_and_read(config: MCConfig, tokens: int) -> float:

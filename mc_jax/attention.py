@@ -1,8 +1,5 @@
 """Causal softmax attention with rotary positions, over all tokens or a window of the last ones."""
 
-from os import PathLike
-from typing import Self
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,18 +11,16 @@ from mc_jax.cache import (
     add_slots,
     check_cache_options,
     check_growth,
-    check_room,
     check_rows,
+    in_room,
     put_slots,
 )
-from mc_jax.grid import make_packing, pack, unpack
 from mc_jax.host import move_to_host, take
-from mc_jax.modules import RMSNorm, ShortConv, project
+from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.numerics import Array, Dtype, align, product, state_dtype
-from mc_jax.pretrained import from_pretrained
 
 
-class AttentionLayer(nnx.Module):
+class AttentionLayer(Mixer):
     """Softmax attention: what Memory Caching is compared with, with its projections and its norm.
 
     Args:
@@ -35,6 +30,9 @@ class AttentionLayer(nnx.Module):
         param_dtype: dtype of the parameters.
     """
 
+    config: AttentionConfig
+    config_class = AttentionConfig
+
     def __init__(
         self,
         config: AttentionConfig,
@@ -43,33 +41,8 @@ class AttentionLayer(nnx.Module):
         dtype: Dtype = None,
         param_dtype: Dtype = jnp.float32,
     ):
-        self.config = config
-        self.dtype = dtype
-        d, h, width = config.d_model, config.num_heads, config.head_dim
-
-        def linear() -> nnx.Linear:
-            return nnx.Linear(d, d, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
-        self.out_proj = linear()
-        if config.conv_width:
-            self.q_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
-            self.k_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
-            self.v_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
-        if config.output_norm == "rms":
-            self.output_norm = RMSNorm(h, width, param_dtype=param_dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
-    ) -> Self:
-        """Build from a safetensors file; `param_dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, AttentionConfig, path, dtype=dtype, param_dtype=param_dtype)
+        super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self._add_output_norm(param_dtype=param_dtype)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Mix tokens.
@@ -83,8 +56,7 @@ class AttentionLayer(nnx.Module):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.d_model:
-            raise ValueError(f"x has shape {x.shape}: must be [b, t, {config.d_model}]")
+        self._check(x)
         at = align(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = jnp.ones(x.shape[:2], bool) if mask is None else mask
@@ -121,14 +93,13 @@ class AttentionLayer(nnx.Module):
         keys, values = (jnp.zeros(shape, cache_dtype or wide) for _ in range(2))
         if cache_device == "host":
             keys, values = move_to_host(keys), move_to_host(values)
-        tail = (batch, config.conv_width - 1, config.d_model)
         return KVCache(
             keys=keys,
             values=values,
             real=jnp.zeros((batch, slots), bool),
             position=jnp.zeros(batch, jnp.int32),
             limit=jnp.asarray(max_tokens, jnp.int32),
-            conv=tuple(jnp.zeros(tail, wide) for _ in range(3)) if config.conv_width else (),
+            conv=self._start_conv(batch),
         )
 
     def grow(self, cache: KVCache, max_tokens: int) -> KVCache:
@@ -169,14 +140,7 @@ class AttentionLayer(nnx.Module):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_rows(x, cache, self.config)
-        if padding is None:
-            check_room(cache, x.shape[1])
-            return self._extend(x, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache, packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        y, cache = self._extend(pack(x, packing), cache, mask, packing.tokens)
-        return unpack(y, packing), cache
+        return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(
         self, x: Array, cache: KVCache, mask: Array | None, count: Array | None = None
@@ -212,9 +176,7 @@ class AttentionLayer(nnx.Module):
             where = joined(_positions(cache), at)
             seen = visible(at, where, joined(cache.real, real), window)
             y = attend(q, joined(cache.keys, k), joined(cache.values, v), seen)
-        room = (after.position <= cache.limit)[:, None, None, None]
-        y = jnp.where(room, y, jnp.full_like(y, jnp.nan))
-        return self._finish(y, real, x.dtype), after
+        return self._finish(in_room(y, after), real, x.dtype), after
 
     def _project(
         self,
@@ -225,18 +187,13 @@ class AttentionLayer(nnx.Module):
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at positions `at` [b or 1, t], and the cache's `conv`."""
-        x = x if self.dtype is None else x.astype(self.dtype)
-        if mask is not None:
-            x = jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
-        q, k, v, conv = project(self, x, before, count)
+        q, k, v, conv = self._qkv(self._enter(x, mask), before, count)
         return rotate(q, at, self.config.rope_base), rotate(k, at, self.config.rope_base), v, conv
 
     def _finish(self, y: Array, mask: Array | None, dtype: Dtype) -> Array:
         if mask is not None:
             y = jnp.where(mask[:, :, None, None], y, jnp.zeros_like(y))
-        if self.config.output_norm == "rms":
-            y = self.output_norm(y)
-        return self.out_proj(y.reshape(*y.shape[:2], self.config.d_model)).astype(dtype)
+        return self._leave(y, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:

@@ -11,11 +11,12 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
 from mc_jax.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
-from mc_jax.cache import Cache, Segments, in_dtype, sum_complete
+from mc_jax.cache import Cache, Segments, in_dtype, in_room, sum_complete
 from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, spread
+from mc_jax.grid import first_tokens
 from mc_jax.inspection import InnerLoop, watch_writes
-from mc_jax.numerics import Array, align, state_dtype
+from mc_jax.numerics import Array, state_dtype
 from mc_jax.recurrent import run_tokens
 from mc_jax.streaming import extend_chunks
 
@@ -128,7 +129,7 @@ def extend(
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
     exists = jnp.ones((b, t), bool)
     if count is not None:
-        exists = align(jnp.arange(t, dtype=count.dtype), 2) < count[:, None]
+        exists = first_tokens(count, t)
     mask = exists if mask is None else mask & exists
     count = jnp.sum(exists, axis=1, dtype=jnp.int32)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
@@ -137,9 +138,7 @@ def extend(
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
-    room = (new.position <= cache.limit)[:, None, None, None]
-    output = jnp.where(room, output, jnp.full_like(output, jnp.nan))
-    return Result(output, new, jnp.where(real, gates, jnp.zeros_like(gates)))
+    return Result(in_room(output, new), new, jnp.where(real, gates, jnp.zeros_like(gates)))
 
 
 def _run_chunks(
@@ -216,7 +215,7 @@ def _check(
             f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"
         )
     b, t, h, width = q.shape
-    if u is None and config.gated and not config.use_q_as_u:
+    if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
     shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:

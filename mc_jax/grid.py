@@ -106,6 +106,11 @@ def from_places(x: Array, grid: Grid) -> Array:
     return _take(jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1), grid.place)
 
 
+def first_tokens(count: Array, tokens: int) -> Array:
+    """Return bool [b, tokens], True at the first `count` [b] tokens of each row."""
+    return align(jnp.arange(tokens, dtype=count.dtype), 2) < count[:, None]
+
+
 class Packing(NamedTuple):
     """Rows of different lengths, moved to the left."""
 

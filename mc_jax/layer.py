@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from os import PathLike
-from typing import Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,24 +9,16 @@ from flax import nnx
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
-from mc_jax.cache import Cache, check_room, check_rows, grow, init_cache
+from mc_jax.cache import Cache, check_rows, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
-from mc_jax.grid import make_packing, pack, unpack
+from mc_jax.grid import first_tokens
 from mc_jax.inspection import Trace, make_trace
-from mc_jax.modules import (
-    Coefficient,
-    MemoryNorm,
-    RMSNorm,
-    ShortConv,
-    initial_memory,
-    project,
-    split_heads,
-)
-from mc_jax.numerics import Array, Dtype, align, l2_normalize, state_dtype
-from mc_jax.pretrained import from_pretrained
+from mc_jax.mixer import Mixer, extend_rows
+from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
+from mc_jax.numerics import Array, Dtype, l2_normalize, state_dtype
 
 
-class MemoryCachingLayer(nnx.Module):
+class MemoryCachingLayer(Mixer):
     """A recurrent memory that caches its states, in the place of attention.
 
     Args:
@@ -43,6 +33,9 @@ class MemoryCachingLayer(nnx.Module):
         >>> y = layer(x)  # [b, t, 128] -> [b, t, 128]
     """
 
+    config: MCConfig
+    config_class = MCConfig
+
     def __init__(
         self,
         config: MCConfig,
@@ -51,21 +44,9 @@ class MemoryCachingLayer(nnx.Module):
         dtype: Dtype = None,
         param_dtype: Dtype = jnp.float32,
     ):
-        self.config = config
-        self.dtype = dtype
-        d, h, width = config.d_model, config.num_heads, config.head_dim
-
-        def linear() -> nnx.Linear:
-            return nnx.Linear(d, d, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
-        if config.gated and not config.use_q_as_u:
-            self.u_proj = linear()
-        self.out_proj = linear()
-        if config.conv_width:
-            self.q_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
-            self.k_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
-            self.v_conv = ShortConv(config.conv_width, d, param_dtype=param_dtype)
+        super().__init__(
+            config, projects_u=config.projects_u, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )
         self.coefficients = nnx.Dict(
             {
                 name: Coefficient(config, name, rngs=rngs, param_dtype=param_dtype)
@@ -74,21 +55,10 @@ class MemoryCachingLayer(nnx.Module):
         )
         self.initial = nnx.List(initial_memory(config, rngs, param_dtype))
         if getattr(config.memory, "norm", "none") == "layer":
-            self.memory_norm = MemoryNorm(h, width, param_dtype=param_dtype)
-        if config.output_norm == "rms":
-            self.output_norm = RMSNorm(h, width, param_dtype=param_dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
-    ) -> Self:
-        """Build from a safetensors file; `param_dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, MCConfig, path, dtype=dtype, param_dtype=param_dtype)
+            self.memory_norm = MemoryNorm(
+                config.num_heads, config.head_dim, param_dtype=param_dtype
+            )
+        self._add_output_norm(param_dtype=param_dtype)
 
     def __call__(
         self,
@@ -140,20 +110,17 @@ class MemoryCachingLayer(nnx.Module):
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
-        config, wide = self.config, state_dtype(self.out_proj.kernel.dtype)
+        wide = state_dtype(self.out_proj.kernel.dtype)
         cache = init_cache(
             self._initial(),
-            config,
+            self.config,
             batch,
             max_tokens,
             dtype=wide,
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
-        if not config.conv_width:
-            return cache
-        shape = (batch, config.conv_width - 1, config.d_model)
-        return cache._replace(conv=tuple(jnp.zeros(shape, wide) for _ in range(3)))
+        return cache._replace(conv=self._start_conv(batch))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and room for `max_tokens` tokens.
@@ -191,14 +158,7 @@ class MemoryCachingLayer(nnx.Module):
         """
         check_streams(self.config)
         check_rows(x, cache, self.config)
-        if padding is None:
-            check_room(cache, x.shape[1])
-            return self._extend(x, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache, packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        y, cache = self._extend(pack(x, packing), cache, mask, packing.tokens)
-        return unpack(y, packing), cache
+        return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
@@ -206,7 +166,7 @@ class MemoryCachingLayer(nnx.Module):
         """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
         exists = mask
         if count is not None:
-            exists = align(jnp.arange(x.shape[1], dtype=count.dtype), 2) < count[:, None]
+            exists = first_tokens(count, x.shape[1])
             exists = exists if mask is None else exists & mask
         go_on = partial(extend, cache=cache, config=self.config, mask=mask, count=count)
         y, result = self._mix(x, exists, go_on, cache.conv, count)
@@ -219,12 +179,10 @@ class MemoryCachingLayer(nnx.Module):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.d_model:
-            raise ValueError(f"x has shape {x.shape}: must be [b, t, {config.d_model}]")
+        self._check(x)
         whole = partial(
             memory_caching,
-            config=config,
+            config=self.config,
             mask=mask,
             segment_lengths=segment_lengths,
             inspect=inspect,
@@ -248,10 +206,7 @@ class MemoryCachingLayer(nnx.Module):
             before: the cache's `conv`.
             count: tokens of each row, its first ones [b].
         """
-        config, dtype = self.config, x.dtype
-        x = x if self.dtype is None else x.astype(self.dtype)
-        if mask is not None:
-            x = jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
+        dtype, x = x.dtype, self._enter(x, mask)
         q, k, v, u, conv = self._project(x, before, count)
         at = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         norm: Norm = None
@@ -264,17 +219,14 @@ class MemoryCachingLayer(nnx.Module):
             previous=at.get("previous"),
         )
         result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
-        y = result.output
-        if config.output_norm == "rms":
-            y = self.output_norm(y)
-        y = self.out_proj(y.reshape(*y.shape[:2], config.d_model))
-        return y.astype(dtype), result._replace(cache=result.cache._replace(conv=conv))
+        y = self._leave(result.output, dtype)
+        return y, result._replace(cache=result.cache._replace(conv=conv))
 
     def _project(
         self, x: Array, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Array | None, Weights]:
         config = self.config
-        q, k, v, tails = project(self, x, before, count)
+        q, k, v, tails = self._qkv(x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         if not config.gated:

@@ -1,7 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
-from os import PathLike
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,13 @@ from flax import nnx
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
-from mc_jax.cache import AnyCache, check_room
-from mc_jax.grid import make_packing, pack, unpack
+from mc_jax.cache import AnyCache
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
+from mc_jax.mixer import extend_rows
 from mc_jax.modules import RMSNorm
 from mc_jax.numerics import Array, Dtype, product
-from mc_jax.pretrained import from_pretrained
+from mc_jax.pretrained import Pretrained
 
 
 class SwiGLU(nnx.Module):
@@ -89,7 +88,7 @@ class Block(nnx.Module):
         return x + self.ffn(self.ffn_norm(x)) if hasattr(self, "ffn") else x
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(nnx.Module, Pretrained):
     """Token ids in, next-token logits out.
 
     Args:
@@ -98,6 +97,8 @@ class LanguageModel(nnx.Module):
         dtype: compute dtype of activations and matrix products; None = `param_dtype`.
         param_dtype: dtype of the parameters.
     """
+
+    config_class = ModelConfig
 
     def __init__(
         self,
@@ -134,18 +135,6 @@ class LanguageModel(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
-    ) -> Self:
-        """Build from a safetensors file; `param_dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, ModelConfig, path, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
@@ -225,14 +214,7 @@ class LanguageModel(nnx.Module):
         batch = cache[0].position.shape[0]
         if tokens.ndim != 2 or tokens.shape[0] != batch:
             raise ValueError(f"tokens have shape {tokens.shape}: must be [{batch}, t], as cache")
-        if padding is None:
-            check_room(cache[0], tokens.shape[1])
-            return self._extend(tokens, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache[0], packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        logits, cache = self._extend(pack(tokens, packing), cache, mask, packing.tokens)
-        return unpack(logits, packing), cache
+        return extend_rows(self._extend, tokens, cache, mask, padding)
 
     def _extend(
         self,

@@ -1,7 +1,7 @@
 """The weights of a module as plain arrays, and a module from a file of them."""
 
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,36 +53,35 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def from_pretrained(
-    cls: Any, kind: Any, path: str | PathLike[str], *, dtype: Dtype, param_dtype: Dtype
-) -> Any:
-    """Build a module from a safetensors file.
+class Pretrained:
+    """A module that a safetensors file holds whole: its configuration, of a class, and weights."""
 
-    Args:
-        cls: `MemoryCachingLayer` or `LanguageModel`.
-        kind: the class of its configuration.
-        path: a file that `mc convert` wrote.
-        dtype: compute dtype, as `cls` takes it.
-        param_dtype: dtype of the parameters; None = the file's.
+    config_class: ClassVar[Any]
 
-    Raises:
-        ValueError: the file is damaged, holds another module, or tensors that do not fit its
-            configuration: lists all that are wrong.
-        OSError: the file cannot be read.
-    """
-    config, tensors = read_file(path, kind)
-    try:
-        param_dtype = jnp.dtype(param_dtype or one_dtype(leaves(tensors)))
-        if jax.dtypes.canonicalize_dtype(param_dtype) != param_dtype:
-            raise ValueError(f"parameters of {param_dtype}: need jax.enable_x64(True)")
-        module = cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
-        tensors = {name: array.astype(param_dtype) for name, array in tensors.items()}
-        # In the file's own names, and before a name that the table lacks hides the other faults.
-        check_leaves(leaves(tensors), leaves(to_torch(get_weights(module))))
-        set_weights(module, to_jax(tensors))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return module
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
+    ) -> Self:
+        """Build from a safetensors file; `param_dtype` None = the file's.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            OSError: the file cannot be read.
+        """
+        make: Any = cls
+        config, tensors = read_file(path, cls.config_class)
+        try:
+            param_dtype = jnp.dtype(param_dtype or one_dtype(leaves(tensors)))
+            if jax.dtypes.canonicalize_dtype(param_dtype) != param_dtype:
+                raise ValueError(f"parameters of {param_dtype}: need jax.enable_x64(True)")
+            module = make(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+            tensors = {name: array.astype(param_dtype) for name, array in tensors.items()}
+            # In the file's own names, before one that the table lacks hides the other faults.
+            check_leaves(leaves(tensors), leaves(to_torch(get_weights(module))))
+            set_weights(module, to_jax(tensors))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return module
 
 
 def _params(module: nnx.Module) -> dict[str, nnx.Param]:

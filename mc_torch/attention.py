@@ -1,11 +1,7 @@
 """Causal softmax attention with rotary positions, over all tokens or a window of the last ones."""
 
-from os import PathLike
-from typing import Self
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from mc_core.config import AttentionConfig
 from mc_torch.backends import Weights
@@ -14,18 +10,16 @@ from mc_torch.cache import (
     add_slots,
     check_cache_options,
     check_growth,
-    check_room,
     check_rows,
+    in_room,
     put_slots,
 )
-from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.host import move_to_host
-from mc_torch.modules import Linear, RMSNorm, ShortConv, project
-from mc_torch.numerics import Array, Dtype, align, compute_dtype, state_dtype
-from mc_torch.pretrained import from_pretrained
+from mc_torch.mixer import Mixer, extend_rows
+from mc_torch.numerics import Array, Dtype, align, state_dtype
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(Mixer):
     """Softmax attention: what Memory Caching is compared with, with its projections and its norm.
 
     The compute dtype of matrix products is autocast's where it is on, else that of the input.
@@ -36,6 +30,9 @@ class AttentionLayer(nn.Module):
         dtype: dtype of the parameters.
     """
 
+    config: AttentionConfig
+    config_class = AttentionConfig
+
     def __init__(
         self,
         config: AttentionConfig,
@@ -43,37 +40,8 @@ class AttentionLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: Dtype = None,
     ):
-        super().__init__()
-        self.config = config
-        d, h, width = config.d_model, config.num_heads, config.head_dim
-
-        def linear() -> Linear:
-            return Linear(d, d, device=device, dtype=dtype)
-
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
-        self.out_proj = linear()
-        if config.conv_width:
-            self.q_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
-            self.k_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
-            self.v_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
-        if config.output_norm == "rms":
-            self.output_norm = RMSNorm(h, width, device=device, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: Dtype = None,
-    ) -> Self:
-        """Build from a safetensors file; `dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, AttentionConfig, path, device=device, dtype=dtype)
+        super().__init__(config, device=device, dtype=dtype)
+        self._add_output_norm(device=device, dtype=dtype)
 
     def forward(self, x: Array, mask: Array | None = None) -> Array:
         """Mix tokens.
@@ -87,8 +55,7 @@ class AttentionLayer(nn.Module):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}]")
+        self._check(x)
         at = align(torch.arange(x.shape[1], device=x.device), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -126,14 +93,13 @@ class AttentionLayer(nn.Module):
         keys, values = torch.zeros((2, *shape), dtype=cache_dtype or wide, device=device)
         if cache_device == "host":
             keys, values = move_to_host(keys), move_to_host(values)
-        tail = (3, batch, config.conv_width - 1, config.d_model)
         return KVCache(
             keys=keys,
             values=values,
             real=torch.zeros(batch, slots, dtype=torch.bool, device=device),
             position=torch.zeros(batch, dtype=torch.int32, device=device),
             limit=torch.full((), max_tokens, dtype=torch.int32, device=device),
-            conv=tuple(torch.zeros(tail, dtype=wide, device=device)) if config.conv_width else (),
+            conv=self._start_conv(batch),
         )
 
     def grow(self, cache: KVCache, max_tokens: int) -> KVCache:
@@ -174,14 +140,7 @@ class AttentionLayer(nn.Module):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_rows(x, cache, self.config)
-        if padding is None:
-            check_room(cache, x.shape[1])
-            return self._extend(x, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache, packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        y, cache = self._extend(pack(x, packing), cache, mask, packing.tokens)
-        return unpack(y, packing), cache
+        return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(
         self, x: Array, cache: KVCache, mask: Array | None, count: Array | None = None
@@ -217,9 +176,7 @@ class AttentionLayer(nn.Module):
             where = joined(_positions(cache), at)
             seen = visible(at, where, joined(cache.real, real), window)
             y = attend(q, joined(cache.keys, k), joined(cache.values, v), seen)
-        room = (after.position <= cache.limit)[:, None, None, None]
-        y = torch.where(room, y, torch.full_like(y, torch.nan))
-        return self._finish(y, real, x.dtype), after
+        return self._finish(in_room(y, after), real, x.dtype), after
 
     def _project(
         self,
@@ -230,18 +187,13 @@ class AttentionLayer(nn.Module):
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at positions `at` [b or 1, t], and the cache's `conv`."""
-        x = x.to(compute_dtype(x))
-        if mask is not None:
-            x = torch.where(mask[:, :, None], x, torch.zeros_like(x))
-        q, k, v, conv = project(self, x, before, count)
+        q, k, v, conv = self._qkv(self._enter(x, mask), before, count)
         return rotate(q, at, self.config.rope_base), rotate(k, at, self.config.rope_base), v, conv
 
     def _finish(self, y: Array, mask: Array | None, dtype: Dtype) -> Array:
         if mask is not None:
             y = torch.where(mask[:, :, None, None], y, torch.zeros_like(y))
-        if self.config.output_norm == "rms":
-            y = self.output_norm(y)
-        return self.out_proj(y.reshape(*y.shape[:2], self.config.d_model)).to(dtype)
+        return self._leave(y, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, seen: Array | None) -> Array:

@@ -224,6 +224,12 @@ def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) ->
         )
 
 
+def in_room(y: Array, after: AnyCache) -> Array:
+    """Return outputs [b, t, h, v], NaN in rows that are past the limit of the cache after them."""
+    room = (after.position <= after.limit)[:, None, None, None]
+    return torch.where(room, y, torch.nan)
+
+
 def is_traced(x: Any) -> bool:
     """Whether a value is known only to the compiled program."""
     del x

@@ -9,12 +9,13 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.aggregate import read_all
 from mc_torch.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
-from mc_torch.cache import Cache, Segments, in_dtype, sum_complete
+from mc_torch.cache import Cache, Segments, in_dtype, in_room, sum_complete
 from mc_torch.chunked import write_chunks
 from mc_torch.gates import gate, pool_keys, spread
+from mc_torch.grid import first_tokens
 from mc_torch.inspection import InnerLoop, watch_writes
 from mc_torch.layout import Plan, make_plan
-from mc_torch.numerics import Array, align, state_dtype, tree_map
+from mc_torch.numerics import Array, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
 from mc_torch.streaming import extend_chunks
 
@@ -126,7 +127,7 @@ def extend(
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
     exists = torch.ones(b, t, dtype=torch.bool, device=q.device)
     if count is not None:
-        exists = align(torch.arange(t, device=q.device), 2) < count[:, None]
+        exists = first_tokens(count, t)
     mask = exists if mask is None else mask & exists
     count = torch.sum(exists, dim=1, dtype=torch.int32)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
@@ -135,9 +136,7 @@ def extend(
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
-    room = (new.position <= cache.limit)[:, None, None, None]
-    output = torch.where(room, output, torch.nan)
-    return Result(output, new, torch.where(real, gates, torch.zeros_like(gates)))
+    return Result(in_room(output, new), new, torch.where(real, gates, torch.zeros_like(gates)))
 
 
 def _run_chunks(
@@ -214,7 +213,7 @@ def _check(
             f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"
         )
     b, t, h, width = q.shape
-    if u is None and config.gated and not config.use_q_as_u:
+    if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
     shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:

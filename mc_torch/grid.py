@@ -105,6 +105,11 @@ def from_places(x: Array, grid: Grid) -> Array:
     return _take(torch.cat([x, torch.zeros_like(x[:, :1])], dim=1), grid.place)
 
 
+def first_tokens(count: Array, tokens: int) -> Array:
+    """Return bool [b, tokens], True at the first `count` [b] tokens of each row."""
+    return _range(tokens, 2, count.device) < count[:, None]
+
+
 class Packing(NamedTuple):
     """Rows of different lengths, moved to the left."""
 

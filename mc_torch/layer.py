@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from os import PathLike
-from typing import Self
 
 import torch
 from torch import nn
@@ -11,26 +9,17 @@ from torch import nn
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.backends import Coefficients, Norm, Weights
-from mc_torch.cache import Cache, check_room, check_rows, grow, init_cache
+from mc_torch.cache import Cache, check_rows, grow, init_cache
 from mc_torch.functional import Result, extend, memory_caching
-from mc_torch.grid import make_packing, pack, unpack
+from mc_torch.grid import first_tokens
 from mc_torch.inspection import Trace, make_trace
 from mc_torch.layout import make_plan
-from mc_torch.modules import (
-    Coefficient,
-    Linear,
-    MemoryNorm,
-    RMSNorm,
-    ShortConv,
-    initial_memory,
-    project,
-    split_heads,
-)
-from mc_torch.numerics import Array, Dtype, align, compute_dtype, l2_normalize, state_dtype
-from mc_torch.pretrained import from_pretrained
+from mc_torch.mixer import Mixer, extend_rows
+from mc_torch.modules import Coefficient, MemoryNorm, initial_memory, split_heads
+from mc_torch.numerics import Array, Dtype, l2_normalize, state_dtype
 
 
-class MemoryCachingLayer(nn.Module):
+class MemoryCachingLayer(Mixer):
     """A recurrent memory that caches its states, in the place of attention.
 
     The compute dtype of matrix products is autocast's where it is on, else that of the input; the
@@ -47,6 +36,9 @@ class MemoryCachingLayer(nn.Module):
         >>> y = layer(x)  # [b, t, 128] -> [b, t, 128]
     """
 
+    config: MCConfig
+    config_class = MCConfig
+
     def __init__(
         self,
         config: MCConfig,
@@ -54,21 +46,7 @@ class MemoryCachingLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: Dtype = None,
     ):
-        super().__init__()
-        self.config = config
-        d, h, width = config.d_model, config.num_heads, config.head_dim
-
-        def linear() -> Linear:
-            return Linear(d, d, device=device, dtype=dtype)
-
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
-        if config.gated and not config.use_q_as_u:
-            self.u_proj = linear()
-        self.out_proj = linear()
-        if config.conv_width:
-            self.q_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
-            self.k_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
-            self.v_conv = ShortConv(config.conv_width, d, device=device, dtype=dtype)
+        super().__init__(config, projects_u=config.projects_u, device=device, dtype=dtype)
         self.coefficients = nn.ModuleDict(
             {
                 name: Coefficient(config, name, device=device, dtype=dtype)
@@ -77,25 +55,10 @@ class MemoryCachingLayer(nn.Module):
         )
         self.initial = nn.ParameterList(initial_memory(config, device, dtype))
         if getattr(config.memory, "norm", "none") == "layer":
-            self.memory_norm = MemoryNorm(h, width, device=device, dtype=dtype)
-        if config.output_norm == "rms":
-            self.output_norm = RMSNorm(h, width, device=device, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: Dtype = None,
-    ) -> Self:
-        """Build from a safetensors file; `dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, MCConfig, path, device=device, dtype=dtype)
+            self.memory_norm = MemoryNorm(
+                config.num_heads, config.head_dim, device=device, dtype=dtype
+            )
+        self._add_output_norm(device=device, dtype=dtype)
 
     def forward(
         self,
@@ -147,21 +110,17 @@ class MemoryCachingLayer(nn.Module):
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
-        config, wide = self.config, state_dtype(self.out_proj.weight.dtype)
+        wide = state_dtype(self.out_proj.weight.dtype)
         cache = init_cache(
             self._initial(),
-            config,
+            self.config,
             batch,
             max_tokens,
             dtype=wide,
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
-        if not config.conv_width:
-            return cache
-        shape = (3, batch, config.conv_width - 1, config.d_model)
-        zero = torch.zeros(shape, dtype=wide, device=self.out_proj.weight.device)
-        return cache._replace(conv=tuple(zero))
+        return cache._replace(conv=self._start_conv(batch))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and room for `max_tokens` tokens.
@@ -199,14 +158,7 @@ class MemoryCachingLayer(nn.Module):
         """
         check_streams(self.config)
         check_rows(x, cache, self.config)
-        if padding is None:
-            check_room(cache, x.shape[1])
-            return self._extend(x, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache, packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        y, cache = self._extend(pack(x, packing), cache, mask, packing.tokens)
-        return unpack(y, packing), cache
+        return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
@@ -214,7 +166,7 @@ class MemoryCachingLayer(nn.Module):
         """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
         exists = mask
         if count is not None:
-            exists = align(torch.arange(x.shape[1], device=x.device), 2) < count[:, None]
+            exists = first_tokens(count, x.shape[1])
             exists = exists if mask is None else exists & mask
         go_on = partial(extend, cache=cache, config=self.config, mask=mask, count=count)
         y, result = self._mix(x, exists, go_on, cache.conv, count)
@@ -227,12 +179,10 @@ class MemoryCachingLayer(nn.Module):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}]")
+        self._check(x)
         whole = partial(
             memory_caching,
-            config=config,
+            config=self.config,
             mask=mask,
             segment_lengths=segment_lengths,
             inspect=inspect,
@@ -256,10 +206,7 @@ class MemoryCachingLayer(nn.Module):
             before: the cache's `conv`.
             count: tokens of each row, its first ones [b].
         """
-        config, dtype = self.config, x.dtype
-        x = x.to(compute_dtype(x))
-        if mask is not None:
-            x = torch.where(mask[:, :, None], x, torch.zeros_like(x))
+        dtype, x = x.dtype, self._enter(x, mask)
         q, k, v, u, conv = self._project(x, before, count)
         at = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         norm: Norm = None
@@ -272,17 +219,14 @@ class MemoryCachingLayer(nn.Module):
             previous=at.get("previous"),
         )
         result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
-        y = result.output
-        if config.output_norm == "rms":
-            y = self.output_norm(y)
-        y = self.out_proj(y.reshape(*y.shape[:2], config.d_model))
-        return y.to(dtype), result._replace(cache=result.cache._replace(conv=conv))
+        y = self._leave(result.output, dtype)
+        return y, result._replace(cache=result.cache._replace(conv=conv))
 
     def _project(
         self, x: Array, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Array | None, Weights]:
         config = self.config
-        q, k, v, tails = project(self, x, before, count)
+        q, k, v, tails = self._qkv(x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         if not config.gated:

@@ -1,7 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
-from os import PathLike
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +8,13 @@ from torch import nn
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
-from mc_torch.cache import AnyCache, check_room
-from mc_torch.grid import make_packing, pack, unpack
+from mc_torch.cache import AnyCache
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
+from mc_torch.mixer import extend_rows
 from mc_torch.modules import Linear, RMSNorm
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
-from mc_torch.pretrained import from_pretrained
+from mc_torch.pretrained import Pretrained
 
 
 class SwiGLU(nn.Module):
@@ -91,7 +90,7 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x)) if hasattr(self, "ffn") else x
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, Pretrained):
     """Token ids in, next-token logits out.
 
     The compute dtype of activations and matrix products is autocast's where it is on, else that of
@@ -102,6 +101,8 @@ class LanguageModel(nn.Module):
         device: where the parameters are.
         dtype: dtype of the parameters.
     """
+
+    config_class = ModelConfig
 
     def __init__(
         self,
@@ -121,22 +122,6 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(d, device=device, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Linear(d, config.vocab_size, device=device, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: Dtype = None,
-    ) -> Self:
-        """Build from a safetensors file; `dtype` None = the file's.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
-            OSError: the file cannot be read.
-        """
-        return from_pretrained(cls, ModelConfig, path, device=device, dtype=dtype)
 
     def forward(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
@@ -217,14 +202,7 @@ class LanguageModel(nn.Module):
         if tokens.ndim != 2 or tokens.shape[0] != batch:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache")
-        if padding is None:
-            check_room(cache[0], tokens.shape[1])
-            return self._extend(tokens, cache, mask)
-        packing = make_packing(padding)
-        check_room(cache[0], packing.tokens)
-        mask = None if mask is None else pack(mask, packing)
-        logits, cache = self._extend(pack(tokens, packing), cache, mask, packing.tokens)
-        return unpack(logits, packing), cache
+        return extend_rows(self._extend, tokens, cache, mask, padding)
 
     def _extend(
         self,

@@ -1,7 +1,6 @@
 """The layer's parts that hold parameters."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from mc_core.config import LinearConfig, MCConfig, SWLAConfig
-from mc_torch.backends import Weights
 from mc_torch.numerics import Array, Dtype, align, product, rms_norm, state_dtype
 
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
@@ -149,33 +147,6 @@ class MemoryNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(heads, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(heads, width, device=device, dtype=dtype))
-
-
-def project(
-    layer: Any, x: Array, before: Weights, count: Array | None
-) -> tuple[Array, Array, Array, Weights]:
-    """Project tokens to q, k and v, by way of the convolutions where the layer has them.
-
-    Args:
-        layer: a mixer with `config`, `q_proj`, `k_proj`, `v_proj` and, perhaps, `q_conv`...
-        x: tokens [b, t, d].
-        before: the cache's `conv`.
-        count: tokens of each row, its first ones, int32 [b]; None = all.
-
-    Returns:
-        q, k and v, each [b, t, h, k], and the `conv` of the cache after these tokens.
-    """
-    q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
-    tails: Weights = ()
-    if layer.config.conv_width:
-        convs = layer.q_conv, layer.k_conv, layer.v_conv
-        old = before or (None, None, None)
-        tails = tuple(
-            conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
-        )
-        q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
-    q, k, v = (split_heads(x, layer.config.num_heads) for x in (q, k, v))
-    return q, k, v, tails
 
 
 def split_heads(x: Array, heads: int) -> Array:

@@ -1,7 +1,7 @@
 """The weights of a module as plain tensors, and a module from a file of them."""
 
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -51,33 +51,31 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def from_pretrained(
-    cls: Any,
-    kind: Any,
-    path: str | PathLike[str],
-    *,
-    device: torch.device | str | None,
-    dtype: Dtype,
-) -> Any:
-    """Build a module from a safetensors file.
+class Pretrained:
+    """A module that a safetensors file holds whole: its configuration, of a class, and weights."""
 
-    Args:
-        cls: `MemoryCachingLayer` or `LanguageModel`.
-        kind: the class of its configuration.
-        path: a file that `mc convert` wrote.
-        device: where the parameters are.
-        dtype: dtype of the parameters; None = the file's.
+    config_class: ClassVar[Any]
 
-    Raises:
-        ValueError: the file is damaged, holds another module, or tensors that do not fit its
-            configuration: lists all that are wrong.
-        OSError: the file cannot be read.
-    """
-    config, tensors = read_file(path, kind)
-    try:
-        dtype = dtype or getattr(torch, one_dtype(leaves(tensors)))
-        module = cls(config, device=device, dtype=dtype)
-        set_weights(module, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return module
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype = None,
+    ) -> Self:
+        """Build from a safetensors file; `dtype` None = the file's.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            OSError: the file cannot be read.
+        """
+        make: Any = cls
+        config, tensors = read_file(path, cls.config_class)
+        try:
+            dtype = dtype or getattr(torch, one_dtype(leaves(tensors)))
+            module = make(config, device=device, dtype=dtype)
+            set_weights(module, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return module

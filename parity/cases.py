@@ -210,7 +210,7 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
     v = rng.standard_normal((*shape, values))
     gain_and_bias = rng.uniform(0.5, 1.5, (2, h, values))
     norm = (gain_and_bias[0], gain_and_bias[1]) if mlp and mlp.norm == "layer" else None
-    needs_u = config.gated and not config.use_q_as_u
+    needs_u = config.projects_u
     return FunctionInputs(
         *rounded((q, k, v, u if needs_u else None), case.dtype),
         *rounded((initial, coefficients, norm), state_dtype(case.dtype)),

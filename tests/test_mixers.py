@@ -13,8 +13,9 @@ from flax import nnx
 from test_generation import PROMPTS, by_full_passes, tokens_of
 from weight_cases import draw, jax_module, torch_module
 
+import mc_jax
 import mc_torch
-from mc_core import LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_core import AttentionConfig, LinearConfig, MCConfig, ModelConfig, TitansConfig
 from parity.weights import load_jax, load_torch, to_jax
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -145,3 +146,43 @@ def test_a_model_without_feed_forward_has_none():
     names = draw(HYBRID)
     assert not [name for name in names if "ffn" in name]
     assert [name for name in draw(MODELS["transformer"]) if "ffn" in name]
+
+
+LAYERS = {
+    "memory": MCConfig(
+        8, 2, TitansConfig(expansion=1, norm="layer", coefficients="head"), conv_width=3
+    ),
+    "without u": MCConfig(8, 2, use_q_as_u=True),
+    "attention": AttentionConfig(8, 2, conv_width=3),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_seed_draws_projections_in_one_order(name):
+    """Checkpoints aside, a seed is all that published numbers have of their first parameters."""
+    config = LAYERS[name]
+    attends = isinstance(config, AttentionConfig)
+    kind = "AttentionLayer" if attends else "MemoryCachingLayer"
+    ours = getattr(mc_jax, kind)(config, rngs=nnx.Rngs(3), param_dtype=jnp.float64)
+    torch.manual_seed(3)
+    theirs = getattr(mc_torch, kind)(config, dtype=torch.float64)
+    names = ["q_proj", "k_proj", "v_proj", "u_proj", "out_proj"]
+    if name != "memory":
+        names.remove("u_proj")
+    assert [x for x in dict(theirs.named_children()) if x.endswith("_proj")] == names
+    rngs, _ = nnx.Rngs(3), torch.manual_seed(3)
+    for each in names:
+        linear = nnx.Linear(8, 8, use_bias=False, param_dtype=jnp.float64, rngs=rngs)
+        np.testing.assert_array_equal(getattr(ours, each).kernel[...], linear.kernel[...], each)
+        linear = mc_torch.modules.Linear(8, 8, dtype=torch.float64)
+        torch.testing.assert_close(getattr(theirs, each).weight, linear.weight, rtol=0, atol=0)
+
+
+def test_parameters_of_pytorch_stand_in_one_order():
+    """Its optimisers know parameters by their place."""
+    layer = mc_torch.MemoryCachingLayer(LAYERS["memory"])
+    parts = dict.fromkeys(name.partition(".")[0] for name, _ in layer.named_parameters())
+    projections = ["q_proj", "k_proj", "v_proj", "u_proj", "out_proj"]
+    convolutions = ["q_conv", "k_conv", "v_conv"]
+    others = ["coefficients", "initial", "memory_norm", "output_norm"]
+    assert list(parts) == projections + convolutions + others

@@ -224,4 +224,5 @@ def test_nothing_recorded_stands_beside_text(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.jsonl").write_text("")
     assert mc(monkeypatch, "sweep", path, "--recorded", tmp_path / "r.jsonl") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--recorded" in line and "data.task = 'text'" in line
+    assert "--recorded" in line
+    assert "data.task = 'text'" in line

@@ -10,7 +10,9 @@ from mc_core.segmentation import Plan
 from mc_jax.layout import from_segments, to_segments
 from mc_jax.numerics import Array, align, product, running_sum, state_dtype
 
-BLOCK = 512  # tokens whose scores stand side by side while memories are selected
+BLOCK = 512  # tokens whose scores stand side by side while memories are selected, at most
+_SCORES = 1 << 17  # and their scores: what a core's cache holds
+_FEW = 4  # memories that are found by as many maxima
 
 
 class Pools(NamedTuple):
@@ -81,9 +83,19 @@ def select(score: Array, readable: Array, top_k: int) -> Array:
         are cached.
     """
     n = score.shape[-1]
-    cached = jnp.where(readable, jax.lax.stop_gradient(score), -jnp.inf)
-    best, index = jax.lax.top_k(cached, min(top_k, n))
-    return jnp.where(best == -jnp.inf, n, index)
+    left = jnp.where(readable, jax.lax.stop_gradient(score), -jnp.inf)
+    if min(top_k, n) > _FEW:
+        best, index = jax.lax.top_k(left, min(top_k, n))
+        return jnp.where(best == -jnp.inf, n, index)
+    # XLA's top-k runs on one core of a CPU, and no mesh splits its rows; maxima have neither fault.
+    slot = align(jnp.arange(n, dtype=jnp.int32), left.ndim)
+    selected = []
+    for _ in range(min(top_k, n)):
+        best = jnp.max(left, axis=-1, keepdims=True)
+        found = (left == best) & (best > -jnp.inf)
+        selected.append(jnp.min(jnp.where(found, slot, n), axis=-1, keepdims=True))
+        left = jnp.where(slot == selected[-1], -jnp.inf, left)
+    return jnp.concatenate(selected, axis=-1)
 
 
 def weigh(score: Array, read: Array, config: MCConfig) -> Array:
@@ -160,15 +172,16 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
         allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
         return select(score, allowed, config.ssc_top_k)
 
-    if t <= BLOCK:
+    size = max(BLOCK // 8, min(BLOCK, _SCORES // pools.shape[2]))
+    if t <= size:
         return one((u, segment))
     # The scores of all tokens at once would be the largest array of a long sequence.
-    blocks = -(-t // BLOCK)
-    u = jnp.pad(u, [(0, 0), (0, 0), (0, blocks * BLOCK - t), (0, 0)])
-    segment = jnp.pad(segment, [(0, 0), (0, blocks * BLOCK - t)])
-    parts = u.reshape(b, h, blocks, BLOCK, width), segment.reshape(b, blocks, BLOCK)
+    blocks = -(-t // size)
+    u = jnp.pad(u, [(0, 0), (0, 0), (0, blocks * size - t), (0, 0)])
+    segment = jnp.pad(segment, [(0, 0), (0, blocks * size - t)])
+    parts = u.reshape(b, h, blocks, size, width), segment.reshape(b, blocks, size)
     selected = jax.lax.map(one, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0)))
-    return jnp.moveaxis(selected, 0, 2).reshape(b, h, blocks * BLOCK, -1)[:, :, :t]
+    return jnp.moveaxis(selected, 0, 2).reshape(b, h, blocks * size, -1)[:, :, :t]
 
 
 def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:

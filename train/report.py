@@ -73,9 +73,9 @@ def siblings(run: Path, report: Report) -> list[Report]:
 
 
 def print_report(console: Console, run: Path, report: Report) -> None:
-    """Print the run beside others and the references, best first, who is ahead, and its sample.
+    """Print the run beside others and the references, best first, and who is ahead.
 
-    The loss by position comes last.
+    The loss by position and the run's sample come last.
     """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
@@ -98,9 +98,9 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     console.print(table)
     console.print(verdict(report), soft_wrap=True)
     console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
+    print_positions(console, report)
     if report.sample:
         print_sample(console, report.name, report.sample)
-    print_positions(console, report)
 
 
 def print_positions(console: Console, report: Report) -> None:

@@ -121,7 +121,6 @@ def compare_prefill(
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
     parts = [x[:, start : start + 1] for start in range(tokens)]
-
     empty = jax.block_until_ready(layer.init_cache(1, tokens))
 
     def extend(state: Any, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

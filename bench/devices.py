@@ -1,7 +1,7 @@
-"""A batch split over local devices: each computes its own rows, all hold the parameters.
+"""Work split over local devices: by the rows of a batch, or by the heads of a layer.
 
 A CPU can be several devices. XLA runs a batch of small matrix products, which is what a memory
-consists of, on one core; with as many devices as cores, each device's rows keep a core busy.
+consists of, on one core; with as many devices as cores, each device's share keeps a core busy.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
 from mc_jax.gates import gate, gate_densely, pool_keys, scores, select, spread
 from mc_jax.numerics import running_sum
-from mc_jax.sparse import BLOCK, read_selected
+from mc_jax.sparse import BLOCK, _sort, read_selected
 from mc_jax.triangle import pairs_read, sum_over_earlier
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -222,6 +222,17 @@ def test_selected_reads_are_plain_gathers(kind, monkeypatch):
     y = read(tuple(map(jnp.asarray, weights)), jnp.asarray(q), jnp.asarray(selected))
     assert_close(y, gathered(memory, weights, q, selected), EXACT)
     assert not np.asarray(y)[selected == n].any()
+
+
+@pytest.mark.parametrize("n", [5, 2**28])
+def test_rows_are_sorted_by_memory_and_stay_in_order(n):
+    """Section 6, `ssc`: as NumPy's stable sort, where one key holds memory and row or cannot."""
+    group = np.random.default_rng(0).integers(0, 6, 37).astype(np.int32)
+    group[group == 5] = n
+    memory, row = _sort(jnp.asarray(group), n)
+    expected = np.argsort(group, kind="stable")
+    np.testing.assert_array_equal(row, expected)
+    np.testing.assert_array_equal(memory, group[expected])
 
 
 def rows_read(t: int, n: int, top_k: int) -> int:

@@ -3,6 +3,8 @@
 The work grows with the number of rows, t · top_k, not with the number of memories.
 """
 
+from functools import partial
+
 import torch
 
 from mc_torch.backends import Memory, Weights
@@ -31,30 +33,42 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     block = min(BLOCK, rows)
     blocks = -(-rows // block) + min(n, rows)
     group = selected.permute(0, 2, 1, 3).reshape(b, h, rows)
-    place, source, owner = _dispatch(group, n, block, blocks)
-
-    queries = torch.cat([q, torch.zeros_like(q[:, :1])], dim=1).transpose(1, 2)
-    token = (source // top_k).clamp(max=t)
-    buffer = _take(queries, token).reshape(b, h, blocks, block, -1)
+    dispatched = _dispatch(group, n, block, blocks)
+    place, source, owner = (x.transpose(1, 2) for x in dispatched)  # heads behind the rows
+    token = source.reshape(b, blocks, block, h).transpose(2, 3) // top_k
+    buffer = _take(q, token, "fill")  # [b, blocks, h, block, k]
 
     @remat
     def read(buffer: Array, weights: Weights) -> Array:
-        # [b, h, blocks, ...] to the memory's own order of axes, [..., h, c, k]
-        own = tree_map(lambda w: take(_take, w.transpose(1, 2), owner).transpose(1, 2), weights)
-        return memory.read(apply_weights(own, q.dtype), buffer.transpose(1, 2)).transpose(1, 2)
+        own = tree_map(lambda w: take(partial(_take, mode="clip"), w, owner), weights)
+        return memory.read(apply_weights(own, q.dtype), buffer)
 
-    result = read(buffer, weights).reshape(b, h, blocks * block, -1)
-    result = torch.cat([result, torch.zeros_like(result[:, :, :1])], dim=2)
-    y = _take(result, place)
-    return y.reshape(b, h, t, top_k, -1).permute(0, 2, 1, 3, 4)
+    place = place.reshape(b, t, top_k, h).transpose(2, 3)
+    return _take_row(read(buffer, weights), place)
 
 
-def _take(x: Array, index: Array) -> Array:
-    """Take [b, h, m, ...] from [b, h, n, ...] at index [b, h, m]."""
-    b, h, n, *rest = x.shape
-    head = torch.arange(b * h, device=x.device).reshape(b, h, 1) * n
-    taken = torch.index_select(x.reshape(b * h * n, *rest), 0, (head + index).reshape(-1))
-    return taken.reshape(*index.shape, *rest)
+def _take(x: Array, index: Array, mode: str) -> Array:
+    """Take [b, g, h, ..., *rest] from [b, n, h, *rest] at [b, g, h, ...]; heads stay in place."""
+    b, n, h, *rest = x.shape
+    batch = torch.arange(b, device=x.device).reshape(b, *[1] * (index.ndim - 1))
+    head = torch.arange(h, device=x.device).reshape(1, 1, h, *[1] * (index.ndim - 3))
+    flat = (batch * n + index.clamp(max=n - 1)) * h + head
+    taken = torch.index_select(x.reshape(b * n * h, *rest), 0, flat.reshape(-1))
+    taken = taken.reshape(*index.shape, *rest)
+    if mode == "clip":
+        return taken
+    return taken.masked_fill((index >= n).reshape(*index.shape, *[1] * len(rest)), 0)
+
+
+def _take_row(x: Array, place: Array) -> Array:
+    """Take [b, t, h, m, v] from [b, g, h, c, v] at [b, t, h, m] of its g · c; 0 past the end."""
+    b, g, h, c, v = x.shape
+    batch = torch.arange(b, device=x.device).reshape(b, 1, 1, 1)
+    head = torch.arange(h, device=x.device).reshape(1, 1, h, 1)
+    row = place.clamp(max=g * c - 1)
+    flat = ((batch * g + row // c) * h + head) * c + row % c
+    taken = torch.index_select(x.reshape(b * g * h * c, v), 0, flat.reshape(-1))
+    return taken.reshape(*place.shape, v).masked_fill((place >= g * c)[..., None], 0)
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:

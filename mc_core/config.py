@@ -8,6 +8,7 @@ from mc_core.plain import Plain
 
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
+GATES = ("context", "token")
 SEGMENTATIONS = ("constant", "logarithmic", "fenwick")
 START_MODES = ("checkpoint", "restart")
 COEFFICIENTS = ("constant", "head", "token")
@@ -177,6 +178,8 @@ class MCConfig(Plain):
         output_norm: RMS norm of each head's read, or none.
         detach_cached_states: no gradient flows into cached memories.
         detach_cached_context: no gradient flows into cached pooled keys.
+        gate: a memory's score is u times its pooled key (`context`, equation 10), or the component
+            of u [k] for its level, by its age, as in arXiv:2506.04761 (`token`: no keys enter).
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -199,6 +202,7 @@ class MCConfig(Plain):
     output_norm: str = "rms"
     detach_cached_states: bool = False
     detach_cached_context: bool = False
+    gate: str = "context"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -211,6 +215,7 @@ class MCConfig(Plain):
         check_choice(self, "state_init_mode", START_MODES)
         check_choice(self, "pooling", ("mean", "sum"))
         check_choice(self, "output_norm", OUTPUT_NORMS)
+        check_choice(self, "gate", GATES)
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
         if self.segmentation == "fenwick":

@@ -197,5 +197,5 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
     cached = mean(len(lengths))
     most = {"ssc": config.ssc_top_k}.get(config.aggregation, len(lengths))
     reads = mean(1 if config.reads_sum else most)
-    scores = 2 * config.d_model * (cached + 1) * config.gated
+    scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
     return 2 * memory_size(config) * reads + scores

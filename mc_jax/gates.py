@@ -53,21 +53,50 @@ def pooled(total: Array, count: Array, pooling: str) -> Array:
     return total / jnp.maximum(count, 1)[..., None].astype(total.dtype)
 
 
-def scores(u: Array, pools: Array, running: Array, config: MCConfig) -> Array:
-    """Return `<u_t, m^(i)> / temperature` [b, t, h, n + 1], the online memory last.
+def scores(u: Array, pools: Array, running: Array, segment: Array, config: MCConfig) -> Array:
+    """Return the scores over the temperature [b, t, h, n + 1], the online memory last.
+
+    `<u_t, m^(i)>`, or under `gate="token"` the component of u_t for the memory's level.
 
     Args:
         u: connectors [b, t, h, k].
         pools: cached pooled keys [b, n, h, k].
         running: the online segment's pooled keys [b, t, h, k].
-        config: temperature, and whether gradients reach the cached pools.
+        segment: [t] or [b, t] each token's segment.
+        config: the gate, temperature, and whether gradients reach the cached pools.
     """
     u = u.astype(running.dtype)
-    if config.detach_cached_context:
-        pools = jax.lax.stop_gradient(pools)
-    cached = product("bthk,bnhk->bthn", u, pools, exact=True)
-    online = jnp.sum(u * running, axis=-1, keepdims=True)
+    if config.gate == "token":
+        age = ages(align(segment, 2), pools.shape[1])[:, :, None]
+        cached, online = at_level(u, age), u[..., :1]
+    else:
+        if config.detach_cached_context:
+            pools = jax.lax.stop_gradient(pools)
+        cached = product("bthk,bnhk->bthn", u, pools, exact=True)
+        online = jnp.sum(u * running, axis=-1, keepdims=True)
     return jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
+
+
+def ages(segment: Array, n: int) -> Array:
+    """Return [..., n]: by how many segments the given ones [...] are after each cached memory."""
+    return segment[..., None] - align(jnp.arange(n, dtype=segment.dtype), segment.ndim + 1)
+
+
+def at_level(u: Array, age: Array) -> Array:
+    """Return the component of u for the level of each cached memory (arXiv:2506.04761).
+
+    Level 0 is the online memory's; 1 + floor(log2(age)) a cached one's, the last one if there are
+    fewer components.
+
+    Args:
+        u: connectors [..., k].
+        age: integers, broadcasts to [..., m]; below 1 where a memory may not be read: any level.
+
+    Returns:
+        [..., m].
+    """
+    bits = 32 - jax.lax.clz(jnp.maximum(age, 0).astype(jnp.int32))
+    return jnp.take_along_axis(u, jnp.minimum(bits, u.shape[-1] - 1), axis=-1)
 
 
 def select(score: Array, readable: Array, top_k: int) -> Array:
@@ -116,7 +145,7 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
 
 def readable(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens of the given segments [...] may read."""
-    cached = align(jnp.arange(n, dtype=segment.dtype), segment.ndim + 1) < segment[..., None]
+    cached = ages(segment, n) > 0
     if config.aggregation == "none":
         cached = jnp.zeros_like(cached)
     return jnp.concatenate([cached, jnp.ones_like(cached, shape=(*segment.shape, 1))], axis=-1)
@@ -143,18 +172,24 @@ def gate(
     if config.aggregation != "ssc":
         score = jnp.zeros_like(running, shape=(*running.shape[:3], n + 1))
         if config.gated:
-            score = scores(u, pools, running, config)
+            score = scores(u, pools, running, segment, config)
         return gate_densely(score, segment, config), None
     u = u.astype(running.dtype).swapaxes(1, 2)  # [b, h, t, k]
     if config.detach_cached_context:
         pools = jax.lax.stop_gradient(pools)
     pools = pools.swapaxes(1, 2)
+    segment = align(segment, 2)
     selected = _select_in_blocks(*jax.lax.stop_gradient((u, pools)), segment, config)
     # Gradients take the scores of the selected alone: n of each token would be too many.
-    slot = jnp.minimum(selected, n - 1).reshape(*u.shape[:2], -1, 1)
-    picked = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
-    cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
-    online = jnp.sum(u.swapaxes(1, 2) * running, axis=-1, keepdims=True)
+    if config.gate == "token":
+        age = segment[:, None, :, None] - selected.astype(segment.dtype)
+        cached = at_level(u, age).swapaxes(1, 2)
+        online = u[..., :1].swapaxes(1, 2)
+    else:
+        slot = jnp.minimum(selected, n - 1).reshape(*u.shape[:2], -1, 1)
+        picked = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
+        cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
+        online = jnp.sum(u.swapaxes(1, 2) * running, axis=-1, keepdims=True)
     score = jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
     selected = selected.swapaxes(1, 2)
     read = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
@@ -164,11 +199,14 @@ def gate(
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
     """Return what tokens [b, h, t, k] select among pools [b, h, n, k]: [b, h, t, min(top_k, n)]."""
     b, h, t, width = u.shape
-    segment = jnp.broadcast_to(align(segment, 2), (b, t))
+    segment = jnp.broadcast_to(segment, (b, t))
 
     def one(block: tuple[Array, Array]) -> Array:
         u, segment = block
-        score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
+        if config.gate == "token":
+            score = at_level(u, ages(segment, pools.shape[2])[:, None])
+        else:
+            score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
         allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
         return select(score, allowed, config.ssc_top_k)
 

@@ -101,8 +101,9 @@ def run_token(
     count = count + token.real.astype(count.dtype)
     running = pooled(pool_sum, count[:, None], config.pooling)
 
-    score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
-    gates = gate_densely(score, token.segment[None], config)[:, 0]
+    segment = token.segment[None]
+    score = scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
+    gates = gate_densely(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)
     slot = jnp.full_like(cache.slot, token.segment)

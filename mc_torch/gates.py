@@ -49,21 +49,52 @@ def pooled(total: Array, count: Array, pooling: str) -> Array:
     return total / count.clamp(min=1)[..., None].to(total.dtype)
 
 
-def scores(u: Array, pools: Array, running: Array, config: MCConfig) -> Array:
-    """Return `<u_t, m^(i)> / temperature` [b, t, h, n + 1], the online memory last.
+def scores(u: Array, pools: Array, running: Array, segment: Array, config: MCConfig) -> Array:
+    """Return the scores over the temperature [b, t, h, n + 1], the online memory last.
+
+    `<u_t, m^(i)>`, or under `gate="token"` the component of u_t for the memory's level.
 
     Args:
         u: connectors [b, t, h, k].
         pools: cached pooled keys [b, n, h, k].
         running: the online segment's pooled keys [b, t, h, k].
-        config: temperature, and whether gradients reach the cached pools.
+        segment: [t] or [b, t] each token's segment.
+        config: the gate, temperature, and whether gradients reach the cached pools.
     """
     u = u.to(running.dtype)
-    if config.detach_cached_context:
-        pools = pools.detach()
-    cached = product("bthk,bnhk->bthn", u, pools, exact=True)
-    online = torch.sum(u * running, dim=-1, keepdim=True)
+    if config.gate == "token":
+        age = ages(align(segment, 2), pools.shape[1])[:, :, None]
+        cached, online = at_level(u, age), u[..., :1]
+    else:
+        if config.detach_cached_context:
+            pools = pools.detach()
+        cached = product("bthk,bnhk->bthn", u, pools, exact=True)
+        online = torch.sum(u * running, dim=-1, keepdim=True)
     return torch.cat([cached, online], dim=-1) / config.softmax_temperature
+
+
+def ages(segment: Array, n: int) -> Array:
+    """Return [..., n]: by how many segments the given ones [...] are after each cached memory."""
+    return segment[..., None] - align(torch.arange(n, device=segment.device), segment.ndim + 1)
+
+
+def at_level(u: Array, age: Array) -> Array:
+    """Return the component of u for the level of each cached memory (arXiv:2506.04761).
+
+    Level 0 is the online memory's; 1 + floor(log2(age)) a cached one's, the last one if there are
+    fewer components.
+
+    Args:
+        u: connectors [..., k].
+        age: integers, broadcasts to [..., m]; below 1 where a memory may not be read: any level.
+
+    Returns:
+        [..., m].
+    """
+    # The bits of an age are as many as the powers of two up to it.
+    powers = 2 ** torch.arange(31, device=age.device)
+    bits = torch.bucketize(age.contiguous(), powers, right=True)
+    return torch.take_along_dim(u, bits.clamp(max=u.shape[-1] - 1), dim=-1)
 
 
 def select(score: Array, readable: Array, top_k: int) -> Array:
@@ -103,8 +134,7 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
 
 def readable(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens of the given segments [...] may read."""
-    number = torch.arange(n, device=segment.device)
-    cached = align(number, segment.ndim + 1) < segment[..., None]
+    cached = ages(segment, n) > 0
     if config.aggregation == "none":
         cached = torch.zeros_like(cached)
     return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
@@ -131,18 +161,24 @@ def gate(
     if config.aggregation != "ssc":
         score = running.new_zeros(*running.shape[:3], n + 1)
         if config.gated:
-            score = scores(u, pools, running, config)
+            score = scores(u, pools, running, segment, config)
         return gate_densely(score, segment, config), None
     u = u.to(running.dtype).transpose(1, 2)  # [b, h, t, k]
     if config.detach_cached_context:
         pools = pools.detach()
     pools = pools.transpose(1, 2)
+    segment = align(segment, 2)
     selected = _select_in_blocks(u.detach(), pools.detach(), segment, config)
     # Gradients take the scores of the selected alone: n of each token would be too many.
-    slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
-    picked = torch.take_along_dim(pools, slot, dim=2).reshape(*selected.shape, -1)
-    cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
-    online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
+    if config.gate == "token":
+        age = segment[:, None, :, None] - selected
+        cached = at_level(u, age).transpose(1, 2)
+        online = u[..., :1].transpose(1, 2)
+    else:
+        slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
+        picked = torch.take_along_dim(pools, slot, dim=2).reshape(*selected.shape, -1)
+        cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
+        online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
     score = torch.cat([cached, online], dim=-1) / config.softmax_temperature
     selected = selected.transpose(1, 2)
     read = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
@@ -152,10 +188,13 @@ def gate(
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
     """Return what tokens [b, h, t, k] select among pools [b, h, n, k]: [b, h, t, min(top_k, n)]."""
     b, _, t, _ = u.shape
-    segment = align(segment, 2).expand(b, t)
+    segment = segment.expand(b, t)
 
     def one(u: Array, segment: Array) -> Array:
-        score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
+        if config.gate == "token":
+            score = at_level(u, ages(segment, pools.shape[2])[:, None])
+        else:
+            score = product("bhtk,bhnk->bhtn", u, pools, exact=True)
         allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
         return select(score, allowed, config.ssc_top_k)
 

@@ -98,8 +98,8 @@ def run_token(
     count = count + token.real.to(count.dtype)
     running = pooled(pool_sum, count[:, None], config.pooling)
 
-    score = scores(token.u[:, None], cache.stored.pool, running[:, None], config)
-    segment = torch.full((1,), token.segment, device=score.device)
+    segment = torch.full((1,), token.segment, device=running.device)
+    score = scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
     gates = gate_densely(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     here = Segments(state.weights, running, count)

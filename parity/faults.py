@@ -168,7 +168,7 @@ def _in_float32(product: Any) -> Any:
 
 
 def _detached_pools(scores: Any) -> Any:
-    return lambda u, pools, running, config: scores(u, pools.detach(), running, config)
+    return lambda u, pools, *args: scores(u, pools.detach(), *args)
 
 
 def _state_of_the_segment_before(segment_ends: Any) -> Any:

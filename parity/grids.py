@@ -15,7 +15,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.config import AGGREGATIONS, START_MODES
+from mc_core.config import AGGREGATIONS, GATES, START_MODES
 from parity.cases import DTYPES, MASKS, METHODS, Case
 
 VOCABULARY = 19
@@ -89,7 +89,14 @@ QUICK = (
     case(_SWLA, "residual", "restart", mask="row", method="recurrent"),
     case(_SWLA, "grm", "restart", level="layer", segmentation="logarithmic", conv_width=3),
     case(_SWLA, "soup", mask="some", detach_cached_states=True),
-    case(SWLAConfig(coefficients="head"), "ssc", level="layer", use_q_as_u=True, mask="padded"),
+    case(
+        SWLAConfig(coefficients="head"),
+        "ssc",
+        level="layer",
+        use_q_as_u=True,
+        gate="token",
+        mask="padded",
+    ),
     case(SWLAConfig(coefficients="constant", previous=0.5), "mean", level="layer", qk_norm="l2"),
     case(_DLA, "none", level="layer", mask="some", tokens=10),
     case(DLAConfig(depth=1, residual=False), "residual", "restart", mask="some"),
@@ -111,7 +118,7 @@ QUICK = (
     case(LinearConfig("elu+1", normalize=True), "grm", mask="some", splits=(2, 1, 10)),
     case(_SWLA, "ssc", "restart", mask="segment", splits=(5, 3, 5), chunk_size=2),
     case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
-    case(_DLA, "soup", "restart", splits=(6, 1, 4), tokens=11, pooling="sum"),
+    case(_DLA, "soup", "restart", splits=(6, 1, 4), tokens=11, pooling="sum", gate="token"),
     case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 1, 7), padding=True),
     case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
     case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
@@ -178,7 +185,7 @@ def full() -> Iterator[Case]:
     it costs float32 two digits.
     """
     yield from QUICK
-    pick, pick_stream = random.Random(0).choice, random.Random(1).choice
+    pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))
     for kind, aggregation, start, segmentation, dtype in product(
         _VARIANTS, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
     ):
@@ -214,6 +221,7 @@ def full() -> Iterator[Case]:
             segmentation=segmentation,
             dtype=dtype,
             seed=pick(range(1000)),
+            gate=pick_gate(GATES),
             **options,
         )
 

@@ -26,6 +26,8 @@ MEMORIES: dict[str, Any] = {
 MATRICES = ("linear", "linear-elu", "swla")  # their reads are linear in the weights
 MAIN = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
+GATED = ("grm", "soup", "ssc")
+GATES = ("context", "token")
 MODES = ("checkpoint", "restart")
 MASKS = ("none", "some", "padded", "segment", "row")
 

@@ -223,6 +223,18 @@ def pooled(keys: Sequence[Array], width: int, pooling: str) -> Array:
     return total / len(keys) if pooling == "mean" and keys else total
 
 
+def level_of(memory: int, segment: int) -> int:
+    """Return a memory's level of log-linear attention for a token of `segment` (arXiv:2506.04761).
+
+    0 is the segment's own; 1 the segment before it, 2 the next two, 3 the next four, and so on.
+    """
+    level, reach = 0, 0
+    while segment - memory > reach:
+        reach += 2**level
+        level += 1
+    return level
+
+
 def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array:
     """Return the weights [s + 1] with which a token of segment s reads its memories.
 
@@ -237,6 +249,8 @@ def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array
     if config.aggregation == "mean":
         return np.full(cached + 1, 1.0 / (cached + 1))
     scores = np.array([u @ pool for pool in pools])  # equation 10
+    if config.gate == "token":
+        scores = np.array([u[min(level_of(i, cached), len(u) - 1)] for i in range(cached + 1)])
     chosen = list(range(cached))
     if config.aggregation == "ssc":  # equation 16; the sort is stable: ties to the earlier segment
         chosen = sorted(chosen, key=lambda i: -scores[i])[: config.ssc_top_k]

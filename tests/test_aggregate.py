@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Array, assert_close
+from cases import GATES, Array, assert_close
 
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
-from mc_jax.gates import gate, gate_densely, pool_keys, scores, select, spread
+from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
 from mc_jax.numerics import running_sum
 from mc_jax.sparse import BLOCK, _sort, read_selected
 from mc_jax.triangle import pairs_read, sum_over_earlier
@@ -123,14 +123,22 @@ def test_gates_of_huge_scores_are_finite():
     assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 12])
+def test_a_level_is_the_number_of_bits_of_an_age(width):
+    u, age = jnp.arange(width), np.arange(-3, 2000)
+    expected = [min(max(int(x), 0).bit_length(), width - 1) for x in age]
+    assert at_level(u, jnp.asarray(age)).tolist() == expected
+
+
+@pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
-def test_gates_of_selected_memories_are_those_of_all(top_k, block, monkeypatch):
+def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, monkeypatch):
     """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
     monkeypatch.setattr("mc_jax.gates.BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
-    config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7)
+    config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7, gate=gated_by)
     u, running = (jnp.asarray(x) for x in rng.standard_normal((2, b, t, h, k)))
     pools = jnp.asarray(rng.standard_normal((b, n, h, k))).at[:, 3].set(0.5).at[:, 1].set(0.5)
     segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
@@ -141,7 +149,7 @@ def test_gates_of_selected_memories_are_those_of_all(top_k, block, monkeypatch):
         return spread(weights, selected, n)
 
     def dense(u, pools, running):
-        return gate_densely(scores(u, pools, running, config), segment, config)
+        return gate_densely(scores(u, pools, running, segment, config), segment, config)
 
     args = (u, pools, running)
     cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))

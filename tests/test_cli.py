@@ -189,10 +189,10 @@ def test_segments(monkeypatch, capsys):
 
 
 def test_variants(monkeypatch, capsys):
-    from mc_core.config import AGGREGATIONS, MEMORIES, MIXERS
+    from mc_core.config import AGGREGATIONS, GATES, MEMORIES, MIXERS
 
     assert mc(monkeypatch, "variants") == 0
     out = capsys.readouterr().out
-    for name in (*MEMORIES, *AGGREGATIONS, *MIXERS):
+    for name in (*MEMORIES, *AGGREGATIONS, *GATES, *MIXERS):
         assert f" {name} " in out
     assert "24 variants" in out

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import AGGREGATIONS, MEMORIES, make_case
+from cases import AGGREGATIONS, GATES, MEMORIES, make_case
 from subject import arrays
 
 from mc_core import (
@@ -45,6 +45,7 @@ CHOICES = {
     "pooling": ("mean", "sum"),
     "qk_norm": ("l2", "none"),
     "output_norm": ("rms", "none"),
+    "gate": GATES,
 }
 FIELDS = [(cls, field.name) for cls in CONFIGS for field in dataclasses.fields(cls)]
 MLP, LEARNED = (DLAConfig, TitansConfig), {"coefficients": "token"}
@@ -185,6 +186,8 @@ def test_dictionaries_give_the_configuration_back(name):
     assert set(layer.to_dict()) == {f.name for f in dataclasses.fields(MCConfig)}
     assert layer.to_dict()["memory"]["kind"] == layer.memory.kind
     assert MCConfig.from_dict({"d_model": 8, "num_heads": 2}) == MCConfig(8, 2)
+    older = {key: value for key, value in layer.to_dict().items() if key != "gate"}
+    assert MCConfig.from_dict(older) == layer
 
 
 def test_dictionaries_are_strict():

@@ -1,5 +1,6 @@
 """Parameters, bytes and FLOPs from the configuration alone are what modules and caches have."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -123,6 +124,9 @@ def test_flops_by_hand():
     own = 10 * d * d + 6 * 4 * d + 2 * 2 * d * 2 + 4 * size + 4 * d * 3
     cached = sum(2 * size * min(i // 4, 2) + 2 * d * (i // 4 + 1) for i in range(tokens)) / tokens
     assert flops_per_token(layer, tokens) == pytest.approx(own + cached)
+    scores = sum(2 * d * (i // 4 + 1) for i in range(tokens)) / tokens
+    by_token = dataclasses.replace(layer, gate="token")
+    assert flops_per_token(by_token, tokens) == pytest.approx(own + cached - scores)
     model = ModelConfig(
         100, 3, layer, ffn_width=50, mixers=("memory", "attention"), attention_window=9
     )

@@ -55,12 +55,17 @@ def test_soup_of_normalised_or_deep_memories_is_not_grm():
 
 
 @pytest.mark.parametrize(
-    ("memory", "mode"),
-    [("swla", "restart"), ("linear-normalized", "checkpoint"), ("titans", "restart")],
+    ("memory", "mode", "gate"),
+    [
+        ("swla", "restart", "context"),
+        ("linear-normalized", "checkpoint", "context"),
+        ("titans", "restart", "context"),
+        ("swla", "checkpoint", "token"),
+    ],
 )
-def test_ssc_of_all_segments_is_grm(memory, mode):
+def test_ssc_of_all_segments_is_grm(memory, mode, gate):
     """Equation 16 with top_k >= N: two ways of dispatch, one read."""
-    case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some")
+    case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some", gate=gate)
     same(case.where(aggregation="grm"), case)
 
 

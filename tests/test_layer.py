@@ -97,9 +97,12 @@ CONFIGS: dict[str, MCConfig] = {
     ),
     "swla": MCConfig(8, 2, SWLAConfig(), "grm", conv_width=4, segment_size=3, chunk_size=2),
     "dla": MCConfig(
-        8, 2, DLAConfig(2, 2), "ssc", ssc_top_k=1, use_q_as_u=True, segment_size=3, pooling="sum"
+        8, 2, DLAConfig(2, 2), "ssc", ssc_top_k=1, use_q_as_u=True, segment_size=3, pooling="sum",
+        gate="token",
     ),
-    "titans": MCConfig(8, 2, TitansConfig(2, 2), "soup", segment_size=4, chunk_size=3),
+    "titans": MCConfig(
+        8, 2, TitansConfig(2, 2), "soup", segment_size=4, chunk_size=3, gate="token"
+    ),
     "titans-norm": MCConfig(
         8, 2, TitansConfig(2, 1, norm="layer", coefficients="head"), "grm", conv_width=2,
         segment_size=4, state_init_mode="restart", softmax_temperature=0.5, output_norm="none",

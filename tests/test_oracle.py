@@ -378,6 +378,23 @@ def test_ssc_reads_the_highest_scores_and_ties_go_to_the_earlier_segment():
         close(result.output[0, 4, 0, 0], gates @ reads)
 
 
+def test_gates_of_the_token_by_hand():
+    """Memories of ages 4 to 1, and the online one; heads of width 3 have no level 3."""
+    case = make_case(LinearConfig(), tokens=5)
+    for width, order in ((4, [3, 2, 2, 1, 0]), (3, [2, 2, 2, 1, 0])):
+        u = case.u[..., :width]
+        short = case._replace(q=case.q[..., :width], k=case.k[..., :width], u=u)
+        short = short._replace(initial=(case.initial[0][..., :width],))
+        options = {"segment_size": 1, "gate": "token", "softmax_temperature": 0.3}
+        gates = short.run(**options).gates[:, 4]
+        expected = np.exp(u[:, 4][..., order] / 0.3)
+        expected /= expected.sum(-1, keepdims=True)
+        close(gates[..., :4], expected[..., :4])
+        close(gates[..., 5], expected[..., 4])
+        sparse = short.run("ssc", ssc_top_k=1, **options).gates[0, 4, 0, :4]
+        assert np.flatnonzero(sparse).tolist() == [np.argmax(u[0, 4, 0, order[:4]])]
+
+
 def test_connector_may_be_the_query():
     case = make_case(LinearConfig())
     same(case.run(use_q_as_u=True), case.run())

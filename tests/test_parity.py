@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import mc, write_config
 
-from mc_core.config import AGGREGATIONS, COEFFICIENTS, MEMORIES, START_MODES
+from mc_core.config import AGGREGATIONS, COEFFICIENTS, GATES, MEMORIES, START_MODES
 from mc_core.optimizer import OptimizerConfig
 from mc_core.trees import flatten
 from parity import run_jax, run_torch
@@ -73,6 +73,7 @@ def test_the_quick_grid_covers_every_choice():
     assert {layer.segmentation for layer in layers} == {"constant", "logarithmic"}
     assert {layer.memory.coefficients for layer in layers} == set(COEFFICIENTS)
     assert {layer.pooling for layer in layers} == {"mean", "sum"}
+    assert {layer.gate for layer in layers if layer.gated} == set(GATES)
     assert {getattr(layer.memory, "norm", "none") for layer in layers} == {"none", "layer"}
     assert {layer.output_norm for layer in layers} == {"rms", "none"}
     assert {layer.normalizes_qk for layer in layers} == {True, False}

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import AGGREGATIONS, MAIN, MASKS, MEMORIES, MODES, Case, assert_close, make_case
+from cases import (
+    AGGREGATIONS,
+    GATED,
+    GATES,
+    MAIN,
+    MASKS,
+    MEMORIES,
+    MODES,
+    Case,
+    assert_close,
+    make_case,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -68,6 +79,7 @@ def random_cases(draw: st.DrawFn) -> Case:
         pooling=draw(st.sampled_from(["mean", "sum"])),
         softmax_temperature=draw(st.sampled_from([1.0, 0.3])),
         use_q_as_u=draw(st.booleans()),
+        gate=draw(st.sampled_from(GATES)),
     )
     return case._replace(u=None) if case.config.use_q_as_u else case
 
@@ -184,6 +196,51 @@ def test_gradients_under_other_masks_and_modes(memory, aggregation, options, see
         "pooling": "sum",
     }
     check_gradients(memory, aggregation, options)
+
+
+# Memories up to 9 segments old, so that there are more levels than the 4 components of u.
+TOKEN_GATES = {"gate": "token", "tokens": 19, "segment_size": 2, "mask": "some"}
+
+
+def check_token_gates(memory: str, aggregation: str, mode: str) -> None:
+    options = TOKEN_GATES | {"state_init_mode": mode}
+    check(make_case(memory, aggregation, **options))
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode"),
+    [
+        ("linear", "grm", "restart"),
+        ("swla", "ssc", "checkpoint"),
+        ("dla", "ssc", "restart"),
+        ("titans", "soup", "checkpoint"),
+    ],
+)
+def test_gates_of_the_token_alone(memory, aggregation, mode):
+    """The levels of log-linear attention: both methods, and their gradients."""
+    check_token_gates(memory, aggregation, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+def test_gates_of_the_token_alone_everywhere(memory, aggregation, mode):
+    check_token_gates(memory, aggregation, mode)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("aggregation", GATED)
+def test_gates_of_the_token_alone_see_no_key(aggregation, method):
+    """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""
+    case = make_case("linear", aggregation, tokens=9)
+    total = lambda inputs, case: jnp.sum(jnp.sin(call(inputs, case, method).gates))  # noqa: E731
+    for gate in GATES:
+        own = case.where(gate=gate)
+        gradient = jax.jit(jax.grad(lambda inputs, own=own: total(inputs, own)))(arrays(own))
+        other = run(own._replace(k=-own.k), method).gates
+        seen = np.asarray(gradient["k"]).any(), (np.asarray(run(own, method).gates) != other).any()
+        assert seen == ((True, True) if gate == "context" else (False, False)), gate
+        assert np.asarray(gradient["u"]).any()
 
 
 @pytest.mark.parametrize("memory", ["linear", "titans-norm"])

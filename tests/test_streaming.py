@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import AGGREGATIONS, MAIN, MASKS, MEMORIES, MODES, assert_close, make_case
+from cases import AGGREGATIONS, GATES, MAIN, MASKS, MEMORIES, MODES, assert_close, make_case
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -68,6 +68,7 @@ def test_a_split_stream_is_the_whole(memory, aggregation):
         tokens=TOKENS,
         mask=MASKS[number % len(MASKS)],
         state_init_mode=MODES[number % 2],
+        gate=GATES[number // 2 % 2],
         seed=number,
     )
     for splits in (SPLITS[number % 2], SPLITS[2 + number % 4]):
@@ -84,11 +85,12 @@ def test_a_split_stream_is_the_whole(memory, aggregation):
     chunk=st.sampled_from([1, 3, 4, 9]),
     segment=st.sampled_from([1, 4, 5]),
     pooling=st.sampled_from(["mean", "sum"]),
+    gate=st.sampled_from(GATES),
     seed=st.integers(0, 99),
     splits=st.lists(st.sampled_from([1, 2, 5, 7]), min_size=1, max_size=6),
 )
 def test_any_split_of_any_stream_is_the_whole(
-    memory, aggregation, mode, mask, chunk, segment, pooling, seed, splits
+    memory, aggregation, mode, mask, chunk, segment, pooling, gate, seed, splits
 ):
     case = make_case(
         memory,
@@ -100,6 +102,7 @@ def test_any_split_of_any_stream_is_the_whole(
         chunk_size=chunk,
         segment_size=segment,
         pooling=pooling,
+        gate=gate,
     )
     assert_same_stream(case, splits)
 

@@ -87,9 +87,10 @@ def check_compiled(config, backend, tokens=(5,), dtype=torch.float64, tolerance=
     "config",
     [
         MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2, conv_width=2),
+        MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"),
         MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, chunk_size=3),
     ],
-    ids=["swla-ssc", "dla-soup"],
+    ids=["swla-ssc", "swla-ssc-token", "dla-soup"],
 )
 def test_compiled_in_one_graph(config):
     check_compiled(config, "aot_eager")

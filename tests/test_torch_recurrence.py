@@ -8,13 +8,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from cases import AGGREGATIONS, MEMORIES, assert_close, make_case
+from cases import AGGREGATIONS, GATED, GATES, MAIN, MEMORIES, MODES, assert_close, make_case
 from hypothesis import given, settings
 from test_recurrence import (
     EXACT,
     GRADIENT,
     METHODS,
     QUICK,
+    TOKEN_GATES,
     examples,
     hold_to_oracle,
     paired,
@@ -24,7 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch_subject import arrays, call, gradients, leaves, projected, run
 
 from mc_core import MCConfig
-from mc_torch.gates import gate, gate_densely, scores, spread
+from mc_torch.gates import at_level, gate, gate_densely, scores, spread
 from mc_torch.numerics import tree_map
 
 
@@ -95,6 +96,31 @@ def test_gradients_of_all_pairs(memory, aggregation, options):
     check_gradients(memory, aggregation, options)
 
 
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+def test_gates_of_the_token_alone(memory, aggregation, mode):
+    """The levels of log-linear attention: both methods, and their gradients."""
+    options = TOKEN_GATES | {"state_init_mode": mode}
+    check(make_case(memory, aggregation, **options))
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("aggregation", GATED)
+def test_gates_of_the_token_alone_see_no_key(aggregation, method):
+    """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""
+    case = make_case("linear", aggregation, tokens=9)
+    for gate_ in GATES:
+        own = case.where(gate=gate_)
+        inputs = arrays(own)
+        total = call(inputs, own, method).gates.sin().sum()
+        wanted = inputs["k"], inputs["u"]
+        by_k, by_u = torch.autograd.grad(total, wanted, materialize_grads=True)
+        other = run(own._replace(k=-own.k), method).gates
+        seen = bool(by_k.any()), not torch.equal(run(own, method).gates, other)
+        assert seen == ((True, True) if gate_ == "context" else (False, False)), gate_
+        assert by_u.any()
+
+
 @pytest.mark.parametrize(
     ("memory", "aggregation"),
     [("linear", "grm"), ("linear", "residual"), ("dla", "soup")],
@@ -156,16 +182,25 @@ def test_derivatives_of_all_pairs(memory, aggregation, order):
     check_derivatives(memory, aggregation, "checkpoint", order)
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 12])
+def test_a_level_is_the_number_of_bits_of_an_age(width):
+    u, age = torch.arange(width), torch.arange(-3, 2000)
+    expected = [min(max(x, 0).bit_length(), width - 1) for x in age.tolist()]
+    assert at_level(u, age).tolist() == expected
+
+
+@pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
-def test_gates_of_selected_memories_are_those_of_all(block, monkeypatch):
+def test_gates_of_selected_memories_are_those_of_all(block, gated_by, monkeypatch):
     """The fast form against `gate_densely`, in one block of tokens and in several."""
     monkeypatch.setattr("mc_torch.gates.BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
     pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
     segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
-    config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2)
+    config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2, gate=gated_by)
     weights, selected = gate(u, pools, running, segment, config)
     assert weights.shape == (2, 7, 3, 3)
-    expected = gate_densely(scores(u, pools, running, config), segment, config)
+    score = scores(u, pools, running, segment, config)
+    expected = gate_densely(score, segment, config)
     torch.testing.assert_close(spread(weights, selected, 5), expected)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import AGGREGATIONS, MASKS, MATRICES, MEMORIES, MODES, assert_close, make_case
+from cases import AGGREGATIONS, GATES, MASKS, MATRICES, MEMORIES, MODES, assert_close, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recurrence import examples
@@ -17,7 +17,9 @@ from mc_torch.numerics import tree_map
 EXACT, GRADIENT = 1e-10, 1e-9
 TITANS = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=3, conv_width=3)
 SWLA = MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2, conv_width=2)
-RESTART = MCConfig(8, 2, TitansConfig(), "soup", segment_size=4, state_init_mode="restart")
+RESTART = MCConfig(
+    8, 2, TitansConfig(), "soup", segment_size=4, state_init_mode="restart", gate="token"
+)
 SUM = MCConfig(8, 2, LinearConfig(coefficients="token"), "mean", segment_size=3, pooling="sum")
 LAYERS = pytest.mark.parametrize(
     "config", [TITANS, SWLA, RESTART, SUM], ids=["titans", "swla", "restart", "sum"]
@@ -37,6 +39,7 @@ def streams(draw_from, memory, mode):
         segment_size=draw_from(st.integers(1, 6)),
         chunk_size=draw_from(st.integers(1, 7)),
         pooling=draw_from(st.sampled_from(("mean", "sum"))),
+        gate=draw_from(st.sampled_from(GATES)),
         seed=draw_from(st.integers(0, 99)),
     )
     cuts = draw_from(st.sets(st.integers(1, tokens - 1), min_size=1, max_size=6))

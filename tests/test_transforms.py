@@ -21,10 +21,13 @@ EXACT, GRADIENT = 1e-10, 1e-9
 CONFIGS = {
     "titans": MCConfig(8, 2, TitansConfig(2, 2), "grm", segment_size=4, chunk_size=3),
     "swla": MCConfig(
-        8, 2, SWLAConfig(), "ssc", segment_size=4, chunk_size=3, state_init_mode="restart"
+        8, 2, SWLAConfig(), "ssc", segment_size=4, chunk_size=3, state_init_mode="restart",
+        gate="token",
     ),
-    "linear": MCConfig(8, 2, LinearConfig(normalize=True), "soup", segment_size=4, conv_width=3),
-}
+    "linear": MCConfig(
+        8, 2, LinearConfig(normalize=True), "soup", segment_size=4, conv_width=3, gate="token"
+    ),
+}  # fmt: skip
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from mc_core.config import AGGREGATIONS, MEMORIES, MIXERS
+from mc_core.config import AGGREGATIONS, GATES, MEMORIES, MIXERS
 
 MEMORY_WORDS = {
     "linear": "matrix, dot loss: linear attention",
@@ -19,6 +19,10 @@ AGGREGATION_WORDS = {
     "ssc": "sparse selective caching: grm over the online memory and the top-k cached ones",
     "mean": "plain average of all reads: caching added after training",
 }
+GATE_WORDS = {
+    "context": "grm, soup, ssc: a memory's score is the connector u times its pooled key",
+    "token": "the same by the token alone: the component of u for the memory's level, by its age",
+}
 MIXER_WORDS = {
     "memory": "model.layer: a memory and its cached states",
     "attention": "causal softmax attention with rotary positions, its heads those of model.layer",
@@ -31,6 +35,7 @@ def print_variants(console: Console) -> None:
     for title, names, words in (
         ("model.layer.memory.kind", MEMORIES, MEMORY_WORDS),
         ("model.layer.aggregation", AGGREGATIONS, AGGREGATION_WORDS),
+        ("model.layer.gate", GATES, GATE_WORDS),
         ("model.mixers", MIXERS, MIXER_WORDS),
     ):
         table = Table(title, "what it is")

@@ -22,6 +22,8 @@ from train.read import read_yaml
 KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
 # What a sweep sets by itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
+# Settings with these values are those of results from before there was such a key.
+AS_BEFORE = (("model.layer.gate", "context"),)
 Overrides = dict[str, Any]  # dotted key -> value
 
 
@@ -118,7 +120,11 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the result would."""
-        settings = {k: v for k, v in flatten(to_dict(self.config)) if k not in FREE_KEYS}
+        settings = {
+            k: v
+            for k, v in flatten(to_dict(self.config))
+            if k not in FREE_KEYS and (k, v) not in AS_BEFORE
+        }
         text = json.dumps([settings, self.examples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -123,8 +123,14 @@ def watch_writes(
 
     def norm(mix: ChunkMix) -> Array:
         parts = [mix.state, *(() if mix.momentum is None else (mix.momentum,))]
-        rows = jnp.concatenate([jnp.stack(parts, axis=-1), -mix.events], axis=-1)
-        squares = jnp.sum(rows * product("...cm,...mn->...cn", rows, gram, exact=True), axis=-1)
+        m = len(parts)
+        states, events = jnp.stack(parts, axis=-1), -mix.events
+        # By blocks: of states and events in one array, XLA's CPU has summed wrong squares.
+        own = product("...cm,...mn->...cn", states, gram[..., :m, :m], exact=True)
+        cross = product("...cm,...me->...ce", states, gram[..., :m, m:], exact=True)
+        pairs = product("...ce,...ef->...cf", events, gram[..., m:, m:], exact=True)
+        squares = jnp.sum(states * own, axis=-1)
+        squares += jnp.sum(events * (2 * cross + pairs), axis=-1)
         return jnp.sqrt(jnp.maximum(squares, 0))
 
     def loss(mix: ChunkMix) -> Array:

@@ -122,8 +122,13 @@ def watch_writes(
 
     def norm(mix: ChunkMix) -> Array:
         parts = [mix.state, *(() if mix.momentum is None else (mix.momentum,))]
-        rows = torch.cat([torch.stack(parts, dim=-1), -mix.events], dim=-1)
-        squares = torch.sum(rows * product("...cm,...mn->...cn", rows, gram, exact=True), dim=-1)
+        m = len(parts)
+        states, events = torch.stack(parts, dim=-1), -mix.events
+        own = product("...cm,...mn->...cn", states, gram[..., :m, :m], exact=True)
+        cross = product("...cm,...me->...ce", states, gram[..., :m, m:], exact=True)
+        pairs = product("...ce,...ef->...cf", events, gram[..., m:, m:], exact=True)
+        squares = torch.sum(states * own, dim=-1)
+        squares = squares + torch.sum(events * (2 * cross + pairs), dim=-1)
         return torch.sqrt(squares.clamp(min=0))
 
     def loss(mix: ChunkMix) -> Array:

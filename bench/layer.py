@@ -3,9 +3,10 @@
 import dataclasses
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.ceilings import Ceilings, measure
 from bench.devices import ABOUT, named
@@ -25,6 +26,7 @@ class Grid:
     tokens: Sequence[int] = (1024,)
     chunks: Sequence[int] = (64,)
     segments: Sequence[int] = (64,)
+    starts: Sequence[str] = ("checkpoint",)  # of a segment: checkpoint | restart
     dtypes: Sequence[str] = ("float32",)
     frameworks: Sequence[str] = ("jax",)
     passes: Sequence[str] = ("both",)  # forward | both
@@ -36,7 +38,9 @@ class Grid:
     seed: int = 0
 
 
-def make_config(grid: Grid, kind: str, aggregation: str, chunk: int, segment: int) -> MCConfig:
+def make_config(
+    grid: Grid, kind: str, aggregation: str, chunk: int, segment: int, start: str = "checkpoint"
+) -> MCConfig:
     """Return a layer's configuration.
 
     Raises:
@@ -51,6 +55,7 @@ def make_config(grid: Grid, kind: str, aggregation: str, chunk: int, segment: in
         memory=memory,
         aggregation=aggregation,
         segment_size=segment,
+        state_init_mode=start,
         chunk_size=chunk,
     )
 
@@ -84,14 +89,17 @@ def build(grid: Grid) -> dict[str, Subject]:
     from importlib import import_module
 
     subjects = {}
-    axes = (grid.frameworks, grid.kinds, grid.aggregations, grid.tokens, grid.chunks, grid.segments)
-    for values in itertools.product(*axes, grid.dtypes, grid.passes, grid.devices):
-        framework, kind, aggregation, tokens, chunk, segment, dtype, passes, devices = values
+    what = (grid.frameworks, grid.kinds, grid.aggregations, grid.tokens)
+    how = (grid.chunks, grid.segments, grid.starts, grid.dtypes, grid.passes, grid.devices)
+    combinations: Iterable[tuple[Any, ...]] = itertools.product(*what, *how)
+    for values in combinations:
+        framework, kind, aggregation, tokens, chunk, segment, start, dtype, passes, devices = values
         if framework == "torch" and devices != grid.devices[0]:
             continue
-        config = make_config(grid, kind, aggregation, chunk, segment)
+        config = make_config(grid, kind, aggregation, chunk, segment, start)
         words = [framework, f"{kind}+{aggregation}", f"t={tokens}", f"chunk={chunk}"]
-        name = " ".join([*words, f"segment={segment}", dtype, passes])
+        words += [f"segment={segment}", *([start] if len(grid.starts) > 1 else [])]
+        name = " ".join([*words, dtype, passes])
         options = {} if framework == "torch" else {"devices": devices}
         if options:
             name = named(name, devices)

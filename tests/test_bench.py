@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tiny import mc, write_config
 
-from bench import devices, jax_layers, memory, peers, scaling
+from bench import devices, jax_layers, layer, memory, peers, scaling
 from bench.ceilings import Ceilings
 from bench.count import count_flops
 from bench.report import Report
@@ -299,3 +299,10 @@ def test_peers_that_differ_are_not_reported():
     assert peers._distance([one, one], [one, other]) < 1e-6
     with pytest.raises(UserError, match="outputs differ by 1e\\+00"):
         peers._distance([one, one], [one, 2 * one])
+
+
+def test_layers_of_both_start_modes_stand_side_by_side():
+    grid = layer.Grid(tokens=(8,), chunks=(4,), segments=(4,), starts=("checkpoint", "restart"),
+                      width=8, heads=2)  # fmt: skip
+    names = list(layer.build(grid))
+    assert [("restart" in name, "checkpoint" in name) for name in names] == [(0, 1), (1, 0)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mc_core.config import AGGREGATIONS, MEMORIES
+from mc_core.config import AGGREGATIONS, MEMORIES, START_MODES
 from mc_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
 Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
+Start = StrEnum("Start", list(START_MODES))  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
@@ -39,6 +40,7 @@ def layer(
     tokens: Annotated[list[int], typer.Option(min=1)] = [1024],  # noqa: B006
     chunk: Annotated[list[int], typer.Option(min=1)] = [64],  # noqa: B006
     segment: Annotated[list[int], typer.Option(min=1)] = [64],  # noqa: B006
+    start: Annotated[list[Start], typer.Option()] = [Start("checkpoint")],  # noqa: B006
     dtype: Annotated[list[Dtype], typer.Option()] = [Dtype.float32],  # noqa: B006
     framework: Annotated[list[Framework], typer.Option()] = [Framework.jax],  # noqa: B006
     passes: Annotated[list[Passes], typer.Option()] = [Passes.both],  # noqa: B006
@@ -217,6 +219,7 @@ def _grid(options: dict[str, Any]) -> Any:
         "aggregation": "aggregations",
         "chunk": "chunks",
         "segment": "segments",
+        "start": "starts",
         "dtype": "dtypes",
         "framework": "frameworks",
         "tokens": "tokens",

@@ -279,7 +279,7 @@ def test_no_worker_outlives_the_sweep(tmp_path, ending, begun):
             os.killpg(process.pid, ending)
         else:
             process.send_signal(ending)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         wait_for(lambda: not processes_of(process.pid))
     finally:
         if processes_of(process.pid):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from oracle_gates import gates_of, pooled
 
 from mc_core import MCConfig
 from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR, MemoryConfig
@@ -213,52 +214,6 @@ def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = N
                 power *= 2
             lengths.append(power)
     return lengths
-
-
-def pooled(keys: Sequence[Array], width: int, pooling: str) -> Array:
-    """Return the mean or the sum [k] of a segment's unmasked keys; 0 if there are none."""
-    total = np.zeros(width)
-    for key in keys:
-        total = total + key
-    return total / len(keys) if pooling == "mean" and keys else total
-
-
-def level_of(memory: int, segment: int) -> int:
-    """Return a memory's level of log-linear attention for a token of `segment` (arXiv:2506.04761).
-
-    0 is the segment's own; 1 the segment before it, 2 the next two, 3 the next four, and so on.
-    """
-    level, reach = 0, 0
-    while segment - memory > reach:
-        reach += 2**level
-        level += 1
-    return level
-
-
-def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array:
-    """Return the weights [s + 1] with which a token of segment s reads its memories.
-
-    `pools` are the pooled keys [k] of the s cached segments, then the running one of the online
-    segment; u is [k], or None where the aggregation has no scores.
-    """
-    cached = len(pools) - 1
-    if config.aggregation == "none":
-        return np.array([0.0] * cached + [1.0])
-    if config.aggregation == "residual":  # equation 7
-        return np.ones(cached + 1)
-    if config.aggregation == "mean":
-        return np.full(cached + 1, 1.0 / (cached + 1))
-    scores = np.array([u @ pool for pool in pools])  # equation 10
-    if config.gate == "token":
-        scores = np.array([u[min(level_of(i, cached), len(u) - 1)] for i in range(cached + 1)])
-    chosen = list(range(cached))
-    if config.aggregation == "ssc":  # equation 16; the sort is stable: ties to the earlier segment
-        chosen = sorted(chosen, key=lambda i: -scores[i])[: config.ssc_top_k]
-    chosen.append(cached)
-    logits = scores[chosen] / config.softmax_temperature
-    gates = np.zeros(cached + 1)
-    gates[chosen] = np.exp(logits - logits.max())
-    return gates / gates.sum()
 
 
 def soup(memories: Sequence[Memory], gates: Array) -> Memory:

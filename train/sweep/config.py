@@ -22,7 +22,7 @@ from train.read import read_yaml
 KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
 # What a sweep sets by itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
-# Settings with these values are those of results from before there was such a key.
+# Settings that leave a fingerprint as it is without them.
 AS_BEFORE = (("model.layer.gate", "context"),)
 Overrides = dict[str, Any]  # dotted key -> value
 

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from worker import look_around, wait_for
 
 from mc_core.errors import UserError
 from train.sweep.config import Run, load_sweep, make_runs
-from train.sweep.jobs import Workers, cores, one_thread, shares
+from train.sweep.jobs import Workers, _no_interrupt, cores, one_thread, shares
 from train.sweep.plan import Plan
 from train.sweep.results import Results, claim, key_of, read_results
 
@@ -244,6 +246,24 @@ def test_results_do_not_depend_on_jobs_nor_on_a_kill(tmp_path):
         assert re.findall(r"batch_size=(\d+) \|", table) == ["64", "32", "16"]
 
 
+def test_an_interrupt_that_another_thread_takes_waits_too():
+    """A thread that does not block Ctrl-C, as a library's, must not let it into a worker's birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done, other = threading.Event(), threading.Thread(target=lambda: done.wait(60))
+    other.start()
+    steps = []
+    try:
+        with pytest.raises(KeyboardInterrupt), _no_interrupt():
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.2)
+            steps.append("whole")
+    finally:
+        done.set()
+        other.join()
+        signal.signal(signal.SIGINT, before)
+    assert steps == ["whole"]
+
+
 def processes_of(group: int) -> list[str]:
     """Return the commands of the processes of a group that are alive."""
     found = []
@@ -279,7 +299,7 @@ def test_no_worker_outlives_the_sweep(tmp_path, ending, begun):
             os.killpg(process.pid, ending)
         else:
             process.send_signal(ending)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=60)
         wait_for(lambda: not processes_of(process.pid))
     finally:
         if processes_of(process.pid):

@@ -49,6 +49,8 @@ def linger(run: Run) -> dict:
 
 def main() -> None:
     """Start the runs of a sweep: one lingers, and one worker has nothing more to do."""
+    # Ignored, and by every process that is born, where the tests run in a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Workers(2, linger) as workers:
             for runs in make_runs(load_sweep(Path(sys.argv[1]))).values():

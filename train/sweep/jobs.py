@@ -141,11 +141,20 @@ class Workers:
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
     """Hold Ctrl-C back for now; processes that are born meanwhile never see it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before, held = signal.getsignal(signal.SIGINT), []
+    # A thread of another library, which does not block it, may still bring it to this one.
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if held and callable(before):
+            before(*held[0])
 
 
 def _begin(given: "SimpleQueue[set[int]]", end: Connection) -> None:

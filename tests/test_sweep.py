@@ -1,5 +1,6 @@
 """`mc sweep`: which runs there are, which rate is chosen, and that nothing is done twice."""
 
+import itertools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from tiny import TINY, mc
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint
 from train.config import load_config
+from train.read import read_yaml
 from train.sweep import run as subject
 from train.sweep.config import SweepConfig, load_sweep, make_runs, row_name
 from train.sweep.results import best, read_results
@@ -264,6 +266,21 @@ def test_the_shipped_sweep_loads(monkeypatch):
     assert sweep.directory == "runs/sweep"
     for row in runs.values():
         assert row[0].config.data.task == "mqar"
+
+
+def test_every_shipped_file_loads_and_sweeps_that_share_a_directory_agree():
+    """A name means one run there; else the second sweep would stop at the first one's result."""
+    found: dict[tuple, str] = {}
+    paths = sorted((ROOT / "configs").rglob("*.yaml"))
+    sweeps = [path for path in paths if {"vary", "rows"} & set(read_yaml(path))]
+    for path in sweeps:
+        sweep = load_sweep(path)
+        for run in itertools.chain(*make_runs(sweep).values()):
+            key = sweep.directory, *run.key
+            assert found.setdefault(key, run.fingerprint) == run.fingerprint, path
+    assert len(sweeps) >= 10
+    for path in set(paths) - set(sweeps):
+        assert load_config(path, []).run.steps > 0, path
 
 
 def test_files_that_are_no_sweep(tmp_path):

@@ -216,7 +216,9 @@ def test_the_shipped_sweep_compares_like_with_like():
     demo = load_config(ROOT / "configs" / "demo.yaml")
     assert {config.data.corpus for config in configs} == {demo.data.corpus}
     assert len({config.optimizer for config in configs}) == 1
-    assert {config.model.layer.state_init_mode for config in configs} == {"checkpoint"}
+    layers = [config.model.layer for config in configs if config.model.name != "attention"]
+    modes = {(layer.aggregation == "none", layer.state_init_mode) for layer in layers}
+    assert modes == {(True, "checkpoint"), (False, "restart")}
 
 
 def test_nothing_recorded_stands_beside_text(tmp_path, monkeypatch, capsys):

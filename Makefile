@@ -13,6 +13,7 @@ demo: $(READY)
 JOBS ?= 2
 evidence: $(READY)
 	$(BIN)/mc sweep configs/mqar/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/mqar.jsonl
+	$(BIN)/mc sweep configs/niah/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/niah.jsonl
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto

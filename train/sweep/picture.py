@@ -99,7 +99,7 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
             _draw_lines(left, lines, legend, "width", "model width")
         else:
             _draw_groups(left, lines, legend)
-        _draw_lines(right, lines, legend, "state_bytes", "bytes of a stream's state")
+        _draw_lines(right, lines, legend, "state_bytes", "KiB of a stream's state", unit=1024)
         handles = list(legend.handles())
         figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
     left.set(ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -107,10 +107,13 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
     return png(figure)
 
 
-def _draw_lines(axes: Axes, lines: Lines, legend: Legend, by: str, words: str) -> None:
+def _draw_lines(
+    axes: Axes, lines: Lines, legend: Legend, by: str, words: str, unit: int = 1
+) -> None:
     for look, points in lines.items():
         points = sorted(points, key=lambda point: point[0][by])
-        _plot(axes, [result[by] for result, _ in points], [one for _, one in points], legend, look)
+        places = [result[by] / unit for result, _ in points]
+        _plot(axes, places, [one for _, one in points], legend, look)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel=words)

@@ -76,8 +76,7 @@ class DLAConfig(Plain):
 
     `W_t = α_t W_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`. `inner_clip` bounds each token's gradient in
     each layer; None is the paper's recurrence. `norm="layer"` reads `x + LN(z)`, whatever
-    `residual` says. Writes of a chunk add up at one memory: `step` is for chunks of 64, and shorter
-    ones take larger steps.
+    `residual` says. Writes of a chunk add up at one memory: shorter chunks take larger steps.
     """
 
     kind: ClassVar[str] = "dla"
@@ -104,7 +103,7 @@ class TitansConfig(Plain):
     """MLP memory trained by gradient steps with momentum on the L2 loss (equations 34 and 35).
 
     `S_t = β_t S_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`, `W_t = α_t W_{t-1} + S_t`; `momentum` is β.
-    Options as in `DLAConfig`; the right step falls with the chunk here, too.
+    Options as in `DLAConfig`; `step` is for chunks of 64.
     """
 
     kind: ClassVar[str] = "titans"

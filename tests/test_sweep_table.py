@@ -1,5 +1,6 @@
 """What a sweep shows: labels, FLOPs, what was recorded, and the picture."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,11 +12,12 @@ from tiny import mc
 from train.sweep.config import SweepConfig, load_sweep, make_run, make_runs
 from train.sweep.picture import Legend, Look, draw_sweep
 from train.sweep.recorded import read_recorded
+from train.sweep.results import key_of, read_file
 from train.sweep.table import for_terminal, label, make_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "mqar"
-RECORDED = ROOT / "docs" / "evidence" / "mqar.jsonl"
+RECORDED = ROOT / "docs" / "evidence"
 CONFIG = SweepConfig(Path("x"), "y", rates=(0.1,))
 
 
@@ -161,22 +163,44 @@ def test_pictures_of_one_width_and_of_several(widths):
     assert draw_sweep("t", [failed]).startswith(b"\x89PNG")
 
 
-def test_evidence_is_a_slice_of_the_sweep():
+@pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])
+def test_evidence_is_a_slice_of_the_sweep(task, rows):
     """By names, so that recorded results are found, and by all that makes a result."""
-    part, whole = (load_sweep(CONFIGS / name) for name in ("evidence.yaml", "sweep.yaml"))
+    folder = ROOT / "configs" / task
+    part, whole = (load_sweep(folder / name) for name in ("evidence.yaml", "sweep.yaml"))
     runs = {run.key: run for row in make_runs(whole).values() for run in row}
     own = [run for row in make_runs(part).values() for run in row]
-    assert len(own) == 5
+    assert len(own) == rows
     for run in own:
         assert run.key in runs
         assert run.fingerprint == runs[run.key].fingerprint
     assert set(part.seeds) <= set(whole.seeds)
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="docs/evidence/mqar.jsonl is not there")
-def test_the_recorded_evidence_has_every_row_of_the_slice():
-    config = load_sweep(CONFIGS / "evidence.yaml")
+@pytest.mark.parametrize("task", ["mqar", "niah"])
+def test_the_recorded_evidence_has_every_row_of_the_slice(task):
+    config = load_sweep(ROOT / "configs" / task / "evidence.yaml")
     first = make_runs(config)
-    recorded = read_recorded(RECORDED, config, first)
+    recorded = read_recorded(RECORDED / f"{task}.jsonl", config, first)
     assert recorded.rows.keys() == first.keys()
     assert len(recorded.notes) == 1, recorded.notes
+
+
+@pytest.mark.parametrize(
+    ("sweep", "record"),
+    [
+        ("mqar/sweep", "mqar"),
+        ("mqar/seeds", "mqar"),
+        *((f"mqar/{name}", name) for name in ("writes", "segments", "widths", "ablation")),
+        ("niah/sweep", "niah"),
+        ("text/sweep", "text"),
+    ],
+)
+def test_what_is_recorded_is_what_the_shipped_sweep_would_find(sweep, record):
+    """Every run of it, made with the very settings that the file has today."""
+    config = load_sweep(ROOT / "configs" / f"{sweep}.yaml")
+    found = {key_of(result): result for result in read_file(RECORDED / f"{record}.jsonl")}
+    for runs in make_runs(config).values():
+        for first, seed in itertools.product(runs, config.seeds):
+            run = make_run(config, first.row, first.overrides, seed, first.rate)
+            assert found[run.key]["fingerprint"] == run.fingerprint, run.name

@@ -1,5 +1,6 @@
 """`mc evaluate` on recall tasks: what is asked, how it is counted, and what it writes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ from test_cli import fails
 from test_recall import MQAR, NIAH, write
 from tiny import mc, write_config
 
+from mc_core.footprint import flops_per_token, model_parameters, state_bytes
+from train.config import load_config
 from train.tasks import evaluate as subject
 from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.score import wilson
@@ -70,7 +73,9 @@ def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
     markdown = files[1].read_text()
     for cell in found["cells"]:
         assert f"| {cell['tokens']} | {cell['pairs']} | {100 * cell['accuracy']:.3g} |" in markdown
-    assert "accuracy % by distance" in out
+    assert "accuracy % by distance" in " ".join(out.split())
+    interval = f"{100 * shares[2]['low']:.0f}-100"
+    assert f"| 2 to 3 | 100 ({interval}) |" in markdown
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
@@ -111,6 +116,53 @@ def test_the_model_answers(runs, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["cells"] == json.loads(first)["cells"]
 
 
+def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkeypatch, capsys):
+    path, markdown = tmp_path / "x.json", tmp_path / "x.md"
+    words = ("--lengths", "24:2,40:2", "--examples", 2, "--json", path, "--markdown", markdown)
+    assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
+    size = json.loads(path.read_text())["size"]
+    model = load_config(runs["mqar"]).model
+    assert size == {
+        "parameters": model_parameters(model),
+        "tokens": 40,
+        "state_bytes": state_bytes(model, 40),
+        "flops_per_token": flops_per_token(model, 40),
+    }
+    for text in (capsys.readouterr().out, markdown.read_text()):
+        assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
+
+
+def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path, monkeypatch):
+    """A run on text has trained on the rest of it; files have words of their own."""
+    config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
+    corpus = tuple(config.data.corpus)
+    essay = subject.Options(task="niah", haystack="essay")
+    data = subject.task_of(config, essay)
+    assert (data.corpus, data.validation_fraction, data.haystack) == (corpus, 0.3, "essay")
+    assert corpus != NIAHConfig().corpus
+    data = subject.task_of(config, dataclasses.replace(essay, corpus=("a.txt", "b")))
+    assert data.corpus == ("a.txt", "b")
+
+
+def test_needles_in_files_that_the_user_names(runs, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def look(example, places):
+        seen.append(bytes(example.tokens.astype(np.uint8)))
+        return places >= 0
+
+    known(monkeypatch, look)
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"A sentence about plums, number {i}. " for i in range(2000)))
+    words = ("--haystack", "essay", "--corpus", book, "--depths", 2, "--examples", 2)
+    assert mc(monkeypatch, "evaluate", run_of(runs["niah"]), *words, "--lengths", "400") == 0
+    assert len(seen) == 4
+    assert all(b"A sentence about plums, number 19" in text for text in seen)  # the last 5%
+    book.unlink()
+    message = f"{book}: "
+    fails(runs["niah"], monkeypatch, capsys, message, "evaluate", run_of(runs["niah"]), *words)
+
+
 def test_the_grid_reaches_twice_the_trained_lengths():
     trained = MQARConfig(64, ((16, 2), (32, 8)))
     assert subject.grid(trained) == (
@@ -131,6 +183,8 @@ def test_the_grid_reaches_twice_the_trained_lengths():
         ("mqar", ["--task", "quiz"], "'--task'"),
         ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),
         ("niah", ["--lengths", "30"], "data.lengths = 30: must be > "),
+        ("mqar", ["--corpus", "book.txt"], "--corpus: has no meaning for --task mqar"),
+        ("niah", ["--corpus", "book.txt"], "--corpus: has no meaning for --haystack noise"),
         ("niah", ["--depths", "0"], "depths = 0: must be >= 1"),
         ("niah", ["--value", "word"], "value = 'word': must be one of 'number', 'uuid'"),
     ],

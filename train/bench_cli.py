@@ -106,7 +106,7 @@ def model(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="as run.devices  [default: the file's]")
+        int | None, typer.Option(min=1, help="as run.devices", show_default="the file's")
     ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,
@@ -130,14 +130,14 @@ def model(
 @app.command()
 def peers(
     only: Annotated[
-        list[str] | None, typer.Option(help="comparisons, by name  [default: all]")
+        list[str] | None, typer.Option(help="comparisons, by name", show_default="all")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="of torch's loops  [default: torch's own]")
+        int | None, typer.Option(min=1, help="of torch's loops", show_default="torch's own")
     ] = None,
     devices: Annotated[
         list[int] | None,
-        typer.Option(min=1, help=f"{SPLIT}  [default: 1, and 2 where a CPU has two cores]"),
+        typer.Option(min=1, help=SPLIT, show_default="1, and 2 where a CPU has two cores"),
     ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,

@@ -94,7 +94,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(help="runs at a time, each with cores of its own")] = 1,
     markdown: Annotated[Path | None, typer.Option(help="write the table here")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="draw what was found here  [default: sweep.png]")
+        Path | None, typer.Option(help="draw what was found here", show_default="sweep.png")
     ] = None,
     recorded: Annotated[
         Path | None,
@@ -110,20 +110,25 @@ def sweep(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="a run's directory")],
-    task: Annotated[TaskName | None, typer.Option(help="[default: the run's]")] = None,
+    task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah)  [default: to twice the run's]"
+            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah)",
+            show_default="to twice the run's",
         ),
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="of a length and depth  [default: mqar 500, niah 20]")
+        int | None, typer.Option(help="of a length and depth", show_default="mqar 500, niah 20")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the test examples")] = 0,
-    depths: Annotated[int | None, typer.Option(help="niah: how many  [default: 40]")] = None,
+    depths: Annotated[int | None, typer.Option(help="niah: how many", show_default="40")] = None,
     haystack: Annotated[str | None, typer.Option(help="niah: noise or essay")] = None,
     value: Annotated[str | None, typer.Option(help="niah: number or uuid")] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="essay: a file or folder, of which the held-out share; may be repeated"),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="write the numbers here")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables here")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the accuracy here, as PNG")] = None,
@@ -132,7 +137,8 @@ def evaluate(
     from train.tasks.evaluate import Options
     from train.tasks.evaluate import evaluate as score
 
-    options = Options(task, lengths, examples, seed, depths, haystack, value)
+    files = tuple(corpus) if corpus else None
+    options = Options(task, lengths, examples, seed, depths, haystack, value, files)
     score(run, options, Console(), json_file=json, markdown=markdown, plot=plot)
 
 
@@ -142,10 +148,10 @@ def inspect(
     text: Annotated[Path, typer.Option(help="a file of text")],
     json: Annotated[Path | None, typer.Option(help="write the numbers to this file, too")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="folder of page and pictures  [default: RUN/inspect]")
+        Path | None, typer.Option(help="folder of page and pictures", show_default="RUN/inspect")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="at most so many, from the text's start  [default: 4096]")
+        int | None, typer.Option(help="at most so many, from the text's start", show_default="4096")
     ] = None,
     needle: Annotated[
         str | None, typer.Option(help="words of the text: do the gates point at their segment?")
@@ -185,7 +191,7 @@ def generate(
     ] = CacheDevice.DEVICE,
     batch_size: Annotated[int, typer.Option(help="prompts that go on together")] = 8,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer.json, or bytes  [default: the run's]")
+        str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="a new file for one JSON object a prompt")
@@ -219,10 +225,10 @@ def convert(
     target: Annotated[Path, typer.Argument(help="what to write; must not exist")],
     source_format: Annotated[
         SourceFormat | None,
-        typer.Option("--from", help="community: see docs/migration.md  [default: by the path]"),
+        typer.Option("--from", help="community: see docs/migration.md", show_default="by the path"),
     ] = None,
     target_format: Annotated[
-        WeightsFormat | None, typer.Option("--to", help="[default: by the path]")
+        WeightsFormat | None, typer.Option("--to", show_default="by the path")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="the YAML file of a run to be written")

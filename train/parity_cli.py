@@ -30,7 +30,7 @@ def check(
     full: Annotated[bool, typer.Option("--full/--quick", help="which grid of cases")] = False,
     device: Device = Device.cpu,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="all cases in one dtype  [default: the grid's own]")
+        Dtype | None, typer.Option(help="all cases in one dtype", show_default="the grid's own")
     ] = None,
     kind: Annotated[list[Kind] | None, typer.Option(help="only these memories")] = None,
     aggregation: Annotated[
@@ -94,7 +94,7 @@ def check(
 @app.command()
 def train(
     config: Annotated[
-        Path | None, typer.Option(help="a run's YAML file  [default: a small Titans model]")
+        Path | None, typer.Option(help="a run's YAML file", show_default="a small Titans model")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
 
 from bench.report import Report, Row, command, machine
+from mc_core.config import ModelConfig
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
+from mc_core.footprint import flops_per_token, state_bytes
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
 from train.loop import evaluate as evaluate_text
@@ -26,6 +29,7 @@ from train.tasks.pictures import draw_depths, draw_recall
 from train.tasks.score import Answers, join, make_answer
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # of a cell
+OF_NEEDLES = ("depths", "haystack", "value", "corpus")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Options:
         depths: how many (niah).
         haystack: `noise` or `essay` (niah).
         value: `number` or `uuid` (niah).
+        corpus: files or folders, whose held-out share an `essay` is made of (niah).
     """
 
     task: str | None = None
@@ -49,6 +54,7 @@ class Options:
     depths: int | None = None
     haystack: str | None = None
     value: str | None = None
+    corpus: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Evaluation:
         cells: tokens and pairs (mqar), or tokens (niah), and the score.
         parts: tokens, and distance (mqar: at least so many tokens from key to query, and less than
             twice as many) or depth (niah: 0 to 1), and the score.
+        size: what the model takes for the longest test examples; see `size_of`.
     """
 
     task: str
@@ -73,6 +80,7 @@ class Evaluation:
     seed: int
     cells: list[dict[str, float]]
     parts: list[dict[str, float]]
+    size: dict[str, float]
     command: str = field(default_factory=command)
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -118,7 +126,7 @@ def evaluate(
         write_atomic(markdown, "\n".join(report.as_markdown() for report in reports).encode())
     if plot:
         draw = draw_recall if task == "mqar" else draw_depths
-        write_atomic(plot, draw(found.cells, found.parts, title))
+        write_atomic(plot, draw(found.cells, found.parts, f"{title}\n{size_line(found.size)}"))
     return found
 
 
@@ -129,8 +137,8 @@ def task_of(config: TrainConfig, options: Options) -> MQARConfig | NIAHConfig:
         UserError: an option has no meaning for the task, or a value is not allowed.
     """
     task = options.task or config.data.task
-    own = {"niah": ("depths", "haystack", "value")}.get(task, ())
-    for name in ("depths", "haystack", "value"):
+    own = OF_NEEDLES if task == "niah" else ()
+    for name in OF_NEEDLES:
         if getattr(options, name) is not None and name not in own:
             raise UserError(f"--{name}: has no meaning for --task {task}")
     changes = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
@@ -143,14 +151,42 @@ def task_of(config: TrainConfig, options: Options) -> MQARConfig | NIAHConfig:
             small = ((64, 4), (64, 8), (64, 16))
             data = MQARConfig(vocab_size=config.model.vocab_size, lengths=small)
         else:
-            data = NIAHConfig(tokenizer=config.tokenizer)
+            data = _needles_for(config)
         assert isinstance(data, MQARConfig | NIAHConfig)
         lengths: Any = _parse(options.lengths, task) if options.lengths else grid(data)
-        return dataclasses.replace(data, lengths=lengths, **changes)
+        data = dataclasses.replace(data, lengths=lengths, **changes)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"--task {task}: {error}") from error
+    if options.corpus and isinstance(data, NIAHConfig) and data.haystack != "essay":
+        raise UserError(f"--corpus: has no meaning for --haystack {data.haystack}")
+    return data
+
+
+def _needles_for(config: TrainConfig) -> NIAHConfig:
+    """Return the task for a run on something else: on text, with what that holds out."""
+    if not isinstance(config.data, TextConfig):
+        return NIAHConfig(tokenizer=config.tokenizer)
+    names = ("corpus", "tokenizer", "validation_fraction")
+    return NIAHConfig(**{name: getattr(config.data, name) for name in names})
+
+
+def size_of(
+    config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int
+) -> dict[str, float]:
+    """Return parameters, and what the longest example takes: its tokens, state bytes and FLOPs.
+
+    `state_bytes` is a stream's cache after so many `tokens`, all layers; `flops_per_token` is of
+    the forward pass, in the mean over them.
+    """
+    tokens = max(length[0] if isinstance(length, tuple) else length for length in data.lengths)
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "state_bytes": state_bytes(config, tokens),
+        "flops_per_token": flops_per_token(config, tokens),
+    }
 
 
 def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
@@ -216,7 +252,8 @@ def run_tests(
         ]
         cells, parts = _by_depth(data.lengths, answers)
     settings = dataclasses.asdict(data) | {"lengths": [*data.lengths]}
-    return Evaluation(data.task, settings, count, options.seed, cells, parts)
+    size = size_of(config.model, data, sum(leaf.size for leaf in jax.tree.leaves(params)))
+    return Evaluation(data.task, settings, count, options.seed, cells, parts, size)
 
 
 def _by_distance(lengths: Sequence[Length], answers: list[Answers]) -> tuple[list, list]:
@@ -258,14 +295,25 @@ def tables(found: Evaluation, title: str) -> list[Report]:
             f"{part[by]:.0f} to {2 * part[by] - 1:.0f}" if by == "distance" else f"{part[by]:.0%}"
         )
         row = maps.setdefault(part[by], {by: words})
-        row[f"{part['tokens']} tokens"] = 100 * part["accuracy"]
+        interval = f"{100 * part['low']:.0f}-{100 * part['high']:.0f}"
+        row[f"{part['tokens']} tokens"] = f"{100 * part['accuracy']:.3g} ({interval})"
     notes = [
-        f"{found.examples} test examples of a cell, seed {found.seed}; the 95% interval is Wilson's"
+        size_line(found.size),
+        f"{found.examples} test examples of a cell, seed {found.seed}",
+        "from, to, and in parentheses: Wilson's 95% interval",
     ]
     return [
         Report(title, rows, notes),
         Report(f"{title}: accuracy % by {by}", [*maps.values()], notes),
     ]
+
+
+def size_line(size: dict[str, float]) -> str:
+    """Return the size of a model in words."""
+    return (
+        f"{size['parameters']:,} parameters; after {size['tokens']:,} tokens a state of "
+        f"{size['state_bytes']:,} bytes; {size['flops_per_token'] / 1e3:,.3g} kFLOP a token"
+    )
 
 
 def _shown(score: dict[str, float], unit: str) -> Row:

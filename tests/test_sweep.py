@@ -169,7 +169,8 @@ def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
     (row,) = read_results(tmp_path / "sweep")
     config = load_config(tmp_path / "base.yaml", ["model.layer.aggregation=none"])
     assert row["overrides"] == {"model.layer.aggregation": "none"}
-    assert row["state_bytes"] == cache_footprint(config.model.layer, 12).total
+    assert row["state_tokens"] == 24  # of the longest test examples, as its accuracy
+    assert row["state_bytes"] == cache_footprint(config.model.layer, 24).total
     assert (row["width"], row["steps"], row["seed"]) == (8, 3, 0)
     assert row["rate"] == config.optimizer.learning_rate
     assert [(c["tokens"], c["pairs"]) for c in row["test"]] == [

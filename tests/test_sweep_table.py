@@ -1,6 +1,5 @@
 """What a sweep shows: labels, FLOPs, what was recorded, and the picture."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -9,15 +8,20 @@ import pytest
 from test_sweep import Trained, result, write
 from tiny import mc
 
+from mc_core.footprint import flops_per_token, state_bytes
 from train.sweep.config import SweepConfig, load_sweep, make_run, make_runs
+from train.sweep.labels import label
 from train.sweep.picture import Legend, Look, draw_sweep
+from train.sweep.plan import runs_of_row
 from train.sweep.recorded import read_recorded
 from train.sweep.results import key_of, read_file
-from train.sweep.table import for_terminal, label, make_table
+from train.sweep.run import longest
+from train.sweep.table import for_terminal, make_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "mqar"
 RECORDED = ROOT / "docs" / "evidence"
+MQAR = ("ablation", "defaults", "segments", "widths", "writes")
 CONFIG = SweepConfig(Path("x"), "y", rates=(0.1,))
 
 
@@ -115,6 +119,15 @@ def test_a_recorded_run_that_failed_is_an_empty_cell(tmp_path):
     assert recorded.notes == [f"recorded: no such rows are in {file}"]
 
 
+def test_a_table_says_what_its_runs_were_made_with():
+    """Finished runs stay what they were when a library is upgraded."""
+    old, new = ({"jax": number, "flax": "0.1"} for number in ("0.7", "0.8"))
+    rows = [result(0.1, versions=old), result(0.1, row="b", versions=new)]
+    notes = make_table("t", rows, CONFIG).notes
+    assert "runs: made with jax 0.7 flax 0.1; jax 0.8 flax 0.1" in notes
+    assert "runs: made with jax 0.8 flax 0.1" in make_table("t", rows[1:] * 2, CONFIG).notes
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -191,9 +204,11 @@ def test_the_recorded_evidence_has_every_row_of_the_slice(task):
     [
         ("mqar/sweep", "mqar"),
         ("mqar/seeds", "mqar"),
-        *((f"mqar/{name}", name) for name in ("writes", "segments", "widths", "ablation")),
+        *((f"mqar/{name}", name) for name in MQAR),
         ("niah/sweep", "niah"),
         ("text/sweep", "text"),
+        ("text/controls", "text_controls"),
+        ("text/steps", "text_steps"),
     ],
 )
 def test_what_is_recorded_is_what_the_shipped_sweep_would_find(sweep, record):
@@ -201,6 +216,10 @@ def test_what_is_recorded_is_what_the_shipped_sweep_would_find(sweep, record):
     config = load_sweep(ROOT / "configs" / f"{sweep}.yaml")
     found = {key_of(result): result for result in read_file(RECORDED / f"{record}.jsonl")}
     for runs in make_runs(config).values():
-        for first, seed in itertools.product(runs, config.seeds):
-            run = make_run(config, first.row, first.overrides, seed, first.rate)
+        tried = [found[run.key] for run in runs]
+        for run in [*runs, *runs_of_row(config, runs, tried)]:
             assert found[run.key]["fingerprint"] == run.fingerprint, run.name
+            model = run.config.model
+            size = {"state_bytes": state_bytes, "flops_per_token": flops_per_token}
+            for name, count in size.items():
+                assert found[run.key][name] == count(model, longest(run)), run.name

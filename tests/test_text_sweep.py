@@ -83,6 +83,25 @@ def test_gains_are_by_seed_and_position():
     np.testing.assert_allclose(parts, [[0.0, 0.5], [0.3, 0.6]])
 
 
+def test_rows_of_one_model_are_told_apart_by_what_differs():
+    """Names stay short: a terminal's table has no room for a folder's name."""
+    many = {"kind": "dla", "data.window": 32}
+    rows = by_row(
+        [
+            result("a", 0, 3.0, 2.0, model="dla", overrides=many | {"memory.step": 0.05}),
+            result("b", 0, 3.0, 2.0, model="dla", overrides=many | {"memory.step": 0.3}),
+            result("c", 0, 3.0, 2.0, model="dla", overrides=many, state_tokens=64),
+            result("d", 0, 3.0, 2.0, model="dla + grm", overrides=many),
+        ]
+    )
+    assert subject.models(rows) == {
+        "a": "dla step=0.05", "b": "dla step=0.3", "c": "dla", "d": "dla + grm",
+    }  # fmt: skip
+    assert subject.names(rows)["b"] == "dla step=0.3 at 32"
+    bare = rows["a"][0] | {"row": "e", "overrides": many}
+    assert subject.models(rows | {"e": [bare]})["e"] == "dla"
+
+
 def test_a_row_is_compared_with_its_own_kind_and_window():
     def row(name, cacheless, window, **overrides):
         return result(
@@ -122,6 +141,7 @@ def test_the_picture_shows_bits_and_what_caching_gains(monkeypatch):
     failed = {
         "row": "bad", "task": "text", "model": "bad", "cacheless": False, "error": "step 3: ...",
         "rate": 0.1, "seed": 0, "state_bytes": 1, "flops_per_token": 1.0, "state_tokens": 32,
+        "overrides": {},
     }  # fmt: skip
     assert draw_sweep("t", [*ROWS, failed]).startswith(b"\x89PNG")
     names = [(name, place) for _, name, place, _ in drawn.bands]

@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
 from train.sweep import text
+from train.sweep.labels import label
 from train.sweep.results import Result, is_text
-from train.sweep.table import by_row, label, score
+from train.sweep.table import by_row, score
 from train.tasks.pictures import png
 
 WIDTH, AGGREGATION, MODE = (
@@ -99,7 +100,9 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
             _draw_lines(left, lines, legend, "width", "model width")
         else:
             _draw_groups(left, lines, legend)
-        _draw_lines(right, lines, legend, "state_bytes", "KiB of a stream's state", unit=1024)
+        tokens = max(result["state_tokens"] for points in lines.values() for result, _ in points)
+        words = f"KiB of a stream's state after {tokens} tokens"
+        _draw_lines(right, lines, legend, "state_bytes", words, unit=1024)
         handles = list(legend.handles())
         figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
     left.set(ylabel="accuracy", ylim=(-0.02, 1.02))

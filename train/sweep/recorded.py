@@ -1,5 +1,6 @@
 """The results of an earlier sweep, to stand beside those of this one."""
 
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from mc_core.errors import UserError
 from train.config import TextConfig
 from train.sweep.config import Run, SweepConfig
 from train.sweep.plan import runs_of_row
-from train.sweep.results import Result, key_of, read_file
+from train.sweep.results import Result, key_of, made_with, read_file
 
 NEEDED = ("fingerprint", "accuracy", "loss", "test")
 
@@ -60,7 +61,8 @@ def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) 
         if any(found[run.key].get("fingerprint") != run.fingerprint for run in chosen):
             other.append(row)
     what = "accuracy of the runs with these rates and seeds" if rows else "no such rows are"
-    notes = [f"recorded: {what} in {path}"]
+    versions = f", {made_with([*chain(*rows.values())])}" if rows else ""
+    notes = [f"recorded: {what} in {path}{versions}"]
     if other:
         notes.append(f"recorded with another configuration: {'; '.join(other)}")
     return Recorded(rows, notes)

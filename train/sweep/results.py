@@ -50,6 +50,16 @@ def key_of(result: Result) -> Key:
     return result["row"], result["seed"], result["rate"]
 
 
+def made_with(results: Sequence[Result]) -> str:
+    """Return the versions that runs were made with, which may not be those of today."""
+    made = dict.fromkeys(
+        " ".join(f"{name} {number}" for name, number in result["versions"].items())
+        for result in results
+        if "versions" in result
+    )
+    return f"made with {'; '.join(made)}" if made else "made with unknown versions"
+
+
 class Results:
     """Reads, and appends to, the results of a sweep; each is on the disk when `add` returns.
 

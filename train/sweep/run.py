@@ -12,7 +12,7 @@ from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
 from train.checkpoint import load_run
-from train.config import DataConfig, TextConfig
+from train.config import TextConfig
 from train.loop import train
 from train.step import split
 from train.sweep import text
@@ -114,7 +114,7 @@ def do(run: Run) -> Result:
     """
     start = time.monotonic()
     config = run.config
-    tokens = longest(config.data)
+    tokens = longest(run)
     result: Result = {
         "row": run.row,
         "overrides": run.overrides,
@@ -145,11 +145,13 @@ def do(run: Run) -> Result:
     }
 
 
-def longest(data: DataConfig) -> int:
-    """Return the tokens of a window of text, or of the longest training example."""
+def longest(run: Run) -> int:
+    """Return the tokens of a window of text, or of the longest test example."""
+    data = run.config.data
     if isinstance(data, TextConfig):
         return data.window
-    return max(size[0] if isinstance(size, tuple) else size for size in data.lengths)
+    tested = task_of(run.config, Options(examples=run.examples)).lengths
+    return max(size[0] if isinstance(size, tuple) else size for size in tested)
 
 
 def recall_outcome(run: Run, report: RecallReport) -> Result:

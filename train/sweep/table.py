@@ -1,8 +1,6 @@
 """What a sweep found, as a table."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -10,8 +8,9 @@ from rich.table import Table
 from bench.report import Report, Row
 from train.sweep import text
 from train.sweep.config import SweepConfig
+from train.sweep.labels import label
 from train.sweep.recorded import Recorded
-from train.sweep.results import Result, is_text
+from train.sweep.results import Result, is_text, made_with
 from train.tasks.score import wilson
 
 RULE = (
@@ -38,22 +37,6 @@ def score(results: Sequence[Result]) -> dict[str, float]:
     right, asked = (sum(cell[name] for cell in cells) for name in ("right", "asked"))
     low, high = wilson(int(right), int(asked))
     return {"accuracy": right / asked, "low": low, "high": high}
-
-
-def label(result: Result, *without: str) -> str:
-    """Return the values of a row's overrides, but those of some keys.
-
-    Words stand alone; another value says nothing without its key's last word.
-    """
-    given = {key: value for key, value in result["overrides"].items() if key not in without}
-    return " ".join(_shown(key, value) for key, value in given.items()) or "base"
-
-
-def _shown(key: str, value: Any) -> str:
-    words = [value] if isinstance(value, str) else value
-    if isinstance(words, list) and all(isinstance(word, str) for word in words):
-        return "+".join(words)
-    return f"{key.rpartition('.')[2]}={value if isinstance(value, float) else json.dumps(value)}"
 
 
 def make_table(
@@ -83,6 +66,7 @@ def make_table(
     notes.append(
         f"kFLOP, MFLOP: products of the forward pass, a token, in the mean over {tokens} tokens"
     )
+    notes.append(f"runs: {made_with(results)}")
     return Report(title, rows, [*notes, *(recorded.notes if recorded else ())])
 
 

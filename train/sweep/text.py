@@ -12,7 +12,8 @@ from bench.report import Report, Row
 from train.config import TrainConfig
 from train.report import Report as TextReport
 from train.sweep.config import SweepConfig
-from train.sweep.results import Result
+from train.sweep.labels import shown
+from train.sweep.results import Result, made_with
 from train.tasks.pictures import png
 
 Rows = Mapping[str, Sequence[Result]]  # the results of each row, a seed each
@@ -96,10 +97,29 @@ def bits(own: Sequence[Result]) -> np.ndarray:
     return np.array([[bucket["bits"] for bucket in result["positions"]] for result in own])
 
 
+def models(rows: Rows) -> dict[str, str]:
+    """Return a name for each row's model, `titans + grm`.
+
+    Rows of one name and one window have the overrides, too, that tell them apart.
+    """
+    same: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row, own in rows.items():
+        key = (own[0]["model"], own[0]["state_tokens"])
+        same.setdefault(key, {})[row] = own[0]["overrides"]
+    made = {}
+    for (model, _), overrides in same.items():
+        keys = dict.fromkeys(key for given in overrides.values() for key in given)
+        differ = [k for k in keys if len({repr(given.get(k)) for given in overrides.values()}) > 1]
+        for row, given in overrides.items():
+            made[row] = " ".join([model, *(shown(k, given[k]) for k in differ if k in given)])
+    return made
+
+
 def names(rows: Rows) -> dict[str, str]:
-    """Return a name for each row, `titans + grm at 512`, where that tells all rows apart."""
-    made = {row: f"{own[0]['model']} at {own[0]['state_tokens']}" for row, own in rows.items()}
-    return made if len(set(made.values())) == len(rows) else {row: row for row in rows}
+    """Return a name for each row, `titans + grm at 512`."""
+    return {
+        row: f"{model} at {rows[row][0]['state_tokens']}" for row, model in models(rows).items()
+    }
 
 
 def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> Report:
@@ -109,10 +129,10 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
     a wide table; without them a note tells the parameters.
     """
     good = _good(rows)
-    shown = names(rows)
+    name_of = names(rows)
     lines: list[Row] = []
     for row, own in rows.items():
-        line: Row = {"row": shown[row]}
+        line: Row = {"row": name_of[row]}
         if cells:
             line |= {"rate": f"{own[0]['rate']:g}", "seeds": len(good.get(row, ()))}
         if row in good:
@@ -137,6 +157,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
         notes.append(
             f"columns of positions: bits a {' or '.join(sorted(units))} at those positions"
         )
+    notes.append(f"runs: {made_with([result for own in rows.values() for result in own])}")
     if len({own[0]["validation_sha256"] for own in good.values()}) > 1:
         notes.append("the rows were scored on different texts: only gains compare like with like")
     return Report(title, lines, notes)
@@ -182,22 +203,20 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     right.axhline(0.0, color="0.4", linewidth=0.8)
-    shown = names(good)
-    models, windows = (
-        [*dict.fromkeys(own[0][key] for own in good.values())] for key in ("model", "state_tokens")
-    )
-    unique = any(row != name for row, name in shown.items())
-    for number, (row, own) in enumerate(good.items()):
+    model_of, name_of = models(good), names(good)
+    colours = [*dict.fromkeys(model_of[row] for row in good)]
+    windows = [*dict.fromkeys(own[0]["state_tokens"] for own in good.values())]
+    for row, own in good.items():
         place = [(bucket["start"] + bucket["end"]) / 2 for bucket in own[0]["positions"]]
-        colour = models.index(own[0]["model"]) if unique else number
+        colour = colours.index(model_of[row])
         style = STYLES[windows.index(own[0]["state_tokens"]) % len(STYLES)]
         look = {"color": f"C{colour % 10}", "linestyle": style}
-        _band(left, place, bits(own), look, shown[row])
+        _band(left, place, bits(own), look, name_of[row])
         other = twin(own, good)
         if other:
             _, parts = gains(own, other)
             if len(parts):
-                _band(right, place, parts, look, shown[row])
+                _band(right, place, parts, look, name_of[row])
     units = " or ".join(sorted({own[0]["unit"] for own in good.values()})) or "token"
     left.set(ylabel=f"bits a {units}", title="validation text")
     right.set(ylabel=f"bits a {units}", title="fewer than without caching")

@@ -76,7 +76,8 @@ class DLAConfig(Plain):
 
     `W_t = α_t W_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`. `inner_clip` bounds each token's gradient in
     each layer; None is the paper's recurrence. `norm="layer"` reads `x + LN(z)`, whatever
-    `residual` says. Writes of a chunk add up at one memory: shorter chunks take larger steps.
+    `residual` says. Writes of a chunk add up at one memory, and a narrow memory (`expansion=1`) in
+    short chunks takes larger steps than the default.
     """
 
     kind: ClassVar[str] = "dla"
@@ -103,7 +104,7 @@ class TitansConfig(Plain):
     """MLP memory trained by gradient steps with momentum on the L2 loss (equations 34 and 35).
 
     `S_t = β_t S_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`, `W_t = α_t W_{t-1} + S_t`; `momentum` is β.
-    Options as in `DLAConfig`; `step` is for chunks of 64.
+    Options as in `DLAConfig`.
     """
 
     kind: ClassVar[str] = "titans"

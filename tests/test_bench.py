@@ -14,7 +14,7 @@ from tiny import mc, write_config
 from bench import devices, jax_layers, layer, memory, peers, scaling
 from bench.ceilings import Ceilings
 from bench.count import count_flops
-from bench.report import Report
+from bench.report import SETTINGS, Report
 from bench.timing import Subject, Timing, alternate, ratio
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.errors import UserError
@@ -181,9 +181,12 @@ def test_layers_are_measured_and_written(monkeypatch, tmp_path, capsys):
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--batch", 1, "--runs", 0]
     for name, path in files.items():
         options += [f"--{name}", path]
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert mc(monkeypatch, "bench", "layer", "--kind", "swla", *options) == 0
     written = json.loads(files["json"].read_text())
-    assert written["command"].startswith("mc bench layer --kind swla --tokens 8")
+    assert written["command"].startswith("OMP_NUM_THREADS=1 mc bench layer --kind swla --tokens 8")
     (row,) = written["rows"]
     assert row["MiB"] > 0
     assert row["compile s"] > 0

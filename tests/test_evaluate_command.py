@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,7 +133,16 @@ def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkey
         assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
 
 
-def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path, monkeypatch):
+def test_help_says_what_an_option_is_without_being_named(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert mc(monkeypatch, "evaluate", "--help") == 0
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    out = " ".join(plain.split())
+    for words in ("the run's", "to twice the run's", "mqar 500, niah 20", "40"):
+        assert f"[default: ({words})]" in out
+
+
+def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path):
     """A run on text has trained on the rest of it; files have words of their own."""
     config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
     corpus = tuple(config.data.corpus)

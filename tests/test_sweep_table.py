@@ -9,6 +9,7 @@ from test_sweep import Trained, result, write
 from tiny import mc
 
 from mc_core.footprint import flops_per_token, state_bytes
+from train.sweep import picture
 from train.sweep.config import SweepConfig, load_sweep, make_run, make_runs
 from train.sweep.labels import label
 from train.sweep.picture import Legend, Look, draw_sweep
@@ -174,6 +175,13 @@ def test_pictures_of_one_width_and_of_several(widths):
     failed = result(0.1, row="z", error="step 2: a NaN")
     assert draw_sweep("t", [*rows, failed]).startswith(b"\x89PNG")
     assert draw_sweep("t", [failed]).startswith(b"\x89PNG")
+
+
+def test_a_picture_says_after_how_many_tokens_a_state_is_measured(monkeypatch):
+    monkeypatch.setattr(picture, "png", lambda figure: figure)
+    figure = draw_sweep("t", [result(0.1, state_tokens=24), result(0.1, row="b", state_tokens=48)])
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == ["aggregation", "KiB of a stream's state after 48 tokens"]
 
 
 @pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])

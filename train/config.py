@@ -58,6 +58,11 @@ class TextConfig:
         return self.window
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that an example predicts, as each has the same number."""
+        return self.window
+
+    @property
     def min_vocab_size(self) -> int:
         """The smallest `model.vocab_size` that can read the text, as far as it is known."""
         return 256 if self.tokenizer == "bytes" else 1

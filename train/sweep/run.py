@@ -149,9 +149,8 @@ def longest(run: Run) -> int:
     """Return the tokens of a window of text, or of the longest test example."""
     data = run.config.data
     if isinstance(data, TextConfig):
-        return data.window
-    tested = task_of(run.config, Options(examples=run.examples)).lengths
-    return max(size[0] if isinstance(size, tuple) else size for size in tested)
+        return data.max_tokens
+    return task_of(run.config, Options(examples=run.examples)).max_tokens
 
 
 def recall_outcome(run: Run, report: RecallReport) -> Result:

@@ -63,6 +63,11 @@ class MQARConfig:
         return sum(tokens for tokens, _ in self.lengths) / len(self.lengths)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest example."""
+        return max(tokens for tokens, _ in self.lengths)
+
+    @property
     def min_vocab_size(self) -> int:
         """The smallest `model.vocab_size` that can read the examples."""
         return self.vocab_size
@@ -116,6 +121,11 @@ class NIAHConfig:
     def mean_tokens(self) -> float:
         """Tokens of an example, mean over the lengths."""
         return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest example."""
+        return max(self.lengths)
 
     @property
     def min_vocab_size(self) -> int:

@@ -180,7 +180,7 @@ def size_of(
     `state_bytes` is a stream's cache after so many `tokens`, all layers; `flops_per_token` is of
     the forward pass, in the mean over them.
     """
-    tokens = max(length[0] if isinstance(length, tuple) else length for length in data.lengths)
+    tokens = data.max_tokens
     return {
         "parameters": parameters,
         "tokens": tokens,

@@ -73,6 +73,19 @@ class Case(NamedTuple):
         """Change fields of the configuration."""
         return self._replace(config=MCConfig(**{**vars(self.config), **options}))
 
+    def closing(self) -> "Case":
+        """Let what is kept of the past be 0 at some tokens, and next to nothing at others."""
+        at = self.coefficients
+        token = np.arange(self.tokens)[:, None]
+
+        def close(x: Array | None) -> Array | None:
+            if x is None:
+                return None
+            return np.where(token % 5 == 2, 0.0, np.where(token % 3 == 0, 0.01, x))
+
+        kept = {"retention": close(at.retention), "momentum": close(at.momentum)}
+        return self._replace(coefficients=at._replace(**kept))
+
     def each(self, change: Any) -> "Case":
         """Change every input that has tokens, [b, t, h, ...]."""
         return self._replace(

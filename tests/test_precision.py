@@ -55,6 +55,18 @@ def test_float32_is_close_to_float64(memory, method):
     assert_close(result.cache, expected.cache, 2e-6, name="cache")
 
 
+@every_memory
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_float32_is_close_to_float64_where_the_past_is_let_go(memory, framework):
+    """Small factors have large logarithms, and what follows them in a chunk must not suffer."""
+    case = long_case(memory, segment_size=64, chunk_size=64).closing()
+    if framework == "jax":
+        output = run(case, "chunked", jnp.float32).output
+    else:
+        output = torch_subject.run(case, "chunked", torch.float32).output.numpy()
+    assert_close(output, exact(case).output, 2e-6, name="output")
+
+
 @pytest.mark.parametrize("memory", ["swla", "titans"])
 def test_float32_gradients_are_close_to_float64(memory):
     case = long_case(memory)

@@ -134,6 +134,14 @@ def test_edges_of_segments(memory, mode, options):
     check(make_case(memory, "grm", state_init_mode=mode, **options))
 
 
+@pytest.mark.parametrize("memory", MAIN)
+def test_a_past_that_is_let_go(memory):
+    """Retention and momentum of 0 and next to it: values, and gradients by them, too."""
+    case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
+    check(case)
+    assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
+
+
 # Each memory and each aggregation, at the least expense; all pairs are among the slow ones.
 QUICK = (
     ("linear", "residual"),

@@ -74,6 +74,14 @@ def test_ties_go_to_the_earlier_segment():
     assert (run(case).gates[:, -1] > 0).sum(1).tolist() == [[2, 2, 0, 0, 0, 0, 2]] * 2
 
 
+@pytest.mark.parametrize("memory", MAIN)
+def test_a_past_that_is_let_go(memory):
+    """Retention and momentum of 0 and next to it: values, and gradients by them, too."""
+    case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
+    check(case)
+    assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
+
+
 def check_gradients(memory, aggregation, options):
     case = make_case(memory, aggregation, **options)
     results = [gradients(case, method) for method in METHODS]

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from mc_core.config import MemoryConfig
-from mc_torch.numerics import Array, maximum, product, running_sum
+from mc_torch.numerics import Array, product, running_sum
 
 Weights = tuple[Array, ...]  # first layer first, each [..., h, o, i]
 Apply = Callable[[int, Array], Array]  # (layer, a [..., h, c, i]) -> z [..., h, c, o]
@@ -117,12 +117,14 @@ def decay_products(x: Array) -> Array:
         which event 0 stands before the chunk; 0 where the event comes after t.
     """
     c = x.shape[-1]
-    logs = torch.log(maximum(x, torch.finfo(x.dtype).tiny))
-    total = running_sum(logs[..., None])[..., 0]
-    before = torch.cat([torch.zeros_like(total[..., :1]), total], dim=-1)
-    gap = total[..., :, None] - before[..., None, :]
+    # With a floor that is added, a factor of 0 has the gradient that it should.
+    logs = torch.log(x + torch.finfo(x.dtype).tiny ** 0.75)
+    # Each event sums its own tokens. Differences of one sum from the chunk's start would carry the
+    # errors of all that came before the event, which are large where a factor is small.
+    after = torch.ones(c, c + 1, dtype=torch.bool, device=x.device).tril()
+    total = running_sum(torch.where(after, logs[..., None], 0.0))
     causal = torch.ones(c, c + 1, dtype=torch.bool, device=x.device).tril(1)
-    return torch.exp(torch.where(causal, gap, -torch.inf))
+    return torch.exp(torch.where(causal, total, -torch.inf))
 
 
 def mask_coefficients(at: Coefficients, written: Array) -> Coefficients:

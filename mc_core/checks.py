@@ -78,6 +78,23 @@ def check_range(
         fail(type(config).__name__, field, value, allowed)
 
 
+def check_flags(name: str, x: Any, shape: Collection[int]) -> None:
+    """Hold an array of either framework to be bool and of a shape; None is fine.
+
+    Numbers are refused: of an integer, `~` is not the opposite.
+
+    Raises:
+        ValueError: names what it is and must be.
+    """
+    if x is None:
+        return
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype != "bool" or tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and dtype {dtype}: must be {tuple(shape)} and bool"
+        )
+
+
 def check_keys(
     owner: str, data: object, allowed: Collection[str], required: Collection[str]
 ) -> None:

@@ -9,7 +9,7 @@ from mc_core.plain import Plain
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
 GATES = ("context", "token")
-SEGMENTATIONS = ("constant", "logarithmic", "fenwick")
+SEGMENTATIONS = ("constant", "logarithmic")
 START_MODES = ("checkpoint", "restart")
 COEFFICIENTS = ("constant", "head", "token")
 MIXERS = ("memory", "attention", "window")
@@ -220,10 +220,6 @@ class MCConfig(Plain):
         check_choice(self, "gate", GATES)
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
-        if self.segmentation == "fenwick":
-            fail(
-                "MCConfig", "segmentation", "fenwick", "'constant' or 'logarithmic' in this version"
-            )
         if self.d_model % self.num_heads:
             fail("MCConfig", "d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}")
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from mc_core.config import MCConfig
 
+NO_STREAM = -1  # limit of a cache whose segments are not those of a stream
+
 
 def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> tuple[int, ...]:
     """Return the segments' lengths, in order, that cover `tokens` tokens.
@@ -50,6 +52,7 @@ class Plan:
         last_chunk: [n] the flat chunk that holds each segment's last token.
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
         full_length: tokens of the last segment when it is complete.
+        streams: whether a stream's segments are cut so, whose next token may follow.
     """
 
     lengths: tuple[int, ...]
@@ -59,6 +62,12 @@ class Plan:
     last_chunk: np.ndarray
     restarts: np.ndarray
     full_length: int
+    streams: bool
+
+    @property
+    def limit(self) -> int:
+        """The `limit` of a cache after all tokens; NO_STREAM where none may follow."""
+        return self.tokens if self.streams else NO_STREAM
 
     @property
     def tokens(self) -> int:
@@ -123,8 +132,7 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
     Raises:
         ValueError: the lengths are not positive or do not add up to `tokens`.
     """
-    # A segment of constant size goes on with the next token; others end where they are cut.
-    grows = lengths is None and config.segmentation == "constant"
+    constant = segment_lengths(tokens, "constant", config.segment_size)
     if lengths is None:
         lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
     lengths = tuple(int(length) for length in lengths)
@@ -132,6 +140,8 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         raise ValueError(
             f"segment_lengths = {list(lengths)}: must be positive and add up to {tokens} tokens"
         )
+    # A segment of constant size goes on with the next token; others end where they are cut.
+    streams = config.segmentation == "constant" and lengths == constant
     size = min(config.chunk_size, max(lengths))
     counts = [-(-length // size) for length in lengths]
     restart = config.state_init_mode == "restart"
@@ -154,7 +164,8 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         index=index.reshape(-1),
         last_chunk=first + np.asarray(counts) - 1,
         restarts=restarts.reshape(rows, chunks),
-        full_length=config.segment_size if grows else lengths[-1],
+        full_length=config.segment_size if streams else lengths[-1],
+        streams=streams,
     )
 
 
@@ -167,5 +178,5 @@ def check_streams(config: MCConfig) -> None:
     if config.segmentation == "logarithmic":
         raise ValueError(
             "segmentation = 'logarithmic': its cuts depend on the total length, so it cannot "
-            "stream: use 'constant'; 'fenwick' cuts by powers of two and will stream too"
+            "stream: use 'constant'"
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mc_core.config import AttentionConfig, MCConfig
-from mc_core.segmentation import Plan, check_streams
+from mc_core.segmentation import NO_STREAM, Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.host import move_to_host, on_host, put
 from mc_jax.numerics import Array, Dtype, state_dtype
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
     length: Array  # its real tokens, int32 [b]
     slot: Array  # which segment it is, int32 [b]
     position: Array  # tokens so far, masked ones included, int32 [b]
-    limit: Array  # tokens that there is room for, int32 []
+    limit: Array  # tokens that there is room for, int32 []; NO_STREAM where none may follow
     conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
 
     @property
@@ -187,9 +187,12 @@ def check_growth(cache: AnyCache, max_tokens: int) -> None:
     """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
 
     Raises:
-        ValueError: names both.
+        ValueError: names both, or the segments are not those of a stream.
     """
-    if not is_traced(cache.limit) and max_tokens < int(cache.limit):
+    if is_traced(cache.limit):
+        return
+    check_goes_on(cache)
+    if max_tokens < int(cache.limit):
         raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
 
 
@@ -201,10 +204,11 @@ def check_room(cache: AnyCache, tokens: int | Array) -> None:
         tokens: to come, for all rows or [b].
 
     Raises:
-        ValueError: names the position, and what to do.
+        ValueError: names the position, and what to do, or the segments are not those of a stream.
     """
     if is_traced(cache.position) or is_traced(tokens):
         return
+    check_goes_on(cache)
     position, limit = np.asarray(cache.position), int(cache.limit)
     ahead = int(np.max(position + np.asarray(tokens)))
     if ahead > limit:
@@ -214,16 +218,39 @@ def check_room(cache: AnyCache, tokens: int | Array) -> None:
         )
 
 
-def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) -> None:
-    """Refuse tokens [b, t, d] of another shape than the streams' next ones have.
+def check_goes_on(cache: AnyCache) -> None:
+    """Refuse a cache whose segments `segment_lengths` cut: the next token's is not known.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: says so.
     """
-    batch = cache.position.shape[0]
-    if x.ndim != 3 or x.shape[0] != batch or x.shape[-1] != config.d_model:
+    if int(cache.limit) == NO_STREAM:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as cache"
+            "cache: its segments were cut by segment_lengths, not by the configuration: it cannot "
+            "go on as a stream"
+        )
+
+
+def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) -> None:
+    """Refuse a cache of another layer, and tokens [b, t, d] that its streams cannot go on with.
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    kind = Cache if isinstance(config, MCConfig) else KVCache
+    if not isinstance(cache, kind):
+        raise ValueError(f"cache is a {type(cache).__name__}: must be the layer's {kind.__name__}")
+    heads = cache.pool.shape[1:] if isinstance(cache, Cache) else cache.keys.shape[2:]
+    if tuple(heads) != (config.num_heads, config.head_dim):
+        raise ValueError(
+            f"cache has {heads[0]} heads of width {heads[1]}: must have {config.num_heads} of "
+            f"{config.head_dim}, as the layer"
+        )
+    batch = cache.position.shape[0]
+    if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "
+            "cache, t >= 1"
         )
 
 

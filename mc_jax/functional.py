@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mc_core.checks import check_flags
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
@@ -169,7 +170,7 @@ def _run_chunks(
         length=length,
         slot=jnp.full_like(length, plan.segments - 1),
         position=jnp.full_like(length, plan.tokens),
-        limit=jnp.asarray(plan.tokens, jnp.int32),
+        limit=jnp.asarray(plan.limit, jnp.int32),
     )
     inner = None
     if inspect:
@@ -220,8 +221,7 @@ def _check(
     shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:
         shapes["u"] = (u, q.shape)
-    if mask is not None:
-        shapes["mask"] = (mask, (b, t))
+    check_flags("mask", mask, (b, t))
     memory = config.memory
     needed = {"step", "retention"}
     needed |= {"momentum"} if memory.kind == "titans" else set()

@@ -144,7 +144,7 @@ class MemoryCachingLayer(Mixer):
         raise: past the cache's limit its output is NaN.
 
         Args:
-            x: [b, t, d], any number of tokens.
+            x: [b, t, d], one token or more.
             cache: the stream so far, from `init_cache`, `extend` or `forward_with_cache`.
             mask: bool [b, t], True = a real token; a masked one still takes its position.
             padding: bool [b, t], True where a row has no token at all: each row gives what it gives
@@ -179,7 +179,7 @@ class MemoryCachingLayer(Mixer):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        self._check(x)
+        self._check(x, mask)
         whole = partial(
             memory_caching,
             config=self.config,

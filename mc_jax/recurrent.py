@@ -65,7 +65,7 @@ def run_tokens(
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)
 
-    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.tokens, total=False)
+    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.limit, total=False)
     cache, (output, gates) = jax.lax.scan(step, cache, each)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)

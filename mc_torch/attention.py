@@ -55,7 +55,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        self._check(x)
+        self._check(x, mask)
         at = align(torch.arange(x.shape[1], device=x.device), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -127,7 +127,7 @@ class AttentionLayer(Mixer):
         position. A compiled program cannot raise: past the cache's limit its output is NaN.
 
         Args:
-            x: [b, t, d], any number of tokens.
+            x: [b, t, d], one token or more.
             cache: the stream so far, from `init_cache` or `extend`.
             mask: bool [b, t], True = a real token; a masked one still takes its position.
             padding: bool [b, t], True where a row has no token at all: each row gives what it gives

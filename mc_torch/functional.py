@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from mc_core.checks import check_flags
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.aggregate import read_all
@@ -167,7 +168,7 @@ def _run_chunks(
         length=length,
         slot=torch.full_like(length, plan.segments - 1),
         position=torch.full_like(length, plan.tokens),
-        limit=torch.full((), plan.tokens, dtype=torch.int32, device=q.device),
+        limit=torch.full((), plan.limit, dtype=torch.int32, device=q.device),
     )
     inner = None
     if inspect:
@@ -218,8 +219,7 @@ def _check(
     shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:
         shapes["u"] = (u, q.shape)
-    if mask is not None:
-        shapes["mask"] = (mask, (b, t))
+    check_flags("mask", mask, (b, t))
     memory = config.memory
     needed = {"step", "retention"}
     needed |= {"momentum"} if memory.kind == "titans" else set()

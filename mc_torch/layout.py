@@ -30,6 +30,7 @@ class Plan:
     segments: int
     lengths: tuple[int, ...]  # tokens of each segment
     full_length: int  # tokens of the last segment when it is complete
+    limit: int  # of a cache after all tokens
     rows: int
     chunk_size: int
     index: Index  # [rows * chunks * chunk_size] the token at each place
@@ -78,6 +79,7 @@ def _make_plan(
         segments=plan.segments,
         lengths=plan.lengths,
         full_length=plan.full_length,
+        limit=plan.limit,
         rows=plan.rows,
         chunk_size=plan.chunk_size,
         index=places(plan.index, tokens),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mc_core.checks import check_flags
 from mc_core.config import AttentionConfig, MCConfig
 from mc_torch.backends import Weights
 from mc_torch.cache import Cache, KVCache, check_room
@@ -61,9 +62,10 @@ class Mixer(nn.Module, Pretrained):
             shape = config.num_heads, config.head_dim
             self.output_norm = RMSNorm(*shape, device=device, dtype=dtype)
 
-    def _check(self, x: Array) -> None:
+    def _check(self, x: Array, mask: Array | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.config.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {self.config.d_model}]")
+        check_flags("mask", mask, x.shape[:2])
 
     def _start_conv(self, batch: int) -> Weights:
         """Return the `conv` of a cache before the first token."""
@@ -131,8 +133,10 @@ def extend_rows(
         the outputs, at the places of their tokens, and the cache after them.
 
     Raises:
-        ValueError: the cache has no room for the tokens.
+        ValueError: the cache has no room for the tokens, or a mask or padding does not fit them.
     """
+    check_flags("mask", mask, x.shape[:2])
+    check_flags("padding", padding, x.shape[:2])
     first = cache if isinstance(cache, Cache | KVCache) else cache[0]
     if padding is None:
         check_room(first, x.shape[1])

@@ -198,10 +198,12 @@ class LanguageModel(nn.Module, Pretrained):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
+        if len(cache) != len(self.blocks):
+            raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
         batch = cache[0].position.shape[0]
-        if tokens.ndim != 2 or tokens.shape[0] != batch:
+        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
             shape = tuple(tokens.shape)
-            raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache")
+            raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
         return extend_rows(self._extend, tokens, cache, mask, padding)
 
     def _extend(

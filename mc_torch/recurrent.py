@@ -58,7 +58,7 @@ def run_tokens(
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = unstack(tokens, dim=1)
     where = zip(plan.segment_of, plan.opens_segment, plan.opens_chunk, strict=True)
-    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.tokens, total=False)
+    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.limit, total=False)
     reads = []
     for here, there in zip(by_token, where, strict=True):
         cache, read = run_token(memory, config, start, cache, Token._make((*here, *there)))

@@ -211,9 +211,9 @@ def test_no_room():
 
 def test_what_cannot_stream():
     module, x = layer(segmentation="logarithmic")
-    with pytest.raises(ValueError, match=r"logarithmic.*'constant'.*'fenwick'"):
+    with pytest.raises(ValueError, match=r"logarithmic.*'constant'"):
         module.init_cache(2, 8)
-    with pytest.raises(ValueError, match=r"logarithmic.*'fenwick'"):
+    with pytest.raises(ValueError, match=r"logarithmic.*'constant'"):
         module.extend(jnp.asarray(x), module.forward_with_cache(jnp.asarray(x))[1])
 
 

@@ -11,7 +11,7 @@ from mc_core.config import AttentionConfig, MCConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import Cache, KVCache, check_room
 from mc_jax.grid import make_packing, pack, unpack
-from mc_jax.modules import RMSNorm, ShortConv, split_heads
+from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
 from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.pretrained import Pretrained
 
@@ -42,8 +42,8 @@ class Mixer(nnx.Module, Pretrained):
         self.dtype = dtype
         d, width = config.d_model, config.conv_width
 
-        def linear() -> nnx.Linear:
-            return nnx.Linear(d, d, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        def linear() -> Linear:
+            return Linear(d, d, rngs=rngs, param_dtype=param_dtype)
 
         # A seed's draws follow this order.
         self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()

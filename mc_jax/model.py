@@ -12,7 +12,7 @@ from mc_jax.cache import AnyCache
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.mixer import extend_rows
-from mc_jax.modules import RMSNorm
+from mc_jax.modules import Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 from mc_jax.pretrained import Pretrained
 
@@ -20,17 +20,11 @@ from mc_jax.pretrained import Pretrained
 class SwiGLU(nnx.Module):
     """Gated feed-forward `W_down (silu(W_gate x) * W_up x)`."""
 
-    def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Dtype = None, param_dtype: Dtype
-    ):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Dtype):
         d, f = config.layer.d_model, config.ffn_dim
-
-        def linear(into: int, out: int) -> nnx.Linear:
-            return nnx.Linear(
-                into, out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)
+        self.gate_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
+        self.up_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
+        self.down_proj = Linear(f, d, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x: Array) -> Array:
         """Transform each token of [b, t, d] by itself."""
@@ -64,7 +58,7 @@ class Block(nnx.Module):
         self.mixer = kind(layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
-            self.ffn = SwiGLU(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+            self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Mix and transform tokens [b, t, d]; `mask` is bool [b, t]."""
@@ -127,14 +121,7 @@ class LanguageModel(nnx.Module, Pretrained):
         )
         self.norm = RMSNorm(d, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.head = nnx.Linear(
-                d,
-                config.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+            self.head = Linear(d, config.vocab_size, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None

@@ -13,6 +13,18 @@ from mc_jax.numerics import Array, Dtype, align, product, rms_norm, state_dtype
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
 
 
+class Linear(nnx.Module):
+    """`x W` without bias, in the dtype of x; starts as Flax's (LeCun's truncated normal)."""
+
+    def __init__(self, into: int, out: int, *, rngs: nnx.Rngs, param_dtype: Dtype):
+        draw = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(draw(rngs.params(), (into, out), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """Map [..., into] to [..., out]."""
+        return x @ self.kernel[...].astype(x.dtype)
+
+
 class Coefficient(nnx.Module):
     """One write coefficient: constant, or a sigmoid of a head's bias or of the token (section 2).
 

@@ -18,8 +18,6 @@ TORCH_ONLY = {
     "numerics.py": {"compute_dtype", "maximum", "remat", "tree_map", "unstack"},
     # The plan's index arrays lie on a device, and are built outside of a compiled graph.
     "layout.py": {"Index", "Plan", "make_plan"},
-    # Flax has a linear map that casts its kernel; PyTorch's refuses mixed dtypes.
-    "modules.py": {"Linear"},
     "pretrained.py": {"Flat"},
 }
 JAX_ONLY = {

@@ -13,8 +13,8 @@ from cases import MAIN, Case, assert_close, make_case, rms
 from flax import nnx
 from subject import arrays, call, projected, run
 
-from mc_core import MCConfig, TitansConfig
-from mc_jax import MemoryCachingLayer
+from mc_core import AttentionConfig, MCConfig, TitansConfig
+from mc_jax import AttentionLayer, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("strict")
 AGGREGATION = dict(zip(MAIN, ("ssc", "residual", "soup", "grm"), strict=True))
@@ -127,6 +127,20 @@ def test_decay_products_keep_their_precision_over_a_chunk():
     result = run(zero, dtype=jnp.bfloat16)
     expected = case.initial[0].astype(np.float32) * 0.9995**256
     assert_close(np.asarray(result.cache.state.weights[0])[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (MemoryCachingLayer, MCConfig(16, 2, TitansConfig(), segment_size=16, conv_width=4)),
+        (AttentionLayer, AttentionConfig(16, 2)),
+    ],
+    ids=["memory", "attention"],
+)
+def test_a_layer_without_a_dtype_computes_in_that_of_its_input(kind, config):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 16)), jnp.bfloat16)
+    given, default = (kind(config, rngs=nnx.Rngs(0), dtype=d) for d in (jnp.bfloat16, None))
+    np.testing.assert_array_equal(default(x), given(x))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -53,6 +53,11 @@ def _like(wanted: Leaf, name: str, given: Mapping[str, Leaf]) -> Leaf:
     return Leaf(shape, dtype if "float" in dtype and "float" in wanted.dtype else wanted.dtype)
 
 
+def lies_far(name: str) -> bool:
+    """Whether `cache_device="host"` keeps the tensor of this name in the host's memory."""
+    return "stored.weights." in name or name.rpartition(".")[2] in ("keys", "values")
+
+
 def batch_and_limit(tensors: Mapping[str, Any]) -> tuple[int, int]:
     """Return the number of streams, and the tokens that each has room for.
 

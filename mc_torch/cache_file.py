@@ -6,9 +6,11 @@ from typing import Any
 
 from mc_core.files import write_atomic
 from mc_core.pretrained import Config
-from mc_core.streams import batch_and_limit, check_stream, check_tensors, to_metadata
+from mc_core.streams import batch_and_limit, check_stream, check_tensors, lies_far, to_metadata
 from mc_core.trees import flatten, unflatten
 from mc_core.weights import leaves
+from mc_torch.host import move_to_host
+from mc_torch.numerics import Array
 
 
 def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
@@ -29,12 +31,13 @@ def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
     write_atomic(Path(path), save(tensors, to_metadata(config)))
 
 
-def load_cache(path: str | PathLike[str], module: Any) -> Any:
+def load_cache(path: str | PathLike[str], module: Any, *, cache_device: str = "device") -> Any:
     """Read a cache that goes on with a module.
 
     Args:
         path: a file that `save_cache` of either package wrote.
         module: a layer or model of the configuration that the stream began with.
+        cache_device: `device`, or `host`, where cached memories then lie; as in `init_cache`.
 
     Raises:
         ValueError: the file is damaged, or holds something else: lists all that is wrong.
@@ -46,9 +49,13 @@ def load_cache(path: str | PathLike[str], module: Any) -> Any:
         with safe_open(path, framework="pt") as file:
             check_stream(file.metadata(), module.config)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        fresh = module.init_cache(*batch_and_limit(tensors))
+        fresh = module.init_cache(*batch_and_limit(tensors), cache_device=cache_device)
         check_tensors(leaves(tensors), leaves(dict(flatten(fresh))))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     device = next(module.parameters()).device
-    return unflatten(fresh, {name: x.to(device) for name, x in tensors.items()})
+
+    def put(name: str, x: Array) -> Array:
+        return move_to_host(x) if cache_device == "host" and lies_far(name) else x.to(device)
+
+    return unflatten(fresh, {name: put(name, x) for name, x in tensors.items()})

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,3 +110,33 @@ def test_a_cache_of_something_else_is_refused(tmp_path, package):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"stream\.safetensors"):
         package.load_cache(path, module)
+
+
+@PACKAGES
+@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
+def test_a_loaded_cache_lies_where_a_fresh_one_does(tmp_path, package, config):
+    path = tmp_path / "stream.safetensors"
+    module, rest, cache = begun(package, config)
+    package.save_cache(path, cache, config)
+    far = package.load_cache(path, module, cache_device="host")
+    fresh = module.init_cache(2, 13, cache_device="host")
+    places = [[place(x) for _, x in flatten(tree)] for tree in (far, fresh)]
+    assert places[0] == places[1]
+    if package is mc_jax:
+        assert len(set(places[0])) == 2
+    outputs = [array(module.extend(rest, one)[0]) for one in (cache, far)]
+    np.testing.assert_array_equal(*outputs)
+
+
+def place(x: Any) -> str:
+    return str(x.device) if isinstance(x, torch.Tensor) else x.sharding.memory_kind
+
+
+def test_float64_is_not_narrowed_in_silence(tmp_path):
+    path = tmp_path / "stream.safetensors"
+    _, _, cache = begun(mc_torch, LAYER)
+    mc_torch.save_cache(path, cache, LAYER)
+    with jax.enable_x64(False):
+        single = mc_jax.MemoryCachingLayer(LAYER, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"of float64: needs jax.enable_x64\(True\)"):
+            mc_jax.load_cache(path, single)

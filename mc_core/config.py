@@ -24,7 +24,8 @@ NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalised linear read (equ
 class LinearConfig(Plain):
     """Matrix memory, dot loss (equations 2 and 12): `W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ`.
 
-    `step` is η and `retention` α: the constants, or the values at which learned ones start.
+    `step` is η and `retention` α: the constants, or the values at which learned ones start, which
+    is at least a thousandth of its range away from either end: a retention of 1 starts at 0.999.
     `normalize` divides a read by `s·φ(q)`, s being the same sum of keys.
     """
 

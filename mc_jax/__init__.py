@@ -2,7 +2,7 @@
 
 from mc_jax.attention import AttentionLayer
 from mc_jax.backends import Coefficients, MemoryState
-from mc_jax.cache import Cache, KVCache, Segments, grow, init_cache
+from mc_jax.cache import Cache, KVCache, Segments, check_room, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.generation import generate, sample
@@ -22,6 +22,7 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "check_room",
     "extend",
     "generate",
     "grow",

@@ -2,7 +2,7 @@
 
 from mc_torch.attention import AttentionLayer
 from mc_torch.backends import Coefficients, MemoryState
-from mc_torch.cache import Cache, KVCache, Segments, grow, init_cache
+from mc_torch.cache import Cache, KVCache, Segments, check_room, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.generation import generate, sample
@@ -22,6 +22,7 @@ __all__ = [
     "Result",
     "Segments",
     "Trace",
+    "check_room",
     "extend",
     "generate",
     "grow",

@@ -42,7 +42,8 @@ class Cache(NamedTuple):
         """Every segment's memory, pooled key and length, the online segment's as they are now.
 
         Slots to come are zero. There are no slots where no read needs them: under `none`, and under
-        `residual` and `mean` with matrix memories, in a cache of `init_cache`.
+        `residual` and `mean` with matrix memories that are not normalised, in a cache of
+        `init_cache`.
         """
         if not self.stored.length.shape[1]:
             return self.stored

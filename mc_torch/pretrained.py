@@ -34,7 +34,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
     Args:
         path: a file that `mc convert` wrote.
-        kind: `MCConfig`, `ModelConfig`, or the union of both: what the file may hold.
+        kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
 
     Raises:
         ValueError: the file is damaged, of another format or kind, or its configuration is not

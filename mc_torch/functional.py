@@ -60,6 +60,7 @@ def memory_caching(
         config: the layer's configuration.
         mask: [b, t] bool, True = a real token; a masked one writes nothing and reads 0.
         segment_lengths: explicit lengths that cover t, instead of the configuration's.
+            Where the configuration would cut elsewhere, the cache does not go on as a stream.
         norm: (gain, bias), each [h, v], where the memory has `norm="layer"`.
         method: `chunked`, the parallel form, or `recurrent`, token by token: the definition.
             Both give the same result.

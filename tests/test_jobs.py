@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_sweep import Trained, write
 from tiny import mc
-from worker import look_around, wait_for
+from worker import count_devices, look_around, wait_for
 
 from mc_core.errors import UserError
 from train.sweep.config import Run, load_sweep, make_runs
@@ -49,6 +49,15 @@ def test_every_worker_has_cores_of_its_own(tmp_path):
     assert len(of_worker) == 2
     assert {row["threads"] for row in found} == {"1"}
     assert sorted(chain(*of_worker.values())) == cores()
+
+
+@two_cores
+def test_a_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
+    """A worker starts JAX anew, whatever its parent asked for."""
+    monkeypatch.setattr("train.sweep.run.do", count_devices)
+    path = write(tmp_path, rows=[{"run.devices": 1}, {"run.devices": 2}])
+    assert mc(monkeypatch, "sweep", path, "--jobs", 2) == 0
+    assert [row["error"] for row in read_results(tmp_path / "sweep")] == ["2 devices"] * 2
 
 
 def test_shares_are_all_cores_and_disjoint(monkeypatch):

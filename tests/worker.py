@@ -29,6 +29,15 @@ def look_around(run: Run) -> dict:
     return {"row": run.row, "seed": run.seed, "rate": run.rate} | own
 
 
+def count_devices(run: Run) -> dict:
+    """Return, as the error of a failed run, how many devices JAX sees."""
+    import jax
+
+    own = {"row": run.row, "seed": run.seed, "rate": run.rate, "fingerprint": run.fingerprint}
+    shown = {"overrides": run.overrides, "state_bytes": 0, "state_tokens": 0}
+    return own | shown | {"error": f"{jax.local_device_count()} devices"}
+
+
 def wait_for(condition, seconds: float = 120) -> None:
     """Wait until something holds, or fail."""
     deadline = time.monotonic() + seconds

@@ -69,9 +69,14 @@ class Workers:
 
     The others end when this process leaves the `with`, or dies in any way: each waits at a pipe
     whose other end this process alone holds.
+
+    Args:
+        jobs: runs at a time.
+        work: does a run.
+        devices: as many as JAX is to see of a CPU in the others.
     """
 
-    def __init__(self, jobs: int, work: Work):
+    def __init__(self, jobs: int, work: Work, devices: int = 1):
         self._jobs, self._work = jobs, work
         self._running: dict[Future[Result], Run] = {}
         self._pool: ProcessPoolExecutor | None = None
@@ -81,7 +86,8 @@ class Workers:
             for share in shares(jobs):
                 given.put(share)
             self._end, self._lifeline = context.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(jobs, context, _begin, (given, self._end))
+            about = (given, self._end, devices)
+            self._pool = ProcessPoolExecutor(jobs, context, _begin, about)
 
     def __enter__(self) -> Self:
         return self
@@ -157,14 +163,18 @@ def _no_interrupt() -> Iterator[None]:
             before(*held[0])
 
 
-def _begin(given: "SimpleQueue[set[int]]", end: Connection) -> None:
-    """Give a worker its cores, and its end when its parent ends."""
+def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
+    """Give a worker its cores, its devices, and its end when its parent ends."""
     share = given.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
     # On a GPU the first worker would otherwise take the memory of all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
+    if devices > 1:
+        from bench.devices import request
+
+        request(devices)
 
 
 def _end_with_parent(end: Connection) -> None:

@@ -65,13 +65,14 @@ def sweep(
     directory = Path(config.directory)
     first = make_runs(config)
     then = read_recorded(recorded, config, first) if recorded else None
-    request(max(run.config.run.devices for runs in first.values() for run in runs))
+    devices = max(run.config.run.devices for runs in first.values() for run in runs)
+    request(devices)
     results = Results(directory)
     for runs in first.values():
         for run in runs:
             results.find(run)
     with one_thread(), Plan(config, first, results) as plan:
-        finish(plan, jobs, console)
+        finish(plan, jobs, console, devices)
         chosen = plan.table()
     table = make_table(path.stem, chosen, config, recorded=then)
     short = make_table(path.stem, chosen, config, recorded=then, cells=False)
@@ -86,10 +87,17 @@ def sweep(
     return chosen
 
 
-def finish(plan: Plan, jobs: int, console: Console) -> None:
-    """Do what is left of a sweep, and say a line about each run."""
+def finish(plan: Plan, jobs: int, console: Console, devices: int = 1) -> None:
+    """Do what is left of a sweep, and say a line about each run.
+
+    Args:
+        plan: of the runs.
+        jobs: runs at a time.
+        console: where the lines go.
+        devices: the most of any run.
+    """
     waits = False
-    with Workers(jobs, do) as workers:
+    with Workers(jobs, do, devices) as workers:
         while True:
             while workers.busy < jobs and (run := plan.take()):
                 workers.start(run)

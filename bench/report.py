@@ -1,6 +1,5 @@
 """What a measurement leaves: a table for people, JSON for programs, Markdown for pages."""
 
-import json
 import os
 import platform
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mc_core.files import write_atomic
+from mc_core.files import to_json, write_atomic
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
 SETTINGS = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
@@ -53,7 +52,7 @@ class Report:
     def as_json(self) -> str:
         """Return everything, numbers unrounded."""
         data = {name: getattr(self, name) for name in ("title", "command", "machine", "notes")}
-        return json.dumps(data | {"rows": list(self.rows)}, indent=1) + "\n"
+        return to_json(data | {"rows": list(self.rows)}, indent=1)
 
     def as_markdown(self) -> str:
         """Return a section with the command, the table, the notes and the machine."""

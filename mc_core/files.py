@@ -1,7 +1,23 @@
 """Writing files so that a reader finds the old one or the new one, never half of one."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Return JSON with a line's end; a float that is not finite, which JSON lacks, is null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -117,6 +117,15 @@ def test_the_model_answers(runs, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["cells"] == json.loads(first)["cells"]
 
 
+def test_json_has_null_for_a_loss_that_is_not_finite(runs, tmp_path, monkeypatch):
+    one = subject.Answers(*(np.full((1, 1), x) for x in (np.nan, False, 1.0, 2)))
+    monkeypatch.setattr(subject, "make_answer", lambda graphdef, rows: lambda *asked: one)
+    path = tmp_path / "x.json"
+    assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), "--json", path) == 0
+    for cell in json.loads(path.read_text(), parse_constant=pytest.fail)["cells"]:
+        assert cell["loss"] is None
+
+
 def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkeypatch, capsys):
     path, markdown = tmp_path / "x.json", tmp_path / "x.md"
     words = ("--lengths", "24:2,40:2", "--examples", 2, "--json", path, "--markdown", markdown)

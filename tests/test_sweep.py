@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from train.config import load_config
 from train.read import read_yaml
 from train.sweep import run as subject
 from train.sweep.config import SweepConfig, load_sweep, make_runs, row_name
-from train.sweep.results import best, read_results
+from train.sweep.results import Results, best, read_results
 from train.sweep.table import make_table, score
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,7 @@ def test_the_best_rate_has_the_best_validation_accuracy():
     rows[2]["loss"] = 0.9
     assert best(rows)["rate"] == 0.02
     assert best([result(0.1, error="step 3: ..."), result(1.0, accuracy=0.0)])["rate"] == 1.0
+    assert best([result(0.1, loss=math.nan), result(1.0, accuracy=0.0)])["rate"] == 1.0
 
 
 def test_a_table_pools_seeds_and_says_how_far_apart_they_are():
@@ -225,6 +227,24 @@ def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
     assert "is not finite" in row["error"]
     assert "is not finite" in capsys.readouterr().out
     assert mc(monkeypatch, "sweep", path) == 0
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_fails_the_run(tmp_path, monkeypatch, figure):
+    """What training did not meet, examples that it never saw may show."""
+    report = SimpleNamespace(score={"accuracy": 1.0, "loss": figure})
+    monkeypatch.setattr(subject, "train", lambda config, console: report)
+    assert mc(monkeypatch, "sweep", write(tmp_path)) == 0
+    (row,) = read_results(tmp_path / "sweep")
+    assert row["error"] == "the validation loss is not finite"
+
+
+def test_a_line_of_results_is_json_whatever_a_test_cost(tmp_path):
+    cell = {"right": 1, "asked": 2, "loss": math.nan}
+    Results(tmp_path).add(result(0.1, test=[cell], fingerprint="x"))
+    line = (tmp_path / "results.jsonl").read_text()
+    (found,) = json.loads(line, parse_constant=pytest.fail)["test"]
+    assert found == cell | {"loss": None}
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_the_best_rate_has_the_fewest_bits():
     assert best(rows)["rate"] == 0.2
     failed = {"row": "a", "task": "text", "rate": 0.01, "seed": 0, "error": "step 3: ..."}
     assert best([failed, rows[0]])["rate"] == 0.1
+    assert best([result("a", 0, np.nan, 1.0, rate=0.01), rows[0]])["rate"] == 0.1
 
 
 def test_a_table_has_mean_and_range_and_the_gain_of_equal_seeds():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mc_core.errors import UserError
+from mc_core.files import to_json
 from train.config import TextConfig
 from train.sweep.config import Run
 
@@ -100,7 +101,7 @@ class Results:
         Raises:
             OSError: it cannot be written.
         """
-        line = (json.dumps(row) + "\n").encode()
+        line = to_json(row).encode()
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -140,10 +141,11 @@ def best(results: Sequence[Result]) -> Result:
     """
 
     def key(row: Result) -> tuple[float, float, float]:
+        failed = math.inf, 0.0, row["rate"]
         if row.get("error"):
-            return math.inf, 0.0, row["rate"]
-        if is_text(row):
-            return row["bits_per_byte"], 0.0, row["rate"]
-        return -row["accuracy"], row["loss"], row["rate"]
+            return failed
+        text = is_text(row)
+        figures = (row["bits_per_byte"], 0.0) if text else (-row["accuracy"], row["loss"])
+        return (*figures, row["rate"]) if all(map(math.isfinite, figures)) else failed
 
     return min(results, key=key)

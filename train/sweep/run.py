@@ -1,6 +1,7 @@
 """A sweep from its file to its table; what is finished is not done again."""
 
 import io
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -141,6 +142,8 @@ def do(run: Run) -> Result:
         result |= text.about(config)
     try:
         report = train(config, Console(file=io.StringIO()))
+        if not math.isfinite(report.bits_per_byte if is_text(result) else report.score["loss"]):
+            raise NotFiniteError("the validation loss is not finite")
     except NotFiniteError as error:
         return result | {"error": str(error), "wall_seconds": time.monotonic() - start}
     measured = text.outcome(report) if is_text(result) else recall_outcome(run, report)

@@ -1,7 +1,6 @@
 """`mc evaluate --task`: recall on test examples, by pairs, distance and depth."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from bench.report import Report, Row, command, machine
 from mc_core.config import ModelConfig
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
+from mc_core.files import to_json, write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
@@ -121,7 +120,7 @@ def evaluate(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file:
         content = {"run": str(directory), "step": step} | dataclasses.asdict(found)
-        write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+        write_atomic(json_file, to_json(content, indent=1).encode())
     if markdown:
         write_atomic(markdown, "\n".join(report.as_markdown() for report in reports).encode())
     if plot:

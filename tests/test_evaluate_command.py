@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_cli import fails
 from test_recall import MQAR, NIAH, write
-from tiny import mc, write_config
+from tiny import TINY, mc, write_config
 
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
-from train.config import load_config
+from train.config import from_dict, load_config
 from train.tasks import evaluate as subject
 from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.score import wilson
@@ -140,6 +140,15 @@ def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkey
     }
     for text in (capsys.readouterr().out, markdown.read_text()):
         assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
+
+
+def test_a_model_that_cannot_stream_has_no_state():
+    """Logarithmic cuts depend on the total length."""
+    layer = TINY["model"]["layer"] | {"segmentation": "logarithmic"}
+    config = from_dict(TINY | {"data": MQAR, "model": TINY["model"] | {"layer": layer}})
+    size = subject.size_of(config.model, config.data, 7)
+    assert size["state_bytes"] is None
+    assert subject.size_line(size).startswith("7 parameters; it cannot stream; ")
 
 
 def test_help_says_what_an_option_is_without_being_named(monkeypatch, capsys):

@@ -184,6 +184,17 @@ def test_a_picture_says_after_how_many_tokens_a_state_is_measured(monkeypatch):
     assert labels == ["aggregation", "KiB of a stream's state after 48 tokens"]
 
 
+def test_a_row_that_cannot_stream_has_no_state(monkeypatch):
+    monkeypatch.setattr(picture, "png", lambda figure: figure)
+    rows = [result(0.1), result(0.1, row="b", state_bytes=None)]
+    table = make_table("t", rows, CONFIG)
+    assert [line["state"] for line in table.rows] == [100, None]
+    assert any(note.endswith("; empty where segments cannot stream") for note in table.notes)
+    left, right = draw_sweep("t", rows).axes
+    assert sum(len(line.get_xdata()) for line in left.lines) == 2
+    assert sum(len(line.get_xdata()) for line in right.lines) == 1
+
+
 @pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])
 def test_evidence_is_a_slice_of_the_sweep(task, rows):
     """By names, so that recorded results are found, and by all that makes a result."""

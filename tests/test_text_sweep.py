@@ -72,6 +72,8 @@ def test_a_table_has_mean_and_range_and_the_gain_of_equal_seeds():
     narrow = make_table("t", ROWS, CONFIG, cells=False)
     assert "parameters: 7 to 7" in narrow.notes
     assert "parameters" not in narrow.columns
+    notes = make_table("t", [row | {"state_bytes": None} for row in ROWS], CONFIG).notes
+    assert any("empty where segments cannot stream" in note for note in notes)
     # The seed that the other row lacks does not count.
     grm, none = make_table("t", ROWS[:3], CONFIG).rows
     assert grm["gain"] == "+0.2500"

@@ -114,7 +114,8 @@ def _draw_lines(
     axes: Axes, lines: Lines, legend: Legend, by: str, words: str, unit: int = 1
 ) -> None:
     for look, points in lines.items():
-        points = sorted(points, key=lambda point: point[0][by])
+        points = [point for point in points if point[0][by] is not None]  # a model may not stream
+        points.sort(key=lambda point: point[0][by])
         places = [result[by] / unit for result, _ in points]
         _plot(axes, places, [one for _, one in points], legend, look)
     axes.set_xscale("log", base=2)

@@ -61,6 +61,12 @@ def made_with(results: Sequence[Result]) -> str:
     return f"made with {'; '.join(made)}" if made else "made with unknown versions"
 
 
+def without_state(results: Sequence[Result]) -> str:
+    """Return what a note on states adds where a result has none."""
+    lacking = any(result["state_bytes"] is None for result in results)
+    return "; empty where segments cannot stream" if lacking else ""
+
+
 class Results:
     """Reads, and appends to, the results of a sweep; each is on the disk when `add` returns.
 

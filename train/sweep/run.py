@@ -11,7 +11,7 @@ from rich.console import Console
 from bench.devices import request
 from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
-from mc_core.footprint import flops_per_token, state_bytes
+from mc_core.footprint import flops_per_token
 from train.checkpoint import load_run
 from train.config import TextConfig
 from train.loop import train
@@ -24,7 +24,7 @@ from train.sweep.plan import Plan
 from train.sweep.recorded import read_recorded
 from train.sweep.results import Result, Results, is_text
 from train.sweep.table import for_terminal, make_table
-from train.tasks.evaluate import Options, run_tests, task_of
+from train.tasks.evaluate import Options, run_tests, stream_bytes, task_of
 from train.tasks.recall import RecallReport
 
 PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
@@ -131,7 +131,7 @@ def do(run: Run) -> Result:
         "rate": run.rate,
         "task": config.data.task,
         "width": config.model.layer.d_model,
-        "state_bytes": state_bytes(config.model, tokens),
+        "state_bytes": stream_bytes(config.model, tokens),
         "flops_per_token": flops_per_token(config.model, tokens),
         "state_tokens": tokens,
         "steps": config.run.steps,

@@ -10,7 +10,7 @@ from train.sweep import text
 from train.sweep.config import SweepConfig
 from train.sweep.labels import label
 from train.sweep.recorded import Recorded
-from train.sweep.results import Result, is_text, made_with
+from train.sweep.results import Result, is_text, made_with, without_state
 from train.tasks.score import wilson
 
 RULE = (
@@ -62,7 +62,8 @@ def make_table(
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     seeds = ", ".join(map(str, config.seeds))
     notes = [RULE, f"rates tried: {rates}; seeds: {seeds}", MEASURE]
-    notes.append(f"state: bytes of a stream's cache after {tokens} tokens, all layers")
+    state = f"state: bytes of a stream's cache after {tokens} tokens, all layers"
+    notes.append(state + without_state(results))
     notes.append(
         f"kFLOP, MFLOP: products of the forward pass, a token, in the mean over {tokens} tokens"
     )

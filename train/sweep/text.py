@@ -13,7 +13,7 @@ from train.config import TrainConfig
 from train.report import Report as TextReport
 from train.sweep.config import SweepConfig
 from train.sweep.labels import shown
-from train.sweep.results import Result, made_with
+from train.sweep.results import Result, made_with, without_state
 from train.tasks.pictures import png
 
 Rows = Mapping[str, Sequence[Result]]  # the results of each row, a seed each
@@ -146,9 +146,9 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     notes = [RULE, f"rates tried: {rates}; seeds: {', '.join(map(str, config.seeds))}"]
     notes += [MEASURE, GAIN] if any("gain" in line for line in lines) else [MEASURE]
-    notes.append(
-        "at: tokens of a window; state: bytes of a cache after one; FLOPs: a token, forward"
-    )
+    every = [result for own in rows.values() for result in own]
+    state = f"state: bytes of a cache after one{without_state(every)}"
+    notes.append(f"at: tokens of a window; {state}; FLOPs: a token, forward")
     sizes = sorted({own[0]["parameters"] for own in good.values()})
     if sizes:
         notes.append(f"parameters: {sizes[0]:,} to {sizes[-1]:,}")
@@ -157,7 +157,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
         notes.append(
             f"columns of positions: bits a {' or '.join(sorted(units))} at those positions"
         )
-    notes.append(f"runs: {made_with([result for own in rows.values() for result in own])}")
+    notes.append(f"runs: {made_with(every)}")
     if len({own[0]["validation_sha256"] for own in good.values()}) > 1:
         notes.append("the rows were scored on different texts: only gains compare like with like")
     return Report(title, lines, notes)

@@ -12,10 +12,11 @@ from flax import nnx
 from rich.console import Console
 
 from bench.report import Report, Row, command, machine
-from mc_core.config import ModelConfig
+from mc_core.config import MCConfig, ModelConfig
 from mc_core.errors import UserError
 from mc_core.files import to_json, write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
+from mc_core.segmentation import check_streams
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
 from train.loop import evaluate as evaluate_text
@@ -79,7 +80,7 @@ class Evaluation:
     seed: int
     cells: list[dict[str, float]]
     parts: list[dict[str, float]]
-    size: dict[str, float]
+    size: dict[str, Any]
     command: str = field(default_factory=command)
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -171,21 +172,30 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
     return NIAHConfig(**{name: getattr(config.data, name) for name in names})
 
 
-def size_of(
-    config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int
-) -> dict[str, float]:
+def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int) -> dict[str, Any]:
     """Return parameters, and what the longest example takes: its tokens, state bytes and FLOPs.
 
-    `state_bytes` is a stream's cache after so many `tokens`, all layers; `flops_per_token` is of
-    the forward pass, in the mean over them.
+    `state_bytes` is `stream_bytes` after so many `tokens`; `flops_per_token` is of the forward
+    pass, in the mean over them.
     """
     tokens = data.max_tokens
     return {
         "parameters": parameters,
         "tokens": tokens,
-        "state_bytes": state_bytes(config, tokens),
+        "state_bytes": stream_bytes(config, tokens),
         "flops_per_token": flops_per_token(config, tokens),
     }
+
+
+def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
+    """Return the bytes of a stream's cache after so many tokens, None where it cannot stream."""
+    try:
+        for layer in config.block_layers:
+            if isinstance(layer, MCConfig):
+                check_streams(layer)
+    except ValueError:
+        return None
+    return state_bytes(config, tokens)
 
 
 def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
@@ -307,12 +317,13 @@ def tables(found: Evaluation, title: str) -> list[Report]:
     ]
 
 
-def size_line(size: dict[str, float]) -> str:
+def size_line(size: dict[str, Any]) -> str:
     """Return the size of a model in words."""
-    return (
-        f"{size['parameters']:,} parameters; after {size['tokens']:,} tokens a state of "
-        f"{size['state_bytes']:,} bytes; {size['flops_per_token'] / 1e3:,.3g} kFLOP a token"
-    )
+    state = "it cannot stream"
+    if size["state_bytes"] is not None:
+        state = f"after {size['tokens']:,} tokens a state of {size['state_bytes']:,} bytes"
+    flops = f"{size['flops_per_token'] / 1e3:,.3g} kFLOP a token"
+    return f"{size['parameters']:,} parameters; {state}; {flops}"
 
 
 def _shown(score: dict[str, float], unit: str) -> Row:

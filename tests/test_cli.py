@@ -1,6 +1,7 @@
 """What a person types and sees; bad input is one line, exit code 2, and nothing lost."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import mc, write_config
 
-from train.report import load_report
+from train.report import load_report, siblings
+from train.tasks.recall import RecallTask
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +98,45 @@ def test_keys_that_train_nothing_else_may_change(finished, monkeypatch):
     assert mc(monkeypatch, "train", finished, "run.keep=5", "run.log_every=1") == 0
 
 
-def test_a_damaged_checkpoint(finished, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "runs" / "tiny"
-    for name, data in snapshot(finished.parent / "runs" / "tiny").items():
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_bytes(data)
-    (run / "checkpoints" / "12" / "meta" / "metadata").unlink()
-    fails(finished, monkeypatch, capsys, "12: cannot be read", "evaluate", run)
+def test_neighbours_that_cannot_be_read_are_left_out(copied, monkeypatch):
+    """A finished run must not fail by what others left beside it."""
+    report = load_report(copied)
+    contents = {"good": (copied / "report.json").read_bytes(), "cut": b"{", "binary": b"\xff"}
+    for name, content in (contents | {"secret": b"{}"}).items():
+        (copied.parent / name).mkdir()
+        (copied.parent / name / "report.json").write_bytes(content)
+    read = Path.read_text
+
+    def refuse(path: Path, *args: object) -> str:
+        if "secret" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert siblings(copied, report) == [report]
+    assert RecallTask.load_report(copied.parent / "cut") is None
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the run's folder."""
+    return Path(shutil.copytree(finished.parent / "runs" / "tiny", tmp_path / "runs" / "tiny"))
+
+
+@pytest.mark.parametrize("of_config", [True, False])
+def test_a_checkpoint_of_another_version(finished, copied, monkeypatch, capsys, of_config):
+    """A key of its configuration, or of what it says about itself, is unknown today."""
+    file = copied / "checkpoints" / "12" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    (meta["config"] if of_config else meta)["depth"] = 1
+    file.write_text(json.dumps(meta))
+    message = f"{copied} holds a checkpoint of another version ("
+    fails(finished, monkeypatch, capsys, message, "evaluate", copied)
+
+
+def test_a_damaged_checkpoint(finished, copied, monkeypatch, capsys):
+    (copied / "checkpoints" / "12" / "meta" / "metadata").unlink()
+    fails(finished, monkeypatch, capsys, "12: cannot be read", "evaluate", copied)
 
 
 def fails(config: Path, monkeypatch, capsys, message: str, *words: object) -> None:

@@ -71,10 +71,14 @@ class Checkpoints:
         """Return what the checkpoint of a step says about itself.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or is of another version.
         """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return Meta(**self._restore(step, args).meta)
+        found = self._restore(step, args).meta
+        try:
+            return Meta(**found)
+        except TypeError as error:
+            raise _other_version(self.run, error) from error
 
     def save(
         self, step: int, state: TrainState, batches: grain.DatasetIterator, meta: Meta
@@ -132,13 +136,7 @@ def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
         UserError: names the first key that differs.
     """
     # By way of the configuration, so that a key that is newer than the checkpoint has its default.
-    try:
-        before = to_dict(from_dict(saved.config))
-    except ValueError as error:
-        raise UserError(
-            f"{directory} holds a checkpoint of another version ({error}); "
-            "set another run.directory"
-        ) from error
+    before = to_dict(_config_of(directory, saved))
     difference = first_difference(before, now.config)
     if difference:
         key, old, new = difference
@@ -157,17 +155,31 @@ def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
     """Return configuration, model, step and description of a run's last checkpoint.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it is of another version.
     """
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{directory}: no checkpoint here; name the folder of a run")
         meta = checkpoints.meta(step)
-        config = from_dict(meta.config)
+        config = _config_of(directory, meta)
         graphdef, like, _ = build(config)
         state = checkpoints.restore(step, like)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
+
+
+def _config_of(directory: Path, meta: Meta) -> TrainConfig:
+    try:
+        return from_dict(meta.config)
+    except ValueError as error:
+        raise _other_version(directory, error) from error
+
+
+def _other_version(directory: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{directory} holds a checkpoint of another version ({error}); "
+        "use the version that wrote it, or another run.directory"
+    )
 
 
 def _check_room(directory: Path, state: TrainState) -> None:

@@ -54,22 +54,32 @@ def load_report(run: Path) -> Report | None:
     path = run / FILE
     if not path.is_file():
         return None
-    data = json.loads(path.read_text())
     try:
+        data = json.loads(path.read_text())
         data["references"] = References(**data["references"])
         data["documents"] = tuple(data["documents"])
         if data.get("sample"):
             data["sample"] = Sample(**data["sample"])
         return Report(**data)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return None  # another program's report
 
 
 def siblings(run: Path, report: Report) -> list[Report]:
-    """Return the reports of finished runs beside this one that were scored on the same bytes."""
+    """Return the reports of finished runs beside this one that were scored on the same bytes.
+
+    Those that cannot be read are left out.
+    """
     here = run.resolve()
-    others = [load_report(path) for path in sorted(here.parent.iterdir()) if path != here]
-    return [o for o in others if o and o.validation_sha256 == report.validation_sha256]
+    found = []
+    for path in sorted(here.parent.iterdir()):
+        try:
+            other = load_report(path) if path != here else None
+        except OSError:
+            continue
+        if other and other.validation_sha256 == report.validation_sha256:
+            found.append(other)
+    return found
 
 
 def print_report(console: Console, run: Path, report: Report) -> None:

@@ -72,7 +72,7 @@ class RecallTask:
             return None
         try:
             return RecallReport(**json.loads(path.read_text()))
-        except TypeError:
+        except (TypeError, ValueError):
             return None  # another program's report
 
     @staticmethod

@@ -171,6 +171,20 @@ def test_bad_input(tmp_path, monkeypatch, capsys, word, message):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", [1, 2], "tiny.yaml: model = [1, 2]: must be a mapping"),
+        ("data", [1], "tiny.yaml: data must be a mapping of keys"),
+        ("run", [1], "tiny.yaml: has a list where a mapping of keys must be"),
+        ("run", {"steps": 3, 1: 2, "x": 3}, "tiny.yaml: run: unknown key 1; allowed are "),
+    ],
+)
+def test_sections_that_are_no_mappings_of_words(tmp_path, monkeypatch, capsys, key, value, message):
+    config = write_config(tmp_path, **{key: value})
+    fails(config, monkeypatch, capsys, message, "train", config)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),

@@ -195,13 +195,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         UserError: the file cannot be read, or a key or value is not allowed; names it.
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
-    merged = merge(defaults, read_with_bases(path))
+    merged = merge(defaults, read_with_bases(path), path)
     # A word that replaces a whole memory or task comes before those that say more about it.
     for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")
         try:
-            merged = merge(merged, OmegaConf.from_dotlist([word]))
+            merged = merge(merged, OmegaConf.from_dotlist([word]), word)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"{word}: {first_line(error)}") from error
     try:
@@ -343,7 +343,7 @@ def _message(error: ClassValidationError) -> str:
         where, cause = ".".join(filter(None, [where, *names])), fault
     if isinstance(cause, ForbiddenExtraKeysError):
         allowed = ", ".join(f.name for f in dataclasses.fields(cause.cl))
-        key = sorted(cause.extra_fields)[0]
+        key = min(cause.extra_fields, key=str)
         return f"{where + ': ' if where else ''}unknown key {key!r}; allowed are {allowed}"
     if isinstance(cause, KeyError):
         return f"{where}: key is missing"

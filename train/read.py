@@ -1,6 +1,7 @@
 """YAML files of runs: one, those that its `base` names, and one laid over another."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -44,22 +45,37 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         return loaded
     if not isinstance(base, str):
         raise UserError(f"{path}: base = {base!r}: must be the name of a YAML file")
-    return merge(read_with_bases(path.parent / base, (*above, path.resolve())), loaded)
+    return merge(read_with_bases(path.parent / base, (*above, path.resolve())), loaded, path)
 
 
-def merge(low: DictConfig, high: DictConfig) -> DictConfig:
-    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole."""
-    kinds = [OmegaConf.select(config, "model.layer.memory.kind") for config in (low, high)]
+def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
+    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole.
+
+    Raises:
+        UserError: they do not fit; says that of `name`, where `high` is from.
+    """
+    kinds = [_select(config, "model.layer.memory.kind") for config in (low, high)]
     if None not in kinds and kinds[0] != kinds[1]:
         low = low.copy()
         del low["model"]["layer"]["memory"]
-    task = OmegaConf.select(high, "data.task")
-    if task not in (None, OmegaConf.select(low, "data.task", default="text")) and "data" in low:
+    task = _select(high, "data.task")
+    if task not in (None, _select(low, "data.task", "text")) and "data" in low:
         low = low.copy()
         del low["data"]
-    merged = OmegaConf.merge(low, high)
+    try:
+        merged = OmegaConf.merge(low, high)
+    except TypeError as error:
+        raise UserError(f"{name}: has a list where a mapping of keys must be") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _select(config: DictConfig, key: str, default: str | None = None) -> Any:
+    """Return the value at a dotted key; the default, too, where the way there is no mapping."""
+    try:
+        return OmegaConf.select(config, key, default=default)
+    except OmegaConfBaseException:
+        return default
 
 
 def first_line(error: BaseException) -> str:

@@ -65,6 +65,9 @@ class SweepConfig:
             values = getattr(self, name)
             if values is not None and not (values and len(set(values)) == len(values)):
                 fail("SweepConfig", name, list(values), "a list of different values")
+        # The name of a run's folder has six digits of its rate.
+        if len({f"{rate:g}" for rate in self.rates or ()}) < len(self.rates or ()):
+            fail("SweepConfig", "rates", list(self.rates or ()), "different in six digits")
 
     def all_rows(self) -> dict[str, Overrides]:
         """Return the rows' overrides by their names, which are names of folders.
@@ -165,7 +168,7 @@ def load_sweep(path: Path) -> SweepConfig:
         if isinstance(given.get("vary"), dict):
             given["vary"] = [given["vary"]]
         for name, kind in (("vary", dict), ("rows", dict), ("seeds", int), ("rates", float)):
-            if given.get(name) is not None:
+            if name in given and (name, given[name]) != ("rates", None):
                 given[name] = _structure(name, given[name], kind)
         _check("directory", given["directory"], str)
         if given.get("examples") is not None:
@@ -189,6 +192,8 @@ def _check(name: str, value: object, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         what = {"dict": "mappings of keys", "str": "a word"}.get(kind.__name__, "numbers")
         raise ValueError(f"{name} = {value!r}: must be {what}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} = {value!r}: must be mappings of dotted keys")
 
 
 def make_run(

@@ -185,13 +185,15 @@ from pathlib import Path
 from train.sweep.results import Results
 results = Results(Path(sys.argv[1]))
 for seed in range(50):
-    results.add({"row": sys.argv[2], "seed": seed, "rate": 0.1, "long": "x" * 100_000})
+    results.add({"row": sys.argv[2], "seed": seed, "rate": 0.1, "fingerprint": "x" * 100_000})
 """
 
 
 def test_two_processes_append_to_one_file(tmp_path):
     """Behind a line that a kill cut off; no line is lost, none is mixed with another."""
-    (tmp_path / "results.jsonl").write_text('{"row": "a", "seed": 0, "rate": 0.1}\n{"row": "b')
+    (tmp_path / "results.jsonl").write_text(
+        '{"row": "a", "seed": 0, "rate": 0.1, "fingerprint": ""}\n{"row": "b'
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", APPEND, str(tmp_path), name], cwd=ROOT)
         for name in "bc"

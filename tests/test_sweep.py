@@ -204,6 +204,16 @@ def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_damaged_line_of_results_is_named(tmp_path, monkeypatch, capsys):
+    """One without a fingerprint, say: it cannot be told whether it is this sweep's."""
+    path, file = write(tmp_path), tmp_path / "sweep" / "results.jsonl"
+    file.parent.mkdir()
+    file.write_text(json.dumps(result(0.01, row="base")) + "\n")
+    assert mc(monkeypatch, "sweep", path) == 2
+    message = f"{file}: line 1 is no result of a run: 'fingerprint': mend or delete it"
+    assert capsys.readouterr().err == f"mc: {message}\n"
+
+
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     """The sweep hands a killed run to the loop, which goes on from its checkpoint."""
     path = write(tmp_path)

@@ -113,7 +113,7 @@ def test_a_recorded_run_that_failed_is_an_empty_cell(tmp_path):
     first = make_runs(config)
     (run,) = first["base"]
     file = tmp_path / "other.jsonl"
-    failed = {"row": run.row, "seed": run.seed, "rate": run.rate, "error": "step 2: a NaN"}
+    failed = json.loads(line_of(run, 0.5)) | {"error": "step 2: a NaN"}
     file.write_text(json.dumps(failed) + "\n")
     recorded = read_recorded(file, config, first)
     assert recorded.rows == {}
@@ -135,13 +135,16 @@ def test_a_table_says_what_its_runs_were_made_with():
         (None, "other.jsonl: No such file or directory"),
         ("{}\n", "other.jsonl: line 1 is no result of a run: 'row'"),
         ("3\n", "other.jsonl: line 1 is no result of a run: "),
-        ('{"row": "base", "seed": 0, "rate": 0.01}\n', "base has no fingerprint, accuracy"),
+        ('{"row": [], "seed": 0, "rate": 0.01, "fingerprint": ""}\n', "no result of a run"),
+        ('{"row": "base", "seed": 0, "rate": 0.01}\n', "no result of a run: 'fingerprint': mend"),
+        ('{"row": "base", "seed": 0, "rate": 0.01, "fingerprint": ""}\n', "base has no accuracy"),
+        ("\x89PNG\r\n", "other.jsonl: line 1 is no result of a run: "),
     ],
 )  # fmt: skip
 def test_bad_recorded_files_stop_before_any_training(tmp_path, monkeypatch, capsys, text, message):
     file = tmp_path / "other.jsonl"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text.encode("latin-1"))
     trained = Trained(monkeypatch, lambda run: 0.5)
     assert mc(monkeypatch, "sweep", write(tmp_path), "--recorded", file) == 2
     err = capsys.readouterr().err

@@ -10,7 +10,7 @@ from train.sweep.config import Run, SweepConfig
 from train.sweep.plan import runs_of_row
 from train.sweep.results import Result, key_of, made_with, read_file
 
-NEEDED = ("fingerprint", "accuracy", "loss", "test")
+NEEDED = ("accuracy", "loss", "test")
 
 
 class Recorded(NamedTuple):
@@ -58,7 +58,7 @@ def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) 
         chosen = [run for run in chosen if not found.get(run.key, {"error": 1}).get("error")]
         if chosen:
             rows[row] = [found[run.key] for run in chosen]
-        if any(found[run.key].get("fingerprint") != run.fingerprint for run in chosen):
+        if any(found[run.key]["fingerprint"] != run.fingerprint for run in chosen):
             other.append(row)
     what = "accuracy of the runs with these rates and seeds" if rows else "no such rows are"
     versions = f", {made_with([*chain(*rows.values())])}" if rows else ""

@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one or the new one, never half of one."""
 
+import errno
 import json
 import math
 import os
@@ -26,6 +27,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file system refuses; its `filename` is set.
     """
+    if not path.name:  # of . and /
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

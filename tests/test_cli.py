@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import mc, write_config
 
+from mc_core.files import write_atomic
 from train.report import load_report, siblings
 from train.tasks.recall import RecallTask
 
@@ -137,6 +138,13 @@ def test_a_checkpoint_of_another_version(finished, copied, monkeypatch, capsys, 
 def test_a_damaged_checkpoint(finished, copied, monkeypatch, capsys):
     (copied / "checkpoints" / "12" / "meta" / "metadata").unlink()
     fails(finished, monkeypatch, capsys, "12: cannot be read", "evaluate", copied)
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_is_no_file_to_write(path):
+    with pytest.raises(OSError) as refused:
+        write_atomic(Path(path), b"")
+    assert refused.value.filename == path
 
 
 def fails(config: Path, monkeypatch, capsys, message: str, *words: object) -> None:

@@ -203,6 +203,11 @@ def test_the_grid_reaches_twice_the_trained_lengths():
     ("name", "words", "message"),
     [
         ("mqar", ["--lengths", "8"], "--lengths '8': must have the form tokens:pairs"),
+        ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be different"),
+        ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be different"),
+        ("mqar", ["--json", "."], "Invalid value for '--json': file '.' is a directory."),
+        ("mqar", ["--markdown", "/"], "'--markdown': file '/' is a directory."),
+        ("mqar", ["--plot", ""], "'--plot': file '' is a directory."),
         ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),
         ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
         ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),

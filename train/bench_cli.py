@@ -24,8 +24,8 @@ Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
 
 Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 compiles alone")]
-Json = Annotated[Path | None, typer.Option(help="write everything here")]
-Markdown = Annotated[Path | None, typer.Option(help="write the table here")]
+Json = Annotated[Path | None, typer.Option(help="write everything here", dir_okay=False)]
+Markdown = Annotated[Path | None, typer.Option(help="write the table here", dir_okay=False)]
 Positive = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
 SPLIT = "over which a batch of jax is split"
@@ -53,7 +53,9 @@ def layer(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, typer.Option(help="draw a bar a layer here")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw a bar a layer here", dir_okay=False)
+    ] = None,
 ) -> None:
     """Time layers: every combination of the options that can be given more than once."""
     from bench import layer as run
@@ -88,7 +90,7 @@ def scaling(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the curves here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the curves here", dir_okay=False)] = None,
 ) -> None:
     """Time a layer against the number of tokens, and fit the exponents."""
     from bench import scaling as run

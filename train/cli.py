@@ -92,9 +92,12 @@ def train(
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
     jobs: Annotated[int, typer.Option(help="runs at a time, each with cores of its own")] = 1,
-    markdown: Annotated[Path | None, typer.Option(help="write the table here")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table here", dir_okay=False)
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="draw what was found here", show_default="sweep.png")
+        Path | None,
+        typer.Option(help="draw what was found here", dir_okay=False, show_default="sweep.png"),
     ] = None,
     recorded: Annotated[
         Path | None,
@@ -129,9 +132,15 @@ def evaluate(
         list[str] | None,
         typer.Option(help="essay: a file or folder, of which the held-out share; may be repeated"),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="write the numbers here")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="write the tables here")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the accuracy here, as PNG")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write the numbers here", dir_okay=False)
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the tables here", dir_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the accuracy here, as PNG", dir_okay=False)
+    ] = None,
 ) -> None:
     """Score a run's last checkpoint: validation text, or a recall task's test examples."""
     from train.tasks.evaluate import Options
@@ -146,7 +155,9 @@ def evaluate(
 def inspect(
     run: Annotated[Path, typer.Argument(help="a run's directory")],
     text: Annotated[Path, typer.Option(help="a file of text")],
-    json: Annotated[Path | None, typer.Option(help="write the numbers to this file, too")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write the numbers to this file, too", dir_okay=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="folder of page and pictures", show_default="RUN/inspect")
     ] = None,
@@ -194,7 +205,7 @@ def generate(
         str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="a new file for one JSON object a prompt")
+        Path | None, typer.Option(help="a new file for one JSON object a prompt", dir_okay=False)
     ] = None,
 ) -> None:
     """Go on with a text, or with many: text to stdout, tokens per second to stderr."""

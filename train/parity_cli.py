@@ -43,8 +43,12 @@ def check(
         Path | None, typer.Option(help="a run's folder or a .safetensors file: its weights")
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="length for your own model")] = None,
-    json: Annotated[Path | None, typer.Option(help="write every leaf to this file")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="write the table to this file")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write every leaf to this file", dir_okay=False)
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table to this file", dir_okay=False)
+    ] = None,
 ) -> None:
     """Compare outputs, cached states, gates and gradients on shared weights.
 
@@ -98,7 +102,9 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw losses and differences here")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw losses and differences here", dir_okay=False)
+    ] = None,
 ) -> None:
     """Train one model in both frameworks, and compare every step.
 

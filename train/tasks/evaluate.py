@@ -217,13 +217,19 @@ def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
 
 
 def _parse(words: str, task: str) -> tuple[Any, ...]:
+    lengths: tuple[Any, ...]
     try:
         if task == "niah":
-            return tuple(int(word) for word in words.split(","))
-        return tuple((int(t), int(p)) for t, p in (word.split(":") for word in words.split(",")))
+            lengths = tuple(int(word) for word in words.split(","))
+        else:
+            pairs = (word.split(":") for word in words.split(","))
+            lengths = tuple((int(t), int(p)) for t, p in pairs)
     except ValueError as error:
         form = "tokens,tokens,..." if task == "niah" else "tokens:pairs,tokens:pairs,..."
         raise UserError(f"--lengths {words!r}: must have the form {form}") from error
+    if len(set(lengths)) < len(lengths):
+        raise UserError(f"--lengths {words!r}: must be different")
+    return lengths
 
 
 def run_tests(

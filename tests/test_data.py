@@ -194,6 +194,22 @@ def test_tokenizer_must_fit_the_model(tmp_path, tokenizer):
         load_corpus(config, 4)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({}, r"data\.tokenizer = .*tokenizer\.json: has no tokens"),
+        ({"the": 0}, r"data\.tokenizer: cannot encode the text: .*UNK"),
+    ],
+)
+def test_tokenizers_that_cannot_encode(tmp_path, vocabulary, message):
+    """Without the unknown token the library raises a bare Exception at the first other word."""
+    path, file = tmp_path / "text.txt", tmp_path / "tokenizer.json"
+    path.write_text("the memory " * 40)
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))
+    with pytest.raises(UserError, match=message):
+        load_corpus(TextConfig(corpus=(str(path),), tokenizer=str(file), window=8), 4)
+
+
 def test_folders_are_read_below_and_hidden_files_are_not(tmp_path):
     (tmp_path / "a" / ".git").mkdir(parents=True)
     (tmp_path / "a" / ".git" / "x").write_text("hidden")

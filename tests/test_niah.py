@@ -127,3 +127,15 @@ def test_impossible_tasks_are_refused(options, message):
 def test_lengths_without_room_are_refused():
     with pytest.raises(UserError, match=r"data\.lengths = 100: must be > \d+, the tokens of"):
         Needles(NIAHConfig(), 256, 0).draw(100)
+
+
+@pytest.mark.parametrize(
+    ("letters", "message"),
+    [("abcdefghijklmnopqrstuvwxyz ", "must have tokens for '7777777'"), ("#", "for 'The river")],
+)
+def test_a_tokenizer_must_have_tokens_for_haystack_and_answer(tmp_path, letters, message):
+    """One without an unknown token leaves out what it does not know."""
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [])).save(str(file))
+    with pytest.raises(UserError, match=message):
+        Needles(NIAHConfig(tokenizer=str(file)), 256, seed=0).draw(400)

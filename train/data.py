@@ -9,7 +9,7 @@ from typing import SupportsIndex
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from mc_core.errors import UserError
 from train.config import RunConfig, TextConfig
@@ -158,7 +158,7 @@ def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
     """Return the tokenizer of a file, or None for the word `bytes`.
 
     Raises:
-        UserError: the tokenizer file cannot be read, or has more tokens than the model.
+        UserError: the tokenizer file cannot be read, or has no tokens or more than the model.
     """
     if tokenizer == "bytes":
         return None
@@ -166,6 +166,8 @@ def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
         loaded = Tokenizer.from_file(tokenizer)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"data.tokenizer = {tokenizer}: {error}") from error
+    if not loaded.get_vocab():
+        raise UserError(f"data.tokenizer = {tokenizer}: has no tokens")
     size = max(loaded.get_vocab().values()) + 1
     if size > vocab_size:
         raise UserError(f"model.vocab_size = {vocab_size}: {tokenizer} needs at least {size}")
@@ -180,12 +182,25 @@ def make_encoder(tokenizer: Tokenizer | None) -> Encode:
 
     def encode(text: bytes) -> np.ndarray:
         try:
-            ids = tokenizer.encode(text.decode(), add_special_tokens=False).ids
+            words = text.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"data.corpus: {error}: a tokenizer needs UTF-8 text") from error
+        ids = tokenize(tokenizer, words).ids
         return np.asarray(ids, np.uint16 if size <= 2**16 else np.int32)
 
     return encode
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Return the tokens of a text, and where they are in it.
+
+    Raises:
+        UserError: the tokenizer knows no token for a part of it.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"data.tokenizer: cannot encode the text: {error}") from error
 
 
 class Windows(grain.sources.RandomAccessDataSource):

@@ -8,7 +8,7 @@ import numpy as np
 
 from mc_core.errors import UserError
 from train.config import TrainConfig
-from train.data import load_tokenizer
+from train.data import load_tokenizer, tokenize
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_text(path: Path, config: TrainConfig) -> Text:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}: a tokenizer needs UTF-8 text") from error
-    encoded = tokenizer.encode(text, add_special_tokens=False)
+    encoded = tokenize(tokenizer, text)
     if not encoded.ids:
         raise UserError(f"{path}: {config.tokenizer} makes no token of it: name another")
     ends = np.maximum.accumulate([end for _, end in encoded.offsets])

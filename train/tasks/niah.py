@@ -103,15 +103,15 @@ class Needles:
             depth: of the needle, 0 to `depths` - 1; None draws it.
 
         Raises:
-            UserError: the length has no room for needle, question and answer.
+            UserError: the length has no room for needle, question and answer, or the tokenizer
+                makes nothing of the answer.
         """
         config = self._config
         first, second = (max(words, key=len) for words in (FIRST, SECOND))
         longest = {"number": "7" * 7, "uuid": str(uuid.UUID(int=0))}[config.value]
-        texts = self._texts(f"{first}-{second}", longest)
-        _room(length, [self._tokens(text) for text in texts])
+        _room(length, self._pieces(f"{first}-{second}", longest))
         # No tokenizer makes more tokens than bytes, but for one that may mark the beginning.
-        slots = len(texts[2]) + (config.tokenizer != "bytes")
+        slots = len(f" {longest}") + (config.tokenizer != "bytes")
 
         def example(split: str, index: int) -> Example:
             rng = generator(self._seed, split, length, 0 if depth is None else depth + 1, index)
@@ -119,7 +119,7 @@ class Needles:
             value = str(rng.integers(10**6, 10**7))
             if config.value == "uuid":
                 value = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-            pieces = [self._tokens(text) for text in self._texts("-".join(names), value)]
+            pieces = self._pieces("-".join(names), value)
             needle, question, answer = pieces
             room = _room(length, pieces)
             at = int(rng.integers(config.depths)) if depth is None else depth
@@ -131,17 +131,18 @@ class Needles:
 
         return example
 
-    def _tokens(self, text: str) -> np.ndarray:
-        return self._encode(text.encode()).astype(np.int32)
-
-    def _texts(self, key: str, value: str) -> tuple[str, str, str]:
-        """Return the needle, the question and the answer."""
+    def _pieces(self, key: str, value: str) -> list[np.ndarray]:
+        """Return the tokens of the needle, the question and the answer."""
         kind = TYPES[self._config.value]
-        return (
+        texts = (
             f"One of the special magic {kind}s for {key} is: {value}. ",
             f"\nWhat is the special magic {kind} for {key}? It is:",
             f" {value}",
         )
+        if not len(self._encode(value.encode())):
+            tokenizer = self._config.tokenizer
+            raise UserError(f"data.tokenizer = {tokenizer}: must have tokens for {value!r}")
+        return [self._encode(text.encode()).astype(np.int32) for text in texts]
 
 
 def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haystack]:
@@ -152,6 +153,10 @@ def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haysta
     """
     if config.haystack == "noise":
         noise = make_haystack([sentence.encode() for sentence in NOISE], encode)
+        if not len(noise.tokens):
+            raise UserError(
+                f"data.tokenizer = {config.tokenizer}: must have tokens for {NOISE[0]!r}"
+            )
         return noise, noise
     sides = split(distinct(read_documents(config.corpus)), config.validation_fraction, 0)
     made = []

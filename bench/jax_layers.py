@@ -66,10 +66,12 @@ def subject(
         return y, *pull(cotangent)
 
     args = (params, x, cotangent) if backward else (params, x)
-    return compiled_subject(name, both if backward else forward, args, rows * tokens)
+    return compiled_subject(name, both if backward else forward, args, rows * tokens, dtype)
 
 
-def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: int) -> Subject:
+def compiled_subject(
+    name: str, function: Any, args: tuple[Any, ...], tokens: int, dtype: str = "float32"
+) -> Subject:
     """Compile a function and return it as a subject with its compile time, flops and bytes.
 
     Its devices are those of its arguments.
@@ -94,4 +96,5 @@ def compiled_subject(name: str, function: Any, args: tuple[Any, ...], tokens: in
         flops=count_flops(function, *args),
         bytes=held * devices,  # the compiler tells those of one device; all run the same program
         devices=devices,
+        dtype=dtype,
     )

@@ -60,26 +60,27 @@ def make_config(
     )
 
 
-def run(grid: Grid, runs: int, *, ceilings: Ceilings | None = None) -> Report:
-    """Compile and time the grid, all subjects in turn.
+def run(grid: Grid, runs: int) -> Report:
+    """Compile and time the grid, all subjects in turn, and the ceilings of each dtype.
 
     Args:
         grid: what is measured.
         runs: timed runs of each; 0 compiles alone, and reports bytes and compile times.
-        ceilings: measured here unless given.
     """
     subjects = build(grid)
     times = alternate({name: s.run for name, s in subjects.items()}, runs) if runs else {}
-    if runs and ceilings is None:
-        ceilings = measure(grid.dtypes[0])
+    ceilings = {dtype: measure(dtype) for dtype in dict.fromkeys(grid.dtypes)} if runs else {}
     notes = []
     if ceilings:
-        rates = f"{ceilings.matmul / 1e9:.0f} GFLOP/s, {ceilings.copy / 1e9:.1f} GB/s"
-        notes.append(f"ceilings: a product of 2,048² matrices and a copy of 256 MiB: {rates}")
+        rates = "; ".join(
+            f"{dtype} {of.matmul / 1e9:.0f} GFLOP/s, {of.copy / 1e9:.1f} GB/s"
+            for dtype, of in ceilings.items()
+        )
+        notes.append(f"ceilings: a product of 2,048² matrices and a copy of 2²⁶ numbers: {rates}")
         notes.append(STEADY)
     if max(grid.devices) > 1:
         notes.append(f"{ABOUT}; MiB are summed over them")
-    rows = [row(s, times.get(name), ceilings) for name, s in subjects.items()]
+    rows = [row(s, times.get(name), ceilings.get(s.dtype)) for name, s in subjects.items()]
     size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
     return Report(f"Layers: {size}", rows, notes)
 

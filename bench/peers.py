@@ -28,7 +28,6 @@ class Comparison:
     """Subjects that do the same work; the first is what the others are held against.
 
     Attributes:
-        about: what is compared.
         build: compiles the subjects; those of JAX for each number of devices.
         goals: subject, on however many devices -> the ratio to reach.
         at_most: whether the goal bounds the subject's time from above by that of the first one on
@@ -36,7 +35,6 @@ class Comparison:
         equal: whether all compute the same, so that their outputs are compared too.
     """
 
-    about: str
     build: Callable[[Sequence[int]], list[Subject]]
     goals: dict[str, float]
     at_most: bool = False
@@ -47,7 +45,6 @@ def comparisons() -> dict[str, Comparison]:
     """Return every comparison by its name."""
     found = {
         f"linear-{tokens}": Comparison(
-            f"linear + grm, {tokens:,} tokens",
             partial(_published, "linear", tokens, (64,)),
             goals,
             equal=True,
@@ -58,39 +55,33 @@ def comparisons() -> dict[str, Comparison]:
         )
     }
     found["titans-1024"] = Comparison(
-        "Titans (hidden 64) + grm, 1,024 tokens",
         partial(_published, "titans", 1024, (1, 16)),
         {"mc_jax chunk 1": 6.0, "mc_jax chunk 16": 30.0},
     )
     for chunk, goal in ((16, 2.0), (64, 1.0)):
         found[f"base-titans-{chunk}"] = Comparison(
-            f"Titans (expansion 4) without caching, chunk {chunk}, 1,024 tokens",
             partial(_titans_pytorch, chunk),
             {"mc_jax": goal},
         )
     for kind, goal in (("linear", 2.2), ("titans", 1.6)):
         found[f"ssc-{kind}"] = Comparison(
-            f"{kind} + ssc (top 2) against no caching, 4,096 tokens",
             partial(_against_none, kind, "ssc", 4096),
             {f"{kind} + ssc": goal},
             at_most=True,
         )
         found[f"length-{kind}"] = Comparison(
-            f"{kind} + ssc, time a token, 16,384 against 4,096 tokens",
             partial(_lengths, kind),
             {"16,384 tokens": 1 / 0.9},
             at_most=True,
         )
     for tokens in (1024, 4096):
         found[f"attention-{tokens}"] = Comparison(
-            f"causal softmax attention, {tokens:,} tokens",
             partial(_attention, tokens),
             {},
         )
     if torch.cuda.is_available():
         for kind in ("linear", "gla"):
             found[f"fla-{kind}"] = Comparison(
-                f"flash-linear-attention, {kind}, 8,192 tokens",
                 partial(_flash_linear, kind),
                 {},
             )

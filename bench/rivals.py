@@ -102,7 +102,6 @@ def titans_pytorch(
         x,
         cotangent if backward else None,
         count=False,
-        about="all gradients of a batch are taken at the first weights",
     )
 
 

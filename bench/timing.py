@@ -28,7 +28,7 @@ class Subject:
         bytes: the most bytes that a run holds at once, arguments and results included, on all of
             its devices together.
         devices: over how many the batch is split.
-        about: what a reader must know to compare it.
+        dtype: of the computation.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Subject:
     flops: float | None = None
     bytes: int | None = None
     devices: int = 1
-    about: str = ""
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ def module_subject(
     cotangent: torch.Tensor | None,
     *,
     count: bool = True,
-    about: str = "",
 ) -> Subject:
     """Return a function of tokens [b, t, d] as a subject: output, and the gradients of all.
 
@@ -66,7 +65,6 @@ def module_subject(
         x: [b, t, d].
         cotangent: [b, t, d]; None for the output alone.
         count: whether to run once under torch's operation counter, and for the bytes of a GPU.
-        about: what a reader must know to compare it.
     """
     x = x.clone().requires_grad_(cotangent is not None)
     wanted = [x, *(p for p in parameters if p.requires_grad)]
@@ -95,4 +93,5 @@ def module_subject(
         flops = float(counter.get_total_flops())
         held = torch.cuda.max_memory_allocated() if x.is_cuda else None
     tokens = x.shape[0] * x.shape[1]
-    return Subject(name, run, tokens, flops=flops, bytes=held, about=about)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Subject(name, run, tokens, flops=flops, bytes=held, dtype=dtype)

@@ -225,7 +225,7 @@ def test_peers_are_held_against_what_has_as_many_devices(monkeypatch):
         for name, seconds in took.items()
     ]
     for at_most, expected in ((True, (None, None, 1.5, 1.25)), (False, (None, 2, 2 / 3, 1.6))):
-        comparison = peers.Comparison("", lambda _: subjects, {"b": 3.0}, at_most=at_most)
+        comparison = peers.Comparison(lambda _: subjects, {"b": 3.0}, at_most=at_most)
         rows = peers.measure("", comparison, 2, (1, 2))
         column = "times its time" if at_most else "times faster"
         assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
@@ -262,6 +262,18 @@ def test_ceilings_of_devices(monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     assert one.of(2) == Ceilings(200.0, 20.0)
     assert peers.default_devices() == (1,)
+
+
+def test_each_dtype_has_ceilings_of_its_own(monkeypatch):
+    rates = {"float32": Ceilings(1e9, 1e9), "bfloat16": Ceilings(4e9, 1e9)}
+    monkeypatch.setattr("bench.layer.measure", lambda dtype: rates[dtype])
+    both = {"dtypes": tuple(rates), "frameworks": ("jax", "torch"), "passes": ("forward",)}
+    grid = layer.Grid(tokens=(8,), chunks=(4,), segments=(4,), width=8, heads=2, **both)
+    report = layer.run(grid, 1)
+    for row in report.rows:
+        rate = next(of.matmul for dtype, of in rates.items() if dtype in row["layer"])
+        assert row["floor ms"] == pytest.approx(1e12 * row["GFLOP"] / rate)
+    assert "float32 1 GFLOP/s, 1.0 GB/s; bfloat16 4 GFLOP/s" in report.notes[0]
 
 
 def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):

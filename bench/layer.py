@@ -1,7 +1,6 @@
 """`mc bench layer`: milliseconds, tokens a second and bytes of layers, against the ceilings."""
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from bench.ceilings import Ceilings, measure
 from bench.devices import ABOUT, named
-from bench.report import Report, Row
+from bench.report import Report, Row, png
 from bench.timing import STEADY, Subject, Timing, alternate
 from mc_core.config import MEMORIES, DLAConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
@@ -163,6 +162,4 @@ def draw(report: Report, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=report.title)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, png(figure, dpi=150))

@@ -90,7 +90,7 @@ def comparisons() -> dict[str, Comparison]:
 
 def default_devices() -> tuple[int, ...]:
     """Return one, and two where JAX sees two devices on two cores: torch uses both by itself."""
-    both = jax.default_backend() == "cpu" and min(cores(), jax.local_device_count(), ROWS) >= 2
+    both = jax.default_backend() == "cpu" and min(len(cores()), jax.local_device_count(), ROWS) >= 2
     return (1, 2) if both else (1,)
 
 

@@ -1,5 +1,6 @@
-"""What a measurement leaves: a table for people, JSON for programs, Markdown for pages."""
+"""What a measurement leaves: tables and pictures for people, JSON for programs."""
 
+import io
 import os
 import platform
 import shlex
@@ -8,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from mc_core.files import to_json, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
 SETTINGS = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
@@ -91,13 +95,20 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def png(figure: "Figure", dpi: int = 120) -> bytes:
+    """Return a figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def machine() -> dict[str, Any]:
     """Return the processor, its cores and load, and the versions of what is installed."""
     import jax
 
     device = jax.devices()[0]
     found: dict[str, Any] = {
-        "cores": cores(),
+        "cores": len(cores()),
         "load": f"{os.getloadavg()[0]:.1f}",
         "device": "CPU" if device.platform == "cpu" else device.device_kind,
         "processor": _processor(),
@@ -111,9 +122,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def cores() -> list[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def command() -> str:

@@ -1,6 +1,5 @@
 """`mc bench scaling`: cost against tokens, with the fitted exponent and a log-log picture."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from bench import jax_layers
 from bench.layer import Grid, make_config
-from bench.report import Report, Row
+from bench.report import Report, Row, png
 from bench.timing import STEADY, alternate
 from mc_core.files import write_atomic
 
@@ -88,6 +87,4 @@ def draw(report: Report, path: Path) -> None:
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, png(figure, dpi=150))

@@ -15,9 +15,10 @@ from test_sweep import Trained, write
 from tiny import mc
 from worker import count_devices, look_around, wait_for
 
+from bench.report import cores
 from mc_core.errors import UserError
 from train.sweep.config import Run, load_sweep, make_runs
-from train.sweep.jobs import Workers, _no_interrupt, cores, one_thread, shares
+from train.sweep.jobs import Workers, _no_interrupt, one_thread, shares
 from train.sweep.plan import Plan
 from train.sweep.results import Results, claim, key_of, read_results
 

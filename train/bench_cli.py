@@ -151,7 +151,7 @@ def peers(
     from bench.devices import request
     from bench.report import cores
 
-    request(max(devices or [min(2, cores())]))
+    request(max(devices or [min(2, len(cores()))]))
     _show(run.run(only or (), runs, threads, devices or ()), json, markdown)
 
 

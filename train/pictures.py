@@ -1,6 +1,5 @@
 """Pictures of what a layer did with a text, a panel a quantity, as PNG."""
 
-import io
 from itertools import product
 
 import numpy as np
@@ -8,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from bench.report import png
 
 WIDTH, LINES = 11.0, 1.5  # inches: of a picture, and the height of a panel of lines
 
@@ -60,7 +61,7 @@ def draw_layer(
     if counts:
         draw_choices(panels[-1], layer["read_count"], lengths)
     figure.suptitle(f"{title}: weight of each memory in each token's read, head by head")
-    return _png(figure)
+    return png(figure, dpi=110)
 
 
 def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) -> None:
@@ -99,9 +100,3 @@ def draw_choices(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> No
 def _mark_segments(axes: Axes, lengths: tuple[int, ...], color: str) -> None:
     for border in np.cumsum(lengths)[:-1]:
         axes.axvline(border - 0.5, color=color, linewidth=0.5)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

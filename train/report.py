@@ -1,7 +1,6 @@
 """What a finished run shows: a table, the curves and the router's picture."""
 
 import dataclasses
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from bench.report import png
 from mc_core.files import write_atomic
 from train.curves import read_rows
 from train.evaluate import References
@@ -156,7 +156,7 @@ def draw_curves(run: Path) -> None:
         axes.grid(alpha=0.3)
         if key == "grad_norm":
             axes.set_yscale("log")
-    _save(figure, run / "curves.png")
+    write_atomic(run / "curves.png", png(figure))
 
 
 def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...]) -> None:
@@ -182,10 +182,4 @@ def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...
     panels[0].set_title("weight of each memory in each token's read (mean over heads)")
     panels[-1].set_xlabel(f"token of a validation text of {tokens} tokens")
     figure.colorbar(image, ax=list(panels))
-    _save(figure, run / "router.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(run / "router.png", png(figure))

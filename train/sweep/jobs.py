@@ -16,6 +16,7 @@ from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from bench.report import cores
 from mc_core.errors import UserError
 from train.sweep.config import Run
 from train.sweep.results import Result
@@ -31,13 +32,6 @@ def check_jobs(jobs: int) -> None:
     """
     if not 1 <= jobs <= len(cores()):
         raise UserError(f"jobs = {jobs}: must be in [1, {len(cores())}], the number of cores")
-
-
-def cores() -> list[int]:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def shares(jobs: int) -> list[set[int]]:

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
+from bench.report import png
 from train.sweep import text
 from train.sweep.labels import label
 from train.sweep.results import Result, is_text
 from train.sweep.table import by_row, score
-from train.tasks.pictures import png
 
 WIDTH, AGGREGATION, MODE = (
     f"model.layer.{x}" for x in ("d_model", "aggregation", "state_init_mode")

@@ -8,13 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from bench.report import Report, Row
+from bench.report import Report, Row, png
 from train.config import TrainConfig
 from train.report import Report as TextReport
 from train.sweep.config import SweepConfig
 from train.sweep.labels import shown
 from train.sweep.results import Result, made_with, without_state
-from train.tasks.pictures import png
 
 Rows = Mapping[str, Sequence[Result]]  # the results of each row, a seed each
 

@@ -26,7 +26,7 @@ from train.tasks.examples import Draw
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 from train.tasks.pictures import draw_depths, draw_recall
-from train.tasks.score import Answers, join, make_answer
+from train.tasks.score import UNITS, Answers, join, make_answer
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # of a cell
 OF_NEEDLES = ("depths", "haystack", "value", "corpus")
@@ -298,7 +298,7 @@ def _by_depth(lengths: Sequence[int], answers: list[list[Answers]]) -> tuple[lis
 
 def tables(found: Evaluation, title: str) -> list[Report]:
     """Return the cells, and the parts with a column for each number of tokens."""
-    unit = {"mqar": "queries", "niah": "needles"}[found.task]
+    unit = UNITS[found.task]
     rows = [
         {name: cell[name] for name in ("tokens", "pairs") if name in cell} | _shown(cell, unit)
         for cell in found.cells

@@ -1,12 +1,13 @@
 """Accuracy as pictures: by pairs and distance, and by depth and length."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from bench.report import png
 
 Cells = Sequence[dict[str, float]]
 
@@ -71,10 +72,3 @@ def plot_scores(axes: Axes, places: Sequence[float], rows: Cells, label: str) ->
     )
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

@@ -22,9 +22,7 @@ from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.examples import Draw, make_batches
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
-from train.tasks.score import Score, join, make_answer
-
-UNITS = {"mqar": "queries", "niah": "needles"}
+from train.tasks.score import UNITS, Score, join, make_answer
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile: 95% lie within
+UNITS = {"mqar": "queries", "niah": "needles"}  # what is asked, by task
 
 
 class Score(NamedTuple):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
-SETTINGS = ("GLIBC_TUNABLES", "OMP_NUM_THREADS")
+SETTINGS = ("GLIBC_TUNABLES", "NPROC", "OMP_NUM_THREADS")
 Row = dict[str, Any]
 
 

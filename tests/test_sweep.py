@@ -12,6 +12,7 @@ import yaml
 from test_recall import MQAR
 from tiny import TINY, mc
 
+from bench.report import cores
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint
 from train.config import load_config
@@ -164,6 +165,7 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
 
 
 def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NPROC", raising=False)
     path = write(tmp_path, vary={"model.layer.aggregation": ["none"]})
     markdown, plot = tmp_path / "table.md", tmp_path / "x.png"
     assert mc(monkeypatch, "sweep", path, "--markdown", markdown, "--plot", plot) == 0
@@ -181,6 +183,8 @@ def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
     assert math.isfinite(row["loss"])
     assert row["seconds"] <= row["wall_seconds"]
     assert {"jax", "flax"} <= row["versions"].keys()
+    assert row["machine"].keys() == {"device", "processor", "cores", "Python", "NPROC"}
+    assert (row["machine"]["cores"], row["machine"]["NPROC"]) == (len(cores()), "1")
     assert f"| aggregation=none | {row['rate']:g} | 1 | {row['parameters']} |" in (
         markdown.read_text()
     )

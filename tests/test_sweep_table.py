@@ -127,6 +127,9 @@ def test_a_table_says_what_its_runs_were_made_with():
     notes = make_table("t", rows, CONFIG).notes
     assert "runs: made with jax 0.7 flax 0.1; jax 0.8 flax 0.1" in notes
     assert "runs: made with jax 0.8 flax 0.1" in make_table("t", rows[1:] * 2, CONFIG).notes
+    rows += [result(0.1, machine={"cores": cores, "NPROC": "1"}, versions=new) for cores in (1, 2)]
+    words = "made with jax 0.8 flax 0.1, on cores 1, NPROC 1; cores 2, NPROC 1"
+    assert f"runs: {words}" in make_table("t", rows[1:], CONFIG).notes
 
 
 @pytest.mark.parametrize(

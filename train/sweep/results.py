@@ -53,13 +53,20 @@ def key_of(result: Result) -> Key:
 
 
 def made_with(results: Sequence[Result]) -> str:
-    """Return the versions that runs were made with, which may not be those of today."""
-    made = dict.fromkeys(
-        " ".join(f"{name} {number}" for name, number in result["versions"].items())
+    """Return the versions and machines that runs were made with, which may not be today's."""
+    versions = _distinct(results, "versions", " ")
+    machines = _distinct(results, "machine", ", ")
+    made = f"made with {versions or 'unknown versions'}"
+    return f"{made}, on {machines}" if machines else made
+
+
+def _distinct(results: Sequence[Result], name: str, between: str) -> str:
+    found = dict.fromkeys(
+        between.join(f"{key} {value}" for key, value in result[name].items())
         for result in results
-        if "versions" in result
+        if name in result
     )
-    return f"made with {'; '.join(made)}" if made else "made with unknown versions"
+    return "; ".join(found)
 
 
 def without_state(results: Sequence[Result]) -> str:

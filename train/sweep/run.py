@@ -2,13 +2,16 @@
 
 import io
 import math
+import os
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from bench.devices import request
+from bench.report import machine
 from mc_core.errors import NotFiniteError
 from mc_core.files import write_atomic
 from mc_core.footprint import flops_per_token
@@ -28,6 +31,7 @@ from train.tasks.evaluate import Options, run_tests, stream_bytes, task_of
 from train.tasks.recall import RecallReport
 
 PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
+MACHINE = ("device", "processor", "cores", "Python")  # of those that a benchmark tells
 
 
 def sweep(
@@ -137,6 +141,7 @@ def do(run: Run) -> Result:
         "steps": config.run.steps,
         "fingerprint": run.fingerprint,
         "versions": {name: version(name) for name in PACKAGES},
+        "machine": run_on(),
     }
     if is_text(result):
         result |= text.about(config)
@@ -154,6 +159,12 @@ def do(run: Run) -> Result:
         "seconds": report.seconds,
         "wall_seconds": time.monotonic() - start,
     }
+
+
+def run_on() -> dict[str, Any]:
+    """Return the machine as a run has it: a worker has a share of its cores."""
+    found = machine()
+    return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
 
 
 def longest(run: Run) -> int:

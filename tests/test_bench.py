@@ -287,6 +287,8 @@ def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["layer", "--json", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
+        (["layer", "--markdown", "."], "Invalid value for '--markdown': file '.' is a directory."),
         (["layer", "--tokens", 0], "Invalid value for '--tokens'"),
         (["layer", "--width", 7, "--heads", 2], "d_model = 7: must be a multiple of num_heads = 2"),
         (["layer", "--kind", "rnn"], "'rnn' is not one of"),

@@ -206,6 +206,7 @@ def test_the_grid_reaches_twice_the_trained_lengths():
         ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be different"),
         ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be different"),
         ("mqar", ["--json", "."], "Invalid value for '--json': file '.' is a directory."),
+        ("mqar", ["--json", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
         ("mqar", ["--markdown", "/"], "'--markdown': file '/' is a directory."),
         ("mqar", ["--plot", ""], "'--plot': file '' is a directory."),
         ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mc_core.config import AGGREGATIONS, MEMORIES, START_MODES
 from mc_core.errors import UserError
+from train.options import output_file
 
 if TYPE_CHECKING:
     from bench.report import Report
@@ -24,8 +25,8 @@ Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
 
 Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 compiles alone")]
-Json = Annotated[Path | None, typer.Option(help="write everything here", dir_okay=False)]
-Markdown = Annotated[Path | None, typer.Option(help="write the table here", dir_okay=False)]
+Json = Annotated[Path | None, output_file("write everything here")]
+Markdown = Annotated[Path | None, output_file("write the table here")]
 Positive = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
 SPLIT = "over which a batch of jax is split"
@@ -53,9 +54,7 @@ def layer(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="draw a bar a layer here", dir_okay=False)
-    ] = None,
+    plot: Annotated[Path | None, output_file("draw a bar a layer here")] = None,
 ) -> None:
     """Time layers: every combination of the options that can be given more than once."""
     from bench import layer as run
@@ -90,7 +89,7 @@ def scaling(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the curves here", dir_okay=False)] = None,
+    plot: Annotated[Path | None, output_file("draw the curves here")] = None,
 ) -> None:
     """Time a layer against the number of tokens, and fit the exponents."""
     from bench import scaling as run

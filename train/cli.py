@@ -11,6 +11,7 @@ from rich.console import Console
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
 from train.bench_cli import app as bench
+from train.options import output_file
 from train.parity_cli import app as parity
 
 app = typer.Typer(
@@ -132,15 +133,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="essay: a file or folder, of which the held-out share; may be repeated"),
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="write the numbers here", dir_okay=False)
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="write the tables here", dir_okay=False)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="draw the accuracy here, as PNG", dir_okay=False)
-    ] = None,
+    json: Annotated[Path | None, output_file("write the numbers here")] = None,
+    markdown: Annotated[Path | None, output_file("write the tables here")] = None,
+    plot: Annotated[Path | None, output_file("draw the accuracy here, as PNG")] = None,
 ) -> None:
     """Score a run's last checkpoint: validation text, or a recall task's test examples."""
     from train.tasks.evaluate import Options
@@ -205,7 +200,7 @@ def generate(
         str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="a new file for one JSON object a prompt", dir_okay=False)
+        Path | None, typer.Option(help="a new file for one JSON object a prompt")
     ] = None,
 ) -> None:
     """Go on with a text, or with many: text to stdout, tokens per second to stderr."""

@@ -14,6 +14,7 @@ from mc_core.config import AGGREGATIONS, MEMORIES
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
 from parity.environment import MissingError, prepare
+from train.options import output_file
 
 app = typer.Typer(help="Prove that mc_jax and mc_torch compute the same.", no_args_is_help=True)
 
@@ -43,12 +44,8 @@ def check(
         Path | None, typer.Option(help="a run's folder or a .safetensors file: its weights")
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="length for your own model")] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="write every leaf to this file", dir_okay=False)
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="write the table to this file", dir_okay=False)
-    ] = None,
+    json: Annotated[Path | None, output_file("write every leaf to this file")] = None,
+    markdown: Annotated[Path | None, output_file("write the table to this file")] = None,
 ) -> None:
     """Compare outputs, cached states, gates and gradients on shared weights.
 
@@ -102,9 +99,7 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="draw losses and differences here", dir_okay=False)
-    ] = None,
+    plot: Annotated[Path | None, output_file("draw losses and differences here")] = None,
 ) -> None:
     """Train one model in both frameworks, and compare every step.
 

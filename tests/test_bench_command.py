@@ -62,6 +62,7 @@ def test_a_prompt_is_its_single_steps():
     assert decode.compare_prefill(config, 14, 0)["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_prompt_on_two_devices_is_its_single_steps(tmp_path, monkeypatch):
     words = (
         "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --runs 1 --prompt 12 --devices 2"

@@ -57,6 +57,8 @@ def made_with(results: Sequence[Result]) -> str:
     versions = _distinct(results, "versions", " ")
     machines = _distinct(results, "machine", ", ")
     made = f"made with {versions or 'unknown versions'}"
+    if machines and not all("machine" in result for result in results):
+        machines += "; others not recorded"
     return f"{made}, on {machines}" if machines else made
 
 

@@ -303,7 +303,7 @@ def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
 def test_the_shipped_sweep_loads(monkeypatch):
     sweep = load_sweep(ROOT / "configs" / "mqar" / "sweep.yaml")
     runs = make_runs(sweep)
-    assert len(runs) == 41
+    assert len(runs) == 45
     assert sweep.directory == "runs/sweep"
     for row in runs.values():
         assert row[0].config.data.task == "mqar"

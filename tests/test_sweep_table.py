@@ -162,7 +162,7 @@ def test_every_row_of_the_shipped_sweep_looks_different():
     looks = [Look.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
     legend = Legend(looks)
     styles = [json.dumps(legend.style(look)) for look in looks]
-    assert len(set(styles)) == len(styles) == 41
+    assert len(set(styles)) == len(styles) == 45
     words = [handle.get_label() for handle in legend.handles()]
     assert sorted(words) == sorted(
         ["linear", "swla", "dla expansion=1 step=0.3", "titans expansion=1 step=0.1", "attention"]

@@ -12,9 +12,10 @@ from flax import nnx
 from bench.devices import local, split_heads
 from bench.report import Report, Row
 from bench.timing import STEADY, Timing, alternate, ratio
-from mc_core.config import MEMORIES, MCConfig
+from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
+from mc_core.memories import MEMORIES
 from mc_core.trees import flatten
 from mc_jax import Cache, MemoryCachingLayer
 

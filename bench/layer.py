@@ -11,9 +11,10 @@ from bench.ceilings import Ceilings, measure
 from bench.devices import ABOUT, named
 from bench.report import Report, Row, png
 from bench.timing import STEADY, Subject, Timing, alternate
-from mc_core.config import MEMORIES, DLAConfig, MCConfig, TitansConfig
+from mc_core import MCConfig, MLPConfig
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
+from mc_core.memories import MEMORIES
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def make_config(
         ValueError: a value is not allowed; names it.
     """
     memory = MEMORIES[kind]()
-    if isinstance(memory, DLAConfig | TitansConfig):
+    if isinstance(memory, MLPConfig):
         memory = dataclasses.replace(memory, expansion=grid.expansion)
     return MCConfig(
         grid.width,

@@ -14,7 +14,7 @@ from bench import jax_layers, rivals, torch_layers
 from bench.devices import ABOUT, local, named
 from bench.report import Report, Row, cores
 from bench.timing import STEADY, Subject, alternate, ratio
-from mc_core.config import LinearConfig, MCConfig, TitansConfig
+from mc_core import LinearConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.weights import Flat
 

@@ -1,14 +1,14 @@
 """What both frameworks share: configurations and the plan of segments and chunks. NumPy only."""
 
-from mc_core.config import (
-    AttentionConfig,
+from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.memories import (
     DLAConfig,
     LinearConfig,
-    MCConfig,
     MemoryConfig,
-    ModelConfig,
+    MLPConfig,
     SWLAConfig,
     TitansConfig,
+    register_memory,
 )
 from mc_core.segmentation import Plan, make_plan, segment_lengths
 
@@ -17,11 +17,13 @@ __all__ = [
     "DLAConfig",
     "LinearConfig",
     "MCConfig",
+    "MLPConfig",
     "MemoryConfig",
     "ModelConfig",
     "Plan",
     "SWLAConfig",
     "TitansConfig",
     "make_plan",
+    "register_memory",
     "segment_lengths",
 ]

@@ -1,162 +1,29 @@
-"""Configurations of memories, layers and models: frozen dataclasses, checked on construction."""
+"""Configurations of layers and models: frozen dataclasses, checked on construction."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
+from mc_core.aggregations import AGGREGATIONS, Aggregation
 from mc_core.checks import check_choice, check_range, check_types, fail
+from mc_core.memories import (
+    MEMORIES,
+    LinearConfig,
+    MemoryConfig,
+)
 from mc_core.plain import Plain
 
-AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
-GATED = ("grm", "soup", "ssc")
-GATES = ("context", "token")
+GATES = {
+    "context": "grm, soup, ssc: a memory's score is the connector u times its pooled key",
+    "token": "the same by the token alone: the component of u for the memory's level, by its age",
+}
 SEGMENTATIONS = ("constant", "logarithmic")
 START_MODES = ("checkpoint", "restart")
-COEFFICIENTS = ("constant", "head", "token")
-MIXERS = ("memory", "attention", "window")
 OUTPUT_NORMS = ("rms", "none")
 
 NORM_EPS = 1e-6  # under the root of every RMS, layer and L2 norm
 CLIP_EPS = 1e-12  # under the root of the inner gradient's Frobenius norm
-NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalised linear read (equation 2)
-
-
-@dataclass(frozen=True)
-class LinearConfig(Plain):
-    """Matrix memory, dot loss (equations 2 and 12): `W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ`.
-
-    `step` is η and `retention` α: the constants, or the values at which learned ones start, which
-    is at least a thousandth of its range away from either end: a retention of 1 starts at 0.999.
-    `normalize` divides a read by `s·φ(q)`, s being the same sum of keys.
-    """
-
-    kind: ClassVar[str] = "linear"
-    # Where a sigmoid takes a learned coefficient.
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {"step": (0.0, 2.0), "retention": (0.0, 1.0)}
-
-    feature_map: str = "identity"  # identity | elu+1
-    normalize: bool = False
-    coefficients: str = "constant"  # constant | head | token
-    step: float = 1.0
-    retention: float = 1.0
-    learn_initial: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_choice(self, "feature_map", ("identity", "elu+1"))
-        _check_coefficients(self)
-
-
-@dataclass(frozen=True)
-class SWLAConfig(Plain):
-    """Matrix memory with a window of two (equations 26 and 28).
-
-    `W_t = α_t W_{t-1} + β_t v_{t-1} k_{t-1}ᵀ + λ_t v_t k_tᵀ`; `previous` is β, `newest` is λ.
-    """
-
-    kind: ClassVar[str] = "swla"
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "newest": (0.0, 2.0),
-        "retention": (0.0, 1.0),
-        "previous": (-1.0, 1.0),
-    }
-
-    coefficients: str = "token"
-    retention: float = 1.0
-    previous: float = 0.0
-    newest: float = 1.0
-    learn_initial: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _check_coefficients(self)
-
-
-@dataclass(frozen=True)
-class DLAConfig(Plain):
-    """MLP memory trained by gradient steps on the dot loss (equation 30).
-
-    `W_t = α_t W_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`. `inner_clip` bounds each token's gradient in
-    each layer; None is the paper's recurrence. `norm="layer"` reads `x + LN(z)`, whatever
-    `residual` says. Writes of a chunk add up at one memory, and a narrow memory (`expansion=1`) in
-    short chunks takes larger steps than the default.
-    """
-
-    kind: ClassVar[str] = "dla"
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {"step": (0.0, 1.0), "retention": (0.0, 1.0)}
-
-    depth: int = 2
-    expansion: int = 4
-    residual: bool = True
-    norm: str = "none"  # none | layer
-    objective: str = "dot"  # dot | l2
-    inner_clip: float | None = 1.0
-    coefficients: str = "token"
-    step: float = 0.05
-    retention: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _check_mlp(self)
-        _check_coefficients(self)
-
-
-@dataclass(frozen=True)
-class TitansConfig(Plain):
-    """MLP memory trained by gradient steps with momentum on the L2 loss (equations 34 and 35).
-
-    `S_t = β_t S_{t-1} - η_t ∇ℓ(W_{t-1}; k_t, v_t)`, `W_t = α_t W_{t-1} + S_t`; `momentum` is β.
-    Options as in `DLAConfig`.
-    """
-
-    kind: ClassVar[str] = "titans"
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "step": (0.0, 1.0),
-        "retention": (0.0, 1.0),
-        "momentum": (0.0, 1.0),
-    }
-
-    depth: int = 2
-    expansion: int = 4
-    residual: bool = True
-    norm: str = "none"
-    objective: str = "l2"
-    inner_clip: float | None = 1.0
-    coefficients: str = "token"
-    step: float = 0.02
-    momentum: float = 0.9
-    retention: float = 0.999
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        _check_mlp(self)
-        _check_coefficients(self)
-
-
-MemoryConfig = LinearConfig | SWLAConfig | DLAConfig | TitansConfig
-MEMORIES: dict[str, type[MemoryConfig]] = {
-    c.kind: c for c in (LinearConfig, SWLAConfig, DLAConfig, TitansConfig)
-}
-
-
-def _check_mlp(config: DLAConfig | TitansConfig) -> None:
-    check_range(config, "depth", 1)
-    check_range(config, "expansion", 1)
-    check_choice(config, "norm", ("none", "layer"))
-    check_choice(config, "objective", ("dot", "l2"))
-    check_range(config, "inner_clip", 0.0, open_low=True)
-
-
-def _check_coefficients(config: MemoryConfig) -> None:
-    check_choice(config, "coefficients", COEFFICIENTS)
-    learned = config.coefficients != "constant"
-    for field, (low, high) in config.ranges.items():
-        if field in ("retention", "momentum"):
-            zero = field == "retention"
-            check_range(config, field, low, high, open_low=zero, open_high=not zero)
-        elif learned:
-            check_range(config, field, low, high, open_low=field == "step")
-        elif field == "step":
-            check_range(config, field, 0.0, open_low=True)
+NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalized linear read (equation 2)
 
 
 @dataclass(frozen=True)
@@ -166,7 +33,7 @@ class MCConfig(Plain):
     Attributes:
         d_model: model width d, a multiple of `num_heads`.
         num_heads: heads h; key and value width are d / h.
-        memory: one of the four memory configurations.
+        memory: a memory's configuration.
         aggregation: how online and cached memories are read (equations 7, 9, 15, 17).
         segmentation: how the tokens are cut (section 4.2).
         segment_size: tokens of a constant segment.
@@ -190,7 +57,7 @@ class MCConfig(Plain):
 
     d_model: int
     num_heads: int
-    memory: MemoryConfig = LinearConfig()
+    memory: MemoryConfig = LinearConfig()  # noqa: RUF009 - frozen
     aggregation: str = "grm"
     segmentation: str = "constant"
     segment_size: int = 256
@@ -230,9 +97,14 @@ class MCConfig(Plain):
         return self.d_model // self.num_heads
 
     @property
+    def rule(self) -> Aggregation:
+        """What the aggregation does, as a record."""
+        return AGGREGATIONS[self.aggregation]
+
+    @property
     def gated(self) -> bool:
         """Whether reads are weighted by scores of the connector u."""
-        return self.aggregation in GATED
+        return self.rule.gated
 
     @property
     def projects_u(self) -> bool:
@@ -242,31 +114,34 @@ class MCConfig(Plain):
     @property
     def reads_sum(self) -> bool:
         """Whether all cached memories are read at once, as their sum (equation 7)."""
-        memory = self.memory
-        linear = memory.kind == "swla" or (
-            isinstance(memory, LinearConfig) and not memory.normalize
-        )
-        return linear and self.aggregation in ("residual", "mean")
+        rule = self.rule
+        return rule.reads_cache and not rule.gated and self.memory.linear_in_weights
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether reads mix the weights layer by layer (equation 15).
+
+        Where reads are linear in the weights, the mixture's read is the weighted sum of the reads.
+        """
+        return self.rule.mixes_weights and not self.memory.linear_in_weights
 
     def slots(self, tokens: int) -> int:
-        """Return how many cached memories a stream of so many tokens keeps one by one."""
-        if self.aggregation == "none" or self.reads_sum:
+        """Return how many cached memories a stream of this many tokens keeps one by one."""
+        if not self.rule.reads_cache or self.reads_sum:
             return 0
         return -(-tokens // self.segment_size)
 
     @property
     def normalizes_qk(self) -> bool:
-        """Whether the layer L2-normalises q and k; by default where an MLP memory is written."""
-        if self.qk_norm is None:
-            return self.memory.kind in ("dla", "titans")
-        return self.qk_norm == "l2"
+        """Whether the layer L2-normalizes q and k; by default where the memory asks for it."""
+        return self.memory.normalizes_qk if self.qk_norm is None else self.qk_norm == "l2"
 
     @classmethod
     def _load(cls, key: str, value: Any) -> Any:
         if key != "memory" or not isinstance(value, dict):
             return value
         kind = value.get("kind")
-        if kind not in MEMORIES:
+        if not isinstance(kind, str) or kind not in MEMORIES:
             fail("MCConfig", "memory.kind", kind, "one of " + ", ".join(map(repr, MEMORIES)))
         return MEMORIES[kind].from_dict(value)
 
@@ -355,13 +230,12 @@ class ModelConfig(Plain):
             names = ", ".join(map(repr, MIXERS))
             allowed = f"1 to num_layers = {self.num_layers} words of {names}"
             fail("ModelConfig", "mixers", list(self.mixers), allowed)
-        _ = self.block_layers  # holds the widths to what attention needs
+        _ = self.block_layers  # checks that the widths suit attention
 
     @property
     def name(self) -> str:
-        """What mixes the tokens, in words: the pattern of mixers, the memory by kind and reads."""
-        memory = f"{self.layer.memory.kind} + {self.layer.aggregation}"
-        return ", ".join(memory if mixer == "memory" else mixer for mixer in self.mixers)
+        """The pattern of mixers in words, a memory by its kind and aggregation."""
+        return ", ".join(MIXERS[mixer].label(self) or mixer for mixer in self.mixers)
 
     @property
     def ffn_dim(self) -> int:
@@ -371,21 +245,8 @@ class ModelConfig(Plain):
     @property
     def block_layers(self) -> tuple[MCConfig | AttentionConfig, ...]:
         """The configuration of each block's mixer."""
-        made = {mixer: self._mixer(mixer) for mixer in self.mixers}
+        made = {mixer: MIXERS[mixer].configure(self) for mixer in self.mixers}
         return tuple(made[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
-
-    def _mixer(self, name: str) -> MCConfig | AttentionConfig:
-        layer = self.layer
-        if name == "memory":
-            return layer
-        return AttentionConfig(
-            layer.d_model,
-            layer.num_heads,
-            window=self.attention_window if name == "window" else None,
-            rope_base=self.rope_base,
-            conv_width=layer.conv_width,
-            output_norm=layer.output_norm,
-        )
 
     @classmethod
     def _load(cls, key: str, value: Any) -> Any:
@@ -394,3 +255,40 @@ class ModelConfig(Plain):
         if key == "mixers" and isinstance(value, list):
             return tuple(value)
         return MCConfig.from_dict(value) if key == "layer" and isinstance(value, dict) else value
+
+
+class Mixer(NamedTuple):
+    """What the blocks of a model may mix tokens with."""
+
+    description: str
+    configure: Callable[[ModelConfig], MCConfig | AttentionConfig]  # of a block's layer
+    label: Callable[[ModelConfig], str] = lambda model: ""  # "" = the mixer's own name
+
+
+def _attention(model: ModelConfig, window: int | None) -> AttentionConfig:
+    layer = model.layer
+    return AttentionConfig(
+        layer.d_model,
+        layer.num_heads,
+        window=window,
+        rope_base=model.rope_base,
+        conv_width=layer.conv_width,
+        output_norm=layer.output_norm,
+    )
+
+
+MIXERS: dict[str, Mixer] = {
+    "memory": Mixer(
+        "model.layer: a memory and its cached states",
+        lambda model: model.layer,
+        lambda model: f"{model.layer.memory.kind} + {model.layer.aggregation}",
+    ),
+    "attention": Mixer(
+        "causal softmax attention with rotary positions, its heads those of model.layer",
+        lambda model: _attention(model, None),
+    ),
+    "window": Mixer(
+        "the same over the last model.attention_window tokens",
+        lambda model: _attention(model, model.attention_window),
+    ),
+}

@@ -1,20 +1,14 @@
-"""Parameters, bytes of a stream's state and FLOPs a token, from the configuration alone.
+"""Parameters, bytes of a stream's state and FLOPs per token, from the configuration alone.
 
 A layer is a memory or attention; a model adds up its blocks. One multiplication and one addition
 are two FLOPs; only products are counted, not norms, activations, softmax and gates' sums.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mc_core.config import (
-    AttentionConfig,
-    DLAConfig,
-    LinearConfig,
-    MCConfig,
-    ModelConfig,
-    TitansConfig,
-)
+from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.segmentation import segment_lengths
 
 Layer = MCConfig | AttentionConfig
@@ -36,9 +30,9 @@ class Footprint(NamedTuple):
 
 def memory_size(config: MCConfig) -> int:
     """Return the number of weights of one memory, all heads together."""
-    h, width = config.num_heads, config.head_dim
-    normalizer = isinstance(config.memory, LinearConfig) and config.memory.normalize
-    return h * (sum(a * b for a, b in pairwise(_widths(config))) + normalizer * width)
+    memory, width = config.memory, config.head_dim
+    weights = sum(memory.sizes(width, width)) + memory.normalizer_rows * width
+    return config.num_heads * weights
 
 
 def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
@@ -50,16 +44,15 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
         item: bytes of a cached weight; the online memory's have 4.
     """
     size, h, width = memory_size(config), config.num_heads, config.head_dim
-    copies = {"linear": 1, "swla": 1, "dla": 2, "titans": 3}[config.memory.kind]
-    copies += config.reads_sum
+    copies = config.memory.state_copies + config.reads_sum
     state = 4 * copies * size
     state += 4 * 2 * h * width  # the online segment's keys: their sum and their pool
-    state += 4 * 2 * h * width * (config.memory.kind == "swla")  # the token before
+    state += 4 * 2 * h * width * config.memory.uses_previous_token
     state += 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
     state += 4 * 4  # length, slot, position, limit
     slots = config.slots(tokens)
     complete = min(slots, tokens // config.segment_size)
-    reads = min(complete, config.ssc_top_k) if config.aggregation == "ssc" else complete
+    reads = min(complete, config.ssc_top_k) if config.rule.sparse else complete
     return Footprint(
         state=state,
         memories=slots * size * item,
@@ -81,27 +74,14 @@ def state_bytes(config: Layer | ModelConfig, tokens: int, item: int = 4) -> int:
     """
     if isinstance(config, ModelConfig):
         return sum(state_bytes(layer, tokens, item) for layer in config.block_layers)
-    if isinstance(config, MCConfig):
-        return cache_footprint(config, tokens, item).total
-    tails = 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
-    slot = 2 * config.d_model * item + 1  # and whether a real token is in it
-    return config.slots(tokens) * slot + tails + 4 * 2  # position, limit
+    return _COSTS[type(config)].state_bytes(config, tokens, item)
 
 
 def layer_parameters(config: Layer) -> int:
     """Return the number of parameters of a memory layer or an attention layer."""
-    d, h = config.d_model, config.num_heads
-    count = 4 * d * d + 3 * config.conv_width * d + d * (config.output_norm == "rms")
-    if isinstance(config, AttentionConfig):
-        return count
-    memory = config.memory
-    count += d * d * config.projects_u
-    count += {"constant": 0, "head": h, "token": h + d * h}[memory.coefficients] * len(
-        memory.ranges
-    )
-    if isinstance(memory, DLAConfig | TitansConfig) or memory.learn_initial:
-        count += h * sum(a * b for a, b in pairwise(_widths(config)))
-    return count + 2 * d * (getattr(memory, "norm", "none") == "layer")
+    d = config.d_model
+    shared = 4 * d * d + 3 * config.conv_width * d + d * (config.output_norm == "rms")
+    return shared + _COSTS[type(config)].parameters(config)
 
 
 def model_parameters(config: ModelConfig) -> int:
@@ -141,14 +121,8 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
     if isinstance(config, ModelConfig):
         layers = sum(flops_per_token(layer, tokens) for layer in config.block_layers)
         return layers + config.num_layers * 6 * d * config.ffn_dim + 2 * d * config.vocab_size
-    flops: float = 8 * d * d + 6 * config.conv_width * d
-    if isinstance(config, AttentionConfig):
-        window = config.slots(tokens)
-        seen = window - window * (window - 1) / 2 / tokens  # mean of min(i, window), i = 1...
-        return flops + 4 * d * seen
-    learned = len(config.memory.ranges) * (config.memory.coefficients == "token")
-    flops += 2 * d * d * config.projects_u + 2 * d * config.num_heads * learned
-    return flops + _write_and_read(config, tokens) + _cached_reads(config, tokens)
+    shared = 8 * d * d + 6 * config.conv_width * d
+    return shared + _COSTS[type(config)].flops(config, tokens)
 
 
 def kv_bytes(config: MCConfig, tokens: int, item: int = 4) -> int:
@@ -161,33 +135,39 @@ def outgrows_kv(config: MCConfig) -> bool:
     return bool(config.slots(1)) and memory_size(config) >= 2 * config.d_model * config.segment_size
 
 
-def _widths(config: MCConfig) -> list[int]:
-    """Return what a head's memory reads, its hidden widths, and what it gives."""
-    memory, width = config.memory, config.head_dim
-    hidden = 0
-    if isinstance(memory, DLAConfig | TitansConfig):
-        hidden = memory.depth - 1
-    return [width, *[width * getattr(memory, "expansion", 1)] * hidden, width]
+def _memory_state(config: MCConfig, tokens: int, item: int) -> int:
+    return cache_footprint(config, tokens, item).total
+
+
+def _memory_parameters(config: MCConfig) -> int:
+    d, h, memory, width = config.d_model, config.num_heads, config.memory, config.head_dim
+    learned = {"constant": 0, "head": h, "token": h + d * h}[memory.coefficient_mode]
+    initial = h * sum(memory.sizes(width, width)) * memory.learns_initial
+    projection = d * d * config.projects_u
+    return projection + learned * len(memory.ranges) + initial + 2 * d * memory.has_layer_norm
+
+
+def _memory_flops(config: MCConfig, tokens: int) -> float:
+    d, memory = config.d_model, config.memory
+    learned = len(memory.ranges) * (memory.coefficient_mode == "token")
+    coefficients = 2 * d * d * config.projects_u + 2 * d * config.num_heads * learned
+    return coefficients + _write_and_read(config, tokens) + _cached_reads(config, tokens)
 
 
 def _write_and_read(config: MCConfig, tokens: int) -> float:
-    memory, h, widths = config.memory, config.num_heads, _widths(config)
+    memory, h, width = config.memory, config.num_heads, config.head_dim
     longest = max(segment_lengths(tokens, config.segmentation, config.segment_size))
     chunk = min(config.chunk_size, longest)
-    layers = [h * a * b for a, b in pairwise(widths)]
+    widths = memory.widths(width, width)
     size = memory_size(config)
     within = 2 * chunk * h * sum(a + b for a, b in pairwise(widths))
-    flops = 4 * size + within
-    if isinstance(memory, DLAConfig | TitansConfig):
-        needs_output = memory.objective == "l2" or memory.norm == "layer"
-        flops += 2 * (size - (0 if needs_output else layers[-1])) + 2 * (size - layers[0])
-        flops += 4 * size * (memory.kind == "titans")
-    return flops
+    flops = 4 * size + within + h * memory.gradient_flops(width, width)
+    return flops + 4 * size * memory.has_momentum
 
 
 def _cached_reads(config: MCConfig, tokens: int) -> float:
-    """Return what reading cached memories, and scoring them, takes a token."""
-    if config.aggregation == "none":
+    """Return the FLOPs per token of reading and scoring cached memories."""
+    if not config.rule.reads_cache:
         return 0.0
     lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
 
@@ -195,7 +175,33 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
         return sum(min(i, most) * length for i, length in enumerate(lengths)) / tokens
 
     cached = mean(len(lengths))
-    most = {"ssc": config.ssc_top_k}.get(config.aggregation, len(lengths))
+    most = config.ssc_top_k if config.rule.sparse else len(lengths)
     reads = mean(1 if config.reads_sum else most)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
     return 2 * memory_size(config) * reads + scores
+
+
+def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:
+    tails = 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
+    slot = 2 * config.d_model * item + 1  # and whether a real token is in it
+    return config.slots(tokens) * slot + tails + 4 * 2  # position, limit
+
+
+def _attention_flops(config: AttentionConfig, tokens: int) -> float:
+    window = config.slots(tokens)
+    seen = window - window * (window - 1) / 2 / tokens  # mean of min(i, window), i = 1...
+    return 4 * config.d_model * seen
+
+
+class _LayerCosts(NamedTuple):
+    """Costs of one kind of layer, without the projections, convolutions and norm of all layers."""
+
+    state_bytes: Callable[[Any, int, int], int]  # (config, tokens, bytes of an item)
+    parameters: Callable[[Any], int]  # (config)
+    flops: Callable[[Any, int], float]  # (config, tokens), per token
+
+
+_COSTS: dict[type, _LayerCosts] = {
+    MCConfig: _LayerCosts(_memory_state, _memory_parameters, _memory_flops),
+    AttentionConfig: _LayerCosts(_attention_state, lambda config: 0, _attention_flops),
+}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mc_core.config import MEMORIES
+from mc_core.memories import MEMORIES
 
 Flat = dict[str, np.ndarray]  # names joined by "."; bfloat16 as `ml_dtypes.bfloat16`
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -44,35 +44,39 @@ def _alike(name: str, rank: int) -> Row:
     return Row(name, name, same, rank)
 
 
-_COEFFICIENTS = sorted({name for memory in MEMORIES.values() for name in memory.ranges})
+def layer_rows() -> tuple[Row, ...]:
+    """Return the rows of a layer's parameters, coefficients of registered memories included."""
+    coefficients = sorted({name for memory in MEMORIES.values() for name in memory.ranges})
+    return (
+        *(_product(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
+        *(_product(f"{name}_conv") for name in "qkv"),
+        *(_product(f"coefficients.{name}") for name in coefficients),
+        *(_alike(f"coefficients.{name}.bias", 1) for name in coefficients),
+        _alike("initial.#", 3),
+        _alike("memory_norm.scale", 2),
+        _alike("memory_norm.bias", 2),
+        _alike("output_norm.scale", 2),
+    )
 
-LAYER: tuple[Row, ...] = (
-    *(_product(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
-    *(_product(f"{name}_conv") for name in "qkv"),
-    *(_product(f"coefficients.{name}") for name in _COEFFICIENTS),
-    *(_alike(f"coefficients.{name}.bias", 1) for name in _COEFFICIENTS),
-    _alike("initial.#", 3),
-    _alike("memory_norm.scale", 2),
-    _alike("memory_norm.bias", 2),
-    _alike("output_norm.scale", 2),
-)
 
-MODEL: tuple[Row, ...] = (
-    Row("embed.embedding", "embed.weight", same, 2),
-    *(
-        row._replace(jax=f"blocks.#.mixer.{row.jax}", torch=f"blocks.#.mixer.{row.torch}")
-        for row in LAYER
-    ),
-    _alike("blocks.#.mixer_norm.scale", 1),
-    _alike("blocks.#.ffn_norm.scale", 1),
-    *(_product(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
-    _alike("norm.scale", 1),
-    _product("head"),
-)
+def table() -> tuple[Row, ...]:
+    """Return the rows of all parameters, of a lone layer and of a model."""
+    layer = layer_rows()
+    return (
+        *layer,
+        Row("embed.embedding", "embed.weight", same, 2),
+        *(
+            row._replace(jax=f"blocks.#.mixer.{row.jax}", torch=f"blocks.#.mixer.{row.torch}")
+            for row in layer
+        ),
+        _alike("blocks.#.mixer_norm.scale", 1),
+        _alike("blocks.#.ffn_norm.scale", 1),
+        *(_product(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
+        _alike("norm.scale", 1),
+        _product("head"),
+    )
 
-TABLE: tuple[Row, ...] = (*LAYER, *MODEL)
-_BY_JAX = {row.jax: row for row in TABLE}
-_BY_TORCH = {row.torch: row for row in TABLE}
+
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -100,7 +104,7 @@ def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
     Raises:
         ValueError: lists every name and rank that the table does not have.
     """
-    return _translate(flat, _BY_JAX, lambda row: row.torch)
+    return _translate(flat, {row.jax: row for row in table()}, lambda row: row.torch)
 
 
 def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
@@ -109,7 +113,7 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
     Raises:
         ValueError: lists every name and rank that the table does not have.
     """
-    return _translate(flat, _BY_TORCH, lambda row: row.jax)
+    return _translate(flat, {row.torch: row for row in table()}, lambda row: row.jax)
 
 
 def check_leaves(

@@ -1,7 +1,14 @@
 """Memory Caching in JAX: functional recurrences under thin Flax NNX modules."""
 
 from mc_jax.attention import AttentionLayer
-from mc_jax.backends import Coefficients, MemoryState
+from mc_jax.backends import (
+    Coefficients,
+    Events,
+    MatrixMemory,
+    Memory,
+    MemoryState,
+    register_backend,
+)
 from mc_jax.cache import Cache, KVCache, Segments, check_room, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.functional import Result, extend, memory_caching
@@ -14,9 +21,12 @@ __all__ = [
     "AttentionLayer",
     "Cache",
     "Coefficients",
+    "Events",
     "InnerLoop",
     "KVCache",
     "LanguageModel",
+    "MatrixMemory",
+    "Memory",
     "MemoryCachingLayer",
     "MemoryState",
     "Result",
@@ -29,6 +39,7 @@ __all__ = [
     "init_cache",
     "load_cache",
     "memory_caching",
+    "register_backend",
     "sample",
     "save_cache",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mc_core.checks import check_flags
+from mc_core.arguments import check_arguments, check_method
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streams, make_plan
 from mc_jax.aggregate import read_all
@@ -70,7 +70,9 @@ def memory_caching(
     Raises:
         ValueError: a shape, a missing argument or a name that does not fit.
     """
-    _check(q, k, v, u, initial, coefficients, config, norm, mask, method, inspect)
+    check_method(method, inspect)
+    tensors = {"q": q, "k": k, "v": v, "u": u}
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
@@ -125,7 +127,8 @@ def extend(
         ValueError: a shape, a missing argument or a name that does not fit.
     """
     check_streams(config)
-    _check(q, k, v, u, initial, coefficients, config, norm, mask, "chunked")
+    tensors = {"q": q, "k": k, "v": v, "u": u}
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
@@ -153,8 +156,8 @@ def _run_chunks(
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
     # A soup mixes layer by layer with memories that the write has yet to make.
-    later = inspect or (config.aggregation == "soup" and plan.segments > 1)
-    queries = q if memory.is_mlp and not later else None
+    later = inspect or (config.mixes_layers and plan.segments > 1)
+    queries = q if config.memory.gradient_uses_weights and not later else None
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, queries)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
@@ -193,64 +196,3 @@ def _cleaned(
         coefficients,
     )
     return Tokens(q, k, v, u, coefficients, mask)
-
-
-def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array | None,
-    initial: Weights,
-    coefficients: Coefficients,
-    config: MCConfig,
-    norm: Norm,
-    mask: Array | None,
-    method: str,
-    inspect: bool = False,
-) -> None:
-    if method not in ("chunked", "recurrent"):
-        raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
-    if inspect and method != "chunked":
-        raise ValueError(f"inspect = True: method = {method!r} must be 'chunked'")
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"q has shape {q.shape}, v {v.shape}: must be [b, t, h, k] and [b, t, h, v]"
-        )
-    b, t, h, width = q.shape
-    if u is None and config.projects_u:
-        raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
-    shapes = {"k": (k, q.shape), "v": (v, (b, t, h, v.shape[-1]))}
-    if u is not None:
-        shapes["u"] = (u, q.shape)
-    check_flags("mask", mask, (b, t))
-    memory = config.memory
-    needed = {"step", "retention"}
-    needed |= {"momentum"} if memory.kind == "titans" else set()
-    needed |= {"previous"} if memory.kind == "swla" else set()
-    for name, value in coefficients._asdict().items():
-        if (value is not None) != (name in needed):
-            state = "missing" if value is None else "given"
-            raise ValueError(
-                f"coefficients.{name} is {state}: {memory.kind!r} takes {sorted(needed)}"
-            )
-        if value is not None:
-            shapes[f"coefficients.{name}"] = (value, (b, t, h))
-    depth = getattr(memory, "depth", 1)
-    if len(initial) != depth:
-        raise ValueError(f"initial has {len(initial)} weights: must be {depth}")
-    inner = [weight.shape[-2] for weight in initial[:-1]]
-    dims = [width, *inner, v.shape[-1]]
-    for layer, weight in enumerate(initial):
-        shapes[f"initial[{layer}]"] = (weight, (h, dims[layer + 1], dims[layer]))
-    adds_input = getattr(memory, "residual", False) or getattr(memory, "norm", "none") == "layer"
-    if adds_input and width != v.shape[-1]:
-        raise ValueError(
-            f"v has width {v.shape[-1]}: must be {width}, as k, where M adds its input"
-        )
-    layer_norm = getattr(memory, "norm", "none") == "layer"
-    if (norm is not None) != layer_norm:
-        raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
-    shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
-    for name, (value, shape) in shapes.items():
-        if value.shape != shape:
-            raise ValueError(f"{name} has shape {value.shape}: must be {shape}")

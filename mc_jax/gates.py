@@ -135,10 +135,10 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
         read: bool [..., n + 1], True where a memory is read; the online memory always is.
         config: the aggregation.
     """
-    if config.aggregation in ("none", "residual"):
-        return read.astype(score.dtype)
-    if config.aggregation == "mean":
+    if not config.gated:
         weight = read.astype(score.dtype)
+        if not config.rule.averaged:
+            return weight
         return weight / jnp.sum(weight, axis=-1, keepdims=True)
     return jax.nn.softmax(jnp.where(read, score, -jnp.inf), axis=-1)
 
@@ -146,7 +146,7 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
 def readable(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens of the given segments [...] may read."""
     cached = ages(segment, n) > 0
-    if config.aggregation == "none":
+    if not config.rule.reads_cache:
         cached = jnp.zeros_like(cached)
     return jnp.concatenate([cached, jnp.ones_like(cached, shape=(*segment.shape, 1))], axis=-1)
 
@@ -169,7 +169,7 @@ def gate(
         selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
     """
     n = pools.shape[1]
-    if config.aggregation != "ssc":
+    if not config.rule.sparse:
         score = jnp.zeros_like(running, shape=(*running.shape[:3], n + 1))
         if config.gated:
             score = scores(u, pools, running, segment, config)
@@ -235,7 +235,7 @@ def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:
     """
     n = score.shape[-1] - 1
     read = readable(align(segment, 2), n, config)[:, :, None]
-    if config.aggregation == "ssc":
+    if config.rule.sparse:
         selected = select(score[..., :n], read[..., :n], config.ssc_top_k)
         slots = selected[..., :, None] == align(
             jnp.arange(n, dtype=selected.dtype), selected.ndim + 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mc_core.config import LinearConfig, MCConfig, SWLAConfig
+from mc_core.config import MCConfig
 from mc_jax.numerics import Array, Dtype, align, product, rms_norm, state_dtype
 
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
@@ -37,7 +37,7 @@ class Coefficient(nnx.Module):
 
     def __init__(self, config: MCConfig, name: str, *, rngs: nnx.Rngs, param_dtype: Dtype):
         memory = config.memory
-        self.mode = memory.coefficients
+        self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
         self.low, self.high = memory.ranges[name]
         share = (self.start - self.low) / (self.high - self.low)
@@ -123,13 +123,13 @@ def split_heads(x: Array, heads: int) -> Array:
 
 
 def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.Variable]:
-    """Return W_0: random and learned for an MLP, else zero, learned on request."""
+    """Return W_0, each [h, out, in]: random or zero, as the memory asks; empty if not learned."""
     memory, h, width = config.memory, config.num_heads, config.head_dim
-    if isinstance(memory, LinearConfig | SWLAConfig):
-        zero = jnp.zeros((h, width, width), dtype)
-        return [nnx.Param(zero)] if memory.learn_initial else []
-    hidden = [width * memory.expansion] * (memory.depth - 1)
-    dims = [width, *hidden, width]
+    if not memory.learns_initial:
+        return []
+    dims = memory.widths(width, width)
+    if not memory.random_initial:
+        return [nnx.Param(jnp.zeros((h, out, into), dtype)) for into, out in pairwise(dims)]
     return [
         nnx.Param(
             jax.random.normal(rngs.params(), (h, out, into), dtype) * np.asarray(into**-0.5, dtype)

@@ -89,7 +89,7 @@ def run_token(
     state = cache.state
     if config.state_init_mode == "restart":
         state = _where(token.opens_segment, start, state)
-    if memory.is_mlp:
+    if memory.config.gradient_uses_weights:
         fresh = state._replace(anchor=state.weights)
         state = _where(token.opens_chunk, fresh, state)
     written = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)

@@ -1,7 +1,14 @@
 """Memory Caching in PyTorch: the mirror of `mc_jax`, file by file and name by name."""
 
 from mc_torch.attention import AttentionLayer
-from mc_torch.backends import Coefficients, MemoryState
+from mc_torch.backends import (
+    Coefficients,
+    Events,
+    MatrixMemory,
+    Memory,
+    MemoryState,
+    register_backend,
+)
 from mc_torch.cache import Cache, KVCache, Segments, check_room, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.functional import Result, extend, memory_caching
@@ -14,9 +21,12 @@ __all__ = [
     "AttentionLayer",
     "Cache",
     "Coefficients",
+    "Events",
     "InnerLoop",
     "KVCache",
     "LanguageModel",
+    "MatrixMemory",
+    "Memory",
     "MemoryCachingLayer",
     "MemoryState",
     "Result",
@@ -29,6 +39,7 @@ __all__ = [
     "init_cache",
     "load_cache",
     "memory_caching",
+    "register_backend",
     "sample",
     "save_cache",
 ]

@@ -37,15 +37,15 @@ def read_all(
         [b, t, h, v] in the state dtype.
     """
     cached = tree_map(torch.detach, writes.ends) if config.detach_cached_states else writes.ends
-    if config.aggregation == "none" or plan.segments == 1:
+    if not config.rule.reads_cache or plan.segments == 1:
         return read_online(memory, writes, q, plan) * gates[..., -1:]
-    if config.aggregation == "soup" and not memory.mixes_linearly:
+    if config.mixes_layers:
         return read_soup(memory, writes, cached, q, gates, plan)
     online = read_online(memory, writes, q, plan) * gates[..., -1:]
-    if config.aggregation == "ssc":
+    if config.rule.sparse:
         assert selected is not None
         return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
-    if config.aggregation in ("residual", "mean") and memory.mixes_linearly:
+    if config.reads_sum:
         return online + read_sum(memory, cached, q, plan) * gates[..., :1]
     return online + read_dense(memory, cached, q, gates, plan)
 
@@ -133,7 +133,7 @@ def read_token(
         cached = tree_map(torch.detach, cached)
     stacked = tree_map(lambda c, w: torch.cat([c, w[:, None]], dim=1), cached, online)
     weight = gates.transpose(1, 2)  # [b, n + 1, h]
-    if config.aggregation == "soup":
+    if config.rule.mixes_weights:
         mixed = tree_map(lambda w: torch.sum(weight[..., None, None] * w, dim=1), stacked)
         return memory.read(apply_weights(mixed, q.dtype), q[..., None, :])[..., 0, :]
     x = q[:, None, :, None].expand(*weight.shape, 1, q.shape[-1])

@@ -81,11 +81,13 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     weights = tuple(
         w.to(dtype).expand(*k.shape[:-3], *w.shape).clone() for w in memory.prepare(initial)
     )
-    momentum = tree_map(torch.zeros_like, weights) if memory.config.kind == "titans" else ()
+    momentum = tree_map(torch.zeros_like, weights) if memory.config.has_momentum else ()
     previous: Weights = ()
-    if memory.reaches_back:
+    if memory.config.uses_previous_token:
         previous = tuple(torch.zeros_like(x[..., 0, :], dtype=dtype) for x in (k, v))
-    return MemoryState(weights, momentum, weights if memory.is_mlp else (), previous)
+    return MemoryState(
+        weights, momentum, weights if memory.config.gradient_uses_weights else (), previous
+    )
 
 
 def init_cache(

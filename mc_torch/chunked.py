@@ -121,13 +121,13 @@ def scan_chunks(
     """
     mix = memory.chunk_mix(at, written)
     previous: Weights = ()
-    if memory.reaches_back:
+    if memory.config.uses_previous_token:
         before, previous = _tokens_before(k, v, written > 0, state.previous, restarts)
         k, v = (
             torch.cat([p[..., None, :].to(x.dtype), x], dim=-2)
             for p, x in zip(before, (k, v), strict=True)
         )
-    if memory.is_mlp:
+    if memory.config.gradient_uses_weights:
         return _loop_mlp(memory, k, v, mix, state, start, restarts, opens, q)
     events = memory.events((), k, v)
     carried, final = _loop_matrix(events, mix, state, start, restarts, k.dtype)
@@ -307,7 +307,7 @@ def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
 
 def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
     """Return the weights [b, r, ...] with which the last token's chunk began."""
-    if not memory.is_mlp:
+    if not memory.config.gradient_uses_weights:
         return ()
     last = plan.last_chunk[-1] % len(plan.restarts)
     # No chunk changed the anchor of the state that the loop began with: the initial memory.

@@ -124,10 +124,10 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
         read: bool [..., n + 1], True where a memory is read; the online memory always is.
         config: the aggregation.
     """
-    if config.aggregation in ("none", "residual"):
-        return read.to(score.dtype)
-    if config.aggregation == "mean":
+    if not config.gated:
         weight = read.to(score.dtype)
+        if not config.rule.averaged:
+            return weight
         return weight / torch.sum(weight, dim=-1, keepdim=True)
     return torch.softmax(torch.where(read, score, -torch.inf), dim=-1)
 
@@ -135,7 +135,7 @@ def weigh(score: Array, read: Array, config: MCConfig) -> Array:
 def readable(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens of the given segments [...] may read."""
     cached = ages(segment, n) > 0
-    if config.aggregation == "none":
+    if not config.rule.reads_cache:
         cached = torch.zeros_like(cached)
     return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
 
@@ -158,7 +158,7 @@ def gate(
         selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
     """
     n = pools.shape[1]
-    if config.aggregation != "ssc":
+    if not config.rule.sparse:
         score = running.new_zeros(*running.shape[:3], n + 1)
         if config.gated:
             score = scores(u, pools, running, segment, config)
@@ -216,7 +216,7 @@ def gate_densely(score: Array, segment: Array, config: MCConfig) -> Array:
     """
     n = score.shape[-1] - 1
     read = readable(align(segment, 2), n, config)[:, :, None]
-    if config.aggregation == "ssc":
+    if config.rule.sparse:
         selected = select(score[..., :n], read[..., :n], config.ssc_top_k)
         number = torch.arange(n, device=selected.device)
         slots = selected[..., :, None] == align(number, selected.ndim + 1)

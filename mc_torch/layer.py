@@ -54,7 +54,7 @@ class MemoryCachingLayer(Mixer):
             }
         )
         self.initial = nn.ParameterList(initial_memory(config, device, dtype))
-        if getattr(config.memory, "norm", "none") == "layer":
+        if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(
                 config.num_heads, config.head_dim, device=device, dtype=dtype
             )
@@ -208,16 +208,12 @@ class MemoryCachingLayer(Mixer):
         """
         dtype, x = x.dtype, self._enter(x, mask)
         q, k, v, u, conv = self._project(x, before, count)
-        at = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
+        fields = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         norm: Norm = None
         if hasattr(self, "memory_norm"):
             norm = (self.memory_norm.scale, self.memory_norm.bias)
-        coefficients = Coefficients(
-            step=at["newest"] if "newest" in at else at["step"],
-            retention=at["retention"],
-            momentum=at.get("momentum"),
-            previous=at.get("previous"),
-        )
+        names = self.config.memory.coefficient_fields
+        coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
         result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
         y = self._leave(result.output, dtype)
         return y, result._replace(cache=result.cache._replace(conv=conv))

@@ -1,5 +1,6 @@
 """The layer's parts that hold parameters."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mc_core.config import LinearConfig, MCConfig, SWLAConfig
+from mc_core.config import MCConfig
 from mc_torch.numerics import Array, Dtype, align, product, rms_norm, state_dtype
 
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
@@ -49,7 +50,7 @@ class Coefficient(nn.Module):
     ):
         super().__init__()
         memory = config.memory
-        self.mode = memory.coefficients
+        self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
         self.low, self.high = memory.ranges[name]
         share = (self.start - self.low) / (self.high - self.low)
@@ -157,13 +158,14 @@ def split_heads(x: Array, heads: int) -> Array:
 def initial_memory(
     config: MCConfig, device: torch.device | str | None = None, dtype: Dtype = None
 ) -> list[nn.Parameter]:
-    """Return W_0: random and learned for an MLP, else zero, learned on request."""
+    """Return W_0, each [h, out, in]: random or zero, as the memory asks; empty if not learned."""
     memory, h, width = config.memory, config.num_heads, config.head_dim
-    if isinstance(memory, LinearConfig | SWLAConfig):
-        zero = torch.zeros(h, width, width, device=device, dtype=dtype)
-        return [nn.Parameter(zero)] if memory.learn_initial else []
-    hidden = [width * memory.expansion] * (memory.depth - 1)
-    dims = [width, *hidden, width]
+    if not memory.learns_initial:
+        return []
+    dims = memory.widths(width, width)
+    if not memory.random_initial:
+        zeros = partial(torch.zeros, device=device, dtype=dtype)
+        return [nn.Parameter(zeros(h, out, into)) for into, out in pairwise(dims)]
     return [
         nn.Parameter(torch.randn(h, out, into, device=device, dtype=dtype) * into**-0.5)
         for into, out in pairwise(dims)

@@ -86,7 +86,7 @@ def run_token(
     state = cache.state
     if config.state_init_mode == "restart" and token.opens_segment:
         state = start
-    if memory.is_mlp and token.opens_chunk:
+    if memory.config.gradient_uses_weights and token.opens_chunk:
         state = state._replace(anchor=state.weights)
     written = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
     state = choose(token.real, written, state)

@@ -55,12 +55,12 @@ def extend_chunks(
 
     if config.reads_sum:
         queries = to_places(q, grid)
-        assert writes.online is not None
-        read = memory.read(online_apply(writes.online, q.dtype), queries)
-        read = read + memory.read(apply_weights(totals, q.dtype), queries)
+        read = _read_online(memory, writes, queries) + memory.read(
+            apply_weights(totals, q.dtype), queries
+        )
         allowed = readable(grid.segment, stored.length.shape[1], config)[:, :, None]
         share = torch.ones_like(pools.running[..., :1])
-        if config.aggregation == "mean":
+        if config.rule.averaged:
             share = share / (grid.segment + 1)[..., None, None].to(share.dtype)
         output = from_places(read, grid) * share
         gates = allowed.to(share.dtype) * share
@@ -98,7 +98,8 @@ def _write(
     state = tree_map(lambda x: x[:, None], cache.state)
     restarts = grid.restarts if config.state_init_mode == "restart" else None
     # A soup mixes layer by layer with memories that the write has yet to make.
-    q = to_places(tokens.q, grid) if memory.is_mlp and config.aggregation != "soup" else None
+    early = config.memory.gradient_uses_weights and not config.mixes_layers
+    q = to_places(tokens.q, grid) if early else None
     scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens, q)
     online = online_memory(scanned, start, restarts)
     return scanned, Writes(online, scanned.read, (), scanned.final)
@@ -165,11 +166,12 @@ def _read(
     """Read every token's online memory and the cached ones: [b, t, h, v]."""
     if config.detach_cached_states:
         cached = tree_map(torch.detach, cached)
-    own = gates[..., -1:]
-    apply = None if writes.online is None else online_apply(writes.online, q.dtype)
+    online_gate = gates[..., -1:]
     weight = gates[..., :-1].transpose(1, 2)
-    if config.aggregation == "soup" and not memory.mixes_linearly:
-        assert apply is not None
+    queries = to_places(q, grid)
+    if config.mixes_layers:
+        assert writes.online is not None
+        apply = online_apply(writes.online, q.dtype)
 
         def one_layer(a: Array, weights: Weights) -> Array:
             return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
@@ -178,15 +180,14 @@ def _read(
             a = a.to(q.dtype)
             tokens = from_places(a, grid).transpose(1, 2)
             z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), grid.segment)
-            return to_places(own, grid) * apply(layer, a) + to_places(z.transpose(1, 2), grid)
+            online = to_places(online_gate, grid) * apply(layer, a)
+            return online + to_places(z.transpose(1, 2), grid)
 
-        return from_places(memory.read(mixed, to_places(q, grid)), grid)
-    own_read = writes.read if apply is None else memory.read(apply, to_places(q, grid))
-    assert own_read is not None
-    online = from_places(own_read, grid) * own
-    if config.aggregation == "none":
+        return from_places(memory.read(mixed, queries), grid)
+    online = from_places(_read_online(memory, writes, queries), grid) * online_gate
+    if not config.rule.reads_cache:
         return online
-    if config.aggregation == "ssc":
+    if config.rule.sparse:
         assert selected is not None
         return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
 
@@ -197,3 +198,11 @@ def _read(
     return online + sum_over_slots(read, q.transpose(1, 2), weight, cached, grid.segment).transpose(
         1, 2
     )
+
+
+def _read_online(memory: Memory, writes: Writes, queries: Array) -> Array:
+    """Return the online memory's reads [g, b, 1, h, c, v] of queries in their chunks."""
+    if writes.online is None:
+        assert writes.read is not None
+        return writes.read
+    return memory.read(online_apply(writes.online, queries.dtype), queries)

@@ -9,10 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from mc_core import (
-    DLAConfig,
     MCConfig,
     ModelConfig,
-    TitansConfig,
 )
 
 Array = np.ndarray
@@ -191,25 +189,22 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
         k = np.concatenate([part] * (case.tokens // config.segment_size + 1), 1)[:, : case.tokens]
     if config.normalizes_qk:
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    mlp = memory if isinstance(memory, DLAConfig | TitansConfig) else None
-    adds_input = mlp and (mlp.residual or mlp.norm == "layer")
-    values = width if adds_input else width - 1
-    hidden = [width * mlp.expansion] * (mlp.depth - 1) if mlp else []
-    dims = [width, *hidden, values]
+    values = width if memory.adds_input else width - 1
+    dims = memory.widths(width, values)
     initial = tuple(
         rng.standard_normal((h, out, into)) / np.sqrt(into) for into, out in pairwise(dims)
     )
     coefficients = {
-        "step": rng.uniform(0.05, 0.3 if mlp else 1.0, shape),
+        "step": rng.uniform(0.05, 0.3 if memory.gradient_uses_weights else 1.0, shape),
         "retention": rng.uniform(0.7, 1.0, shape),
     }
-    if memory.kind == "titans":
+    if memory.has_momentum:
         coefficients["momentum"] = rng.uniform(0.2, 0.9, shape)
-    if memory.kind == "swla":
+    if memory.uses_previous_token:
         coefficients["previous"] = rng.uniform(-1.0, 1.0, shape)
     v = rng.standard_normal((*shape, values))
     gain_and_bias = rng.uniform(0.5, 1.5, (2, h, values))
-    norm = (gain_and_bias[0], gain_and_bias[1]) if mlp and mlp.norm == "layer" else None
+    norm = (gain_and_bias[0], gain_and_bias[1]) if memory.has_layer_norm else None
     needs_u = config.projects_u
     return FunctionInputs(
         *rounded((q, k, v, u if needs_u else None), case.dtype),

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mc_core import DLAConfig, MCConfig, MemoryConfig, MLPConfig, SWLAConfig, TitansConfig
 from mc_core.checks import check_keys, fail
-from mc_core.config import DLAConfig, MCConfig, MemoryConfig, SWLAConfig, TitansConfig
 from mc_core.pretrained import one_dtype
 from mc_core.weights import Flat, Leaf, check_leaves, leaves
 from mc_torch import MemoryCachingLayer
@@ -167,7 +167,7 @@ def _mlp(kind: str, part: dict[str, Any], head: int) -> MemoryConfig:
 
 def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> Flat:
     memory, h, width = config.memory, config.num_heads, config.head_dim
-    if not isinstance(memory, DLAConfig | TitansConfig):
+    if not isinstance(memory, MLPConfig):
         dims = [width]  # a matrix starts at zero in both packages
     else:
         dims = [width, *[width * memory.expansion] * (memory.depth - 1), width]

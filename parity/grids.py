@@ -11,11 +11,14 @@ from mc_core import (
     LinearConfig,
     MCConfig,
     MemoryConfig,
+    MLPConfig,
     ModelConfig,
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.config import AGGREGATIONS, GATES, START_MODES
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import GATES, START_MODES
+from mc_core.memories import MEMORIES
 from parity.cases import DTYPES, MASKS, METHODS, Case
 
 VOCABULARY = 19
@@ -136,31 +139,6 @@ QUICK = (
     ),
 )
 
-_VARIANTS: dict[str, tuple[MemoryConfig, ...]] = {
-    "linear": (
-        LinearConfig(),
-        LinearConfig("elu+1"),
-        LinearConfig("elu+1", normalize=True, coefficients="token", retention=0.9),
-        LinearConfig(coefficients="head", learn_initial=True),
-    ),
-    "swla": (
-        SWLAConfig(),
-        SWLAConfig(coefficients="head", learn_initial=True),
-        SWLAConfig(coefficients="constant", retention=0.9, previous=-0.3),
-    ),
-    "dla": (
-        DLAConfig(expansion=2),
-        DLAConfig(depth=1, residual=False, coefficients="head"),
-        DLAConfig(depth=3, expansion=1, objective="l2", residual=False),
-        DLAConfig(expansion=1, norm="layer", inner_clip=0.5, coefficients="constant"),
-    ),
-    "titans": (
-        TitansConfig(expansion=2),
-        TitansConfig(depth=1, inner_clip=None, coefficients="constant"),
-        TitansConfig(expansion=1, norm="layer", inner_clip=0.5, coefficients="head"),
-        TitansConfig(depth=3, expansion=1, objective="dot"),
-    ),
-}
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "chunk_size": (1, 3, 5),
     "pooling": ("mean", "sum"),
@@ -187,11 +165,11 @@ def full() -> Iterator[Case]:
     yield from QUICK
     pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))
     for kind, aggregation, start, segmentation, dtype in product(
-        _VARIANTS, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
+        MEMORIES, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
     ):
         options = {name: pick(values) for name, values in _OPTIONS.items()}
         level = pick(("function", "function", "layer", "model"))
-        memory = pick(_VARIANTS[kind])
+        memory = pick(MEMORIES[kind].variants())
         method = pick(METHODS) if level == "function" else "chunked"
         tokens = pick((11, 13, 14, 23))
         streams = segmentation == "constant" and method == "chunked"
@@ -200,8 +178,8 @@ def full() -> Iterator[Case]:
         num_layers, d_model = pick((1, 2)), 8
         if dtype != "float64":
             num_layers = 1
-        if isinstance(memory, DLAConfig | TitansConfig) and dtype != "float64":
-            d_model = 16 if memory.norm == "layer" else 8
+        if isinstance(memory, MLPConfig) and dtype != "float64":
+            d_model = 16 if memory.has_layer_norm else 8
             if dtype == "bfloat16":
                 memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
         yield case(
@@ -221,7 +199,7 @@ def full() -> Iterator[Case]:
             segmentation=segmentation,
             dtype=dtype,
             seed=pick(range(1000)),
-            gate=pick_gate(GATES),
+            gate=pick_gate(tuple(GATES)),
             **options,
         )
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from oracle_gates import gates_of, pooled
 
-from mc_core import MCConfig
-from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR, MemoryConfig
+from mc_core import MCConfig, MemoryConfig
+from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR
 
 Array = np.ndarray
 Layers = tuple[Array, ...]  # weights, first layer first, each [out, in]

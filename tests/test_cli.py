@@ -245,7 +245,9 @@ def test_segments(monkeypatch, capsys):
 
 
 def test_variants(monkeypatch, capsys):
-    from mc_core.config import AGGREGATIONS, GATES, MEMORIES, MIXERS
+    from mc_core.aggregations import AGGREGATIONS
+    from mc_core.config import GATES, MIXERS
+    from mc_core.memories import MEMORIES
 
     assert mc(monkeypatch, "variants") == 0
     out = capsys.readouterr().out

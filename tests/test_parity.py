@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tiny import mc, write_config
 
-from mc_core.config import AGGREGATIONS, COEFFICIENTS, GATES, MEMORIES, START_MODES
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import GATES, START_MODES
+from mc_core.memories import COEFFICIENTS, MEMORIES
 from mc_core.optimizer import OptimizerConfig
 from mc_core.trees import flatten
 from parity import run_jax, run_torch

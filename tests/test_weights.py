@@ -6,9 +6,9 @@ import pytest
 import torch
 from weight_cases import ALL, LAYERS, MODELS, draw, jax_module, same_bits, torch_module
 
-from mc_core import weights as table
+from mc_core import weights
 from mc_core.pretrained import describe, one_dtype, read_description
-from mc_core.weights import TABLE, leaves
+from mc_core.weights import leaves, table
 from parity.weights import jax_weights, load_jax, load_torch, to_jax, to_torch, torch_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -16,16 +16,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def test_every_row_of_the_table_is_one_to_one():
     for side in ("jax", "torch"):
-        names = [getattr(row, side) for row in TABLE]
+        names = [getattr(row, side) for row in table()]
         assert len(set(names)) == len(names)
 
 
 def test_every_row_of_the_table_is_some_module_s():
     names = {name for config in ALL.values() for name in torch_module(config).state_dict()}
-    used = {table._INDEX.sub("#", name) for name in names}
+    used = {weights._INDEX.sub("#", name) for name in names}
     # A block may hold any layer: what the layers have, blocks have too.
-    used |= {f"blocks.#.mixer.{row.torch}" for row in table.LAYER if row.torch in used}
-    assert {row.torch for row in TABLE} == used
+    used |= {f"blocks.#.mixer.{row.torch}" for row in weights.layer_rows() if row.torch in used}
+    assert {row.torch for row in table()} == used
 
 
 @pytest.mark.parametrize("name", ALL)

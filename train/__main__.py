@@ -1,15 +1,31 @@
 """The program `mc`, also `python -m train`: the command, once what it needs is installed."""
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
+from mc_core.errors import UserError
+from train.user_modules import import_from_environment, import_modules, split_imports
 
-def main() -> None:
-    """Run the command; a library that is not installed is one line and exit code 2."""
+
+def main(command: Sequence[str] = ()) -> None:
+    """Run the command; a library that is not installed is one line and exit code 2.
+
+    Args:
+        command: words that stand before those of the command line, such as a group's name.
+    """
     try:
+        # Before the command is built: its options list the registered memories.
+        names, words = split_imports(sys.argv[1:])
+        sys.argv[1:] = [*command, *words]
+        import_from_environment()
+        import_modules(names)
         from train.cli import main as run
 
         run()
+    except UserError as error:
+        print("mc:", error, file=sys.stderr)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not package or find_spec(package):

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mc_core.config import AGGREGATIONS, MEMORIES, START_MODES
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import START_MODES
 from mc_core.errors import UserError
+from mc_core.memories import MEMORIES
 from train.options import output_file
 
 if TYPE_CHECKING:

@@ -13,12 +13,31 @@ from mc_core.errors import NotFiniteError, UserError
 from train.bench_cli import app as bench
 from train.options import output_file
 from train.parity_cli import app as parity
+from train.user_modules import OPTION, import_modules
 
 app = typer.Typer(
     help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            OPTION,
+            metavar="MODULE",
+            help="import this module or .py file first, for instance to register a memory; may be "
+            "repeated",
+        ),
+    ] = None,
+) -> None:
+    """Memory Caching: RNNs with growing memory (arXiv:2602.24281)."""
+    import_modules(imports or ())
+
+
 app.add_typer(parity, name="parity")
 app.add_typer(bench, name="bench")
 

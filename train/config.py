@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mc_core import ModelConfig
 from mc_core.checks import check_choice, check_range, fail
-from mc_core.config import MEMORIES
 from mc_core.errors import UserError
+from mc_core.memories import MEMORIES
 from mc_core.optimizer import OptimizerConfig
 from train.read import first_line, merge, read_with_bases
 from train.tasks.config import Length, MQARConfig, NIAHConfig

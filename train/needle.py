@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mc_core.aggregations import AGGREGATIONS
 from mc_core.errors import UserError
 from train.text import Text
 
@@ -90,8 +91,10 @@ def find_needle(text: Text, words: str, segment: np.ndarray, aggregation: str) -
     Raises:
         UserError: the needle is not among the tokens, or no token reads its segment.
     """
-    if aggregation == "none":
-        raise UserError("--needle: a model with aggregation = 'none' reads no cached memory")
+    if not AGGREGATIONS[aggregation].reads_cache:
+        raise UserError(
+            f"--needle: a model with aggregation = {aggregation!r} reads no cached memory"
+        )
     tokens = text.find(words)
     if not len(tokens):
         cut = len(text.tokens) < text.total
@@ -144,6 +147,6 @@ def weigh_needle(
         mean_weight=weight.mean(1),
         mean_uniform=float(uniform.mean()),
         first_share=(rank == 1).mean(1),
-        constant=aggregation in ("residual", "mean"),
+        constant=not AGGREGATIONS[aggregation].gated,
         blocks=tuple(range(len(gates))) if blocks is None else blocks,
     )

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from mc_core.config import AGGREGATIONS, MEMORIES
+from mc_core.aggregations import AGGREGATIONS
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
+from mc_core.memories import MEMORIES
 from parity.environment import MissingError, prepare
 from train.options import output_file
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bench.report import png
+from mc_core.aggregations import AGGREGATIONS
 
 WIDTH, LINES = 11.0, 1.5  # inches: of a picture, and the height of a panel of lines
 
@@ -26,7 +27,7 @@ def draw_layer(
         layer: fields of a `Trace` by name, without the batch's axis.
         lengths: tokens of each segment.
         title: what stands above.
-        aggregation: `ssc` has one more panel: which segments it chose, how often.
+        aggregation: of the model; a sparse one adds a panel with how often each segment is read.
         needle: segments to be framed.
     """
     heads, memories = layer["gates"].shape[1:]
@@ -38,7 +39,7 @@ def draw_layer(
         "inner loss\n(dotted: before)": ("loss_after", "loss_before"),
     }
     lines = {label: names for label, names in lines.items() if names[0] in layer}
-    counts = aggregation == "ssc" and memories > 2
+    counts = AGGREGATIONS[aggregation].sparse and memories > 2
     heights = [min(2.4, 0.4 + 0.14 * memories)] * heads + [LINES] * (len(lines) + counts)
     figure = Figure(figsize=(WIDTH, 0.6 + sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)

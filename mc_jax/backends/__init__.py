@@ -1,18 +1,20 @@
-"""The four memories, one file a kind."""
+"""The memory kinds, one file each; importing this package registers them."""
 
-from mc_core.config import DLAConfig, LinearConfig, MemoryConfig, SWLAConfig
 from mc_jax.backends.base import (
     ChunkMix,
     Coefficients,
     Events,
+    MatrixMemory,
     Memory,
     MemoryState,
+    Norm,
     Tokens,
     Weights,
+    make_memory,
+    register_backend,
 )
 from mc_jax.backends.dla import DLA
 from mc_jax.backends.linear import Linear
-from mc_jax.backends.mlp import Norm
 from mc_jax.backends.swla import SWLA
 from mc_jax.backends.titans import Titans
 
@@ -23,6 +25,7 @@ __all__ = [
     "Coefficients",
     "Events",
     "Linear",
+    "MatrixMemory",
     "Memory",
     "MemoryState",
     "Norm",
@@ -30,13 +33,5 @@ __all__ = [
     "Tokens",
     "Weights",
     "make_memory",
+    "register_backend",
 ]
-
-
-def make_memory(config: MemoryConfig, norm: Norm = None) -> Memory:
-    """Return the memory of a configuration; `norm` is (gain, bias), each [h, v]."""
-    if isinstance(config, LinearConfig):
-        return Linear(config)
-    if isinstance(config, SWLAConfig):
-        return SWLA(config)
-    return DLA(config, norm) if isinstance(config, DLAConfig) else Titans(config, norm)

@@ -6,49 +6,24 @@
 The normaliser s is one more output row of W, whose value is always 1.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
-from mc_core.config import NORMALIZER_FLOOR, LinearConfig
-from mc_jax.backends.base import (
-    Apply,
-    ChunkMix,
-    Coefficients,
-    Events,
-    MemoryState,
-    Weights,
-    decay_products,
-    mask_coefficients,
-)
+from mc_core.config import NORMALIZER_FLOOR
+from mc_core.memories import LinearConfig
+from mc_jax.backends.base import Apply, Events, MatrixMemory, Weights, register_backend
 from mc_jax.numerics import Array, scale_rows, state_dtype
 
 
-@dataclass(frozen=True)
-class Linear:
-    """See the module; implements `base.Memory`."""
-
-    config: LinearConfig
-    is_mlp = False
-    reaches_back = False
-
-    @property
-    def mixes_linearly(self) -> bool:
-        return not self.config.normalize
+@register_backend(LinearConfig.kind)
+class Linear(MatrixMemory):
+    """See the module; the write is the default of `base.Memory`."""
 
     def prepare(self, initial: Weights) -> Weights:
         if not self.config.normalize:
             return initial
         (weight,) = initial
         return (jnp.concatenate([weight, jnp.zeros_like(weight[..., :1, :])], axis=-2),)
-
-    def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
-        (weight,) = state.weights
-        k, v = self._feature(k).astype(weight.dtype), self._value(v).astype(weight.dtype)
-        outer = v[..., 0, :, None] * k[..., 0, None, :]
-        step, retention = at.step[..., None, None], at.retention[..., None, None]
-        return state._replace(weights=(retention * weight + step * outer,))
 
     def read(self, apply: Apply, q: Array) -> Array:
         y = apply(0, self._feature(q))
@@ -68,11 +43,6 @@ class Linear:
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
         del weights
         return Events((self._feature(k),), (-self._value(v),))
-
-    def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
-        at = mask_coefficients(at, written)
-        decay = decay_products(at.retention)
-        return ChunkMix(state=decay[..., 0], events=decay[..., 1:] * at.step[..., None, :])
 
     def _feature(self, x: Array) -> Array:
         if self.config.feature_map == "identity":

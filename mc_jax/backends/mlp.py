@@ -4,29 +4,15 @@ z_1 = W_1 x, a_l = gelu(z_l), z_{l+1} = W_{l+1} a_l, M(x) = z_L (+ x), or x + LN
 Losses: dot `-<M(k), v>`, with gradient -v at the output; l2 `||M(k) - v||²`, with 2(M(k) - v).
 """
 
-from dataclasses import dataclass
-
 import jax.numpy as jnp
 
-from mc_core.config import CLIP_EPS, DLAConfig, TitansConfig
-from mc_jax.backends.base import Apply, Events, Weights
+from mc_core.config import CLIP_EPS
+from mc_jax.backends.base import Apply, Events, Memory, Weights
 from mc_jax.numerics import Array, align, gelu, gelu_slope, keep, product, scale_rows, standardize
 
-Norm = tuple[Array, Array] | None  # (gain, bias), each [h, v]
 
-
-@dataclass(frozen=True)
-class MLPMemory:
+class MLPMemory(Memory):
     """What `dla` and `titans` share; they differ in how the gradients are written."""
-
-    config: DLAConfig | TitansConfig
-    norm: Norm = None
-    is_mlp = True
-    reaches_back = False
-    mixes_linearly = False
-
-    def prepare(self, initial: Weights) -> Weights:
-        return initial
 
     def read(self, apply: Apply, q: Array) -> Array:
         return self._output(apply(self.config.depth - 1, self._hidden(apply, q)), q)
@@ -86,14 +72,6 @@ class MLPMemory:
         mean = jnp.mean(scaled, axis=-1, keepdims=True)
         along = jnp.mean(scaled * unit, axis=-1, keepdims=True)
         return inverse * (scaled - mean - unit * along)
-
-
-def token_gradient(events: Events) -> Weights:
-    """Build the gradients [..., h, o, i] of one token's events [..., h, 1, o]."""
-    return tuple(
-        delta[..., 0, :, None] * a[..., 0, None, :].astype(delta.dtype)
-        for a, delta in zip(events.inputs, events.deltas, strict=True)
-    )
 
 
 def _by_head(parameter: Array, like: Array) -> Array:

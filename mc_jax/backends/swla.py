@@ -3,36 +3,25 @@
 W_t = α_t W_{t-1} + β_t v_{t-1} k_{t-1}ᵀ + λ_t v_t k_tᵀ        y = W_t q
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
-from mc_core.config import SWLAConfig
+from mc_core.memories import SWLAConfig
 from mc_jax.backends.base import (
-    Apply,
     ChunkMix,
     Coefficients,
-    Events,
+    MatrixMemory,
     MemoryState,
-    Weights,
     decay_products,
     mask_coefficients,
+    register_backend,
 )
-from mc_jax.numerics import Array, align, product, scale_rows
+from mc_jax.numerics import Array, align, product
 
 
-@dataclass(frozen=True)
-class SWLA:
+@register_backend(SWLAConfig.kind)
+class SWLA(MatrixMemory):
     """See the module; implements `base.Memory`."""
-
-    config: SWLAConfig
-    is_mlp = False
-    reaches_back = True
-    mixes_linearly = True
-
-    def prepare(self, initial: Weights) -> Weights:
-        return initial
 
     def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
         assert at.previous is not None
@@ -43,20 +32,6 @@ class SWLA:
         new = at.step[..., None, None] * (v[..., :, None] * k[..., None, :])
         weight = at.retention[..., None, None] * weight + old + new
         return state._replace(weights=(weight,), previous=(k, v))
-
-    def read(self, apply: Apply, q: Array) -> Array:
-        return apply(0, q)
-
-    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
-        return apply(0, scale_rows(weight, q))
-
-    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
-        y = apply(0, k)
-        return -jnp.sum(y * v.astype(y.dtype), axis=-1)
-
-    def events(self, weights: Weights, k: Array, v: Array) -> Events:
-        del weights
-        return Events((k,), (-v,))
 
     def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
         at = mask_coefficients(at, written)

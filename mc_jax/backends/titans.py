@@ -6,23 +6,27 @@ W_t = α_t W_{t-1} + S_t
 
 import jax
 
+from mc_core.memories import TitansConfig
 from mc_jax.backends.base import (
     ChunkMix,
     Coefficients,
     MemoryState,
     decay_products,
     mask_coefficients,
+    outer_products,
+    register_backend,
 )
-from mc_jax.backends.mlp import MLPMemory, token_gradient
+from mc_jax.backends.mlp import MLPMemory
 from mc_jax.numerics import Array, product
 
 
+@register_backend(TitansConfig.kind)
 class Titans(MLPMemory):
     """See the module; implements `base.Memory`."""
 
     def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
         assert at.momentum is not None
-        gradient = token_gradient(self.events(state.anchor, k, v))
+        gradient = outer_products(self.events(state.anchor, k, v), state.weights[0].dtype)
         step, momentum = at.step[..., None, None], at.momentum[..., None, None]
         retention = at.retention[..., None, None]
         surprise = jax.tree.map(lambda s, g: momentum * s - step * g, state.momentum, gradient)

@@ -1,24 +1,26 @@
-"""What the memory kinds have in common: their state, their chunk coefficients, their interface."""
+"""The interface of a memory, the state that it is carried in, and the registry of backends."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mc_core.config import MemoryConfig
-from mc_torch.numerics import Array, product, running_sum
+from mc_core.memories import MemoryConfig
+from mc_torch.numerics import Array, product, running_sum, scale_rows
 
 Weights = tuple[Array, ...]  # first layer first, each [..., h, o, i]
 Apply = Callable[[int, Array], Array]  # (layer, a [..., h, c, i]) -> z [..., h, c, o]
+Norm = tuple[Array, Array] | None  # (gain, bias) of a memory's layer norm, each [h, v]
 
 
 class Coefficients(NamedTuple):
-    """Write coefficients, each [b, t, h]; for `swla` `step` is λ and `previous` β."""
+    """Write coefficients, each [b, t, h]; the memory's configuration says which it takes."""
 
-    step: Array  # η_t > 0
+    step: Array  # η_t > 0; the weight of the newest token where the previous one is written, too
     retention: Array  # α_t in (0, 1]
-    momentum: Array | None = None  # β_t in [0, 1), `titans` alone
-    previous: Array | None = None  # weight of the token before, `swla` alone
+    momentum: Array | None = None  # β_t in [0, 1)
+    previous: Array | None = None  # weight of the token before
 
 
 class Tokens(NamedTuple):
@@ -36,9 +38,9 @@ class MemoryState(NamedTuple):
     """The online memory between two tokens, valid anywhere in a chunk or segment."""
 
     weights: Weights
-    momentum: Weights = ()  # S, as the weights; `titans` alone
-    anchor: Weights = ()  # the weights as the current chunk began; MLP memories alone
-    previous: Weights = ()  # (k, v) [..., h, k], [..., h, v] of the last real token; `swla` alone
+    momentum: Weights = ()  # S, as the weights; empty without a momentum
+    anchor: Weights = ()  # the weights as the current chunk began, where gradients use them
+    previous: Weights = ()  # (k, v) [..., h, k], [..., h, v] of the last real token, where used
 
 
 class ChunkMix(NamedTuple):
@@ -59,49 +61,130 @@ class Events(NamedTuple):
     deltas: Weights  # δ, each [..., h, e, o]
 
 
-class Memory(Protocol):
-    """One memory kind. Token arrays are [..., h, c, k], coefficients [..., h, c]."""
+@dataclass(frozen=True)
+class Memory:
+    """One memory kind. Token arrays are [..., h, c, k], coefficients [..., h, c].
 
-    @property
-    def config(self) -> MemoryConfig:
-        """The memory's configuration."""
+    A subclass defines `read`, `loss` and `events`; the other methods have defaults for a memory
+    that is written by decayed gradient steps without momentum.
 
-    @property
-    def mixes_linearly(self) -> bool:
-        """Whether a read is linear in the weights, so that reading a sum is summing reads."""
+    Attributes:
+        config: the memory's configuration.
+        norm: (gain, bias) of its layer norm, or None.
+    """
 
-    @property
-    def is_mlp(self) -> bool:
-        """Whether the write's gradient depends on the memory."""
-
-    @property
-    def reaches_back(self) -> bool:
-        """Whether a token writes the one before it, too."""
+    config: Any  # a MemoryConfig, of the subclass that the backend is registered for
+    norm: Norm = None
 
     def prepare(self, initial: Weights) -> Weights:
         """Bring the caller's initial weights [h, o, i] into the state's form."""
+        return initial
 
     def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
-        """Write one token: `k` [..., h, 1, k], `v` [..., h, 1, v], coefficients [..., h]."""
+        """Write one token: `k` [..., h, 1, k], `v` [..., h, 1, v], coefficients [..., h].
+
+        The default is `W_t = α_t W_{t-1} - η_t G_t`.
+        """
+        events = self.events(state.anchor or state.weights, k, v)
+        step, retention = at.step[..., None, None], at.retention[..., None, None]
+        gradient = outer_products(events, state.weights[0].dtype)
+        new = tuple(retention * w - step * g for w, g in zip(state.weights, gradient, strict=True))
+        return state._replace(weights=new)
 
     def read(self, apply: Apply, q: Array) -> Array:
         """Read queries [..., h, c, k] through `apply`, the memory's linear maps."""
+        raise TypeError(f"{type(self).__name__} must define read")
 
     def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
         """Return `weight` [..., h, c] times the read of q.
 
-        Where the last map is linear its input is weighed, not its output: then the gradient by the
-        weight takes no product that the other gradients do not take.
+        Where the last map is linear, scale its input rather than its output: the gradient with
+        respect to the weight then shares its products with the other gradients.
         """
+        return scale_rows(weight, self.read(apply, q))
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         """Return the inner loss [..., h, c] of `k` [..., h, c, k] and `v` [..., h, c, v]."""
+        raise TypeError(f"{type(self).__name__} must define loss")
 
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
-        """Return the rank-one writes of tokens whose gradients are taken at `weights`."""
+        """Return the rank-one gradients of tokens, taken at `weights`."""
+        raise TypeError(f"{type(self).__name__} must define events")
 
     def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
-        """Return the coefficients of a chunk; `written` [..., h, c] is 0 at masked tokens."""
+        """Return the coefficients of a chunk; `written` [..., h, c] is 0 at masked tokens.
+
+        The default has no momentum: `C[t, i] = η_i α_{i+1} ... α_t`.
+        """
+        at = mask_coefficients(at, written)
+        decay = decay_products(at.retention)
+        return ChunkMix(state=decay[..., 0], events=decay[..., 1:] * at.step[..., None, :])
+
+
+class MatrixMemory(Memory):
+    """A memory of one matrix, `M(q) = W q`, with the inner loss `-<M(k), v>`.
+
+    By default `W_t = α_t W_{t-1} + η_t v_t k_tᵀ`; `events` may use the weights, too.
+    """
+
+    def read(self, apply: Apply, q: Array) -> Array:
+        return apply(0, q)
+
+    def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
+        return apply(0, scale_rows(weight, q))
+
+    def loss(self, apply: Apply, k: Array, v: Array) -> Array:
+        y = apply(0, k)
+        return -torch.sum(y * v.to(y.dtype), dim=-1)
+
+    def events(self, weights: Weights, k: Array, v: Array) -> Events:
+        return Events((k,), (-v,))
+
+
+M = TypeVar("M", bound=type[Memory])
+
+BACKENDS: dict[str, type[Memory]] = {}  # by the memory's kind
+
+
+def register_backend(kind: str) -> Callable[[M], M]:
+    """Make a class the memory of the configurations of this `kind`, as a class decorator.
+
+    Raises:
+        ValueError: the class is no `Memory`, or another class has the kind.
+    """
+
+    def register(cls: M) -> M:
+        if not issubclass(cls, Memory):
+            raise ValueError(f"register_backend: {cls.__name__} must be a subclass of Memory")
+        known = BACKENDS.get(kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"register_backend: kind = {kind!r} is taken by {known.__name__}")
+        BACKENDS[kind] = cls
+        return cls
+
+    return register
+
+
+def make_memory(config: MemoryConfig, norm: Norm = None) -> Memory:
+    """Return the memory of a configuration; `norm` is (gain, bias), each [h, v].
+
+    Raises:
+        ValueError: no backend of this framework is registered for the kind.
+    """
+    if config.kind not in BACKENDS:
+        raise ValueError(
+            f"memory.kind = {config.kind!r}: mc_torch has no backend for it, only for "
+            f"{', '.join(map(repr, BACKENDS))}: register one with mc_torch.register_backend"
+        )
+    return BACKENDS[config.kind](config, norm)
+
+
+def outer_products(events: Events, dtype: torch.dtype) -> Weights:
+    """Return the gradients [..., h, o, i] of the single token of `events`, in a dtype."""
+    return tuple(
+        delta[..., 0, :, None].to(dtype) * a[..., 0, None, :].to(dtype)
+        for a, delta in zip(events.inputs, events.deltas, strict=True)
+    )
 
 
 def apply_weights(weights: Weights, dtype: torch.dtype) -> Apply:

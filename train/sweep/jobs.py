@@ -20,6 +20,7 @@ from bench.report import cores
 from mc_core.errors import UserError
 from train.sweep.config import Run
 from train.sweep.results import Result
+from train.user_modules import import_from_environment
 
 Work = Callable[[Run], Result]
 
@@ -165,6 +166,7 @@ def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> Non
     # On a GPU the first worker would otherwise take the memory of all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
+    import_from_environment()
     if devices > 1:
         from bench.devices import request
 

@@ -35,7 +35,7 @@ STYLES = ("-", "--", ":", "-.")
 def about(config: TrainConfig) -> Result:
     """Return what a result on text says about its model, whether the run succeeds or not."""
     model = config.model
-    cacheless = model.layer.aggregation == "none" and model.layer in model.block_layers
+    cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
 
 

@@ -1,0 +1,70 @@
+"""A memory of your own in one file: the delta rule with decay, for both frameworks.
+
+    W_t = α_t W_{t-1} - η_t (W k_t - v_t) k_tᵀ        y = W_t q
+
+The gradient of `||W k - v||² / 2` is taken at the memory W that the token's chunk began with; with
+`chunk_size=1` that is W_{t-1}. Everything else follows: both methods, all aggregations, streaming,
+inspection, training, parity.
+
+    mc --import examples/custom_memory.py train configs/demo.yaml \
+        model.layer.memory.kind=decayed_delta model.layer.chunk_size=8
+    mc --import examples/custom_memory.py parity check --full --kind decayed_delta
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from mc_core import MemoryConfig, register_memory
+
+
+@register_memory
+@dataclass(frozen=True)
+class DecayedDeltaConfig(MemoryConfig):
+    """`step` is η and `retention` α, as in the other memories."""
+
+    kind = "decayed_delta"
+    description = "matrix, gradient steps on the L2 loss: the delta rule with decay"
+    ranges = {"step": (0.0, 1.0), "retention": (0.0, 1.0)}  # noqa: RUF012 - read only
+    gradient_uses_weights = True
+    normalizes_qk = True
+
+    coefficients: str = "token"
+    step: float = 0.1
+    retention: float = 0.99
+    learn_initial: bool = False
+
+
+if find_spec("jax"):
+    import jax.numpy as jnp
+
+    import mc_jax
+
+    @mc_jax.register_backend(DecayedDeltaConfig.kind)
+    class JaxDecayedDelta(mc_jax.MatrixMemory):
+        """Arrays are [..., heads, tokens, width]; a gradient is `delta inputᵀ`, one per token."""
+
+        def loss(self, apply, k, v):
+            """Return `||W k - v||² / 2`, which `inspect` reports."""
+            return jnp.sum((apply(0, k) - v) ** 2, axis=-1) / 2
+
+        def events(self, weights, k, v):
+            """Return the inputs k and the errors `W k - v`."""
+            return mc_jax.Events((k,), (jnp.einsum("...oi,...ci->...co", weights[0], k) - v,))
+
+
+if find_spec("torch"):
+    import torch
+
+    import mc_torch
+
+    @mc_torch.register_backend(DecayedDeltaConfig.kind)
+    class TorchDecayedDelta(mc_torch.MatrixMemory):
+        """The same in PyTorch."""
+
+        def loss(self, apply, k, v):
+            """Return `||W k - v||² / 2`, which `inspect` reports."""
+            return torch.sum((apply(0, k) - v) ** 2, dim=-1) / 2
+
+        def events(self, weights, k, v):
+            """Return the inputs k and the errors `W k - v`."""
+            return mc_torch.Events((k,), (torch.einsum("...oi,...ci->...co", weights[0], k) - v,))

@@ -1,0 +1,97 @@
+"""Checks of the arguments of `memory_caching`, by shape alone: for arrays of any framework."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mc_core.checks import check_flags
+from mc_core.config import MCConfig
+from mc_core.memories import MemoryConfig
+
+METHODS = ("chunked", "recurrent")
+
+
+def check_arguments(
+    tensors: Mapping[str, Any],
+    initial: Sequence[Any],
+    coefficients: Mapping[str, Any],
+    config: MCConfig,
+    norm: Sequence[Any] | None,
+    mask: Any,
+) -> None:
+    """Check that the arguments of `memory_caching` or `extend` fit each other.
+
+    Args:
+        tensors: q, k, u [b, t, h, k] and v [b, t, h, v] by name; u may be None.
+        initial: W_0, first layer first.
+        coefficients: by name, each [b, t, h] or None.
+        config: the layer's configuration.
+        norm: (gain, bias), or None.
+        mask: bool [b, t], or None.
+
+    Raises:
+        ValueError: names the argument, what it is and what it must be.
+    """
+    q, v, u = tensors["q"], tensors["v"], tensors["u"]
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, v {tuple(v.shape)}: must be [b, t, h, k] and "
+            "[b, t, h, v]"
+        )
+    b, t, h, width = q.shape
+    if u is None and config.projects_u:
+        raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
+    check_flags("mask", mask, (b, t))
+    _check_presence(coefficients, config.memory, norm)
+    shapes = {"k": (tensors["k"], q.shape), "v": (v, (b, t, h, v.shape[-1]))}
+    if u is not None:
+        shapes["u"] = (u, q.shape)
+    for name, value in coefficients.items():
+        if value is not None:
+            shapes[f"coefficients.{name}"] = (value, (b, t, h))
+    shapes |= _initial_shapes(initial, config.memory, h, width, v.shape[-1])
+    shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
+    if config.memory.adds_input and width != v.shape[-1]:
+        raise ValueError(
+            f"v has width {v.shape[-1]}: must be {width}, as k, where M adds its input"
+        )
+    for name, (value, shape) in shapes.items():
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {tuple(shape)}")
+
+
+def check_method(method: str, inspect: bool) -> None:
+    """Check the names that choose how `memory_caching` computes.
+
+    Raises:
+        ValueError: names the argument and what is allowed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
+    if inspect and method != "chunked":
+        raise ValueError(f"inspect = True: method = {method!r} must be 'chunked'")
+
+
+def _check_presence(
+    coefficients: Mapping[str, Any], memory: MemoryConfig, norm: Sequence[Any] | None
+) -> None:
+    for name, value in coefficients.items():
+        if (value is not None) != (name in memory.coefficient_fields):
+            state = "missing" if value is None else "given"
+            names = sorted(memory.coefficient_fields)
+            raise ValueError(f"coefficients.{name} is {state}: {memory.kind!r} takes {names}")
+    if (norm is not None) != memory.has_layer_norm:
+        raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
+
+
+def _initial_shapes(
+    initial: Sequence[Any], memory: MemoryConfig, heads: int, key: int, value: int
+) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    depth = len(memory.widths(key, value)) - 1
+    if len(initial) != depth:
+        raise ValueError(f"initial has {len(initial)} weights: must be {depth}")
+    # Hidden widths are the weights' own: only their agreement is checked.
+    dims = [key, *(weight.shape[-2] for weight in initial[:-1]), value]
+    return {
+        f"initial[{layer}]": (weight, (heads, dims[layer + 1], dims[layer]))
+        for layer, weight in enumerate(initial)
+    }

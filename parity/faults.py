@@ -246,7 +246,7 @@ FAULTS = (
         STATE,
         {
             "mc_torch.functional._cleaned": lambda f: lambda *a: f(*a)._replace(coefficients=a[4]),
-            "mc_torch.backends.linear.mask_coefficients": _undecayed_only,
+            "mc_torch.backends.base.mask_coefficients": _undecayed_only,
         },
     ),
     Fault(

@@ -32,6 +32,15 @@ class Writes(NamedTuple):
     final: MemoryState  # after the last token [b, h, ...]
 
 
+class ChunkWrite(NamedTuple):
+    """The memory after a chunk [b, r, h, ...], and what the reads take from the chunk."""
+
+    weights: Weights
+    momentum: Weights
+    events: Events | None  # None where the queries were read
+    read: Array | None  # of the queries [b, r, h, c, v]
+
+
 class Scanned(NamedTuple):
     """What a loop over chunks carried; arrays lead with [g, b, r], the final state with [b, r]."""
 
@@ -128,9 +137,9 @@ def scan_chunks(
             for p, x in zip(before, (k, v), strict=True)
         )
     if memory.config.gradient_uses_weights:
-        return _loop_mlp(memory, k, v, mix, state, start, restarts, opens, q)
+        return _loop_with_weights(memory, k, v, mix, state, start, restarts, opens, q)
     events = memory.events((), k, v)
-    carried, final = _loop_matrix(events, mix, state, start, restarts, k.dtype)
+    carried, final = _loop_sums(events, mix, state, start, restarts, k.dtype)
     return Scanned(carried, (), events, mix, final._replace(previous=previous))
 
 
@@ -173,7 +182,49 @@ def online_apply(online: Online, dtype: torch.dtype) -> Apply:
     return apply
 
 
-def _loop_mlp(
+def write_chunk(
+    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, mix: ChunkMix
+) -> ChunkWrite:
+    """Write the tokens of one chunk, whose gradients are all taken at one memory (section 6).
+
+    1. Take every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
+    2. Read the queries, each from the memory after its own token, in the dual form.
+    3. Write: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, c being the last token.
+    4. Carry the momentum: `S_c = keep S_0 - Σ_i add_i G_i`.
+
+    Args:
+        memory: the memory kind.
+        state: the memory before the chunk [b, r, h, ...]; its `anchor` is not empty.
+        k: keys [b, r, h, c, k], zero where nothing is written.
+        v: values [b, r, h, c, v], likewise.
+        q: queries [b, r, h, c, k], or None: the online memory is read later.
+        mix: the chunk's coefficients.
+    """
+    events = memory.events(state.anchor, k, v)  # 1
+
+    read = None  # 2
+    if q is not None:
+        online = Online(state.weights, state.momentum, events, mix)
+        read = memory.read(online_apply(online, k.dtype), q)
+
+    written = _outer(events, mix.events[..., -1, :], k.dtype)  # 3
+    kept = mix.state[..., -1, None, None]
+    weights = tuple(kept * w - g for w, g in zip(state.weights, written, strict=True))
+    momentum = state.momentum
+    if mix.momentum is not None:
+        carried = mix.momentum[..., -1, None, None]
+        weights = tuple(w + carried * s for w, s in zip(weights, momentum, strict=True))
+
+        assert mix.momentum_add is not None  # 4
+        assert mix.momentum_keep is not None
+        added = _outer(events, mix.momentum_add, k.dtype)
+        kept = mix.momentum_keep[..., None, None]
+        momentum = tuple(kept * s - g for s, g in zip(momentum, added, strict=True))
+
+    return ChunkWrite(weights, momentum, events if q is None else None, read)
+
+
+def _loop_with_weights(
     memory: Memory,
     k: Array,
     v: Array,
@@ -184,7 +235,10 @@ def _loop_mlp(
     opens: Array | None,
     q: Array | None,
 ) -> Scanned:
-    carried, left, chunks = [], [], k.shape[0]
+    def write(*chunk: Any) -> ChunkWrite:
+        return write_chunk(memory, *chunk)
+
+    done, chunks = [], k.shape[0]
     each = zip(
         unstack((k, v, mix)),
         (None,) * chunks if q is None else q.unbind(0),
@@ -192,53 +246,21 @@ def _loop_mlp(
         _each(opens, chunks),
         strict=True,
     )
-    for chunk, queries, restart, opening in each:
-        carried.append((state.weights, () if q is not None else state.momentum))
+    for (keys, values, weights), queries, restart, opening in each:
+        before = state.weights, () if q is not None else state.momentum
         state = _restarted(restart, start, state)
         anchor = state.weights
         if opening is not None:
             anchor = choose(opening, state.weights, state.anchor)
             state = state._replace(anchor=anchor)
-        weights, momentum, one = remat(_write_chunk)(
-            memory, anchor, state.weights, state.momentum, *chunk, queries
-        )
-        state = state._replace(weights=weights, momentum=momentum)
-        left.append(one)
-    before, speed = _stack(carried)
-    events, read = (_stack(left), None) if q is None else (None, _stack(left))
-    return Scanned(before, speed, events, mix, state, read)
+        new = remat(write)(state._replace(anchor=anchor), keys, values, queries, weights)
+        state = state._replace(weights=new.weights, momentum=new.momentum)
+        done.append((*before, new.events, new.read))
+    carried, momentum, events, read = _stack(done)
+    return Scanned(carried, momentum, events, mix, state, read)
 
 
-def _write_chunk(
-    memory: Memory,
-    anchor: Weights,
-    weights: Weights,
-    momentum: Weights,
-    k: Array,
-    v: Array,
-    mix: ChunkMix,
-    q: Array | None,
-) -> tuple[Weights, Weights, Events | Array]:
-    events = memory.events(anchor, k, v)
-    left: Events | Array = events
-    if q is not None:
-        online = Online(weights, momentum, events, mix)
-        left = memory.read(online_apply(online, k.dtype), q)
-    add = _outer(events, mix.events[..., -1, :], k.dtype)
-    new = tuple(mix.state[..., -1, None, None] * w - g for w, g in zip(weights, add, strict=True))
-    if mix.momentum is None or mix.momentum_add is None or mix.momentum_keep is None:
-        return new, momentum, left
-    new = tuple(
-        w + mix.momentum[..., -1, None, None] * s for w, s in zip(new, momentum, strict=True)
-    )
-    add = _outer(events, mix.momentum_add, k.dtype)
-    momentum = tuple(
-        mix.momentum_keep[..., None, None] * s - g for s, g in zip(momentum, add, strict=True)
-    )
-    return new, momentum, left
-
-
-def _loop_matrix(
+def _loop_sums(
     events: Events,
     mix: ChunkMix,
     state: MemoryState,

@@ -11,7 +11,7 @@ from bench.ceilings import Ceilings, measure
 from bench.devices import ABOUT, named
 from bench.report import Report, Row, png
 from bench.timing import STEADY, Subject, Timing, alternate
-from mc_core import MCConfig, MLPConfig
+from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
 from mc_core.memories import MEMORIES
@@ -47,7 +47,7 @@ def make_config(
         ValueError: a value is not allowed; names it.
     """
     memory = MEMORIES[kind]()
-    if isinstance(memory, MLPConfig):
+    if hasattr(memory, "expansion"):
         memory = dataclasses.replace(memory, expansion=grid.expansion)
     return MCConfig(
         grid.width,

@@ -136,7 +136,7 @@ def pack(x: Array, packing: Packing) -> Array:
 
 
 def unpack(x: Array, packing: Packing) -> Array:
-    """Undo `pack`."""
+    """Undo `pack`: bring [b, w, ...] back to the positions of [b, t, ...]; 0 at padding."""
     return _take(x, packing.place)
 
 

@@ -17,7 +17,7 @@ KIND = "pinned_host"  # of memory, as JAX calls it
 
 
 def move_to_host(x: Array) -> Array:
-    """Put an array into the host's memory.
+    """Move an array [...] to host memory.
 
     Raises:
         ValueError: the array's device has no such kind of memory.
@@ -32,19 +32,19 @@ def move_to_host(x: Array) -> Array:
 
 
 def take(function: Callable[..., Array], x: Array, *where: Array) -> Array:
-    """Return `function(x, *where)`, a part of `x`, on the device; `where` may be anywhere."""
+    """Return `function(x, *where)`, a part of x [...], on the device."""
     if not on_host(x):
         return function(x, *where)
     return jax.device_put(_run(function, x, *where), DEVICE)
 
 
 def put(function: Callable[..., Array], x: Array, *parts: Array) -> Array:
-    """Return `function(x, *parts)`, an `x` with other parts, where `x` lies."""
+    """Return `function(x, *parts)`, an update of x [...], computed where x is stored."""
     return _run(function, x, *parts) if on_host(x) else function(x, *parts)
 
 
 def on_host(x: Array) -> bool:
-    """Whether an array lies in the host's memory."""
+    """Whether an array [...] is stored in host memory."""
     return jax.typeof(x).memory_space == HOST
 
 

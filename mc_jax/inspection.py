@@ -56,7 +56,7 @@ class Trace(NamedTuple):
 
     @property
     def router_weights(self) -> Array:
-        """The gates, under the name that the package `memory-caching` gives them."""
+        """The gates [b, t, h, n + 1], under their name in the package `memory-caching`."""
         return self.gates
 
 

@@ -49,7 +49,7 @@ def from_segments(x: Array, plan: Plan) -> Array:
 
 
 def take_places(x: Array, places: np.ndarray) -> Array:
-    """Take the places of tokens, in token order."""
+    """Return the positions `places` [t] of x [b, p, ...], in token order: [b, t, ...]."""
     if np.array_equal(places, np.arange(x.shape[1])):
         return x
     return jnp.take(x, places, axis=1)

@@ -30,7 +30,7 @@ def product(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = Fals
 
     Args:
         spec: einsum subscripts.
-        operands: the factors.
+        operands: the factors, each [...] as `spec` says.
         dtype: compute dtype; None keeps the operands' own.
         exact: full float32 products, where a GPU would round their factors (TF32).
     """
@@ -67,17 +67,17 @@ def scale_rows(scale: Array, x: Array) -> Array:
 
 
 def align(x: Array, ndim: int) -> Array:
-    """Prepend axes of length 1 until `x` has `ndim` axes."""
+    """Prepend axes of length 1 to x [...] until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU."""
+    """Exact (erf) GELU of x [...], elementwise."""
     return x * _normal_cdf(x)
 
 
 def gelu_slope(x: Array) -> Array:
-    """Derivative of the exact GELU."""
+    """Derivative of the exact GELU at x [...], elementwise."""
     return _normal_cdf(x) + x * _normal_density(x)
 
 
@@ -99,26 +99,26 @@ def _normal_density(x: Array) -> Array:
 
 
 def keep(x: Array) -> Array:
-    """Mark a product that the backward pass keeps under `jax.checkpoint(policy=KEPT)`."""
+    """Mark a product [...] that the backward pass keeps under `jax.checkpoint(policy=KEPT)`."""
     return checkpoint_name(x, "kept")
 
 
 def l2_normalize(x: Array) -> Array:
-    """Scale the last axis to unit length, in the state dtype."""
+    """Scale the last axis of x [..., k] to unit length, computed in the state dtype."""
     x32 = x.astype(state_dtype(x.dtype))
     squares = jnp.sum(x32 * x32, axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(squares + NORM_EPS)).astype(x.dtype)
 
 
 def rms_norm(x: Array, scale: Array) -> Array:
-    """RMS norm over the last axis; `scale` aligns with the last axes of `x`."""
+    """RMS norm over the last axis of x [..., *s]; `scale` has the shape [*s]."""
     x32 = x.astype(state_dtype(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPS)
     return (x32 * inverse * align(scale.astype(x32.dtype), x.ndim)).astype(x.dtype)
 
 
 def standardize(x: Array) -> tuple[Array, Array]:
-    """Return `x` with zero mean and unit variance over the last axis, and 1 / its deviation."""
+    """Return x [..., v] with zero mean and unit variance, and the inverse deviation [..., 1]."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + NORM_EPS)
     return centred * inverse, inverse

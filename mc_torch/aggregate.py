@@ -64,7 +64,10 @@ def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
 
 
 def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
-    """Read the sum of all earlier memories, for memories whose reads add up (equation 7)."""
+    """Read the sum of all earlier memories (equation 7), where reads are linear in the weights.
+
+    Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
+    """
     earlier = tree_map(lambda w: torch.cumsum(w, dim=1) - w, cached)
     earlier = tree_map(lambda w: w.transpose(1, 2), earlier)  # [b, h, n, o, i]
     apply = apply_weights(earlier, q.dtype)
@@ -72,7 +75,11 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
-    """Read every earlier memory, weighted by its gate (equations 7 and 9)."""
+    """Read every earlier memory, weighted by its gate (equations 7 and 9).
+
+    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
+    [b, t, h, v].
+    """
 
     def read(x: Array, gate: Array, weights: Weights) -> Array:
         return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
@@ -84,7 +91,11 @@ def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Pl
 def read_soup(
     memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: Plan
 ) -> Array:
-    """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer."""
+    """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer.
+
+    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
+    [b, t, h, v].
+    """
     weight = to_segments(gates[..., :-1], plan)
     own = to_chunks(gates[..., -1], plan)[..., None]
 

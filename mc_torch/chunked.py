@@ -144,7 +144,7 @@ def scan_chunks(
 
 
 def online_memory(scanned: Scanned, start: MemoryState, restarts: _Restarts) -> Online | None:
-    """Return what reads of the online memory take; None where a scan has read it on the way."""
+    """Return the online memory of chunks [g, b, r, ...]; None where the scan has read it already."""
     events = scanned.events
     if events is None:
         return None

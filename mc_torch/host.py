@@ -11,21 +11,21 @@ from mc_torch.numerics import Array
 
 
 def move_to_host(x: Array) -> Array:
-    """Put a tensor into the host's memory, where a GPU's transfers may read it."""
+    """Move a tensor [...] to host memory, pinned where there is a GPU."""
     x = x.cpu()
     return x.pin_memory() if torch.cuda.is_available() else x
 
 
 def take(function: Callable[..., Array], x: Array, *where: Array) -> Array:
-    """Return `function(x, *where)`, a part of `x`, on the device of `where`."""
+    """Return `function(x, *where)`, a part of x [...], on the device of `where`."""
     return put(function, x, *where).to(where[0].device)
 
 
 def put(function: Callable[..., Array], x: Array, *parts: Array) -> Array:
-    """Return `function(x, *parts)`, an `x` with other parts, where `x` lies."""
+    """Return `function(x, *parts)`, an update of x [...], computed where x is stored."""
     return function(x, *(part.to(x.device) for part in parts))
 
 
 def on_host(x: Array) -> bool:
-    """Whether a tensor lies in the host's memory."""
+    """Whether a tensor [...] is stored in host memory."""
     return x.device.type == "cpu"

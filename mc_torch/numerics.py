@@ -24,7 +24,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(x: Array) -> torch.dtype:
-    """Return the dtype of matrix products with `x`: autocast's where it is on, else that of `x`."""
+    """Return the dtype of products with x [...]: autocast's where it is on, else that of x."""
     if x.dtype != torch.float64 and _autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -35,7 +35,7 @@ def product(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = Fals
 
     Args:
         spec: einsum subscripts.
-        operands: the factors.
+        operands: the factors, each [...] as `spec` says.
         dtype: compute dtype; None keeps the operands' own.
         exact: full float32 products, where a GPU may round their factors (TF32).
     """
@@ -62,42 +62,42 @@ def scale_rows(scale: Array, x: Array) -> Array:
 
 
 def align(x: Array, ndim: int) -> Array:
-    """Prepend axes of length 1 until `x` has `ndim` axes."""
+    """Prepend axes of length 1 to x [...] until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def maximum(x: Array, floor: float) -> Array:
-    """Elementwise maximum; at a tie both sides share the gradient."""
+    """Elementwise maximum of x [...] and a number; at a tie each side gets half the gradient."""
     return torch.maximum(x, torch.full((), floor, dtype=x.dtype, device=x.device))
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU."""
+    """Exact (erf) GELU of x [...], elementwise."""
     return F.gelu(x, approximate="none")
 
 
 def gelu_slope(x: Array) -> Array:
-    """Derivative of the exact GELU."""
+    """Derivative of the exact GELU at x [...], elementwise."""
     density = torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
     return 0.5 * torch.erfc(-(2**-0.5) * x) + x * density
 
 
 def l2_normalize(x: Array) -> Array:
-    """Scale the last axis to unit length, in the state dtype."""
+    """Scale the last axis of x [..., k] to unit length, computed in the state dtype."""
     x32 = x.to(state_dtype(x.dtype))
     squares = torch.sum(x32 * x32, dim=-1, keepdim=True)
     return (x32 * torch.rsqrt(squares + NORM_EPS)).to(x.dtype)
 
 
 def rms_norm(x: Array, scale: Array) -> Array:
-    """RMS norm over the last axis; `scale` aligns with the last axes of `x`."""
+    """RMS norm over the last axis of x [..., *s]; `scale` has the shape [*s]."""
     x32 = x.to(state_dtype(x.dtype))
     inverse = torch.rsqrt(torch.mean(x32 * x32, dim=-1, keepdim=True) + NORM_EPS)
     return (x32 * inverse * align(scale.to(x32.dtype), x.ndim)).to(x.dtype)
 
 
 def standardize(x: Array) -> tuple[Array, Array]:
-    """Return `x` with zero mean and unit variance over the last axis, and 1 / its deviation."""
+    """Return x [..., v] with zero mean and unit variance, and the inverse deviation [..., 1]."""
     centred = x - torch.mean(x, dim=-1, keepdim=True)
     inverse = torch.rsqrt(torch.mean(centred * centred, dim=-1, keepdim=True) + NORM_EPS)
     return centred * inverse, inverse

@@ -11,7 +11,6 @@ from mc_core import (
     LinearConfig,
     MCConfig,
     MemoryConfig,
-    MLPConfig,
     ModelConfig,
     SWLAConfig,
     TitansConfig,
@@ -178,10 +177,10 @@ def full() -> Iterator[Case]:
         num_layers, d_model = pick((1, 2)), 8
         if dtype != "float64":
             num_layers = 1
-        if isinstance(memory, MLPConfig) and dtype != "float64":
-            d_model = 16 if memory.has_layer_norm else 8
-            if dtype == "bfloat16":
-                memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
+        if dtype != "float64" and memory.has_layer_norm:
+            d_model = 16
+        if dtype == "bfloat16" and hasattr(memory, "depth"):
+            memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
         yield case(
             memory,
             aggregation,

@@ -124,7 +124,7 @@ def test_public_functions_on_arrays_document_shapes():
     for file in sources("mc_jax", "mc_torch"):
         for function in public_functions(ast.parse(file.read_text())):
             text = ast.get_docstring(function) or ""
-            overrides = "backends" in file.parts and file.name != "base.py"
+            overrides = "backends" in file.parts and not text  # documented on the base class
             if takes_arrays(function) and not overrides and not re.search(r"\[[^\]]*\]", text):
                 found.append(f"{relative(file)}:{function.lineno} {function.name}")
     assert not found, "\n".join(found)

@@ -108,7 +108,7 @@ class Memory:
         raise TypeError(f"{type(self).__name__} must define loss")
 
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
-        """Return the rank-one gradients of tokens, taken at `weights`."""
+        """Return the rank-one gradients of tokens [..., h, c, k] and [..., h, c, v], at `weights`."""
         raise TypeError(f"{type(self).__name__} must define events")
 
     def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
@@ -211,7 +211,7 @@ def decay_products(x: Array) -> Array:
 
 
 def mask_coefficients(at: Coefficients, written: Array) -> Coefficients:
-    """Make masked tokens write nothing and decay nothing."""
+    """Make masked tokens write nothing and decay nothing; `written` [..., h, c] is 0 there."""
     kept = 1 - written
     return Coefficients(
         step=at.step * written,

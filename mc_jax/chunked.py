@@ -144,7 +144,7 @@ def scan_chunks(
 
 
 def online_memory(scanned: Scanned, start: MemoryState, restarts: Array | None) -> Online | None:
-    """Return the online memory of chunks [g, b, r, ...]; None where the scan has read it already."""
+    """Return the online memory of chunks [g, b, r, ...]; None where the scan has read it."""
     events = scanned.events
     if events is None:
         return None

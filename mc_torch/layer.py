@@ -79,12 +79,12 @@ class MemoryCachingLayer(Mixer):
         return self._run(x, mask, segment_lengths)[0]
 
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
-        """Mix tokens, and return the cached memories, their pools and lengths too."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return the stream's cache after them."""
         y, result = self._run(x, mask)
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens, and return what their reads weighed and what their writes did."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and the norms of every write."""
         y, result = self._run(x, mask, inspect=True)
         assert result.inner is not None
         plan = make_plan(x.shape[1], self.config, None, x.device)

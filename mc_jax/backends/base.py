@@ -108,7 +108,7 @@ class Memory:
         raise TypeError(f"{type(self).__name__} must define loss")
 
     def events(self, weights: Weights, k: Array, v: Array) -> Events:
-        """Return the rank-one gradients of tokens [..., h, c, k] and [..., h, c, v], at `weights`."""
+        """Return the rank-one gradients of k [..., h, c, k] and v [..., h, c, v] at `weights`."""
         raise TypeError(f"{type(self).__name__} must define events")
 
     def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:

@@ -84,7 +84,7 @@ class MemoryCachingLayer(Mixer):
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and the norms of every write."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and norms of all writes."""
         y, result = self._run(x, mask, inspect=True)
         assert result.inner is not None
         plan = make_plan(x.shape[1], self.config)

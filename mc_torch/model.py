@@ -80,7 +80,7 @@ class Block(nn.Module):
         return self._transform(x + y), cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace | None]:
-        """Do the same for a whole sequence [b, t, d]; return the mixer's trace if it is a memory."""
+        """Do the same for a whole sequence [b, t, d]; return its trace, or None without a memory."""
         if isinstance(self.mixer, AttentionLayer):
             return self(x, mask), None
         y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module, Pretrained):
     def inspect(
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
-        """Return the logits [b, t, vocab_size] and each block's trace; None where it has no memory."""
+        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory."""
         x, traces = self._embed(tokens), []
         for block in self._blocks():
             x, trace = block.inspect(x, mask)

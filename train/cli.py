@@ -98,7 +98,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
     ] = None,
 ) -> None:
-    """Train a language model, or go on with a run that was interrupted."""
+    """Train a language model; resume an interrupted run, or extend one by a larger run.steps."""
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from mc_core.config import AGGREGATIONS, MEMORIES
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
+from mc_core.files import to_bytes, write_atomic
 from parity.environment import MissingError, prepare
 from train.options import output_file
 
@@ -87,7 +87,7 @@ def check(
     if json:
         write_atomic(json, report.as_json(*result).encode())
     if markdown:
-        write_atomic(markdown, report.as_markdown(*result).encode())
+        write_atomic(markdown, to_bytes(report.as_markdown(*result)))
     if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from mc_core.files import to_json, write_atomic
+from mc_core.files import to_bytes, to_json, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ class Report:
         if json:
             write_atomic(json, self.as_json().encode())
         if markdown:
-            write_atomic(markdown, self.as_markdown().encode())
+            write_atomic(markdown, to_bytes(self.as_markdown()))
 
 
 def cell(value: Any) -> str:

@@ -21,6 +21,11 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def to_bytes(text: str) -> bytes:
+    """Return text as UTF-8; file names in it that are not UTF-8 keep their bytes."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by a file that holds `data`; after a failure the old file is still there.
 

@@ -149,7 +149,7 @@ def test_bad_input(run, tmp_path, monkeypatch, capsys, words, message):
         "empty": "\n\n",
         "bad": good + good + '{"prompt": \n',
         "list": "[1]\n",
-        "key": good + '{"prompt": "a", "promt": "b"}\n',
+        "key": good + '{"id": 1, "promt": "b"}\n',
         "type": '{"prompt": 3}\n',
         "half": '{"prompt": "\\ud800"}\n',
         "void": '{"prompt": ""}\n',

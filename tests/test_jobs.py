@@ -17,10 +17,11 @@ from worker import count_devices, look_around, wait_for
 
 from bench.report import cores
 from mc_core.errors import UserError
+from train.lock import Lock
 from train.sweep.config import Run, load_sweep, make_runs
 from train.sweep.jobs import Workers, _no_interrupt, one_thread, shares
 from train.sweep.plan import Plan
-from train.sweep.results import Results, claim, key_of, read_results
+from train.sweep.results import Results, key_of, read_results
 
 ROOT = Path(__file__).parents[1]
 two_cores = pytest.mark.skipif(len(cores()) < 2, reason="two jobs need two cores")
@@ -166,8 +167,8 @@ def test_two_sweeps_of_one_directory_share_the_work(tmp_path):
 def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys):
     path = write(tmp_path)
     (run,) = make_runs(load_sweep(path))["base"]
-    other = claim(Path(run.config.run.directory))
-    assert other is not None
+    other = Lock.of_run(Path(run.config.run.directory))
+    other.acquire()
 
     def until(seconds):
         other.close()
@@ -176,7 +177,8 @@ def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys
     trained = Trained(monkeypatch, lambda run: 0.5)
     assert mc(monkeypatch, "sweep", path) == 0
     assert len(trained) == 1
-    assert "waiting for runs that another sweep does" in capsys.readouterr().out
+    waiting = f"waiting for a run that another process does: {run.config.run.directory}: in use by"
+    assert f"{waiting} process {os.getpid()} on " in capsys.readouterr().out
 
 
 # Lines are longer than any buffer.

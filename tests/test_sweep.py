@@ -224,7 +224,8 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     (run,) = make_runs(load_sweep(path))["base"]
     asked = []
 
-    def train(config, console):
+    def train(config, console, *, claimed):
+        assert claimed
         asked.append(config)
         raise KeyboardInterrupt
 
@@ -247,7 +248,7 @@ def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
 def test_a_validation_loss_that_is_not_finite_fails_the_run(tmp_path, monkeypatch, figure):
     """What training did not meet, examples that it never saw may show."""
     report = SimpleNamespace(score={"accuracy": 1.0, "loss": figure})
-    monkeypatch.setattr(subject, "train", lambda config, console: report)
+    monkeypatch.setattr(subject, "train", lambda config, console, claimed: report)
     assert mc(monkeypatch, "sweep", write(tmp_path)) == 0
     (row,) = read_results(tmp_path / "sweep")
     assert row["error"] == "the validation loss is not finite"

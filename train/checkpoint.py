@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,6 +27,7 @@ class Meta(NamedTuple):
     config: dict[str, Any]
     fingerprint: str  # of the data
     seconds: float  # of training, over all sittings
+    grown: Sequence[Sequence[int]] = ()  # [step, run.steps from there on], where run.steps grew
 
 
 class Checkpoints:
@@ -129,14 +131,28 @@ class Checkpoints:
             ) from error
 
 
-def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
-    """Hold a checkpoint to the configuration and the text that are about to go on from it.
+def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = False) -> None:
+    """Compare a checkpoint with the configuration and the text that are to continue it.
+
+    Args:
+        directory: of the run.
+        saved: what the checkpoint says about itself.
+        now: the same of the run that is to continue.
+        may_grow: whether `run.steps` may be larger than it was; otherwise it must never have grown.
 
     Raises:
         UserError: names the first key that differs.
     """
     # By way of the configuration, so that a key that is newer than the checkpoint has its default.
     before = to_dict(_config_of(directory, saved))
+    old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
+    if may_grow:
+        if steps < old_steps:
+            raise UserError(
+                f"{directory} holds a checkpoint of run.steps = {old_steps}, and it is {steps}: "
+                "run.steps may grow but not shrink; change it back, or set another run.directory"
+            )
+        before["run"]["steps"] = steps
     difference = first_difference(before, now.config)
     if difference:
         key, old, new = difference
@@ -149,10 +165,16 @@ def check_same_run(directory: Path, saved: Meta, now: Meta) -> None:
             f"{directory} holds a checkpoint of other text: what data.corpus names has changed; "
             "bring it back, or set another run.directory"
         )
+    if saved.grown and not may_grow:
+        raise UserError(
+            f"{directory} holds a checkpoint of a run whose run.steps grew at step "
+            f"{saved.grown[0][0]}: its learning rates were others than those of this config; "
+            "delete it, or set another directory"
+        )
 
 
-def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
-    """Return configuration, model, step and description of a run's last checkpoint.
+def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, int, Meta]:
+    """Return configuration, structure, state, step and description of a run's last checkpoint.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of another version.
@@ -165,6 +187,16 @@ def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
         config = _config_of(directory, meta)
         graphdef, like, _ = build(config)
         state = checkpoints.restore(step, like)
+    return config, graphdef, state, step, meta
+
+
+def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
+    """Return configuration, model, step and description of a run's last checkpoint.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is of another version.
+    """
+    config, graphdef, state, step, meta = load_state(directory)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
 
 

@@ -3,19 +3,39 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from mc_core import segment_lengths
 from mc_core.errors import NotFiniteError, UserError
 from train.bench_cli import app as bench
+from train.interrupt import Terminated, sigterm_as_interrupt
 from train.options import output_file
 from train.parity_cli import app as parity
+from train.stdio import replace_unencodable
 from train.user_modules import OPTION, import_modules
 
+
+class InterruptedCommandError(Exception):
+    """A command that a signal ended."""
+
+
+class Commands(TyperGroup):
+    """Commands whose interrupts keep their messages, which Typer drops."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of a context."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptedCommandError from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -97,7 +117,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
     ] = None,
 ) -> None:
-    """Train a language model, or go on with a run that was interrupted."""
+    """Train a language model; resume an interrupted run, or extend one by a larger run.steps."""
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())
@@ -185,7 +205,8 @@ def inspect(
     """Show what a run's gates weigh and its memories learn, token by token."""
     from train.inspect import inspect as look
 
-    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=needle)
+    words = None if needle is None else _utf8(needle)
+    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
 
 
 @app.command()
@@ -195,9 +216,12 @@ def generate(
     ],
     prompt: Annotated[str | None, typer.Option(help="the text to go on with")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="a file with that text, taken as it is")
+        Path | None, typer.Option(help="a file with that text, taken as it is; - is stdin")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help='a file of lines {"prompt": "..."}')] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='a file of lines {"prompt": "..."}, further keys are kept; - is stdin'),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="the most tokens of a completion")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K tokens")] = None,
@@ -219,7 +243,8 @@ def generate(
         str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="a new file for one JSON object a prompt")
+        Path | None,
+        typer.Option(help="a new file for one JSON object per prompt; resumed after an interrupt"),
     ] = None,
 ) -> None:
     """Go on with a text, or with many: text to stdout, tokens per second to stderr."""
@@ -232,16 +257,13 @@ def generate(
         top_k,
         top_p,
         seed,
-        tuple(stop or ()),
+        tuple(map(_utf8, stop or ())),
         cache_dtype,
         cache_device,
         batch_size,
     )
     given = read_prompts(prompt, prompt_file, prompts)
-    try:
-        go_on(run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    go_on(run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None)
 
 
 @app.command()
@@ -296,17 +318,34 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Run the command; an error that the user can put right is one line and exit code 2."""
+    replace_unencodable()
     try:
-        code = app(standalone_mode=False, prog_name="mc")
+        with sigterm_as_interrupt():
+            code = app(standalone_mode=False, prog_name="mc")
     except (UserError, OSError) as error:
         code = _fail(_describe(error), 2)
     except UsageError as error:
         code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except NotFiniteError as error:
         code = _fail(str(error), 1)
+    except InterruptedCommandError as error:
+        signal = error.__cause__
+        code = _fail(str(signal) or "interrupted", 143 if isinstance(signal, Terminated) else 130)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        code = _fail("interrupted", 130)
     sys.exit(code)
+
+
+def _utf8(word: str) -> str:
+    """Return a word of the command line as the UTF-8 text that it is in any locale.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return word.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{word}: must be UTF-8 text") from error
 
 
 def _describe(error: Exception) -> str:

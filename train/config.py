@@ -79,7 +79,7 @@ class RunConfig:
     """How long, with what, and what is kept.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps; may grow when a run is resumed, finished or not.
         batch_size: windows, or examples of a recall task, of a microbatch.
         accumulation: microbatches of a step; their mean gradient is applied.
         devices: local devices over which a microbatch is split; all hold the parameters.
@@ -92,6 +92,10 @@ class RunConfig:
         validate_every: steps from one validation to the next; 0 for the end only.
         validate_bytes: held-out text that is scored on the way; recall tasks score all examples.
         sample_tokens: length of the text that the trained model writes at the end; 0 for none.
+        init_from: directory of a run whose last checkpoint gives the initial parameters; None draws
+            them from the seed.
+        init_optimizer: also take AdamW's moments and their step count from that checkpoint. The
+            schedule, the data and the random streams of the new run begin at step 0 either way.
     """
 
     steps: int
@@ -107,6 +111,8 @@ class RunConfig:
     validate_every: int = 0
     validate_bytes: int = 32_768
     sample_tokens: int = 200
+    init_from: str | None = None
+    init_optimizer: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
@@ -120,6 +126,8 @@ class RunConfig:
         check_range(self, "validate_every", 0)
         check_range(self, "sample_tokens", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))
+        if self.init_optimizer and self.init_from is None:
+            fail("RunConfig", "init_optimizer", True, "false where run.init_from is not set")
 
 
 @dataclass(frozen=True)
@@ -262,7 +270,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(ModelConfig, lambda data, _: ModelConfig.from_dict(data))
     converter.register_unstructure_hook(ModelConfig, ModelConfig.to_dict)
     converter.register_unstructure_hook_func(lambda t: get_origin(t) is tuple, _to_list)
-    for kind in (int, float):
+    for kind in (int, float, str):
         converter.register_structure_hook(kind | None, _structure_optional)
     return converter
 

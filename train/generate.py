@@ -1,31 +1,31 @@
 """Text from a trained model: `mc generate`, and the sample at the end of a run."""
 
+import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from mc_core.errors import NotFiniteError, UserError
-from mc_core.files import write_atomic
 from mc_core.generation import SEEDS, check_sampling
 from mc_jax import LanguageModel, generate
 from train.checkpoint import load_run
 from train.completion import Completion, make_decoder, printable
 from train.data import load_tokenizer, make_encoder
+from train.partial import Partial, Row
+from train.prompts import ADDED, Prompt, read_prompts
+from train.stdio import is_terminal, json_line, print_bytes
+from train.step import split
 
-
-class Prompt(NamedTuple):
-    """A prompt, and what to call it."""
-
-    name: str
-    text: bytes
+__all__ = ["Options", "Prompt", "Speed", "complete", "load_source", "read_prompts", "run"]
 
 
 @dataclass(frozen=True)
@@ -204,33 +204,6 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
     return model, load_tokenizer(tokenizer or config.tokenizer, config.model.vocab_size)
 
 
-def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:
-    """Return the prompts of `--prompt`, `--prompt-file` or `--prompts`, of which one is given.
-
-    Raises:
-        UserError: none or several are given, one is empty, or a line is not what it must be.
-        OSError: a file cannot be read.
-    """
-    given = [option is not None for option in (text, file, lines)]
-    if sum(given) != 1:
-        raise UserError("give one of --prompt TEXT, --prompt-file FILE, --prompts FILE.jsonl")
-    if text is not None:
-        # What the shell passed, byte by byte.
-        prompts = [Prompt("--prompt", os.fsencode(text))]
-    elif file is not None:
-        prompts = [Prompt(str(file), file.read_bytes())]
-    else:
-        assert lines is not None
-        rows = enumerate(lines.read_bytes().splitlines(), 1)
-        prompts = [_read_line(f"{lines}: line {n}", line) for n, line in rows if line.strip()]
-        if not prompts:
-            raise UserError(f"{lines}: no prompt in this file")
-    for prompt in prompts:
-        if not prompt.text:
-            raise UserError(f"{prompt.name}: the prompt is empty: must have a character")
-    return prompts
-
-
 def run(
     source: Path,
     prompts: Sequence[Prompt],
@@ -240,63 +213,108 @@ def run(
     output: Path | None,
     as_lines: bool,
 ) -> Speed:
-    """Go on with prompts; what comes goes to stdout as soon as it is certain, speed to stderr.
+    """Continue prompts; text goes to stdout as soon as it is certain, the speed to stderr.
+
+    With an output, the rows of each finished batch go to a partial file, from which a later call
+    with the same arguments resumes; a row depends on its number and not on its batch.
 
     Args:
         source: as `load_source` takes it.
         prompts: as `read_prompts` returns them.
         options: how.
         tokenizer: as `load_source` takes it.
-        output: a file for one JSON object a prompt; must not exist.
+        output: a file for one JSON object per prompt; must not exist.
         as_lines: print JSON objects, unless they go to `output`, in place of a completion's text.
 
     Raises:
-        UserError: as `load_source` and `complete`, or `output` cannot be written.
+        UserError: as `load_source` and `complete`, or `output` cannot be written, is being written
+            by another process, or has a partial file of other settings.
         OSError: a file cannot be read or written.
         NotFiniteError: the model's logits are not finite.
+        KeyboardInterrupt: with a message that says which rows are kept.
     """
-    if output is not None and output.exists():
-        raise UserError(f"{output}: exists: name another --output")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"{output}: its folder does not exist")
-    model, words = load_source(source, tokenizer)
-    for prompt in prompts:
-        _encode(prompt, words)
-    speed, lines = Speed(), []
-    terminal = sys.stdout.isatty()
-
-    def show(row: int, text: str) -> None:
-        if not as_lines:
-            print(printable(text) if terminal else text, end="", flush=True)
-
-    for first in range(0, len(prompts), options.batch_size):
-        batch = prompts[first : first + options.batch_size]
-        rows = complete(model, words, batch, options, speed, first_row=first, show=show)
-        new = [_to_line(prompt, row) for prompt, row in zip(batch, rows, strict=True)]
-        lines += new
-        if as_lines and output is None:
-            print(*new, sep="", end="", flush=True)
-    if output is not None:
-        write_atomic(output, "".join(lines).encode())
-    if terminal and not as_lines:
+    with nullcontext() if output is None else closing(Partial.lock(output)) as lock:
+        if lock is not None:
+            lock.acquire()
+        if output is not None and output.exists():
+            raise UserError(f"{output}: exists: name another --output")
+        model, words = load_source(source, tokenizer)
+        for prompt in prompts:
+            _encode(prompt, words)
+        partial = None
+        if output is not None:
+            partial = Partial(output, _settings(model, words, options), list(map(_key, prompts)))
+            if partial.rows:
+                print(f"resuming {output}: {partial}", file=sys.stderr)
+        speed = _run_batches(model, words, prompts, options, partial, as_lines)
+        if partial is not None:
+            partial.finish()
+    if is_terminal() and not as_lines:
         print()
     print(speed, file=sys.stderr)
     return speed
 
 
-def _read_line(name: str, line: bytes) -> Prompt:
+def _run_batches(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    options: Options,
+    partial: Partial | None,
+    as_lines: bool,
+) -> Speed:
+    """Continue the prompts that have no row in `partial`, and print what comes or keep it there."""
+    speed, terminal = Speed(), is_terminal()
+
+    def show(row: int, text: str) -> None:
+        if not as_lines:
+            print(printable(text) if terminal else text, end="", flush=True)
+
+    done = len(partial.rows) if partial else 0
     try:
-        data = json.loads(line)
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise UserError(f"{name}: {error}") from error
-    if not isinstance(data, dict) or data.keys() != {"prompt"}:
-        raise UserError(f'{name}: must be an object with the key "prompt" alone')
-    if not isinstance(data["prompt"], str):
-        raise UserError(f"{name}: prompt = {json.dumps(data['prompt'])}: must be a string")
-    try:
-        return Prompt(name, data["prompt"].encode())
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: {error}") from error
+        for first in range(done, len(prompts), options.batch_size):
+            batch = prompts[first : first + options.batch_size]
+            texts = complete(model, tokenizer, batch, options, speed, first_row=first, show=show)
+            rows = [_to_row(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+            if partial is not None:
+                partial.add(rows)
+            elif as_lines:
+                print_bytes(b"".join(map(json_line, rows)))
+    except KeyboardInterrupt as error:
+        if partial is None:
+            raise
+        message = f"interrupted: {partial}: the same command resumes"
+        raise type(error)(message) from None
+    except NotFiniteError as error:
+        if partial is None:
+            raise
+        raise NotFiniteError(
+            f"{error}: {partial}: the command resumes without that prompt"
+        ) from error
+    return speed
+
+
+def _settings(
+    model: LanguageModel, tokenizer: Tokenizer | None, options: Options
+) -> dict[str, Any]:
+    """Return what a row depends on apart from its prompt and its number."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    words = "bytes"
+    if tokenizer is not None:
+        words = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    settings = asdict(options) | {"model": digest.hexdigest(), "tokenizer": words}
+    del settings["batch_size"]
+    return settings
+
+
+def _key(prompt: Prompt) -> str:
+    """Return a hash of a prompt and of its row's further keys."""
+    return hashlib.sha256(json.dumps(prompt.row).encode() + prompt.text).hexdigest()
 
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
@@ -311,11 +329,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
     return tokens
 
 
-def _to_line(prompt: Prompt, row: Completion) -> str:
-    data = {
-        "prompt": prompt.text.decode(errors="replace"),
-        "completion": row.text,
-        "tokens": row.tokens,
-        "finish": row.finish,
-    }
-    return json.dumps(data, ensure_ascii=False) + "\n"
+def _to_row(prompt: Prompt, completion: Completion) -> Row:
+    row = prompt.row or {"prompt": prompt.text.decode(errors="replace")}
+    new = (completion.text, completion.tokens, completion.finish)
+    return row | dict(zip(ADDED, new, strict=True))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
+from mc_core.files import to_bytes, write_atomic
 from train.inspection import COLUMNS, NEEDLE_COLUMNS, Inspection, look, to_json
 from train.page import make_page
 from train.pictures import draw_layer
@@ -53,7 +53,7 @@ def inspect(
     ]
     numbered = zip(found.blocks, pictures, strict=True)
     files = {f"layer-{number}.png": picture for number, picture in numbered}
-    files["inspect.html"] = make_page(found, pictures).encode()
+    files["inspect.html"] = to_bytes(make_page(found, pictures))
     for name, content in files.items():
         write_atomic(output / name, content)
     if json_file is not None:

@@ -1,5 +1,7 @@
 """A training run, from its configuration to its report."""
 
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +11,70 @@ from bench.devices import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.curves import Curves
-from train.optimizer import make_schedule
+from train.initial import initial_state
+from train.interrupt import on_interrupt
+from train.lock import Lock
+from train.optimizer import describe_growth, make_schedule
 from train.progress import Progress
+from train.report import FILE
 from train.step import TrainState, build, check_finite, split
-from train.tasks.task import load_task
+from train.tasks.task import Task, load_task
 
 
-def train(config: TrainConfig, console: Console) -> Any:
-    """Train, or go on from the last checkpoint, and report; a finished run only prints its report.
+def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> Any:
+    """Train, or resume from the last checkpoint, and report; a finished run prints its report.
+
+    `run.steps` may be larger than that of the checkpoint: the schedule then has its new shape from
+    the checkpoint on.
+
+    Args:
+        config: the run.
+        console: where progress and the report are printed.
+        claimed: the caller has locked the run's directory, and `run.steps` must not have grown: as
+            in a sweep, where equal configurations have equal results.
 
     Raises:
         UserError: the data, the configuration, the run's directory or the number of devices do not
-            allow it.
+            allow it, or another process trains in the directory.
         NotFiniteError: training met a NaN or an infinity; the last checkpoint is from before it.
+        KeyboardInterrupt: with a message that says from which step the run resumes.
     """
+    directory = Path(config.run.directory)
+    local(config.run.devices, "run.devices")
+    with closing(Lock.of_run(directory)) as lock, on_interrupt(lambda: _kept(directory)):
+        if not claimed and directory.is_dir():
+            lock.acquire()
+        task = load_task(config)
+        # A new directory is created once nothing is known to be wrong.
+        if not claimed:
+            lock.acquire()
+        return _train(config, task, console, may_grow=not claimed)
+
+
+def _kept(directory: Path) -> str:
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest() or 0
+    return f"interrupted: the same command resumes {directory} from step {step}"
+
+
+def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool) -> Any:
     run, directory = config.run, Path(config.run.directory)
     devices = local(run.devices, "run.devices")
-    task = load_task(config)
     meta = Meta(to_dict(config), task.fingerprint, 0.0)
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
         start = saved_step or 0
+        saved = meta if saved_step is None else checkpoints.meta(saved_step)
         if saved_step is not None:
-            saved = checkpoints.meta(start)
-            check_same_run(directory, saved, meta)
-            meta = meta._replace(seconds=saved.seconds)
-        if start == run.steps and (report := task.load_report(directory)):
+            check_same_run(directory, saved, meta, may_grow=may_grow)
+            meta = meta._replace(seconds=saved.seconds, grown=_grown(saved, start, run.steps))
+        if start == run.steps and (report := _final_report(task, directory, start)):
             task.print_report(console, directory, report)
             return report
 
         graphdef, state, step_fn = build(config)
+        if saved_step is None and run.init_from is not None:
+            state = initial_state(config, state, console)
         state = replicate(state, devices)
         batches = task.batches()
         scoring = task.scoring(graphdef)
@@ -46,11 +82,17 @@ def train(config: TrainConfig, console: Console) -> Any:
         if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
             console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)
+            if len(meta.grown) > len(saved.grown):
+                old_steps = saved.config["run"]["steps"]
+                line = describe_growth(config.optimizer, start, old_steps, run.steps)
+                console.print(line, soft_wrap=True, highlight=False)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == run.steps)
 
         directory.mkdir(parents=True, exist_ok=True)
+        if start < run.steps:  # a report there is of fewer steps
+            (directory / FILE).unlink(missing_ok=True)
         with Curves(directory, start) as curves, Progress(console, start, config, meta) as progress:
             for step in range(start + 1, run.steps + 1):
                 state, metrics = step_fn(state, split_rows(next(batches), state, axis=1))
@@ -78,6 +120,18 @@ def train(config: TrainConfig, console: Console) -> Any:
     return report
 
 
+def _grown(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
+    """Return where `run.steps` grew, up to a checkpoint's step that is resumed with `steps`."""
+    grows = step > 0 and saved.config["run"]["steps"] < steps
+    return [*saved.grown, *([[step, steps]] if grows else [])]
+
+
+def _final_report(task: Task, directory: Path, steps: int) -> Any:
+    """Return the report of a run that has ended after `steps` steps, or None."""
+    report = task.load_report(directory)
+    return report if report and report.steps == steps else None
+
+
 def evaluate(directory: Path, console: Console) -> Any:
     """Score a run's last checkpoint, finished or not, on validation data, and print the table.
 
@@ -86,7 +140,8 @@ def evaluate(directory: Path, console: Console) -> Any:
     """
     config, model, step, saved = load_run(directory)
     task = load_task(config)
-    check_same_run(directory, saved, saved._replace(fingerprint=task.fingerprint))
+    now = saved._replace(fingerprint=task.fingerprint)
+    check_same_run(directory, saved, now, may_grow=True)
     graphdef, params, rest = split(model)
     report = task.scoring(graphdef).report(TrainState(params, (), rest), step, saved.seconds)
     task.print_report(console, directory, report)

@@ -44,3 +44,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decay_mask,
         ),
     )
+
+
+def describe_growth(config: OptimizerConfig, step: int, old: int, new: int) -> str:
+    """Return a line about the learning rates of a run whose `run.steps` grew.
+
+    Args:
+        config: of the optimiser.
+        step: of the checkpoint that is resumed, at least 1.
+        old: `run.steps` until then.
+        new: `run.steps` from then on.
+    """
+    before = float(make_schedule(config, old)(step - 1))
+    after, last = (float(make_schedule(config, new)(at)) for at in (step, new - 1))
+    return (
+        f"run.steps grows from {old} to {new}: the learning rate is {before:.3g} at step {step}, "
+        f"{after:.3g} at step {step + 1}, and {last:.3g} at step {new}, on the cosine over {new} "
+        "steps"
+    )

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
+from mc_core.files import to_bytes, write_atomic
 from mc_core.memories import MEMORIES
 from parity.environment import MissingError, prepare
 from train.options import output_file
@@ -88,7 +88,7 @@ def check(
     if json:
         write_atomic(json, report.as_json(*result).encode())
     if markdown:
-        write_atomic(markdown, report.as_markdown(*result).encode())
+        write_atomic(markdown, to_bytes(report.as_markdown(*result)))
     if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -23,7 +23,7 @@ KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
 # What a sweep sets by itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
 # Settings that leave a fingerprint as it is without them.
-AS_BEFORE = (("model.layer.gate", "context"),)
+AS_BEFORE = (("model.layer.gate", "context"), ("run.init_optimizer", False))
 Overrides = dict[str, Any]  # dotted key -> value
 
 

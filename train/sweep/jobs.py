@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from bench.report import cores
 from mc_core.errors import UserError
@@ -141,21 +141,24 @@ class Workers:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Hold Ctrl-C back for now; processes that are born meanwhile never see it."""
+    """Delay Ctrl-C and SIGTERM; processes that are started meanwhile never see Ctrl-C."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    before, held = signal.getsignal(signal.SIGINT), []
+    handlers: dict[int, Callable[..., Any]] = {}
+    held: list[tuple[Any, ...]] = []
     # A thread of another library, which does not block it, may still bring it to this one.
-    ours = callable(before) and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda *interrupt: held.append(interrupt))
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if held and callable(before):
-            before(*held[0])
+        if held:
+            handlers[held[0][0]](*held[0])
 
 
 def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:

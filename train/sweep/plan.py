@@ -3,28 +3,33 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
+from train.lock import Lock, LockedError
 from train.sweep.config import Run, SweepConfig, make_run
-from train.sweep.results import Key, Result, Results, best, claim, key_of
+from train.sweep.results import Key, Result, Results, best, key_of
 
 
 class Plan:
     """The runs of a sweep: every rate of a row with the first seed, the best with the others.
 
-    A run that was taken is claimed until its result is added, or the `with` is left: of two sweeps
-    that share a directory, one does it, and the other finds its result.
+    The directory of a run that was taken is locked until its result is added, or the `with` is
+    left: of two sweeps that share a directory, one does the run, and the other finds its result.
 
     Args:
         config: the sweep.
         first: by row, a run of each rate with the first seed.
         results: those that there are.
+
+    Attributes:
+        blocked: why the last call of `take` left a run out that another process has, or None.
     """
 
     def __init__(self, config: SweepConfig, first: dict[str, list[Run]], results: Results):
         self._config, self._first, self._results = config, first, results
         self._chosen: dict[str, list[Run]] = {}
-        self._claims: dict[Key, IO[bytes]] = {}
+        self._locks: dict[Key, Lock] = {}
+        self.blocked: LockedError | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -35,8 +40,8 @@ class Plan:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        for file in self._claims.values():
-            file.close()
+        for lock in self._locks.values():
+            lock.close()
 
     @property
     def left(self) -> bool:
@@ -46,18 +51,22 @@ class Plan:
     def take(self) -> Run | None:
         """Return the first run that is due and that nobody does, or None."""
         self._results.refresh()
+        self.blocked = None
         for run in self._known():
-            if run.key in self._claims or self._results.find(run) is not None:
+            if run.key in self._locks or self._results.find(run) is not None:
                 continue
-            file = claim(Path(run.config.run.directory))
-            if file is None:
+            lock = Lock.of_run(Path(run.config.run.directory))
+            try:
+                lock.acquire()
+            except LockedError as error:
+                self.blocked = error
                 continue
-            # Whoever held the claim until now may have added the result.
+            # The process that had the lock until now may have added the result.
             self._results.refresh()
             if self._results.find(run) is None:
-                self._claims[run.key] = file
+                self._locks[run.key] = lock
                 return run
-            file.close()
+            lock.close()
         return None
 
     def add(self, result: Result) -> None:
@@ -67,7 +76,7 @@ class Plan:
             OSError: it cannot be written.
         """
         self._results.add(result)
-        self._claims.pop(key_of(result)).close()
+        self._locks.pop(key_of(result)).close()
 
     def progress(self) -> str:
         """Return how many runs are done, of how many."""

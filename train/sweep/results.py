@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mc_core.errors import UserError
 from mc_core.files import to_json
@@ -127,21 +127,6 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self._found[key_of(row)] = row
-
-
-def claim(folder: Path) -> IO[bytes] | None:
-    """Return a file that keeps other processes from a run's folder until it is closed, or None.
-
-    A process that dies gives up its claims. None: another process has the claim.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def is_text(result: Result) -> bool:

@@ -13,10 +13,11 @@ from rich.console import Console
 from bench.devices import request
 from bench.report import machine
 from mc_core.errors import NotFiniteError
-from mc_core.files import write_atomic
+from mc_core.files import to_bytes, write_atomic
 from mc_core.footprint import flops_per_token
 from train.checkpoint import load_run
 from train.config import TextConfig
+from train.interrupt import on_interrupt
 from train.loop import train
 from train.step import split
 from train.sweep import text
@@ -79,15 +80,17 @@ def sweep(
     with one_thread(), Plan(config, first, results) as plan:
         finish(plan, jobs, console, devices)
         chosen = plan.table()
-    table = make_table(path.stem, chosen, config, recorded=then)
-    short = make_table(path.stem, chosen, config, recorded=then, cells=False)
+    # A file name need not be text.
+    title = os.fsencode(path.stem).decode(errors="replace")
+    table = make_table(title, chosen, config, recorded=then)
+    short = make_table(title, chosen, config, recorded=then, cells=False)
     console.print(for_terminal(short))
     for line in table.footer():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if markdown:
-        write_atomic(markdown, table.as_markdown().encode())
+        write_atomic(markdown, to_bytes(table.as_markdown()))
     picture = plot or directory / "sweep.png"
-    write_atomic(picture, draw_sweep(path.stem, chosen))
+    write_atomic(picture, draw_sweep(title, chosen))
     console.print(f"results and pictures: {directory}", soft_wrap=True, highlight=False)
     return chosen
 
@@ -102,7 +105,8 @@ def finish(plan: Plan, jobs: int, console: Console, devices: int = 1) -> None:
         devices: the most of any run.
     """
     waits = False
-    with Workers(jobs, do, devices) as workers:
+    message = "interrupted: the same command resumes the sweep"
+    with on_interrupt(lambda: message), Workers(jobs, do, devices) as workers:
         while True:
             while workers.busy < jobs and (run := plan.take()):
                 workers.start(run)
@@ -113,7 +117,12 @@ def finish(plan: Plan, jobs: int, console: Console, devices: int = 1) -> None:
                     console.print(line, soft_wrap=True, highlight=False)
             elif plan.left:
                 if not waits:
-                    console.print("waiting for runs that another sweep does", highlight=False)
+                    console.print(
+                        f"waiting for a run that another process does: {plan.blocked}",
+                        soft_wrap=True,
+                        highlight=False,
+                        markup=False,
+                    )
                 waits = True
                 time.sleep(1.0)
             else:
@@ -146,7 +155,7 @@ def do(run: Run) -> Result:
     if is_text(result):
         result |= text.about(config)
     try:
-        report = train(config, Console(file=io.StringIO()))
+        report = train(config, Console(file=io.StringIO()), claimed=True)
         if not math.isfinite(report.bits_per_byte if is_text(result) else report.score["loss"]):
             raise NotFiniteError("the validation loss is not finite")
     except NotFiniteError as error:

@@ -14,7 +14,7 @@ from rich.console import Console
 from bench.report import Report, Row, command, machine
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.errors import UserError
-from mc_core.files import to_json, write_atomic
+from mc_core.files import to_bytes, to_json, write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
 from mc_core.segmentation import check_streams
 from train.checkpoint import load_run
@@ -123,7 +123,8 @@ def evaluate(
         content = {"run": str(directory), "step": step} | dataclasses.asdict(found)
         write_atomic(json_file, to_json(content, indent=1).encode())
     if markdown:
-        write_atomic(markdown, "\n".join(report.as_markdown() for report in reports).encode())
+        text = "\n".join(report.as_markdown() for report in reports)
+        write_atomic(markdown, to_bytes(text))
     if plot:
         draw = draw_recall if task == "mqar" else draw_depths
         write_atomic(plot, draw(found.cells, found.parts, f"{title}\n{size_line(found.size)}"))

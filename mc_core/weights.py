@@ -74,6 +74,8 @@ TABLE: tuple[Row, ...] = (*LAYER, *MODEL)
 _BY_JAX = {row.jax: row for row in TABLE}
 _BY_TORCH = {row.torch: row for row in TABLE}
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# What `torch.compile`, `checkpoint_wrapper` and FSDP put into the names of what they wrap.
+_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class Leaf(NamedTuple):
@@ -92,6 +94,11 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
         name: Leaf(tuple(array.shape), str(array.dtype).removeprefix("torch."))
         for name, array in arrays.items()
     }
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without the parts that wrappers of PyTorch add to it."""
+    return _WRAPPER.sub("", name)
 
 
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:

@@ -78,6 +78,8 @@ def table() -> tuple[Row, ...]:
 
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# What `torch.compile`, `checkpoint_wrapper` and FSDP put into the names of what they wrap.
+_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class Leaf(NamedTuple):
@@ -96,6 +98,11 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
         name: Leaf(tuple(array.shape), str(array.dtype).removeprefix("torch."))
         for name, array in arrays.items()
     }
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without the parts that wrappers of PyTorch add to it."""
+    return _WRAPPER.sub("", name)
 
 
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:

@@ -87,10 +87,10 @@ class AttentionLayer(Mixer):
             ValueError: a number is not positive.
         """
         check_cache_options(batch, max_tokens, cache_device)
-        config, wide = self.config, state_dtype(self.out_proj.kernel.dtype)
+        config = self.config
         slots = config.slots(max_tokens)
         shape = (batch, slots, config.num_heads, config.head_dim)
-        keys, values = (jnp.zeros(shape, cache_dtype or wide) for _ in range(2))
+        keys, values = (jnp.zeros(shape, cache_dtype or self._state_dtype()) for _ in range(2))
         if cache_device == "host":
             keys, values = move_to_host(keys), move_to_host(values)
         return KVCache(

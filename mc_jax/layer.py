@@ -15,7 +15,7 @@ from mc_jax.grid import first_tokens
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, l2_normalize, state_dtype
+from mc_jax.numerics import Array, Dtype, l2_normalize
 
 
 class MemoryCachingLayer(Mixer):
@@ -85,10 +85,7 @@ class MemoryCachingLayer(Mixer):
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and norms of all writes."""
-        y, result = self._run(x, mask, inspect=True)
-        assert result.inner is not None
-        plan = make_plan(x.shape[1], self.config)
-        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
+        return self._inspect(x, mask)
 
     def init_cache(
         self,
@@ -110,13 +107,12 @@ class MemoryCachingLayer(Mixer):
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
-        wide = state_dtype(self.out_proj.kernel.dtype)
         cache = init_cache(
             self._initial(),
             self.config,
             batch,
             max_tokens,
-            dtype=wide,
+            dtype=self._state_dtype(),
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
@@ -159,6 +155,12 @@ class MemoryCachingLayer(Mixer):
         check_streams(self.config)
         check_rows(x, cache, self.config)
         return extend_rows(self._extend, x, cache, mask, padding)
+
+    def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace]:
+        y, result = self._run(x, mask, inspect=True)
+        assert result.inner is not None
+        plan = make_plan(x.shape[1], self.config)
+        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
 
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None

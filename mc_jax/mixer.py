@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +12,7 @@ from mc_core.config import AttentionConfig, MCConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import Cache, KVCache, check_room
 from mc_jax.grid import make_packing, pack, unpack
+from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
 from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.pretrained import Pretrained
@@ -72,8 +74,15 @@ class Mixer(nnx.Module, Pretrained):
         if not self.config.conv_width:
             return ()
         shape = (batch, self.config.conv_width - 1, self.config.d_model)
-        dtype = state_dtype(self.out_proj.kernel.dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(3))
+        return tuple(jnp.zeros(shape, self._state_dtype()) for _ in range(3))
+
+    def _state_dtype(self) -> Dtype:
+        """Return the state dtype of the parameters; projections may be wrapped."""
+        return state_dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
+
+    def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
+        """Mix tokens, and return the memory's trace; None where the mixer has no memory."""
+        return self(x, mask), None
 
     def _enter(self, x: Array, mask: Array | None) -> Array:
         """Return tokens [b, t, d] in the compute dtype, zero where `mask` [b, t] is False."""

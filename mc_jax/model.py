@@ -12,7 +12,7 @@ from mc_jax.cache import AnyCache
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.mixer import extend_rows
-from mc_jax.modules import Linear, RMSNorm
+from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 from mc_jax.pretrained import Pretrained
 
@@ -72,10 +72,8 @@ class Block(nnx.Module):
         return self._transform(x + y), cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace | None]:
-        """Do the same for a whole sequence [b, t, d]; return its trace, or None without a memory."""
-        if isinstance(self.mixer, AttentionLayer):
-            return self(x, mask), None
-        y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
+        """Do the same for a whole sequence [b, t, d]; return the memory's trace, if any."""
+        y, trace = self.mixer._inspect(self.mixer_norm(x), mask)
         return self._transform(x + y), trace
 
     def _transform(self, x: Array) -> Array:
@@ -121,7 +119,7 @@ class LanguageModel(nnx.Module, Pretrained):
         )
         self.norm = RMSNorm(d, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.head = Linear(d, config.vocab_size, rngs=rngs, param_dtype=param_dtype)
+            self.head = Head(d, config.vocab_size, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
@@ -138,8 +136,7 @@ class LanguageModel(nnx.Module, Pretrained):
         """
         x = self.embed(tokens)
         for block in self.blocks:
-            run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
-            x = run(block, x, mask)
+            x = _remat(block, x, mask) if self.config.remat else block(x, mask)
         if places is not None:
             x = jnp.take_along_axis(x, places[..., None], axis=1)
         return self._logits(x)
@@ -224,4 +221,10 @@ class LanguageModel(nnx.Module, Pretrained):
         x = self.norm(x)
         if self.config.tie_embeddings:
             return product("btd,sd->bts", x, self.embed.embedding[...], dtype=x.dtype)
-        return product("btd,ds->bts", x, self.head.kernel[...], dtype=x.dtype)
+        return self.head(x)
+
+
+@nnx.remat
+def _remat(block: nnx.Module, x: Array, mask: Array | None) -> Array:
+    """Recompute a block in the backward pass in place of keeping what it computed."""
+    return block(x, mask)

@@ -25,6 +25,14 @@ class Linear(nnx.Module):
         return x @ self.kernel[...].astype(x.dtype)
 
 
+class Head(Linear):
+    """A linear map whose products accumulate in the state dtype, which it returns."""
+
+    def __call__(self, x: Array) -> Array:
+        """Map [b, t, into] to [b, t, out]."""
+        return product("btd,ds->bts", x, self.kernel[...], dtype=x.dtype)
+
+
 class Coefficient(nnx.Module):
     """One write coefficient: constant, or a sigmoid of a head's bias or of the token (section 2).
 

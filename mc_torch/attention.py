@@ -1,5 +1,7 @@
 """Causal softmax attention with rotary positions, over all tokens or a window of the last ones."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,7 @@ from mc_torch.cache import (
 )
 from mc_torch.host import move_to_host
 from mc_torch.mixer import Mixer, extend_rows
+from mc_torch.modules import call_hooked
 from mc_torch.numerics import Array, Dtype, align, state_dtype
 
 
@@ -87,20 +90,8 @@ class AttentionLayer(Mixer):
             ValueError: a number is not positive.
         """
         check_cache_options(batch, max_tokens, cache_device)
-        config, weight = self.config, self.out_proj.weight
-        slots, wide, device = config.slots(max_tokens), state_dtype(weight.dtype), weight.device
-        shape = (batch, slots, config.num_heads, config.head_dim)
-        keys, values = torch.zeros((2, *shape), dtype=cache_dtype or wide, device=device)
-        if cache_device == "host":
-            keys, values = move_to_host(keys), move_to_host(values)
-        return KVCache(
-            keys=keys,
-            values=values,
-            real=torch.zeros(batch, slots, dtype=torch.bool, device=device),
-            position=torch.zeros(batch, dtype=torch.int32, device=device),
-            limit=torch.full((), max_tokens, dtype=torch.int32, device=device),
-            conv=self._start_conv(batch),
-        )
+        args = (batch, max_tokens, cache_dtype, cache_device)
+        return call_hooked(self, self._init_cache, None, *args)[1]
 
     def grow(self, cache: KVCache, max_tokens: int) -> KVCache:
         """Return a cache with the same content and room for `max_tokens` tokens.
@@ -140,7 +131,27 @@ class AttentionLayer(Mixer):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_rows(x, cache, self.config)
-        return extend_rows(self._extend, x, cache, mask, padding)
+        return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
+
+    def _init_cache(
+        self, x: None, batch: int, max_tokens: int, cache_dtype: Dtype, cache_device: str
+    ) -> tuple[None, KVCache]:
+        del x
+        config, (dtype, device) = self.config, self._state_kind()
+        slots = config.slots(max_tokens)
+        shape = (batch, slots, config.num_heads, config.head_dim)
+        keys, values = torch.zeros((2, *shape), dtype=cache_dtype or dtype, device=device)
+        if cache_device == "host":
+            keys, values = move_to_host(keys), move_to_host(values)
+        cache = KVCache(
+            keys=keys,
+            values=values,
+            real=torch.zeros(batch, slots, dtype=torch.bool, device=device),
+            position=torch.zeros(batch, dtype=torch.int32, device=device),
+            limit=torch.full((), max_tokens, dtype=torch.int32, device=device),
+            conv=self._start_conv(batch),
+        )
+        return None, cache
 
     def _extend(
         self, x: Array, cache: KVCache, mask: Array | None, count: Array | None = None

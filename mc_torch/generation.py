@@ -115,7 +115,7 @@ def _run(
     rng: list[torch.Generator],
     options: dict[str, Any],
 ) -> Iterator[Array]:
-    device, last = model.embed.weight.device, None
+    device, last = cache[0].position.device, None
     for block in blocks:
         tokens, padding = (torch.from_numpy(x.copy()).to(device) for x in block)
         last, cache = _extend(model, tokens, padding, cache, last)

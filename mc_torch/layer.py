@@ -15,7 +15,14 @@ from mc_torch.grid import first_tokens
 from mc_torch.inspection import Trace, make_trace
 from mc_torch.layout import make_plan
 from mc_torch.mixer import Mixer, extend_rows
-from mc_torch.modules import Coefficient, MemoryNorm, initial_memory, split_heads
+from mc_torch.modules import (
+    Coefficient,
+    MemoryNorm,
+    call_hooked,
+    initial_memory,
+    project,
+    split_heads,
+)
 from mc_torch.numerics import Array, Dtype, l2_normalize, state_dtype
 
 
@@ -80,15 +87,11 @@ class MemoryCachingLayer(Mixer):
 
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the stream's cache after them."""
-        y, result = self._run(x, mask)
-        return y, result.cache
+        return call_hooked(self, self._forward_with_cache, x, mask)
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and norms of all writes."""
-        y, result = self._run(x, mask, inspect=True)
-        assert result.inner is not None
-        plan = make_plan(x.shape[1], self.config, None, x.device)
-        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
+        return call_hooked(self, self._inspect, x, mask)
 
     def init_cache(
         self,
@@ -110,17 +113,8 @@ class MemoryCachingLayer(Mixer):
         Raises:
             ValueError: a number is not positive, or the segments cannot stream.
         """
-        wide = state_dtype(self.out_proj.weight.dtype)
-        cache = init_cache(
-            self._initial(),
-            self.config,
-            batch,
-            max_tokens,
-            dtype=wide,
-            cache_dtype=cache_dtype,
-            cache_device=cache_device,
-        )
-        return cache._replace(conv=self._start_conv(batch))
+        args = (batch, max_tokens, cache_dtype, cache_device)
+        return call_hooked(self, self._init_cache, None, *args)[1]
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and room for `max_tokens` tokens.
@@ -158,7 +152,33 @@ class MemoryCachingLayer(Mixer):
         """
         check_streams(self.config)
         check_rows(x, cache, self.config)
-        return extend_rows(self._extend, x, cache, mask, padding)
+        return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
+
+    def _forward_with_cache(self, x: Array, mask: Array | None) -> tuple[Array, Cache]:
+        y, result = self._run(x, mask)
+        return y, result.cache
+
+    def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace]:
+        y, result = self._run(x, mask, inspect=True)
+        assert result.inner is not None
+        plan = make_plan(x.shape[1], self.config, None, x.device)
+        return y, make_trace(result.gates, result.cache.segments, result.inner, plan)
+
+    def _init_cache(
+        self, x: None, batch: int, max_tokens: int, cache_dtype: Dtype, cache_device: str
+    ) -> tuple[None, Cache]:
+        del x
+        dtype, device = self._state_kind()
+        cache = init_cache(
+            self._initial(dtype, device),
+            self.config,
+            batch,
+            max_tokens,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            cache_device=cache_device,
+        )
+        return None, cache._replace(conv=self._start_conv(batch))
 
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
@@ -214,7 +234,8 @@ class MemoryCachingLayer(Mixer):
             norm = (self.memory_norm.scale, self.memory_norm.bias)
         names = self.config.memory.coefficient_fields
         coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
-        result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
+        initial = self._initial(state_dtype(x.dtype), x.device)
+        result = run(q, k, v, u, initial, coefficients, norm=norm)
         y = self._leave(result.output, dtype)
         return y, result._replace(cache=result.cache._replace(conv=conv))
 
@@ -229,13 +250,11 @@ class MemoryCachingLayer(Mixer):
             return q, k, v, None, tails
         if config.use_q_as_u:
             return q, k, v, q, tails
-        return q, k, v, split_heads(self.u_proj(x), config.num_heads), tails
+        return q, k, v, split_heads(project(self.u_proj, x), config.num_heads), tails
 
-    def _initial(self) -> Weights:
+    def _initial(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """Return W_0; zeros of `dtype` on `device` where it is not learned."""
         if len(self.initial):
             return tuple(self.initial)
         h, width = self.config.num_heads, self.config.head_dim
-        weight = self.out_proj.weight
-        return (
-            torch.zeros(h, width, width, device=weight.device, dtype=state_dtype(weight.dtype)),
-        )
+        return (torch.zeros(h, width, width, device=device, dtype=dtype),)

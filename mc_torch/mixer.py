@@ -11,12 +11,13 @@ from mc_core.config import AttentionConfig, MCConfig
 from mc_torch.backends import Weights
 from mc_torch.cache import Cache, KVCache, check_room
 from mc_torch.grid import make_packing, pack, unpack
-from mc_torch.modules import Linear, RMSNorm, ShortConv, split_heads
+from mc_torch.inspection import Trace
+from mc_torch.modules import Hooked, Linear, RMSNorm, ShortConv, project, split_heads
 from mc_torch.numerics import Array, Dtype, compute_dtype, state_dtype
 from mc_torch.pretrained import Pretrained
 
 
-class Mixer(nn.Module, Pretrained):
+class Mixer(nn.Module, Hooked, Pretrained):
     """Brings tokens to q, k and v of heads, and reads of heads back to tokens.
 
     The compute dtype of matrix products is autocast's where it is on, else that of the input.
@@ -72,8 +73,19 @@ class Mixer(nn.Module, Pretrained):
         if not self.config.conv_width:
             return ()
         shape = (3, batch, self.config.conv_width - 1, self.config.d_model)
-        weight = self.out_proj.weight
-        return tuple(torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device))
+        dtype, device = self._state_kind()
+        return tuple(torch.zeros(shape, dtype=dtype, device=device))
+
+    def _state_kind(self) -> tuple[torch.dtype, torch.device]:
+        """Return the state dtype and the device of the parameters."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return state_dtype(parameter.dtype), parameter.device
+        return torch.float32, torch.device("cpu")  # all are packed by quantisation for the CPU
+
+    def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
+        """Mix tokens, and return the memory's trace; None where the mixer has no memory."""
+        return self(x, mask), None
 
     def _enter(self, x: Array, mask: Array | None) -> Array:
         """Return tokens [b, t, d] in the compute dtype, zero where `mask` [b, t] is False."""
@@ -93,7 +105,7 @@ class Mixer(nn.Module, Pretrained):
         Returns:
             q, k and v, each [b, t, h, k], and the `conv` of the cache after these tokens.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tails: Weights = ()
         if self.config.conv_width:
             convs = self.q_conv, self.k_conv, self.v_conv
@@ -109,7 +121,7 @@ class Mixer(nn.Module, Pretrained):
         """Norm reads [b, t, h, v], merge their heads and project them to [b, t, d] of `dtype`."""
         if self.config.output_norm == "rms":
             y = self.output_norm(y)
-        return self.out_proj(y.reshape(*y.shape[:2], self.config.d_model)).to(dtype)
+        return project(self.out_proj, y.reshape(*y.shape[:2], self.config.d_model)).to(dtype)
 
 
 def extend_rows(

@@ -1,5 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from mc_torch.cache import AnyCache
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.mixer import extend_rows
-from mc_torch.modules import Linear, RMSNorm
+from mc_torch.modules import (
+    Hooked,
+    Linear,
+    RMSNorm,
+    call_hooked,
+    embedding_matrix,
+    project,
+)
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
 from mc_torch.pretrained import Pretrained
 
@@ -37,10 +45,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Array) -> Array:
         """Transform each token of [b, t, d] by itself."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = F.silu(project(self.gate_proj, x)) * project(self.up_proj, x)
+        return project(self.down_proj, hidden)
 
 
-class Block(nn.Module):
+class Block(nn.Module, Hooked):
     """`x + mixer(norm(x))`, then `x + ffn(norm(x))`.
 
     Args:
@@ -76,21 +85,23 @@ class Block(nn.Module):
         self, x: Array, cache: AnyCache, mask: Array | None = None, count: Array | None = None
     ) -> tuple[Array, AnyCache]:
         """Do the same for the next tokens of a stream, of which row i has its first `count[i]`."""
-        y, cache = self.mixer._extend(self.mixer_norm(x), cache, mask, count)
+        mixer = self.mixer
+        y, cache = call_hooked(mixer, mixer._extend, self.mixer_norm(x), cache, mask, count)
         return self._transform(x + y), cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace | None]:
-        """Do the same for a whole sequence [b, t, d]; return its trace, or None without a memory."""
-        if isinstance(self.mixer, AttentionLayer):
-            return self(x, mask), None
-        y, trace = self.mixer.inspect(self.mixer_norm(x), mask)
+        """Do the same for a whole sequence [b, t, d]; return the memory's trace, if any."""
+        y, trace = call_hooked(self.mixer, self.mixer._inspect, self.mixer_norm(x), mask)
         return self._transform(x + y), trace
+
+    def _init_cache(self, x: None, *args: Any) -> tuple[None, AnyCache]:
+        return call_hooked(self.mixer, self.mixer._init_cache, x, *args)
 
     def _transform(self, x: Array) -> Array:
         return x + self.ffn(self.ffn_norm(x)) if hasattr(self, "ffn") else x
 
 
-class LanguageModel(nn.Module, Pretrained):
+class LanguageModel(nn.Module, Hooked, Pretrained):
     """Token ids in, next-token logits out.
 
     The compute dtype of activations and matrix products is autocast's where it is on, else that of
@@ -148,11 +159,7 @@ class LanguageModel(nn.Module, Pretrained):
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
         """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory."""
-        x, traces = self._embed(tokens), []
-        for block in self._blocks():
-            x, trace = block.inspect(x, mask)
-            traces.append(trace)
-        return self._logits(x), tuple(traces)
+        return call_hooked(self, self._inspect, tokens, mask)
 
     def init_cache(
         self,
@@ -163,16 +170,12 @@ class LanguageModel(nn.Module, Pretrained):
         cache_device: str = "device",
     ) -> tuple[AnyCache, ...]:
         """Return the caches of all blocks, for streams that have not begun; as the layer's."""
-        return tuple(
-            block.mixer.init_cache(
-                batch, max_tokens, cache_dtype=cache_dtype, cache_device=cache_device
-            )
-            for block in self._blocks()
-        )
+        args = (batch, max_tokens, cache_dtype, cache_device)
+        return call_hooked(self, self._init_cache, None, *args)[1]
 
     def grow(self, cache: tuple[AnyCache, ...], max_tokens: int) -> tuple[AnyCache, ...]:
         """Return caches with the same content and room for `max_tokens` tokens."""
-        blocks = zip(self._blocks(), cache, strict=True)
+        blocks: Any = zip(self.blocks, cache, strict=True)
         return tuple(block.mixer.grow(one, max_tokens) for block, one in blocks)
 
     def extend(
@@ -204,7 +207,19 @@ class LanguageModel(nn.Module, Pretrained):
         if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
-        return extend_rows(self._extend, tokens, cache, mask, padding)
+        return extend_rows(partial(call_hooked, self, self._extend), tokens, cache, mask, padding)
+
+    def _inspect(self, tokens: Array, mask: Array | None) -> tuple[Array, tuple[Trace | None, ...]]:
+        x, traces = self._embed(tokens), []
+        blocks: Any = self.blocks
+        for block in blocks:
+            x, trace = call_hooked(block, block.inspect, x, mask)
+            traces.append(trace)
+        return self._logits(x), tuple(traces)
+
+    def _init_cache(self, x: None, *args: Any) -> tuple[None, tuple[AnyCache, ...]]:
+        blocks: Any = self.blocks
+        return None, tuple(call_hooked(block, block._init_cache, x, *args)[1] for block in blocks)
 
     def _extend(
         self,
@@ -214,13 +229,11 @@ class LanguageModel(nn.Module, Pretrained):
         count: Array | None = None,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
         x, new = self._embed(tokens), []
-        for block, one in zip(self._blocks(), cache, strict=True):
-            x, one = block.extend(x, one, mask, count)
+        blocks: Any = zip(self.blocks, cache, strict=True)
+        for block, one in blocks:
+            x, one = call_hooked(block, block.extend, x, one, mask, count)
             new.append(one)
         return self._logits(x), tuple(new)
-
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)
@@ -228,5 +241,7 @@ class LanguageModel(nn.Module, Pretrained):
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
-        weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
+        if not self.config.tie_embeddings:
+            return project(self.head, x, exact=True)
+        weight = embedding_matrix(self.embed, self.config.vocab_size, x.device)
         return product("btd,sd->bts", x, weight, dtype=x.dtype)

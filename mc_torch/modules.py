@@ -1,33 +1,148 @@
-"""The layer's parts that hold parameters."""
+"""The layer's parts that hold parameters, and calls of modules that users may have wrapped."""
 
+import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from mc_core.config import MCConfig
-from mc_torch.numerics import Array, Dtype, align, product, rms_norm, state_dtype
+from mc_torch.numerics import Array, Dtype, align, autocasts, product, rms_norm, state_dtype
 
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
 
 
-class Linear(nn.Module):
-    """`W x` without bias, in the dtype of x; starts as Flax's (LeCun's truncated normal)."""
+class Linear(nn.Linear):
+    """`W x` without bias; starts as Flax's (LeCun's truncated normal).
+
+    An instance is exactly an `nn.Linear`: `quantize_dynamic` skips subclasses without a word.
+    `project` calls it.
+    """
 
     def __init__(
         self, into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
     ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
-        std = into**-0.5 / 0.87962566103423978  # of a normal that is cut off at two deviations
+        super().__init__(into, out, bias=False, device=device, dtype=dtype)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """Draw the weight; `nn.Linear` calls this as it is built."""
+        std = self.in_features**-0.5 / 0.87962566103423978  # of a normal cut off at 2 deviations
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, x: Array) -> Array:
-        """Map [..., into] to [..., out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+
+def project(linear: nn.Module, x: Array, *, exact: bool = False) -> Array:
+    """Call a linear map with its weights in the dtype of `x`.
+
+    Args:
+        linear: an `nn.Linear`, or a module in its place: with adapters, quantised, sharded.
+        x: [..., in].
+        exact: accumulate in the state dtype and return it, as `numerics.product` does.
+
+    Returns:
+        [..., out] in the dtype of `x`, or its state dtype.
+    """
+    out = state_dtype(x.dtype) if exact else x.dtype
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Array):  # packed by quantisation, which computes in float32
+        return linear(x.float()).to(out)
+    if weight.dtype == x.dtype == out:
+        return linear(x)
+    if not exact and autocasts(x) and torch.float64 not in (x.dtype, weight.dtype):
+        return linear(x).to(out)
+    weights = _cast_weights(linear, x.dtype, out)
+    if not weights:
+        return linear(x).to(out)
+    if not autocasts(x):
+        return functional_call(linear, weights, (x.to(out),))
+    with torch.autocast(x.device.type, enabled=False):
+        return functional_call(linear, weights, (x.to(out),))
+
+
+def embedding_matrix(embed: nn.Module, rows: int, device: torch.device) -> Array:
+    """Return the weights [rows, d] of an embedding, or of a module in its place."""
+    if type(embed) is nn.Embedding and not _is_distributed(embed.weight):
+        return embed.weight
+    # With an adapter, quantised or sharded, the weights are what the lookup returns.
+    return embed(torch.arange(rows, device=device))
+
+
+class Hooked:
+    """Base of modules with methods for which the hooks of `forward` must run."""
+
+    def _call(self, method: Callable[..., Any], x: Array | None) -> Any:
+        return method(x)
+
+
+def call_hooked(
+    module: Any, method: Callable[..., tuple[Any, Any]], x: Array | None, *args: Any
+) -> tuple[Any, Any]:
+    """Return `method(x, *args)`, with the hooks that `fully_shard` runs around `forward`.
+
+    Args:
+        module: a `Hooked` module, or a wrapper that forwards attributes to one.
+        method: of that module; returns a pair.
+        x: the first argument [b, t, ...]. FSDP casts it, and the first result, by its policy.
+        args: the others, which FSDP does not see: a cache keeps its dtypes and devices.
+    """
+    if not _is_sharded(module):
+        return method(x, *args)
+    results: list[tuple[Any, Any]] = []
+
+    def call(x: Array | None) -> tuple[Any, Any]:
+        results.append(method(x, *args))
+        return results[0]
+
+    y, _ = module._call(call, x)
+    return y, results[0][1]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP shards a module or what it wraps; registers `_call` there, once."""
+    kind, sharded = _imported("torch.distributed.fsdp", "FSDPModule"), False
+    if not kind:
+        return False
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    while True:
+        if isinstance(module, kind):
+            sharded = True
+            if not hasattr(module._call, "__wrapped__"):
+                register_fsdp_forward_method(module, "_call")
+        wrapped = list(module.children())
+        if isinstance(module, Hooked) or len(wrapped) != 1:
+            return sharded
+        module = wrapped[0]
+
+
+def _is_distributed(x: Array) -> bool:
+    return isinstance(x, _imported("torch.distributed.tensor", "DTensor"))
+
+
+def _imported(module: str, name: str) -> Any:
+    """Return a class of a slow import, or () where that was not made and nothing can be of it."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _cast_weights(linear: nn.Module, dtype: torch.dtype, out: torch.dtype) -> dict[str, Array]:
+    """Return a module's floating-point parameters, rounded to one dtype and widened to another.
+
+    None where parameters are distributed, or replaced by the hooks of FSDP.
+    """
+    if isinstance(linear, _imported("torch.distributed.fsdp", "FSDPModule")):
+        return {}
+    return {
+        ".".join(filter(None, (path, name))): parameter.to(dtype).to(out)
+        for path, module in linear.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point() and not _is_distributed(parameter)
+    }
 
 
 class Coefficient(nn.Module):
@@ -123,7 +238,10 @@ class ShortConv(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis, with a learned scale of the given shape."""
+    """RMS norm over the last axis, with a learned scale of the given shape.
+
+    It is no `nn.RMSNorm`: there the parameter is `weight`, and keys equal the NNX paths (`scale`).
+    """
 
     def __init__(self, *shape: int, device: torch.device | str | None = None, dtype: Dtype = None):
         super().__init__()

@@ -25,7 +25,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def compute_dtype(x: Array) -> torch.dtype:
     """Return the dtype of products with x [...]: autocast's where it is on, else that of x."""
-    if x.dtype != torch.float64 and _autocasts(x):
+    if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -45,7 +45,7 @@ def product(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = Fals
     # product is not, and TF32, where it is allowed, holds bfloat16 factors without loss.
     wide = torch.float64 if exact and _rounds_products() else out
     cast = [x.to(wide) for x in cast]
-    if not _autocasts(cast[0]):
+    if not autocasts(cast[0]):
         return torch.einsum(spec, *cast).to(out)
     with torch.autocast(cast[0].device.type, enabled=False):
         return torch.einsum(spec, *cast).to(out)
@@ -140,6 +140,7 @@ def _rounds_products() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _autocasts(x: Array) -> bool:
+def autocasts(x: Array) -> bool:
+    """Whether autocast is on for the device of x [...]."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

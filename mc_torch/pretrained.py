@@ -7,15 +7,18 @@ import torch
 from torch import nn
 
 from mc_core.pretrained import from_metadata, one_dtype
-from mc_core.weights import check_leaves, leaves
+from mc_core.weights import check_leaves, leaves, without_wrappers
 from mc_torch.numerics import Array, Dtype
 
 Flat = dict[str, Array]
 
 
 def get_weights(module: nn.Module) -> Flat:
-    """Return every parameter under its key of the `state_dict`; they share memory with it."""
-    return dict(module.state_dict())
+    """Return every parameter; they share memory with the module.
+
+    Keys are those of the `state_dict`, without what wrapped blocks and layers add to them.
+    """
+    return {without_wrappers(key): x for key, x in module.state_dict().items()}
 
 
 def set_weights(module: nn.Module, flat: Flat) -> None:
@@ -26,7 +29,7 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
             the module is as before.
     """
     check_leaves(leaves(flat), leaves(get_weights(module)))
-    module.load_state_dict(flat)
+    module.load_state_dict({key: flat[without_wrappers(key)] for key in module.state_dict()})
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:

@@ -9,7 +9,7 @@ import torch
 
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.pretrained import describe, read_description, to_metadata
-from mc_core.weights import Flat, to_jax, to_torch
+from mc_core.weights import Flat, to_jax, to_torch, without_wrappers
 from mc_jax.pretrained import read_file
 from parity.weights import to_numpy, to_tensor
 
@@ -74,7 +74,14 @@ def read_state_dict(path: Path) -> Weights:
         raise
     except Exception as error:  # torch.load raises nothing narrower
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-    return Weights(config, {name: to_numpy(tensor) for name, tensor in loaded.items()}, "torch")
+    flat: Flat = {}
+    for name, tensor in loaded.items():
+        # Of a model with compiled or checkpointed blocks.
+        first, dot, rest = name.partition(".")
+        flat[first + dot + without_wrappers(rest)] = to_numpy(tensor)
+    if len(flat) != len(loaded):
+        raise ValueError(f"{path}: has parameters both with and without a wrapper in their names")
+    return Weights(config, flat, "torch")
 
 
 def write_state_dict(path: Path, config: Config, flat: Flat) -> None:

@@ -1,0 +1,220 @@
+"""Two gloo processes that hold shards of models; each compares them with unsharded ones.
+
+    python fsdp_worker.py FILE
+
+FILE is where the processes find each other; it must not exist. Each check is printed as it begins.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from mc_core import LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_torch import LanguageModel, MemoryCachingLayer, generate
+
+LAYER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=2, conv_width=2)
+TOKENS = torch.arange(14).reshape(2, 7) * 5 % 11
+PROMPTS = ([1, 2, 3], [4])
+
+
+def make_model(**options):
+    """Build a model, every time with the same weights."""
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "mixers": ("memory", "attention"), "ffn_width": 8} | options
+    return LanguageModel(ModelConfig(vocab_size=11, layer=LAYER, **options))
+
+
+def stream(module, x):
+    """Return what a stream of two calls gives: outputs, and the cache at its end."""
+    cache = module.init_cache(len(x), 3)
+    first, cache = module.extend(x[:, :3], cache)
+    second, cache = module.extend(x[:, 3:], module.grow(cache, x.shape[1]))
+    return torch.cat([first, second], dim=1), cache
+
+
+def observe(model):
+    """Return everything that a model gives without a call of `forward`."""
+    with torch.no_grad():
+        seen = stream(model, TOKENS), model.inspect(TOKENS)
+    options = {"temperature": 1.0, "top_k": 5}
+    return *seen, *(list(generate(model, PROMPTS, 2, **chosen)) for chosen in ({}, options))
+
+
+def leaves(tree):
+    """Return the tensors of nested tuples and lists."""
+    if isinstance(tree, tuple | list):
+        return [leaf for part in tree for leaf in leaves(part)]
+    return [] if tree is None else [tree]
+
+
+def check_equal(actual, expected):
+    """Compare trees of plain tensors."""
+    actual, expected = leaves(actual), leaves(expected)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert not isinstance(one, DTensor)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def shard_blocks(model, **options):
+    """Shard each block by itself, and nothing else."""
+    for block in model.blocks:
+        fully_shard(block, **options)
+
+
+def shard_blocks_and_rest(model, **options):
+    """Shard as training does: the blocks, then the root with what is left."""
+    shard_blocks(model, **options)
+    fully_shard(model, **options)
+
+
+def shard_mixers(model):
+    """Shard the memories and attentions alone."""
+    for block in model.blocks:
+        fully_shard(block.mixer)
+
+
+def shard_parts(model, **options):
+    """Shard down to the parts of a block; embedding, norm and head by themselves."""
+    for block in model.blocks:
+        fully_shard(block.mixer, **options)
+        fully_shard(block.ffn, **options)
+        fully_shard(block, **options)
+    fully_shard(model.embed, **options)
+    if hasattr(model, "head"):
+        fully_shard([model.norm, model.head], **options)
+    fully_shard(model, **options)
+
+
+def shard_wrapped(model):
+    """Shard blocks that are checkpointed and compiled, as torchtitan does."""
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(checkpoint_wrapper(block), backend="eager")
+    shard_blocks_and_rest(model)
+
+
+def wrap_sharded(model):
+    """Put wrappers around blocks that are sharded already."""
+    shard_blocks(model)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+    fully_shard(model)
+
+
+@cache
+def expected(tie_embeddings):
+    """Return what the unsharded model gives."""
+    return observe(make_model(tie_embeddings=tie_embeddings))
+
+
+def check_model(shard, tie_embeddings):
+    model = make_model(tie_embeddings=tie_embeddings)
+    shard(model)
+    check_equal(observe(model), expected(tie_embeddings))
+
+
+def check_layer(memory):
+    torch.manual_seed(0)
+    config = MCConfig(8, 2, memory, segment_size=2, chunk_size=2, conv_width=2)
+    plain, layer = MemoryCachingLayer(config), MemoryCachingLayer(config)
+    layer.load_state_dict(plain.state_dict())
+    fully_shard(layer)
+    x = torch.randn(2, 7, 8)
+    with torch.no_grad():
+        check_equal(
+            *((stream(one, x), one.inspect(x), one.forward_with_cache(x)) for one in (layer, plain))
+        )
+
+
+def check_gradients():
+    """Gradients through the calls of a stream, as truncated backpropagation takes them."""
+    model, plain = make_model(), make_model()
+    shard_blocks_and_rest(model)
+    for one in (model, plain):
+        logits, cache = stream(one, TOKENS)
+        (logits.sin().sum() + cache[0].state.weights[0].sum()).backward()
+    for sharded, whole in zip(model.parameters(), plain.parameters(), strict=True):
+        check_equal(sharded.grad.full_tensor(), whole.grad)
+
+
+def check_mixed_precision():
+    """FSDP casts what passes its hooks: never the states, which stay float32."""
+    model = make_model(tie_embeddings=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
+    shard_parts(model, mp_policy=policy)
+    with torch.no_grad():
+        whole, (logits, cache), (_, traces) = model(TOKENS), *observe(model)[:2]
+    assert whole.dtype == logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, whole, rtol=0.05, atol=0.05)
+    kinds = {x.dtype for x in leaves((cache, traces)) if x.is_floating_point()}
+    assert kinds == {torch.float32}, kinds
+
+
+def check_tensor_parallel():
+    """The projections of a SwiGLU, split over the processes; the embedding too."""
+    model = make_model()
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    for block in model.blocks:
+        parallelize_module(block.ffn, mesh, plan | {"down_proj": RowwiseParallel()})
+        assert block.ffn.gate_proj.weight.to_local().shape == (4, 8)
+    parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+    assert isinstance(model.embed.weight, DTensor)
+    check_equal(observe(model), expected(True))
+
+
+CHECKS = {
+    "blocks": lambda: check_model(shard_blocks, True),
+    "root": lambda: check_model(fully_shard, True),
+    "blocks and root": lambda: check_model(shard_blocks_and_rest, False),
+    "mixers": lambda: check_model(shard_mixers, False),
+    "parts, tied": lambda: check_model(shard_parts, True),
+    "parts, untied": lambda: check_model(shard_parts, False),
+    "compiled and checkpointed blocks": lambda: check_model(shard_wrapped, True),
+    "checkpointed around sharded blocks": lambda: check_model(wrap_sharded, True),
+    "layer, learned memory": lambda: check_layer(TitansConfig(expansion=1)),
+    "layer, memory that starts at zero": lambda: check_layer(LinearConfig()),
+    "gradients": check_gradients,
+    "mixed precision": check_mixed_precision,
+    "tensor parallel": check_tensor_parallel,
+}
+
+
+def main(file):
+    """Run all checks, each in both processes at the same time."""
+    torch.set_num_threads(1)
+    child = os.fork()  # before any thread, so that what was imported is so in both
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=0 if child else 1,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    for name, check in CHECKS.items():
+        if child:
+            print(name, flush=True)
+        check()
+    dist.destroy_process_group()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+        print("all equal", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

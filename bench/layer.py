@@ -46,7 +46,7 @@ def make_config(
     Raises:
         ValueError: a value is not allowed; names it.
     """
-    memory = MEMORIES[kind]()
+    memory: Any = MEMORIES[kind]()
     if hasattr(memory, "expansion"):
         memory = dataclasses.replace(memory, expansion=grid.expansion)
     return MCConfig(

@@ -168,7 +168,7 @@ def full() -> Iterator[Case]:
     ):
         options = {name: pick(values) for name, values in _OPTIONS.items()}
         level = pick(("function", "function", "layer", "model"))
-        memory = pick(MEMORIES[kind].variants())
+        memory: Any = pick(MEMORIES[kind].variants())
         method = pick(METHODS) if level == "function" else "chunked"
         tokens = pick((11, 13, 14, 23))
         streams = segmentation == "constant" and method == "chunked"

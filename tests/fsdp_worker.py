@@ -15,7 +15,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -38,10 +38,17 @@ def make_model(**options):
     return LanguageModel(ModelConfig(vocab_size=11, layer=LAYER, **options))
 
 
+def parted(module):
+    """Return a module with its parameters in shards: FSDP keeps a root's whole after a call."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+    return module
+
+
 def stream(module, x):
     """Return what a stream of two calls gives: outputs, and the cache at its end."""
-    cache = module.init_cache(len(x), 3)
-    first, cache = module.extend(x[:, :3], cache)
+    cache = parted(module).init_cache(len(x), 3)
+    first, cache = parted(module).extend(x[:, :3], cache)
     second, cache = module.extend(x[:, 3:], module.grow(cache, x.shape[1]))
     return torch.cat([first, second], dim=1), cache
 
@@ -49,7 +56,7 @@ def stream(module, x):
 def observe(model):
     """Return everything that a model gives without a call of `forward`."""
     with torch.no_grad():
-        seen = stream(model, TOKENS), model.inspect(TOKENS)
+        seen = stream(model, TOKENS), parted(model).inspect(TOKENS)
     options = {"temperature": 1.0, "top_k": 5}
     return *seen, *(list(generate(model, PROMPTS, 2, **chosen)) for chosen in ({}, options))
 
@@ -135,9 +142,12 @@ def check_layer(memory):
     fully_shard(layer)
     x = torch.randn(2, 7, 8)
     with torch.no_grad():
-        check_equal(
-            *((stream(one, x), one.inspect(x), one.forward_with_cache(x)) for one in (layer, plain))
-        )
+        seen = [
+            (stream(one, x), parted(one).inspect(x), parted(one).forward_with_cache(x))
+            for one in (layer, plain)
+        ]
+    check_equal(*seen)
+    assert not hasattr(layer._call.__wrapped__, "__wrapped__")  # registered with FSDP once
 
 
 def check_gradients():

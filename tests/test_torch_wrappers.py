@@ -17,6 +17,7 @@ from parity.files import read_state_dict
 torch.set_num_threads(1)
 
 LAYER = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=2, conv_width=2)
+BARE = MCConfig(8, 2, LinearConfig(), segment_size=4, chunk_size=2, output_norm="none")
 CONFIG = ModelConfig(
     vocab_size=11,
     num_layers=2,
@@ -204,10 +205,9 @@ def test_weights_take_the_dtype_of_the_input(exact, wrapper):
 
 
 @QUANTISES
-@pytest.mark.parametrize("memory", [TitansConfig(expansion=1), LinearConfig()])
+@pytest.mark.parametrize("layer", [LAYER, BARE], ids=["titans", "no other parameters"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_dynamic_quantisation_takes_every_linear_map_and_embedding(tied, memory):
-    layer = MCConfig(8, 2, memory, segment_size=4, chunk_size=2, output_norm="none")
+def test_dynamic_quantisation_takes_every_linear_map_and_embedding(tied, layer):
     model = make_model(ModelConfig(**{**vars(CONFIG), "layer": layer, "tie_embeddings": tied}))
     maps = sum(isinstance(module, nn.Linear) for module in model.modules())
     small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

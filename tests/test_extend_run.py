@@ -262,6 +262,19 @@ def test_an_interrupted_new_run_does_not_need_the_other_again(path):
         assert np.array_equal(array, end[name]), name
 
 
+def test_an_interrupted_run_says_where_it_resumes(path, monkeypatch, capsys):
+    def stop(curves, step, **values):
+        if step == 11:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.Curves.write", stop)
+    assert mc(monkeypatch, "train", path, *TWELVE) == 130
+    directory = path.parent / "runs" / "tiny"
+    message = f"mc: interrupted: the same command resumes {directory} from step 9\n"
+    assert capsys.readouterr().err == message
+    assert not (directory / ".lock").exists()
+
+
 def test_settings_that_no_parameter_has_may_differ_and_are_named(path, monkeypatch):
     _, out = first_state(path, monkeypatch, *new(path, "model.layer.segment_size=4"))
     assert "; model.layer.segment_size is 8 there and 4 here\n" in out

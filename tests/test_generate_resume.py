@@ -232,6 +232,7 @@ def test_a_full_disk_leaves_the_rows_before(tmp_path):
     again = Partial(tmp_path / "out", settings, keys)
     assert again.rows == [{"n": 1}]
     again.add([{"n": 2}, {"n": "é\ud800"}])
+    assert Partial(tmp_path / "out", settings, keys).rows == again.rows
     again.finish()
     rows = (tmp_path / "out").read_bytes().splitlines()
     assert [json.loads(row)["n"] for row in rows] == [1, 2, "é\ud800"]

@@ -52,8 +52,9 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
 
 
 def _kept(directory: Path) -> str:
-    with Checkpoints(directory) as checkpoints:
-        step = checkpoints.latest() or 0
+    """Return the message of an interrupt; Orbax may be in the middle of saving."""
+    names = [path.name for path in (directory / "checkpoints").glob("*")]
+    step = max(map(int, filter(str.isdecimal, names)), default=0)
     return f"interrupted: the same command resumes {directory} from step {step}"
 
 

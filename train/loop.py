@@ -9,6 +9,7 @@ from bench.devices import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.curves import Curves
+from train.kept_tokenizer import keep_tokenizer, tokenizer_hash
 from train.optimizer import make_schedule
 from train.progress import Progress
 from train.step import TrainState, build, check_finite, split
@@ -26,7 +27,7 @@ def train(config: TrainConfig, console: Console) -> Any:
     run, directory = config.run, Path(config.run.directory)
     devices = local(run.devices, "run.devices")
     task = load_task(config)
-    meta = Meta(to_dict(config), task.fingerprint, 0.0)
+    meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
         start = saved_step or 0
@@ -43,6 +44,9 @@ def train(config: TrainConfig, console: Console) -> Any:
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
+        keep_tokenizer(directory, config)
+        for note in task.notes:
+            console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
             console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)

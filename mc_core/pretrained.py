@@ -5,6 +5,7 @@ The tensors of such a file have the names and the layout of PyTorch.
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 from mc_core.checks import check_keys
@@ -13,6 +14,8 @@ from mc_core.weights import Leaf
 
 VERSION = 1  # of names, layouts and this description together
 KEY = "memory_caching"  # of the metadata
+# Of the metadata: what a language model's tokens are, `bytes` or a tokenizer file's SHA-256.
+TOKENIZER_KEY = "memory_caching_tokenizer"
 
 Config = MCConfig | AttentionConfig | ModelConfig
 
@@ -52,9 +55,31 @@ def read_description(description: Any, kind: Any) -> Any:
     return config
 
 
-def to_metadata(config: Config) -> dict[str, str]:
-    """Return the metadata of a safetensors file."""
-    return {KEY: json.dumps(describe(config))}
+def to_metadata(config: Config, tokenizer: str | None = None) -> dict[str, str]:
+    """Return the metadata of a safetensors file.
+
+    Args:
+        config: of the module.
+        tokenizer: `bytes`, or the SHA-256 of a tokenizer file; None is not known.
+    """
+    named = {} if tokenizer is None else {TOKENIZER_KEY: tokenizer}
+    return {KEY: json.dumps(describe(config))} | named
+
+
+def read_tokenizer(path: str | PathLike[str]) -> str | None:
+    """Return what the tokens of a safetensors file are: `bytes`, a SHA-256, or None.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get(TOKENIZER_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:

@@ -49,13 +49,13 @@ def read_safetensors(path: Path) -> Weights:
     return Weights(config, flat, "torch")
 
 
-def write_safetensors(path: Path, config: Config, flat: Flat) -> None:
-    """Write tensors, and the configuration into the metadata."""
+def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | None = None) -> None:
+    """Write tensors, and into the metadata the configuration and the tokenizer's hash, if any."""
     from safetensors.numpy import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(flat, path, metadata=to_metadata(config))
+    save_file(flat, path, metadata=to_metadata(config, tokenizer))
     path.chmod(mode)  # the library gives its owner alone the right to read it
     _sync(path)
 

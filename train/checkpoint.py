@@ -17,7 +17,8 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
-from train.config import TrainConfig, first_difference, from_dict, to_dict
+from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
+from train.kept_tokenizer import FILE, describe, with_kept_tokenizer
 from train.step import TrainState, build
 
 
@@ -28,6 +29,7 @@ class Meta(NamedTuple):
     fingerprint: str  # of the data
     seconds: float  # of training, over all sittings
     grown: Sequence[Sequence[int]] = ()  # [step, run.steps from there on], where run.steps grew
+    tokenizer: str | None = None  # SHA-256 of the tokenizer file, of which the run keeps a copy
 
 
 class Checkpoints:
@@ -144,7 +146,7 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
         UserError: names the first key that differs.
     """
     # By way of the configuration, so that a key that is newer than the checkpoint has its default.
-    before = to_dict(_config_of(directory, saved))
+    before = _with_free_values(to_dict(_config_of(directory, saved)), saved, now)
     old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
     if may_grow:
         if steps < old_steps:
@@ -160,10 +162,19 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
             f"{directory} holds a checkpoint of another config: {key} was {old!r} and is {new!r}; "
             "change it back, or set another run.directory"
         )
-    if saved.fingerprint != now.fingerprint:
+    if saved.tokenizer != now.tokenizer and saved.tokenizer is not None:
+        path = now.config["data"]["tokenizer"]
         raise UserError(
-            f"{directory} holds a checkpoint of other text: what data.corpus names has changed; "
-            "bring it back, or set another run.directory"
+            f"{directory} was trained with {directory / FILE} ({describe(saved.tokenizer)}), and "
+            f"data.tokenizer = {path} is another file ({describe(now.tokenizer)}): name "
+            "the run's, or set another run.directory"
+        )
+    if saved.fingerprint != now.fingerprint:
+        older = "separator" not in saved.config["data"]
+        hint = ", or documents had nothing between them, as data.separator='' says" if older else ""
+        raise UserError(
+            f"{directory} holds a checkpoint of other text: what data.corpus names has "
+            f"changed{hint}; bring it back, or set another run.directory"
         )
     if saved.grown and not may_grow:
         raise UserError(
@@ -171,6 +182,20 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
             f"{saved.grown[0][0]}: its learning rates were others than those of this config; "
             "delete it, or set another directory"
         )
+
+
+def _with_free_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[str, Any]:
+    """Return a checkpoint's configuration with the new values of keys that may differ.
+
+    The same tokenizer may have another path. A checkpoint from before `data.separator` does not
+    say which it had: whether it is the same follows from the text.
+    """
+    data = dict(before["data"])
+    if saved.tokenizer is not None and saved.tokenizer == now.tokenizer:
+        data["tokenizer"] = now.config["data"].get("tokenizer")
+    if "separator" not in saved.config["data"]:
+        data["separator"] = now.config["data"].get("separator")
+    return before | {"data": data}
 
 
 def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, int, Meta]:
@@ -190,21 +215,57 @@ def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, 
     return config, graphdef, state, step, meta
 
 
-def load_run(directory: Path) -> tuple[TrainConfig, LanguageModel, int, Meta]:
+def load_run(
+    directory: Path, tokenizer: str | None = None, *, needs_text: bool = True
+) -> tuple[TrainConfig, LanguageModel, int, Meta]:
     """Return configuration, model, step and description of a run's last checkpoint.
 
+    The configuration names the run's own copy of its tokenizer, if it keeps one.
+
+    Args:
+        directory: of the run.
+        tokenizer: a file to use in place of that copy; must be the same tokenizer.
+        needs_text: check that the tokenizer is there and the one that the run was trained with.
+
     Raises:
-        UserError: there is none, it cannot be read, or it is of another version.
+        UserError: there is none, it cannot be read, or it is of another version; or the tokenizer
+            is missing or another one.
     """
     config, graphdef, state, step, meta = load_state(directory)
+    if needs_text:
+        config = with_kept_tokenizer(config, directory, meta.tokenizer, tokenizer)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
+
+
+def run_tokenizer(directory: Path) -> str | None:
+    """Return what a run's tokens are: `bytes`, the SHA-256 of a tokenizer file, or None.
+
+    Raises:
+        UserError: its last checkpoint cannot be read.
+    """
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return None
+        meta = checkpoints.meta(step)
+    data = _config_of(directory, meta).data
+    return "bytes" if getattr(data, "tokenizer", None) == "bytes" else meta.tokenizer
 
 
 def _config_of(directory: Path, meta: Meta) -> TrainConfig:
     try:
-        return from_dict(meta.config)
+        return from_dict(_with_old_defaults(meta.config))
     except ValueError as error:
         raise _other_version(directory, error) from error
+
+
+def _with_old_defaults(config: Any) -> Any:
+    """Return a checkpoint's configuration with keys that had no name when it was written."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or data.get("task", TextConfig.task) != TextConfig.task:
+        return config
+    # Documents stood one after another with nothing between them.
+    return config | {"data": {"separator": ""} | data}
 
 
 def _other_version(directory: Path, error: Exception) -> UserError:

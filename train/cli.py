@@ -170,13 +170,18 @@ def evaluate(
     value: Annotated[str | None, typer.Option(help="niah: number or uuid")] = None,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="essay: a file or folder, of which the held-out share; may be repeated"),
+        typer.Option(
+            help="a file or folder; text: all of it is scored, in place of the validation text; "
+            "niah: its held-out share is the essay; may be repeated"
+        ),
     ] = None,
     json: Annotated[Path | None, output_file("write the numbers here")] = None,
     markdown: Annotated[Path | None, output_file("write the tables here")] = None,
-    plot: Annotated[Path | None, output_file("draw the accuracy here, as PNG")] = None,
+    plot: Annotated[
+        Path | None, output_file("mqar and niah: draw the accuracy here, as PNG")
+    ] = None,
 ) -> None:
-    """Score a run's last checkpoint: validation text, or a recall task's test examples."""
+    """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
     from train.tasks.evaluate import Options
     from train.tasks.evaluate import evaluate as score
 

@@ -37,7 +37,7 @@ class ByteDecoder:
 
 
 class WordDecoder:
-    """Tokens of a Hugging Face tokenizer.
+    """Tokens of a Hugging Face tokenizer; an id that it has no token for is shown as U+FFFD.
 
     Args:
         tokenizer: decodes.
@@ -53,6 +53,8 @@ class WordDecoder:
 
     def push(self, token: int) -> str:
         """Return the text that is certain after this token."""
+        if self._tokenizer.id_to_token(token) is None:
+            return "\N{REPLACEMENT CHARACTER}"
         self._held.append(token)
         text = self._stream.step(self._tokenizer, token)
         if text is None:

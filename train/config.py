@@ -30,6 +30,9 @@ class TextConfig:
     Attributes:
         corpus: files, folders, or the word `stdlib` (the running Python's standard library).
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+        separator: what stands between two documents: text, or the name of one of the tokenizer's
+            special tokens; "" for nothing. None: the tokenizer's end-of-text token, if it has one
+            that `train.separator` knows, else a newline where a document does not end with one.
         window: tokens that a training example predicts.
         validation_fraction: share of the documents (or of a single document) that is held out.
         validation_bytes: at most so much held-out text is scored at the end.
@@ -40,6 +43,7 @@ class TextConfig:
 
     corpus: tuple[str, ...]
     tokenizer: str = "bytes"
+    separator: str | None = None
     window: int = 512
     validation_fraction: float = 0.05
     validation_bytes: int = 262_144
@@ -51,6 +55,10 @@ class TextConfig:
         for name in ("window", "validation_bytes", "train_bytes"):
             check_range(self, name, 1)
         check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
+        try:
+            (self.separator or "").encode()
+        except UnicodeEncodeError:
+            fail("TextConfig", "separator", self.separator, "text in UTF-8")
 
     @property
     def mean_tokens(self) -> float:

@@ -3,20 +3,30 @@
 Needs both frameworks: each conversion proves itself in both.
 """
 
+from functools import partial
 from pathlib import Path
 
 from flax import nnx
 from rich.console import Console
 
 from mc_core.errors import UserError
+from mc_core.pretrained import read_tokenizer
 from mc_core.weights import Flat
 from parity import convert as between
 from parity.community import community_format
-from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights
+from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights, write_safetensors
 from parity.weights import jax_weights, load_jax
-from train.checkpoint import Checkpoints, Meta, load_run
+from train.checkpoint import Checkpoints, Meta, load_run, run_tokenizer
 from train.config import TrainConfig, to_dict
+from train.kept_tokenizer import (
+    FILE,
+    check_same_tokenizer,
+    hash_of,
+    keep_tokenizer,
+    tokenizer_hash,
+)
 from train.step import build, split
+from train.tasks.config import MQARConfig
 from train.tasks.task import load_task
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
@@ -52,12 +62,20 @@ def convert(
     write = formats[target_format or _format_of(target)]
     if write.name == "run" and config is None:
         raise UserError(f"{target}: a new run needs --config, which says what it trains on")
+    named = tokenizer_of(source, read.name)
+    if write.name == "safetensors":
+        write = write._replace(write=partial(write_safetensors, tokenizer=named))
+    if write.name == "run" and config is not None and not isinstance(config.data, MQARConfig):
+        found = hash_of(config.tokenizer) or "bytes"
+        check_same_tokenizer(f"data.tokenizer = {config.tokenizer}", found, named, source)
     try:
         proof = between.convert(source, target, read, write, config.model if config else None)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    if read.name == "run" and (source / FILE).is_file():
+        notes.append(f"{target.name} holds no tokenizer: keep {source / FILE} for it")
     console.print(
         f"{source} ({read.name}) -> {target} ({write.name}): {proof.parameters} parameters of "
         f"{proof.dtype}, bit-equal; outputs of JAX and PyTorch in float64 differ by "
@@ -66,6 +84,18 @@ def convert(
         highlight=False,
     )
     return proof
+
+
+def tokenizer_of(source: Path, source_format: str) -> str | None:
+    """Return what a source's tokens are: `bytes`, the SHA-256 of a tokenizer file, or not known."""
+    if not source.exists():
+        return None
+    if source_format == "safetensors":
+        try:
+            return read_tokenizer(source)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return run_tokenizer(source) if source_format == "run" else None
 
 
 def run_format(config: TrainConfig | None) -> Format:
@@ -81,7 +111,7 @@ def run_format(config: TrainConfig | None) -> Format:
 
 def read_run(path: Path) -> Weights:
     """Return the parameters of a run's last checkpoint."""
-    config, model, *_ = load_run(path)
+    config, model, *_ = load_run(path, needs_text=False)
     return Weights(config.model, jax_weights(model), "jax")
 
 
@@ -92,8 +122,10 @@ def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
     model = nnx.merge(graphdef, state.params, state.rest)
     load_jax(model, flat)
     state = state._replace(params=split(model)[1])
+    keep_tokenizer(path, config)
+    meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(path) as checkpoints:
-        checkpoints.save(0, state, task.batches(), Meta(to_dict(config), task.fingerprint, 0.0))
+        checkpoints.save(0, state, task.batches(), meta)
 
 
 def _format_of(path: Path) -> str:

@@ -4,6 +4,8 @@ import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -13,6 +15,8 @@ from tokenizers import Encoding, Tokenizer
 
 from mc_core.errors import UserError
 from train.config import RunConfig, TextConfig
+from train.round_trip import RoundTrip, check_round_trip
+from train.separator import NOTHING, Joined, Separator, choose_separator
 
 STDLIB = "stdlib"
 # Tests are data more than source; the rest of these differs between installations of one version.
@@ -32,6 +36,9 @@ class Corpus:
         encode: from text to tokens.
         documents: number of distinct documents on the two sides.
         fingerprint: changes when the text on either side does.
+        separator: what stands between documents, on both sides.
+        borders: places in `validation` at which the separator's token stands.
+        tokenizer: of the text; None for bytes.
     """
 
     train: np.ndarray
@@ -39,6 +46,19 @@ class Corpus:
     encode: Encode
     documents: tuple[int, int]
     fingerprint: str
+    separator: Separator = NOTHING
+    borders: tuple[int, ...] = ()
+    tokenizer: Tokenizer | None = None
+
+    def validation_tokens(self, limit: int | None = None) -> np.ndarray:
+        """Return the tokens of the first `limit` bytes of the validation text."""
+        joined = Joined(clip(self.validation, limit), self.borders)
+        return encode_joined(joined, self.separator, self.encode)
+
+    @cached_property
+    def round_trip(self) -> RoundTrip | None:
+        """What decoding gives back of the validation text; None for bytes, which lose nothing."""
+        return round_trip(Joined(self.validation, self.borders), self.tokenizer)
 
 
 def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
@@ -48,11 +68,15 @@ def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
         UserError: a file is missing, empty or not text, there is too little of it, or the
             tokenizer does not fit the model.
     """
-    encode = load_encoder(config.tokenizer, vocab_size)
+    tokenizer = load_tokenizer(config.tokenizer, vocab_size)
+    encode, separator = make_encoder(tokenizer), choose_separator(config.separator, tokenizer)
     documents = distinct(read_documents(config.corpus))
     train, validation = split(documents, config.validation_fraction, config.window)
-    text = clip(b"".join(validation), config.validation_bytes)
-    tokens = encode(clip(b"".join(train), config.train_bytes))
+    held_out = separator.join(validation)
+    text = clip(held_out.text, config.validation_bytes)
+    joined = separator.join(train)
+    joined = joined._replace(text=clip(joined.text, config.train_bytes))
+    tokens = encode_joined(joined, separator, encode)
     if len(tokens) <= config.window:
         raise UserError(
             f"data.corpus = {', '.join(config.corpus)}: {len(tokens)} tokens to train on, and "
@@ -60,11 +84,56 @@ def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
             "give more text or a smaller window"
         )
     sums = [hashlib.sha256(part).hexdigest() for part in (tokens.tobytes(), text)]
-    return Corpus(tokens, text, encode, (len(train), len(validation)), "-".join(sums))
+    return Corpus(
+        tokens,
+        text,
+        encode,
+        (len(train), len(validation)),
+        "-".join(sums),
+        separator,
+        held_out.borders,
+        tokenizer,
+    )
 
 
-def read_documents(corpus: Iterable[str]) -> Iterator[bytes]:
+def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.ndarray:
+    """Return the tokens of documents and of the separators between them.
+
+    Where the separator is a token, each document is encoded by itself, as a prompt is. Otherwise
+    the text is encoded in one call: in pieces, tokens would depend on where these begin.
+    """
+    if separator.token is None:
+        return encode(joined.text)
+    first, *others = (encode(part) for part in _parts(joined))
+    border = np.array([separator.token], first.dtype)
+    return np.concatenate([first, *(x for other in others for x in (border, other))])
+
+
+def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
+    """Return what decoding the tokens of a text gives back of it; None for bytes.
+
+    Raises:
+        UserError: the text is not UTF-8, or has no tokens.
+    """
+    if tokenizer is None:
+        return None
+    texts = [_decode_utf8(part) for part in _parts(joined)]
+    return check_round_trip(tokenizer, texts, lambda text: tokenize(tokenizer, text).ids)
+
+
+def _parts(joined: Joined) -> list[bytes]:
+    """Return the documents that a separator's token stands between."""
+    size = len(joined.text)
+    places = [0, *(place for place in joined.borders if place < size), size]
+    return [joined.text[start:end] for start, end in pairwise(places)]
+
+
+def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterator[bytes]:
     """Read every file that the words name; empty files inside folders are left out.
+
+    Args:
+        corpus: files, folders, or the word `stdlib`.
+        option: where the words are from, for error messages.
 
     Raises:
         UserError: a word names nothing, an empty file or an empty folder.
@@ -81,11 +150,11 @@ def read_documents(corpus: Iterable[str]) -> Iterator[bytes]:
                 raise UserError(f"{word}: no file with text in this folder: name another")
             yield from documents
         elif not path.exists():
-            raise UserError(f"{word}: no such file or folder: correct data.corpus")
+            raise UserError(f"{word}: no such file or folder: correct {option}")
         else:
             document = path.read_bytes()
             if not document:
-                raise UserError(f"{word}: the file is empty: take it out of data.corpus")
+                raise UserError(f"{word}: the file is empty: take it out of {option}")
             yield document
 
 
@@ -157,15 +226,25 @@ def load_encoder(tokenizer: str, vocab_size: int) -> Encode:
 def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
     """Return the tokenizer of a file, or None for the word `bytes`.
 
+    Every tokenizer is loaded here. Settings that a file may carry from fine-tuning are switched
+    off, so that the same text always gives the same tokens, all of them and no others: truncation,
+    padding, the post-processor's special tokens, and the dropout of BPE merges.
+
     Raises:
         UserError: the tokenizer file cannot be read, or has no tokens or more than the model.
     """
-    if tokenizer == "bytes":
+    content = read_tokenizer(tokenizer)
+    if content is None:
         return None
     try:
-        loaded = Tokenizer.from_file(tokenizer)
+        loaded = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"data.tokenizer = {tokenizer}: {error}") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+    loaded.post_processor = None
+    if getattr(loaded.model, "dropout", None) is not None:
+        loaded.model.dropout = None
     if not loaded.get_vocab():
         raise UserError(f"data.tokenizer = {tokenizer}: has no tokens")
     size = max(loaded.get_vocab().values()) + 1
@@ -174,21 +253,42 @@ def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
     return loaded
 
 
-def make_encoder(tokenizer: Tokenizer | None) -> Encode:
-    """Return the function from text to tokens; they are bytes where there is no tokenizer."""
+def read_tokenizer(tokenizer: str) -> bytes | None:
+    """Return the content of a tokenizer file, or None for the word `bytes`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if tokenizer == "bytes":
+        return None
+    try:
+        return Path(tokenizer).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"data.tokenizer = {tokenizer}: {reason}: name a tokenizer.json") from error
+
+
+def make_encoder(tokenizer: Tokenizer | None, option: str = "data.corpus") -> Encode:
+    """Return the function from text to tokens; they are bytes where there is no tokenizer.
+
+    `option` says where the text is from, for error messages.
+    """
     if tokenizer is None:
         return lambda text: np.frombuffer(text, np.uint8)
     size = max(tokenizer.get_vocab().values()) + 1
 
     def encode(text: bytes) -> np.ndarray:
-        try:
-            words = text.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.corpus: {error}: a tokenizer needs UTF-8 text") from error
-        ids = tokenize(tokenizer, words).ids
+        ids = tokenize(tokenizer, _decode_utf8(text, option)).ids
         return np.asarray(ids, np.uint16 if size <= 2**16 else np.int32)
 
     return encode
+
+
+def _decode_utf8(text: bytes, option: str = "data.corpus") -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}: {error}: a tokenizer needs UTF-8 text") from error
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Encoding:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from bench.devices import split_rows
+from mc_core.errors import UserError
 from train.config import TextConfig, TrainConfig
 from train.data import Corpus, clip
 from train.step import Tree, token_losses
@@ -27,12 +28,18 @@ class Validation(NamedTuple):
     tokens: np.ndarray  # int64 [window]: how many tokens that is
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that were scored, the first one included, which has no position."""
+        return int(self.tokens.sum()) + 1
+
+    @property
     def positions(self) -> list[dict[str, Any]]:
         """The mean bits a token by position; see `by_position`."""
         return by_position(self.bits, self.tokens)
 
 
 Validate = Callable[[Tree, Tree, int], Validation]
+Score = Callable[[Tree, Tree, np.ndarray, int], Validation]
 
 
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
@@ -80,24 +87,39 @@ def references(text: bytes) -> References:
 def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus) -> Validate:
     """Return the function from parameters, rest and a number of bytes to what these cost.
 
-    It scores so many bytes from the start of the validation text: the bits that the model needs for
-    them, divided by their number. Every token is predicted once, from the tokens before it in its
-    window, which starts from nothing; a window's first token is predicted from the last one of
-    the window before. So a token at position i of its window, 0 being the first, is predicted from
-    i + 1 tokens. Before the text's first token there is nothing: it costs log2(vocab_size), and has
-    no position.
+    It scores that many bytes from the start of the validation text, as `make_scorer` says.
     """
     assert isinstance(config.data, TextConfig)
-    window, rows = config.data.window, config.run.batch_size
+    score = make_scorer(graphdef, config)
+
+    def validate(params: Tree, rest: Tree, limit: int) -> Validation:
+        size = len(clip(corpus.validation, limit))
+        return score(params, rest, corpus.validation_tokens(limit), size)
+
+    return validate
+
+
+def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Score:
+    """Return the function from parameters, rest, tokens and their bytes to what these cost.
+
+    The cost is the bits that the model needs for the tokens, separators between documents
+    included, divided by the number of bytes. Every token is predicted once, from the tokens before
+    it in its window, which starts from nothing; a window's first token is predicted from the last
+    one of the window before. So a token at position i of its window, 0 being the first, is
+    predicted from i + 1 tokens. Before the text's first token there is nothing: it costs
+    log2(vocab_size), and has no position. Windows are as long as the longest training example.
+    """
+    window, rows = config.data.max_tokens, config.run.batch_size
 
     @jax.jit
     def nats(params: Tree, rest: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         losses, _ = token_losses(graphdef, params, rest, tokens)
         return jnp.where(mask, losses, 0.0).sum(0)
 
-    def validate(params: Tree, rest: Tree, limit: int) -> Validation:
-        text = clip(corpus.validation, limit)
-        tokens = corpus.encode(text).astype(np.int32)
+    def score(params: Tree, rest: Tree, tokens: np.ndarray, size: int) -> Validation:
+        if not len(tokens):
+            raise UserError("the text to score: the tokenizer finds no token in it")
+        tokens = tokens.astype(np.int32)
         last = len(tokens) - 1
         total, counts = np.zeros(window), np.zeros(window, np.int64)
         for start in range(0, last, rows * window):
@@ -108,6 +130,6 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
             counts += mask.sum(0)
         bits = total / math.log(2)
         whole = float(bits.sum()) + math.log2(config.model.vocab_size)
-        return Validation(whole / len(text), bits, counts)
+        return Validation(whole / size, bits, counts)
 
-    return validate
+    return score

@@ -20,6 +20,7 @@ from mc_jax import LanguageModel, generate
 from train.checkpoint import load_run
 from train.completion import Completion, make_decoder, printable
 from train.data import load_tokenizer, make_encoder
+from train.kept_tokenizer import tokenizer_of_file
 from train.partial import Partial, Row
 from train.prompts import ADDED, Prompt, read_prompts
 from train.stdio import is_terminal, json_line, print_bytes
@@ -178,9 +179,10 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
     """Return a model and its tokenizer, None for bytes.
 
     Args:
-        source: a run's folder, or a `.safetensors` file of a language model. A file does not say
-            what its tokens are: bytes, where the model has 256.
-        tokenizer: `bytes`, or the path of a `tokenizer.json`; None = as `source` says.
+        source: a run's folder, or a `.safetensors` file of a language model. A file holds no
+            tokenizer; if it does not say that its tokens are bytes, they are where there are 256.
+        tokenizer: `bytes`, or the path of a `tokenizer.json`, which must be the one that the model
+            was trained with; None = as `source` says.
 
     Raises:
         UserError: nothing there can be loaded, or its tokens are unknown.
@@ -192,16 +194,11 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
         except ValueError as error:
             raise UserError(str(error)) from error
         size = model.config.vocab_size
-        if tokenizer is None and size != 256:
-            raise UserError(
-                f"{source}: has {size} tokens, and does not say which: name the tokenizer.json "
-                "with --tokenizer, or give --tokenizer bytes"
-            )
-        return model, load_tokenizer(tokenizer or "bytes", size)
+        return model, load_tokenizer(tokenizer_of_file(source, size, tokenizer), size)
     if source.is_file():
         raise UserError(f"{source}: must be a run's folder or a .safetensors file")
-    config, model, *_ = load_run(source)
-    return model, load_tokenizer(tokenizer or config.tokenizer, config.model.vocab_size)
+    config, model, *_ = load_run(source, tokenizer)
+    return model, load_tokenizer(config.tokenizer, config.model.vocab_size)
 
 
 def run(

@@ -12,6 +12,7 @@ from mc_core.errors import UserError
 from mc_core.trees import flatten
 from train.checkpoint import load_state
 from train.config import TrainConfig, to_dict
+from train.kept_tokenizer import tokenizer_hash
 from train.step import TrainState
 
 
@@ -34,10 +35,14 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     if Path(run.init_from).resolve() == Path(run.directory).resolve():
         raise UserError(f"run.init_from = {run.init_from}: must not be this run's own directory")
     try:
-        source, _, found, step, _ = load_state(Path(run.init_from))
+        source, _, found, step, meta = load_state(Path(run.init_from))
     except UserError as error:
         raise UserError(f"run.init_from: {error}") from error
     differences = _differences(source, config)
+    if (words := _tokens(source, meta.tokenizer)) != (
+        own := _tokens(config, tokenizer_hash(config))
+    ):
+        differences.append(f"its tokens are {words} there and {own} here")
     if mismatch := _mismatch(found.params, state.params):
         raise UserError(
             f"run.init_from = {run.init_from}: is of another architecture: {mismatch}; "
@@ -81,12 +86,17 @@ def _mismatch(old: Any, new: Any) -> str:
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Return the settings of the model and its tokens that differ, each in words."""
+    """Return the settings of the model that differ, each in words."""
     settings = [dict(flatten({"model": to_dict(c)["model"]})) for c in (old, new)]
-    for found, config in zip(settings, (old, new), strict=True):
-        found["data.tokenizer"] = config.tokenizer
     return [
         f"{key} is {settings[0].get(key)} there and {settings[1].get(key)} here"
         for key in sorted(settings[0].keys() | settings[1].keys())
         if settings[0].get(key) != settings[1].get(key)
     ]
+
+
+def _tokens(config: TrainConfig, file_hash: str | None) -> str:
+    """Return what a run's tokens are, in words that are equal where the tokens are."""
+    if file_hash is not None:
+        return f"those of a tokenizer with SHA-256 {file_hash[:12]}"
+    return getattr(config.data, "tokenizer", f"those of the task {config.data.task}")

@@ -13,6 +13,7 @@ from train.config import TrainConfig, to_dict
 from train.curves import Curves
 from train.initial import initial_state
 from train.interrupt import on_interrupt
+from train.kept_tokenizer import keep_tokenizer, tokenizer_hash
 from train.lock import Lock
 from train.optimizer import describe_growth, make_schedule
 from train.progress import Progress
@@ -61,7 +62,7 @@ def _kept(directory: Path) -> str:
 def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool) -> Any:
     run, directory = config.run, Path(config.run.directory)
     devices = local(run.devices, "run.devices")
-    meta = Meta(to_dict(config), task.fingerprint, 0.0)
+    meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
         start = saved_step or 0
@@ -80,6 +81,9 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
+        keep_tokenizer(directory, config)
+        for note in task.notes:
+            console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
             console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)

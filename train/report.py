@@ -16,6 +16,7 @@ from bench.report import png
 from mc_core.files import write_atomic
 from train.curves import read_rows
 from train.evaluate import References
+from train.round_trip import RoundTrip
 from train.sample import Sample, print_sample
 
 FILE = "report.json"
@@ -39,13 +40,22 @@ class Report:
     unit: str  # what a token is: a "byte", or a "token" of a tokenizer
     positions: list[dict[str, Any]]  # bits a token by position in the window; see `by_position`
     sample: Sample | None = None
+    separator: str | None = None  # what stands between documents, in words
+    validation_tokens: int | None = None
+    round_trip: RoundTrip | None = None  # of the validation text; None for bytes
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the tokenizer drops or changes text."""
+        return self.round_trip is not None and self.round_trip.lost > 0
 
 
 def save_report(run: Path, report: Report) -> None:
     """Write `report.json`."""
     data = dataclasses.asdict(report) | {"references": report.references._asdict()}
-    if report.sample:
-        data["sample"] = report.sample._asdict()
+    for name in ("sample", "round_trip"):
+        if (part := getattr(report, name)) is not None:
+            data[name] = part._asdict()
     write_atomic(run / FILE, (json.dumps(data, indent=2) + "\n").encode())
 
 
@@ -58,8 +68,9 @@ def load_report(run: Path) -> Report | None:
         data = json.loads(path.read_text())
         data["references"] = References(**data["references"])
         data["documents"] = tuple(data["documents"])
-        if data.get("sample"):
-            data["sample"] = Sample(**data["sample"])
+        for name, kind in (("sample", Sample), ("round_trip", RoundTrip)):
+            if data.get(name):
+                data[name] = kind(**data[name])
         return Report(**data)
     except (KeyError, TypeError, ValueError):
         return None  # another program's report
@@ -92,6 +103,8 @@ def print_report(console: Console, run: Path, report: Report) -> None:
         f"are not among the {report.documents[0]} trained on;\n"
         "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone"
     )
+    for line in text_notes(report):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     table = Table("what", "bits/byte", "difference", "params", "tokens", "time")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -99,7 +112,8 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     for result in (report, *siblings(run, report)):
         size = [f"{result.parameters / 1e6:.3g} M", f"{result.tokens / 1e6:.3g} M"]
         size.append(f"{result.seconds:.0f} s")
-        rows.append((result.bits_per_byte, [f"{result.name} ({result.model})", *size]))
+        name = f"{result.name} ({result.model}{', lossy tokenizer' if result.lossy else ''})"
+        rows.append((result.bits_per_byte, [name, *size]))
     names = ("uniform", "order-0", "xz -9")
     rows += [(bits, [name]) for name, bits in zip(names, report.references, strict=True)]
     table.columns[0].no_wrap = True
@@ -111,6 +125,27 @@ def print_report(console: Console, run: Path, report: Report) -> None:
     print_positions(console, report)
     if report.sample:
         print_sample(console, report.name, report.sample)
+
+
+def text_notes(report: Report) -> list[str]:
+    """Return lines on what stands between documents, on the tokenizer, and on what it loses."""
+    notes = data_notes(report.separator, report.documents, report.round_trip)
+    if report.unit == "token" and report.validation_tokens is not None:
+        rate = report.validation_tokens / report.validation_bytes
+        notes.append(f"the tokenizer makes {rate:.3f} tokens per byte of the validation text")
+    return notes
+
+
+def data_notes(
+    separator: str | None, documents: tuple[int, int], round_trip: RoundTrip | None
+) -> list[str]:
+    """Return lines on what stands between documents, if there are several, and on what is lost."""
+    notes = []
+    if separator is not None and max(documents) > 1:
+        notes.append(f"between documents: {separator}")
+    if round_trip is not None and round_trip.warning:
+        notes.append(round_trip.warning)
+    return notes
 
 
 def print_positions(console: Console, report: Report) -> None:

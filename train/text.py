@@ -19,8 +19,9 @@ class Text:
         source: the text: bytes where a byte is a token, else characters.
         tokens: int32 [t].
         spans: [t, 2] where in `source` each token begins and ends.
-        pieces: the words of each token, which together are the text; empty for a byte inside of a
-            character, which its last byte shows.
+        pieces: the words of each token, which together are the text up to the last token's end. A
+            character of several tokens is shown by its last byte, or by the first token of a
+            tokenizer; the others are empty.
         total: number of tokens in `source`.
     """
 

@@ -17,6 +17,7 @@ from mc_core.checks import check_keys, check_range, fail
 from mc_core.errors import UserError
 from mc_core.trees import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
+from train.kept_tokenizer import tokenizer_hash
 from train.read import read_yaml
 
 KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
@@ -130,6 +131,11 @@ class Run:
         }
         text = json.dumps([settings, self.examples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> str | None:
+        """SHA-256 of its tokenizer file; None for bytes and for tasks without text."""
+        return tokenizer_hash(self.config)
 
 
 def row_name(overrides: Overrides, ambiguous: Collection[str] = ()) -> str:

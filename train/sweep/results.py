@@ -101,13 +101,19 @@ class Results:
         """Return the result of a run, or None.
 
         Raises:
-            UserError: there is one of another configuration under its name.
+            UserError: there is one of another configuration, or tokenizer, under its name.
         """
         row = self._found.get(run.key)
         if row is not None and row["fingerprint"] != run.fingerprint:
             raise UserError(
                 f"{self._path}: holds {run.row} of another config; "
                 "set another directory, or delete its line and its folder"
+            )
+        if row is not None and "tokenizer" in row and row["tokenizer"] != run.tokenizer:
+            raise UserError(
+                f"{self._path}: holds {run.row} with another tokenizer than data.tokenizer = "
+                f"{run.config.tokenizer}: bring that one back, set another directory, or delete "
+                "its line and its folder"
             )
         return row
 

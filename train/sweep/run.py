@@ -152,6 +152,8 @@ def do(run: Run) -> Result:
         "versions": {name: version(name) for name in PACKAGES},
         "machine": run_on(),
     }
+    if run.tokenizer is not None:
+        result["tokenizer"] = run.tokenizer
     if is_text(result):
         result |= text.about(config)
     try:
@@ -186,9 +188,9 @@ def longest(run: Run) -> int:
 
 def recall_outcome(run: Run, report: RecallReport) -> Result:
     """Return what a run on a recall task was worth on validation and on test examples."""
-    _, model, _, _ = load_run(Path(run.config.run.directory))
+    config, model, *_ = load_run(Path(run.config.run.directory))
     options = Options(examples=run.examples)
-    found = run_tests(*split(model), run.config, task_of(run.config, options), options)
+    found = run_tests(*split(model), config, task_of(config, options), options)
     score = report.score
     return {"accuracy": score["accuracy"], "loss": score["loss"], "test": found.cells}
 

@@ -42,7 +42,11 @@ def about(config: TrainConfig) -> Result:
 def outcome(report: TextReport) -> Result:
     """Return what a run was worth."""
     names = ("bits_per_byte", "validation_bytes", "validation_sha256", "unit", "positions")
-    return {name: getattr(report, name) for name in names}
+    found = {name: getattr(report, name) for name in names}
+    if report.unit == "byte":
+        return found
+    lost = report.round_trip.lost if report.round_trip else 0.0
+    return found | {"validation_tokens": report.validation_tokens, "lost": lost}
 
 
 def describe(result: Result) -> str:
@@ -159,6 +163,12 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
     notes.append(f"runs: {made_with(every)}")
     if len({own[0]["validation_sha256"] for own in good.values()}) > 1:
         notes.append("the rows were scored on different texts: only gains compare like with like")
+    lossy = [name_of[row] for row, own in good.items() if own[0].get("lost")]
+    if lossy:
+        notes.append(
+            f"the tokenizer drops or changes text, so bits/byte compare with no other one's: "
+            f"{', '.join(lossy)}"
+        )
     return Report(title, lines, notes)
 
 

@@ -1,4 +1,4 @@
-"""`mc evaluate --task`: recall on test examples, by pairs, distance and depth."""
+"""`mc evaluate`: bits per byte of text, or recall on test examples by distance and depth."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from mc_core.footprint import flops_per_token, state_bytes
 from mc_core.segmentation import check_streams
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
-from train.loop import evaluate as evaluate_text
 from train.step import Tree, split
 from train.tasks.config import Length, MQARConfig, NIAHConfig
+from train.tasks.evaluate_text import LoadedRun, TextEvaluation, evaluate_text
 from train.tasks.examples import Draw
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
@@ -29,6 +29,7 @@ from train.tasks.pictures import draw_depths, draw_recall
 from train.tasks.score import UNITS, Answers, join, make_answer
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # of a cell
+OF_TEXT = ("task", "corpus")
 OF_NEEDLES = ("depths", "haystack", "value", "corpus")
 
 
@@ -44,7 +45,8 @@ class Options:
         depths: how many (niah).
         haystack: `noise` or `essay` (niah).
         value: `number` or `uuid` (niah).
-        corpus: files or folders, whose held-out share an `essay` is made of (niah).
+        corpus: files or folders: the text that is scored, all of it (text), or whose held-out share
+            an `essay` is made of (niah).
     """
 
     task: str | None = None
@@ -93,23 +95,22 @@ def evaluate(
     json_file: Path | None = None,
     markdown: Path | None = None,
     plot: Path | None = None,
-) -> Evaluation | None:
-    """Test a run's last checkpoint, and print and write what was found.
+) -> Evaluation | TextEvaluation:
+    """Test a run's last checkpoint, and print and write the results.
 
-    The task `text` scores the run's validation text, and returns nothing.
+    The task `text` scores the run's validation text, or the text of `options.corpus`.
 
     Raises:
         UserError: there is no checkpoint, or an option does not fit the run or the task.
-        OSError: a file cannot be written.
+        OSError: a file cannot be read or written.
     """
-    config, model, step, _ = load_run(directory)
+    # The answers of mqar are no text.
+    config, model, step, _ = load_run(directory, needs_text=options.task != MQARConfig.task)
     task = options.task or config.data.task
     if task == TextConfig.task:
-        given = dataclasses.replace(options, task=None) != Options()
-        if given or json_file or markdown or plot or config.data.task != task:
-            raise UserError(f"{directory}: --task: name mqar or niah; text has no other option")
-        evaluate_text(directory, console)
-        return None
+        check_text_options(directory, config, options, plot)
+        run = LoadedRun(directory, config, model, step)
+        return evaluate_text(run, options.corpus, console, json_file=json_file, markdown=markdown)
     data = task_of(config, options)
     graphdef, params, rest = split(model)
     found = run_tests(graphdef, params, rest, config, data, options)
@@ -129,6 +130,26 @@ def evaluate(
         draw = draw_recall if task == "mqar" else draw_depths
         write_atomic(plot, draw(found.cells, found.parts, f"{title}\n{size_line(found.size)}"))
     return found
+
+
+def check_text_options(
+    directory: Path, config: TrainConfig, options: Options, plot: Path | None
+) -> None:
+    """Check that all options have a meaning for the task `text`, and that the run reads text.
+
+    Raises:
+        UserError: names the first that has none.
+    """
+    if isinstance(config.data, MQARConfig):
+        raise UserError(
+            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: name mqar or "
+            "niah"
+        )
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    defaults = dataclasses.asdict(Options())
+    for name, value in (given | {"plot": plot}).items():
+        if name not in OF_TEXT and value != defaults.get(name):
+            raise UserError(f"--{name}: has no meaning for --task text: name mqar or niah")
 
 
 def task_of(config: TrainConfig, options: Options) -> MQARConfig | NIAHConfig:

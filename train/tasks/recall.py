@@ -48,6 +48,8 @@ class RecallReport:
 class RecallTask:
     """Answer from the sequence; see `Task`."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, config: TrainConfig):
         self._config = config
         self.lengths, self.draws, self.fingerprint = prepare(config)

@@ -1,5 +1,6 @@
 """What a run learns, behind one door: text, or a recall task."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from flax import nnx
 from rich.console import Console
 
 from train.config import TextConfig, TrainConfig
+from train.kept_tokenizer import check_readable
 from train.step import TrainState
 from train.tasks.recall import RecallTask
 from train.tasks.text import TextTask
@@ -35,6 +37,10 @@ class Task(Protocol):
 
     fingerprint: str
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return lines on the data that a run prints when it starts."""
+
     def batches(self) -> grain.DatasetIterator:
         """Iterate without end over [accumulation, batch_size, ...]; grain saves the position."""
 
@@ -54,4 +60,5 @@ def load_task(config: TrainConfig) -> Task:
     Raises:
         UserError: it cannot be used.
     """
+    check_readable(config)
     return TextTask(config) if isinstance(config.data, TextConfig) else RecallTask(config)

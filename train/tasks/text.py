@@ -13,7 +13,16 @@ from mc_core import segment_lengths
 from train.config import TextConfig, TrainConfig
 from train.data import Corpus, load_corpus, make_batches
 from train.evaluate import make_validation, references
-from train.report import Report, draw_curves, draw_router, load_report, print_report, save_report
+from train.kept_tokenizer import prefer_copy
+from train.report import (
+    Report,
+    data_notes,
+    draw_curves,
+    draw_router,
+    load_report,
+    print_report,
+    save_report,
+)
 from train.sample import draw_sample
 from train.step import TrainState
 
@@ -30,6 +39,12 @@ class TextTask:
         self._data = config.data
         self._corpus = load_corpus(config.data, config.model.vocab_size)
         self.fingerprint = self._corpus.fingerprint
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands between documents, and what the tokenizer loses."""
+        corpus = self._corpus
+        return data_notes(corpus.separator.description, corpus.documents, corpus.round_trip)
 
     def batches(self) -> grain.DatasetIterator:
         """Iterate over windows."""
@@ -73,6 +88,9 @@ class TextScoring:
             references=references(corpus.validation),
             unit="byte" if config.tokenizer == "bytes" else "token",
             positions=found.positions,
+            separator=corpus.separator.description,
+            validation_tokens=found.num_tokens,
+            round_trip=corpus.round_trip,
         )
 
     def finish(self, directory: Path, state: TrainState, report: Report) -> Report:
@@ -80,7 +98,9 @@ class TextScoring:
         config = self._config
         if config.run.sample_tokens:
             model = nnx.merge(self._graphdef, state.params, state.rest)
-            sample = draw_sample(model, config, self._corpus.validation)
+            # The file that `data.tokenizer` names may have changed since the run began.
+            kept = prefer_copy(config, directory)
+            sample = draw_sample(model, kept, self._corpus.validation)
             report = dataclasses.replace(report, sample=sample)
         draw_curves(directory)
         draw_gates(directory, config, self._corpus, self._graphdef, state)
@@ -97,7 +117,7 @@ def draw_gates(
         return
     model = nnx.merge(graphdef, state.params, state.rest)
     window = int(config.data.mean_tokens)
-    tokens = corpus.encode(corpus.validation)[:window].astype(np.int32)
+    tokens = corpus.validation_tokens()[:window].astype(np.int32)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])
     gates = {
         block: np.asarray(trace.gates[0].mean(axis=1))

@@ -1,0 +1,112 @@
+"""What stands between two documents of a corpus, and the documents joined by it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+# Names of end-of-text tokens, in this order where a tokenizer has several. Ends of a chat turn
+# (<|im_end|>, <|eot_id|>) and BERT's [SEP] are not among them: those need `data.separator`.
+END_OF_TEXT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+)
+NEWLINE = "\n"
+_BRACKETED = re.compile(r"<.+>|\[.+\]")
+
+
+class Joined(NamedTuple):
+    """Documents, one after another.
+
+    Attributes:
+        text: all of them, and between them the separator where it has bytes.
+        borders: places in `text` at which a separator's token stands; empty where it is text.
+    """
+
+    text: bytes
+    borders: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Separator:
+    """What stands between two documents.
+
+    Attributes:
+        text: bytes, which count as bytes of the text.
+        token: id of a token that stands there in place of bytes; it is predicted and has no bytes.
+        name: the token's name.
+        if_missing: nothing stands there where the document before already ends with it.
+    """
+
+    text: bytes = b""
+    token: int | None = None
+    name: str = ""
+    if_missing: bool = False
+
+    @property
+    def description(self) -> str:
+        """The separator in words."""
+        where = ", unless the document before it ends with one" if self.if_missing else ""
+        if self.token is not None:
+            return f"the token {self.name!r} (id {self.token}), which has no bytes{where}"
+        if not self.text:
+            return "nothing"
+        words = self.text.decode(errors="replace")
+        return f"{'a newline' if words == NEWLINE else repr(words)}{where}"
+
+    def join(self, documents: Sequence[bytes]) -> Joined:
+        """Return the documents with the separator between them; none follows the last one."""
+        parts: list[bytes] = []
+        borders: list[int] = []
+        size = 0
+        for number, document in enumerate(documents):
+            if number and not (self.if_missing and self._ends(documents[number - 1])):
+                if self.token is not None:
+                    borders.append(size)
+                parts.append(self.text)
+                size += len(self.text)
+            parts.append(document)
+            size += len(document)
+        return Joined(b"".join(parts), tuple(borders))
+
+    def _ends(self, document: bytes) -> bool:
+        if self.token is None:
+            return document.endswith(self.text)
+        return document.rstrip().endswith(self.name.encode())
+
+
+NOTHING = Separator()
+
+
+def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separator:
+    """Return the separator of a run.
+
+    Args:
+        given: `data.separator`. None: the tokenizer's end-of-text token, if it has one whose name
+            is in `END_OF_TEXT`; else a newline where a document does not end with one. The name of
+            an added token, or of any token in angle or square brackets, stands for that token. Any
+            other string is text.
+        tokenizer: of the run; None for bytes.
+    """
+    newline = Separator(NEWLINE.encode(), if_missing=True)
+    if tokenizer is None:
+        return newline if given is None else Separator(given.encode())
+    added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    every = tokenizer.get_vocab()
+    if given is not None:
+        token = added.get(given)
+        if token is None and _BRACKETED.fullmatch(given):
+            token = every.get(given)
+        return Separator(given.encode()) if token is None else Separator(token=token, name=given)
+    for vocabulary in (added, every):
+        for name in END_OF_TEXT:
+            if name in vocabulary:
+                return Separator(token=vocabulary[name], name=name, if_missing=True)
+    return newline

@@ -5,7 +5,10 @@ import math
 import types
 import typing
 from collections.abc import Collection
+from operator import index
 from typing import Any
+
+import numpy as np
 
 
 def fail(owner: str, field: str, value: object, allowed: str) -> typing.NoReturn:
@@ -93,6 +96,56 @@ def check_flags(name: str, x: Any, shape: Collection[int]) -> None:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)} and dtype {dtype}: must be {tuple(shape)} and bool"
         )
+
+
+def check_integers(name: str, dtype: str) -> None:
+    """Refuse ids or indices whose dtype is not an integer's; bool is none.
+
+    Raises:
+        ValueError: names the dtype.
+    """
+    if not dtype.startswith(("int", "uint")):
+        raise ValueError(f"{name} has dtype {dtype}: must be integers")
+
+
+def check_ids(name: str, ids: np.ndarray, size: int, read: np.ndarray | None = None) -> None:
+    """Refuse ids or indices outside of `0..size - 1`.
+
+    Args:
+        name: of the argument.
+        ids: integers, any shape.
+        size: number of ids.
+        read: bool, the shape of `ids`: False where an id is not looked at; None = all are.
+
+    Raises:
+        ValueError: names the first such id, its position and what is allowed.
+    """
+    if not ids.size or (ids.min() >= 0 and ids.max() < size):
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if read is not None:
+        wrong &= read
+    for position in np.argwhere(wrong)[:1].tolist():
+        allowed = f"in 0..{size - 1}" if size else "none"
+        value = ids[tuple(position)]
+        raise ValueError(f"{name}[{', '.join(map(str, position))}] = {value}: must be {allowed}")
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Hold an argument to be an integer from `low` to `high`; None = no upper bound.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{name} = {value!r}: must be an integer") from error
+    if isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}: must be an integer")
+    if number < low or (high is not None and number > high):
+        allowed = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} = {value}: must be {allowed}")
 
 
 def check_keys(

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mc_core.checks import check_ids, check_integer, check_integers
+
 BLOCK = 512  # tokens of a prompt that are read at once
 SEEDS = 2**32
 
@@ -25,8 +27,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature = {temperature}: must be finite and >= 0; 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k}: must be >= 1")
+    if top_k is not None:
+        check_integer("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: must be in (0, 1]")
 
@@ -44,26 +46,18 @@ def check_generation(
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be >= 1")
-    for name, value in (("seed", seed), *((f"rows[{i}]", row) for i, row in enumerate(rows))):
-        if not 0 <= value < SEEDS:
-            raise ValueError(f"{name} = {value}: must be in 0..{SEEDS - 1}")
-    if not len(prompts):
-        raise ValueError("prompts: must be at least one")
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("block", block, 1)
+    check_integer("seed", seed, 0, SEEDS - 1)
     if len(rows) != len(prompts):
         raise ValueError(f"rows: {len(rows)} numbers for {len(prompts)} prompts: must be one each")
-    for i, prompt in enumerate(prompts):
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        check_integer(f"rows[{i}]", row, 0, SEEDS - 1)
         ids = np.asarray(prompt)
         if ids.ndim != 1 or not ids.size:
             raise ValueError(f"prompts[{i}] has shape {ids.shape}: must be [t], t >= 1")
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"prompts[{i}] has dtype {ids.dtype}: must be integers")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"prompts[{i}] has the id {wrong}: must be in 0..{vocab_size - 1}")
+        check_integers(f"prompts[{i}]", ids.dtype.name)
+        check_ids(f"prompts[{i}]", ids, vocab_size)
 
 
 def make_blocks(prompts: Sequence[Sequence[int] | np.ndarray], block: int = BLOCK) -> list[Block]:

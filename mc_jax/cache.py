@@ -12,6 +12,7 @@ from mc_core.segmentation import NO_STREAM, Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.host import move_to_host, on_host, put
 from mc_jax.numerics import Array, Dtype, state_dtype
+from mc_jax.rows import ENDED, Rows, take_rows
 
 Tree = Any  # nested tuples of arrays
 
@@ -51,6 +52,10 @@ class Cache(NamedTuple):
         online = Segments(self.state.weights, self.pool, self.length)
         return put_slots(self.stored, add_axis(online), self.slot[:, None])
 
+    def take(self, rows: Rows) -> "Cache":
+        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        return take_rows(self, rows)
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens that the next ones may see; every row by itself.
@@ -64,6 +69,10 @@ class KVCache(NamedTuple):
     position: Array  # tokens so far, masked ones included, int32 [b]
     limit: Array  # tokens that there is room for, int32 []
     conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+    def take(self, rows: Rows) -> "KVCache":
+        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        return take_rows(self, rows)
 
 
 AnyCache = Cache | KVCache
@@ -109,7 +118,7 @@ def init_cache(
     Args:
         initial: W_0, first layer first, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
-        batch: number of streams.
+        batch: number of streams, 0 or more.
         max_tokens: the most tokens that a stream may have.
         dtype: of q, k and v; None = that of `initial`.
         cache_dtype: of the cached memories; None = that of the online one, at least float32.
@@ -117,7 +126,7 @@ def init_cache(
             moves what it reads (under `ssc` the selected ones alone).
 
     Raises:
-        ValueError: a number is not positive, the segments cannot stream, or the device has no such
+        ValueError: a number is out of range, the segments cannot stream, or the device has no such
             memory.
     """
     check_streams(config)
@@ -181,9 +190,9 @@ def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
     """
     if cache_device not in ("device", "host"):
         raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be >= 1")
+    for name, value, least in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
+        if value < least:
+            raise ValueError(f"{name} = {value}: must be >= {least}")
 
 
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
@@ -213,10 +222,12 @@ def check_room(cache: AnyCache, tokens: int | Array) -> None:
         return
     check_goes_on(cache)
     position, limit = np.asarray(cache.position), int(cache.limit)
-    ahead = int(np.max(position + np.asarray(tokens)))
+    live = position < ENDED
+    ahead = int(np.max(position + np.asarray(tokens), where=live, initial=0))
     if ahead > limit:
+        last = int(np.max(position, where=live, initial=0))
         raise ValueError(
-            f"cache: max_tokens = {limit}, and position {int(position.max())} would go to {ahead}: "
+            f"cache: max_tokens = {limit}, and position {last} would go to {ahead}: "
             f"grow(cache, {ahead}) first"
         )
 
@@ -258,8 +269,9 @@ def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) ->
 
 
 def in_room(y: Array, after: AnyCache) -> Array:
-    """Return outputs [b, t, h, v], NaN in rows that are past the limit of the cache after them."""
-    room = (after.position <= after.limit)[:, None, None, None]
+    """Return outputs [b, t, h, v], NaN in rows past the limit of the cache after them, or ended."""
+    limit = jnp.minimum(after.limit, ENDED - 1)
+    room = (after.position <= limit)[:, None, None, None]
     return jnp.where(room, y, jnp.full_like(y, jnp.nan))
 
 

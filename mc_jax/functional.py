@@ -19,6 +19,7 @@ from mc_jax.grid import first_tokens
 from mc_jax.inspection import InnerLoop, watch_writes
 from mc_jax.numerics import Array, state_dtype
 from mc_jax.recurrent import run_tokens
+from mc_jax.rows import add_row, drop_rows, map_rows
 from mc_jax.streaming import extend_chunks
 
 
@@ -76,6 +77,10 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
+    if not b:
+        # A reshape or a product of no rows may fail.
+        rows = q, k, v, u, coefficients, mask
+        q, k, v, u, coefficients, mask = jax.tree.map(add_row, rows)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
@@ -86,7 +91,8 @@ def memory_caching(
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
     gates = jnp.where(real, gates, jnp.zeros_like(gates))
-    return Result(output, cache, gates, inner)
+    result = Result(output, cache, gates, inner)
+    return result if b else _drop_rows(result)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -136,6 +142,10 @@ def extend(
     if count is not None:
         exists = first_tokens(count, t)
     mask = exists if mask is None else mask & exists
+    if not b:
+        rows = q, k, v, u, coefficients, mask, exists
+        q, k, v, u, coefficients, mask, exists = jax.tree.map(add_row, rows)
+        cache = map_rows(add_row, cache)
     count = jnp.sum(exists, axis=1, dtype=jnp.int32)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
     cache = in_dtype(cache, state_dtype(q.dtype))
@@ -143,7 +153,15 @@ def extend(
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = jnp.where(real, output, jnp.zeros_like(output)).astype(v.dtype)
-    return Result(in_room(output, new), new, jnp.where(real, gates, jnp.zeros_like(gates)))
+    result = Result(in_room(output, new), new, jnp.where(real, gates, jnp.zeros_like(gates)))
+    return result if b else _drop_rows(result)
+
+
+def _drop_rows(result: Result) -> Result:
+    """Return the result of no rows, from that of one."""
+    output, cache, gates, inner = result
+    output, gates, inner = jax.tree.map(drop_rows, (output, gates, inner))
+    return Result(output, map_rows(drop_rows, cache), gates, inner)
 
 
 def _run_chunks(

@@ -84,7 +84,7 @@ def generate(
 
     Args:
         model: the language model; its segments must stream.
-        prompts: ids of each row, at least one.
+        prompts: ids of each row, one or more; of no rows every step is empty.
         max_new_tokens: the most tokens that come out; a caller may stop before.
         temperature: as `sample` takes it, like top_k and top_p.
         top_k: as above.
@@ -106,6 +106,8 @@ def generate(
     b, vocab_size = len(prompts), model.config.vocab_size
     check_sampling(temperature, top_k, top_p)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
+    if not b:
+        return iter([jnp.zeros(0, jnp.int32)] * max_new_tokens)
     room = bucket(max(map(len, prompts)) + max_new_tokens)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 

@@ -1,20 +1,25 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.checks import check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
+from mc_jax.grid import first_tokens
+from mc_jax.ids import check_ids, from_first, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, product
 from mc_jax.pretrained import Pretrained
+from mc_jax.rows import ENDED, end_rows
 
 
 class SwiGLU(nnx.Module):
@@ -127,29 +132,43 @@ class LanguageModel(nnx.Module, Pretrained):
         """Predict the next token at every place, or at chosen ones.
 
         Args:
-            tokens: ids [b, t], int32, each below `vocab_size`: larger ones are not noticed here.
-            mask: bool [b, t], True = a real token.
-            places: int [b, p], each below t; the head then computes no other logits. None = all.
+            tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
+            mask: bool [b, t], True = a real token. The id of a masked one is not read.
+            places: integers [b, p], each in `0..t - 1`; the head then computes no other logits.
+                None = all.
 
         Returns:
             logits [b, t or p, vocab_size], float32 (float64 where the model computes in it).
+
+        Raises:
+            ValueError: a shape or dtype that does not fit, or an id or place out of range. A
+                compiled program cannot raise: from an id out of range on, its row is NaN.
         """
-        x = self.embed(tokens)
+        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        if places is not None:
+            places, lost = safe_places(places, lost, ids.shape[1])
+        x = self.embed(ids)
         for block in self.blocks:
             x = _remat(block, x, mask) if self.config.remat else block(x, mask)
         if places is not None:
             x = jnp.take_along_axis(x, places[..., None], axis=1)
-        return self._logits(x)
+        return nan_where(lost, self._logits(x))
 
     def inspect(
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
-        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory."""
-        x, traces = self.embed(tokens), []
+        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory.
+
+        Args:
+            tokens: as `__call__` takes them.
+            mask: as above.
+        """
+        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        x, traces = self.embed(ids), []
         for block in self.blocks:
             x, trace = block.inspect(x, mask)
             traces.append(trace)
-        return self._logits(x), tuple(traces)
+        return nan_where(lost, self._logits(x)), tuple(traces)
 
     def init_cache(
         self,
@@ -179,21 +198,25 @@ class LanguageModel(nnx.Module, Pretrained):
         mask: Array | None = None,
         *,
         padding: Array | None = None,
+        check: bool = True,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
         """Predict after the next tokens of a stream; any split gives what the whole gives.
 
         Args:
-            tokens: ids [b, t], int32.
+            tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
             cache: the stream so far, from `init_cache` or `extend`.
             mask: bool [b, t], True = a real token; a masked one still takes its position.
             padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place.
+                alone without that place. Masked and padded ids are not read.
+            check: False spares the check of ids, which waits for the device: as in a compiled
+                program, a row is then NaN from an id out of range on, in later calls too.
 
         Returns:
             logits [b, t, vocab_size], and the stream with these tokens.
 
         Raises:
-            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+            ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
+                cache has no room for.
         """
         if len(cache) != len(self.blocks):
             raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
@@ -202,7 +225,8 @@ class LanguageModel(nnx.Module, Pretrained):
             raise ValueError(
                 f"tokens have shape {tokens.shape}: must be [{batch}, t], as cache, t >= 1"
             )
-        return extend_rows(self._extend, tokens, cache, mask, padding)
+        known = self._check(tokens, mask, padding, check)
+        return extend_rows(partial(self._extend, known=known), tokens, cache, mask, padding)
 
     def _extend(
         self,
@@ -210,12 +234,45 @@ class LanguageModel(nnx.Module, Pretrained):
         cache: tuple[AnyCache, ...],
         mask: Array | None,
         count: Array | None = None,
+        known: bool = False,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
-        x, new = self.embed(tokens), []
+        read = mask
+        if count is not None:
+            read = first_tokens(count, tokens.shape[1])
+            read = read if mask is None else read & mask
+        ids, lost = self._safe_ids(tokens, read, known)
+        x, new = self.embed(ids), []
         for block, one in zip(self.blocks, cache, strict=True):
             x, one = block.extend(x, one, mask, count)
             new.append(one)
-        return self._logits(x), tuple(new)
+        if lost is not None:
+            lost = lost | (cache[0].position >= ENDED)[:, None]
+            new = [end_rows(one, lost[:, -1]) for one in new]
+        return nan_where(lost, self._logits(x)), tuple(new)
+
+    def _check(
+        self,
+        tokens: Array,
+        mask: Array | None,
+        padding: Array | None = None,
+        values: bool = True,
+    ) -> bool:
+        """Return whether ids are known to be in range; without `values` check the dtype alone."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tokens.shape}: must be [b, t]")
+        check_flags("mask", mask, tokens.shape)
+        check_flags("padding", padding, tokens.shape)
+        read = mask
+        if padding is not None:
+            read = ~padding if mask is None else mask & ~padding
+        return check_ids("tokens", tokens, self.config.vocab_size, read, values)
+
+    def _safe_ids(
+        self, tokens: Array, read: Array | None, known: bool
+    ) -> tuple[Array, Array | None]:
+        """Return ids to look up, and where rows can only give NaN, bool [b, t]; None = nowhere."""
+        ids, wrong = safe_ids(tokens, self.config.vocab_size, read)
+        return ids, None if known else from_first(wrong)
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)

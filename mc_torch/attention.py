@@ -239,10 +239,11 @@ def attend_blocks(q: Array, k: Array, v: Array, real: Array, window: int) -> Arr
         [b, t, h, v].
     """
     b, t, h, _ = q.shape
+    blocks = -(-t // window)
 
     def split(x: Array) -> Array:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -t % window))
-        return x.reshape(b, -1, window, *x.shape[2:])
+        return x.reshape(b, blocks, window, *x.shape[2:])
 
     def pairs(x: Array) -> Array:
         x = split(x)
@@ -250,12 +251,12 @@ def attend_blocks(q: Array, k: Array, v: Array, real: Array, window: int) -> Arr
         return flat(torch.cat([before, x], dim=2))
 
     def flat(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])
+        return x.reshape(b * blocks, *x.shape[2:])
 
     place = align(torch.arange(2 * window, device=q.device), 2)
     seen = visible(place[:, window:], place, pairs(real), window)
     y = attend(flat(split(q)), pairs(k), pairs(v), seen)
-    return y.reshape(b, -1, h, y.shape[-1])[:, :t]
+    return y.reshape(b, blocks * window, h, y.shape[-1])[:, :t]
 
 
 def visible(at: Array, others: Array, real: Array, window: int | None) -> Array:

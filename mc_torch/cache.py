@@ -11,6 +11,7 @@ from mc_torch.gates import pooled
 from mc_torch.host import move_to_host, put
 from mc_torch.layout import Plan
 from mc_torch.numerics import Array, Dtype, state_dtype, tree_map
+from mc_torch.rows import ENDED, Rows, take_rows
 
 Tree = Any  # nested tuples of tensors
 
@@ -50,6 +51,13 @@ class Cache(NamedTuple):
         online = Segments(self.state.weights, self.pool, self.length)
         return put_slots(self.stored, add_axis(online), self.slot[:, None])
 
+    def take(self, rows: Rows) -> "Cache":
+        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        return take_rows(self, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _copy(self, memo)
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens that the next ones may see; every row by itself.
@@ -64,8 +72,18 @@ class KVCache(NamedTuple):
     limit: Array  # tokens that there is room for, int32 []
     conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
 
+    def take(self, rows: Rows) -> "KVCache":
+        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        return take_rows(self, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _copy(self, memo)
+
 
 AnyCache = Cache | KVCache
+
+# `torch.load(..., weights_only=True)` reads a cache that `torch.save` wrote.
+torch.serialization.add_safe_globals([Cache, KVCache, MemoryState, Segments])
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:
@@ -105,7 +123,7 @@ def init_cache(
     Args:
         initial: W_0, first layer first, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
-        batch: number of streams.
+        batch: number of streams, 0 or more.
         max_tokens: the most tokens that a stream may have.
         dtype: of q, k and v; None = that of `initial`.
         cache_dtype: of the cached memories; None = that of the online one, at least float32.
@@ -113,7 +131,7 @@ def init_cache(
             moves what it reads (under `ssc` the selected ones alone).
 
     Raises:
-        ValueError: a number is not positive, or the segments cannot stream.
+        ValueError: a number is out of range, or the segments cannot stream.
     """
     check_streams(config)
     check_cache_options(batch, max_tokens, cache_device)
@@ -178,9 +196,9 @@ def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
     """
     if cache_device not in ("device", "host"):
         raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be >= 1")
+    for name, value, least in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
+        if value < least:
+            raise ValueError(f"{name} = {value}: must be >= {least}")
 
 
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
@@ -210,10 +228,12 @@ def check_room(cache: AnyCache, tokens: int | Array) -> None:
         return
     check_goes_on(cache)
     position, limit = cache.position, int(cache.limit)
-    ahead = int((position + tokens).max())
+    live = position < ENDED
+    ahead = max(torch.where(live, position + tokens, 0).tolist(), default=0)
     if ahead > limit:
+        last = max(position[live].tolist())
         raise ValueError(
-            f"cache: max_tokens = {limit}, and position {int(position.max())} would go to {ahead}: "
+            f"cache: max_tokens = {limit}, and position {last} would go to {ahead}: "
             f"grow(cache, {ahead}) first"
         )
 
@@ -255,8 +275,9 @@ def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) ->
 
 
 def in_room(y: Array, after: AnyCache) -> Array:
-    """Return outputs [b, t, h, v], NaN in rows that are past the limit of the cache after them."""
-    room = (after.position <= after.limit)[:, None, None, None]
+    """Return outputs [b, t, h, v], NaN in rows past the limit of the cache after them, or ended."""
+    limit = after.limit.clamp(max=ENDED - 1)
+    room = (after.position <= limit)[:, None, None, None]
     return torch.where(room, y, torch.nan)
 
 
@@ -351,3 +372,14 @@ def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
         )
 
     return tree_map(pick, yes, no)
+
+
+def _copy(cache: AnyCache, memo: dict[int, Any]) -> AnyCache:
+    """Copy a cache for `copy.deepcopy`, detached: PyTorch copies no result of a graph."""
+
+    def copy(x: Array) -> Array:
+        if id(x) not in memo:
+            memo[id(x)] = x.detach().clone()
+        return memo[id(x)]
+
+    return tree_map(copy, cache)

@@ -18,6 +18,7 @@ from mc_torch.inspection import InnerLoop, watch_writes
 from mc_torch.layout import Plan, make_plan
 from mc_torch.numerics import Array, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
+from mc_torch.rows import add_row, drop_rows, map_rows
 from mc_torch.streaming import extend_chunks
 
 
@@ -75,6 +76,10 @@ def memory_caching(
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
+    if not b:
+        # A reshape or a product of no rows may fail.
+        rows = q, k, v, u, coefficients, mask
+        q, k, v, u, coefficients, mask = tree_map(add_row, rows)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
@@ -85,7 +90,8 @@ def memory_caching(
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
     gates = torch.where(real, gates, torch.zeros_like(gates))
-    return Result(output, cache, gates, inner)
+    result = Result(output, cache, gates, inner)
+    return result if b else _drop_rows(result)
 
 
 def extend(
@@ -134,6 +140,10 @@ def extend(
     if count is not None:
         exists = first_tokens(count, t)
     mask = exists if mask is None else mask & exists
+    if not b:
+        rows = q, k, v, u, coefficients, mask, exists
+        q, k, v, u, coefficients, mask, exists = tree_map(add_row, rows)
+        cache = map_rows(add_row, cache)
     count = torch.sum(exists, dim=1, dtype=torch.int32)
     tokens = _cleaned(q, k, v, u, coefficients, mask)
     cache = in_dtype(cache, state_dtype(q.dtype))
@@ -141,7 +151,15 @@ def extend(
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     real = mask[:, :, None, None]
     output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
-    return Result(in_room(output, new), new, torch.where(real, gates, torch.zeros_like(gates)))
+    result = Result(in_room(output, new), new, torch.where(real, gates, torch.zeros_like(gates)))
+    return result if b else _drop_rows(result)
+
+
+def _drop_rows(result: Result) -> Result:
+    """Return the result of no rows, from that of one."""
+    output, cache, gates, inner = result
+    output, gates, inner = tree_map(drop_rows, (output, gates, inner))
+    return Result(output, map_rows(drop_rows, cache), gates, inner)
 
 
 def _run_chunks(

@@ -79,7 +79,7 @@ def generate(
 
     Args:
         model: the language model; its segments must stream.
-        prompts: ids of each row, at least one.
+        prompts: ids of each row, one or more; of no rows every step is empty.
         max_new_tokens: the most tokens that come out; a caller may stop before.
         temperature: as `sample` takes it, like top_k and top_p.
         top_k: as above.
@@ -100,6 +100,10 @@ def generate(
     b, vocab_size = len(prompts), model.config.vocab_size
     check_sampling(temperature, top_k, top_p)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
+    if not b:
+        return iter(
+            [torch.zeros(0, dtype=torch.int64, device=model.embed.weight.device)] * max_new_tokens
+        )
     room = bucket(max(map(len, prompts)) + max_new_tokens)
     cache = model.init_cache(b, room, cache_dtype=cache_dtype, cache_device=cache_device)
     rng = [_generator(seed, row) for row in rows]
@@ -138,10 +142,10 @@ def _extend(
 ) -> tuple[Array, tuple[AnyCache, ...]]:
     """Return the logits after each row's last token of [b, w], [b, s].
 
-    A row without a token in the block keeps the logits that it had.
+    A row without a token in the block keeps the logits that it had. After -1 they are NaN.
     """
-    tokens = torch.clamp(tokens, min=0)  # -1 has been given out, and leads nowhere
-    logits, cache = model.extend(tokens, cache, padding=padding)
+    # A check of every new token would wait for the device.
+    logits, cache = model.extend(tokens, cache, padding=padding, check=padding is not None)
     if padding is None:
         return logits[:, -1], cache
     count = torch.sum(~padding, dim=1)[:, None]

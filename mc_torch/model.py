@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mc_core.checks import check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
+from mc_torch.grid import first_tokens
+from mc_torch.ids import check_ids, from_first, nan_where, safe_ids, safe_places
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.mixer import extend_rows
@@ -23,6 +26,7 @@ from mc_torch.modules import (
 )
 from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
 from mc_torch.pretrained import Pretrained
+from mc_torch.rows import ENDED, end_rows
 
 
 class SwiGLU(nn.Module):
@@ -140,25 +144,38 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         """Predict the next token at every place, or at chosen ones.
 
         Args:
-            tokens: ids [b, t], integers below `vocab_size`.
-            mask: bool [b, t], True = a real token.
-            places: int64 [b, p], each below t; the head then computes no other logits. None = all.
+            tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
+            mask: bool [b, t], True = a real token. The id of a masked one is not read.
+            places: integers [b, p], each in `0..t - 1`; the head then computes no other logits.
+                None = all.
 
         Returns:
             logits [b, t or p, vocab_size], float32 (float64 where the model computes in it).
+
+        Raises:
+            ValueError: a shape or dtype that does not fit, or an id or place out of range. A
+                compiled program cannot raise: from an id out of range on, its row is NaN.
         """
-        x = self._embed(tokens)
+        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        if places is not None:
+            places, lost = safe_places(places, lost, ids.shape[1])
+        x = self._embed(ids)
         for block in self.blocks:
             run = remat(block) if self.config.remat else block
             x = run(x, mask)
         if places is not None:
             x = torch.take_along_dim(x, places[..., None], dim=1)
-        return self._logits(x)
+        return nan_where(lost, self._logits(x))
 
     def inspect(
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
-        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory."""
+        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory.
+
+        Args:
+            tokens: as `forward` takes them.
+            mask: as above.
+        """
         return call_hooked(self, self._inspect, tokens, mask)
 
     def init_cache(
@@ -185,21 +202,25 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         mask: Array | None = None,
         *,
         padding: Array | None = None,
+        check: bool = True,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
         """Predict after the next tokens of a stream; any split gives what the whole gives.
 
         Args:
-            tokens: ids [b, t], integers below `vocab_size`.
+            tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
             cache: the stream so far, from `init_cache` or `extend`.
             mask: bool [b, t], True = a real token; a masked one still takes its position.
             padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place.
+                alone without that place. Masked and padded ids are not read.
+            check: False spares the check of ids, which waits for the device: as in a compiled
+                program, a row is then NaN from an id out of range on, in later calls too.
 
         Returns:
             logits [b, t, vocab_size], and the stream with these tokens.
 
         Raises:
-            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+            ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
+                cache has no room for.
         """
         if len(cache) != len(self.blocks):
             raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
@@ -207,15 +228,18 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
-        return extend_rows(partial(call_hooked, self, self._extend), tokens, cache, mask, padding)
+        known = self._check(tokens, mask, padding, check)
+        extend = partial(call_hooked, self, partial(self._extend, known=known))
+        return extend_rows(extend, tokens, cache, mask, padding)
 
     def _inspect(self, tokens: Array, mask: Array | None) -> tuple[Array, tuple[Trace | None, ...]]:
-        x, traces = self._embed(tokens), []
+        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        x, traces = self._embed(ids), []
         blocks: Any = self.blocks
         for block in blocks:
             x, trace = call_hooked(block, block.inspect, x, mask)
             traces.append(trace)
-        return self._logits(x), tuple(traces)
+        return nan_where(lost, self._logits(x)), tuple(traces)
 
     def _init_cache(self, x: None, *args: Any) -> tuple[None, tuple[AnyCache, ...]]:
         blocks: Any = self.blocks
@@ -227,13 +251,46 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         cache: tuple[AnyCache, ...],
         mask: Array | None,
         count: Array | None = None,
+        known: bool = False,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
-        x, new = self._embed(tokens), []
+        read = mask
+        if count is not None:
+            read = first_tokens(count, tokens.shape[1])
+            read = read if mask is None else read & mask
+        ids, lost = self._safe_ids(tokens, read, known)
+        x, new = self._embed(ids), []
         blocks: Any = zip(self.blocks, cache, strict=True)
         for block, one in blocks:
             x, one = call_hooked(block, block.extend, x, one, mask, count)
             new.append(one)
-        return self._logits(x), tuple(new)
+        if lost is not None:
+            lost = lost | (cache[0].position >= ENDED)[:, None]
+            new = [end_rows(one, lost[:, -1]) for one in new]
+        return nan_where(lost, self._logits(x)), tuple(new)
+
+    def _check(
+        self,
+        tokens: Array,
+        mask: Array | None,
+        padding: Array | None = None,
+        values: bool = True,
+    ) -> bool:
+        """Return whether ids are known to be in range; without `values` check the dtype alone."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
+        check_flags("mask", mask, tokens.shape)
+        check_flags("padding", padding, tokens.shape)
+        read = mask
+        if padding is not None:
+            read = ~padding if mask is None else mask & ~padding
+        return check_ids("tokens", tokens, self.config.vocab_size, read, values)
+
+    def _safe_ids(
+        self, tokens: Array, read: Array | None, known: bool
+    ) -> tuple[Array, Array | None]:
+        """Return ids to look up, and where rows can only give NaN, bool [b, t]; None = nowhere."""
+        ids, wrong = safe_ids(tokens, self.config.vocab_size, read)
+        return ids, None if known else from_first(wrong)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_named(package):
     for call, message in (
         (lambda: layer(x[..., :5]), r"x has shape \(2, 13, 5\): must be \[b, t, 8\]"),
         (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3 as cache"),
-        (lambda: layer.init_cache(0, 5), "batch = 0: must be >= 1"),
+        (lambda: layer.init_cache(-1, 5), "batch = -1: must be >= 0"),
         (lambda: layer.init_cache(1, 0), "max_tokens = 0: must be >= 1"),
         (lambda: layer.init_cache(1, 2, cache_device="disk"), "cache_device = 'disk': must be"),
     ):

@@ -260,10 +260,9 @@ def test_cached_memories_on_the_host_give_the_same():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": []}, "prompts: must be at least one"),
         ({"prompts": [[1], []]}, r"prompts\[1\] has shape \(0,\): must be \[t\]"),
-        ({"prompts": [[1, 13]]}, r"prompts\[0\] has the id 13: must be in 0..12"),
-        ({"prompts": [[-1, 1]]}, r"prompts\[0\] has the id -1: must be in 0..12"),
+        ({"prompts": [[1, 13]]}, r"prompts\[0\]\[1\] = 13: must be in 0..12"),
+        ({"prompts": [[-1, 1]]}, r"prompts\[0\]\[0\] = -1: must be in 0..12"),
         ({"prompts": [[0.5]]}, r"prompts\[0\] has dtype float64: must be integers"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0: must be >= 1"),
         ({"block": 0}, "block = 0: must be >= 1"),

@@ -56,7 +56,7 @@ def test_the_model_is_its_blocks_one_after_another(tied):
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + NORM_EPS) * scale
 
-    x = p["embed"]["embedding"][TOKENS]
+    x = p["embed"]["embedding"][np.where(mask, TOKENS, 0)]  # a masked id is not read
     for i in range(2):
         block = p["blocks"][i]
         x = x + layer_oracle(block["mixer"], LAYER, norm(x, block["mixer_norm"]["scale"]), mask)[0]

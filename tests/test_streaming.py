@@ -220,7 +220,7 @@ def test_what_cannot_stream():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: m.init_cache(0, 8), "batch = 0: must be >= 1"),
+        (lambda m, x: m.init_cache(-1, 8), "batch = -1: must be >= 0"),
         (lambda m, x: m.init_cache(2, 0), "max_tokens = 0: must be >= 1"),
         (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3"),
         (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\], b = 2"),

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
+from mc_jax.ids import safe_ids
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.tasks.examples import Example
@@ -59,8 +61,19 @@ def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.A
     """Return the losses [b, t], in nats, of tokens [b, t + 1], and the new rest."""
     model = nnx.merge(graphdef, params, rest)
     logits = model(tokens[:, :-1]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses, split(model)[2]
+    return cross_entropy(logits, tokens[:, 1:]), split(model)[2]
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array | np.ndarray, read: jax.Array | np.ndarray | None = None
+) -> jax.Array:
+    """Return the losses [b, t], in nats, of labels [b, t] under logits [b, t, s].
+
+    A label out of range gives NaN; where `read`, bool [b, t], is False, the loss of label 0.
+    """
+    labels, wrong = safe_ids(labels, logits.shape[-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.where(wrong if read is None else wrong & read, jnp.nan, losses)
 
 
 def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Example) -> Any:
@@ -70,7 +83,7 @@ def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Examp
     """
     model = nnx.merge(graphdef, params, rest)
     logits = model(batch.tokens, None, batch.places).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    losses = cross_entropy(logits, batch.labels, batch.weights > 0)
     return losses, logits.argmax(-1) == batch.labels, split(model)[2]
 
 
@@ -78,7 +91,9 @@ def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) ->
     """Return the mean over the tokens, or the answers, that are predicted, and the new rest."""
     if isinstance(batch, Example):
         losses, _, rest = answer_losses(graphdef, params, rest, batch)
-        return (losses * batch.weights).sum() / batch.weights.sum(), rest
+        # Nothing at an answer without weight counts, NaN included.
+        total = jnp.where(batch.weights > 0, losses * batch.weights, 0).sum()
+        return total / batch.weights.sum(), rest
     losses, rest = token_losses(graphdef, params, rest, batch)
     return losses.mean(), rest
 

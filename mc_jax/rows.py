@@ -48,7 +48,7 @@ def take_rows(cache: Any, rows: Rows) -> Any:
 
 
 def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
-    """Apply a function to the arrays of a cache that lead with rows: all but its limit."""
+    """Apply a function to the arrays [b, ...] of a cache: all but its limit."""
     return jax.tree.map(function, cache._replace(limit=()))._replace(limit=cache.limit)
 
 
@@ -59,12 +59,12 @@ def end_rows(cache: Any, ended: Array) -> Any:
 
 
 def add_row(x: Array) -> Array:
-    """Append a row of zeros to an array."""
+    """Append a row of zeros to x [b, ...]: [b + 1, ...]."""
     return put(lambda x: jnp.pad(x, [(0, 1), *[(0, 0)] * (x.ndim - 1)]), x)
 
 
 def drop_rows(x: Array) -> Array:
-    """Return an array without its rows."""
+    """Return x [b, ...] without its rows: [0, ...]."""
     return put(lambda x: x[:0], x)
 
 

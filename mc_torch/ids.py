@@ -19,7 +19,7 @@ def check_ids(
 
     Args:
         name: of the argument.
-        ids: integers, any shape.
+        ids: integers [...], any shape.
         size: number of ids.
         read: bool, the shape of `ids`: False where an id is not looked at; None = all are.
         values: False checks the dtype alone.
@@ -53,7 +53,7 @@ def safe_ids(ids: Array, size: int, read: Array | None = None) -> tuple[Array, A
     """Return ids that are all in range: 0 where one is not read or was out of range.
 
     Args:
-        ids: integers of any dtype and shape.
+        ids: integers [...] of any dtype and shape.
         size: number of ids.
         read: as `check_ids` takes it.
 

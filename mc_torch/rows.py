@@ -48,7 +48,7 @@ def take_rows(cache: Any, rows: Rows) -> Any:
 
 
 def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
-    """Apply a function to the tensors of a cache that lead with rows: all but its limit."""
+    """Apply a function to the tensors [b, ...] of a cache: all but its limit."""
     return tree_map(function, cache._replace(limit=()))._replace(limit=cache.limit)
 
 
@@ -58,12 +58,12 @@ def end_rows(cache: Any, ended: Array) -> Any:
 
 
 def add_row(x: Array) -> Array:
-    """Append a row of zeros to a tensor."""
+    """Append a row of zeros to x [b, ...]: [b + 1, ...]."""
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
 
 
 def drop_rows(x: Array) -> Array:
-    """Return a tensor without its rows."""
+    """Return x [b, ...] without its rows: [0, ...]."""
     return x[:0]
 
 

@@ -209,6 +209,3 @@ def test_a_sweep_says_which_rows_lose_text():
     rows = [result("a", 0, 3.0, 2.0, lost=0.01), result("b", 0, 3.0, 2.0, lost=0.0)]
     (note,) = (note for note in make_table("t", rows, CONFIG).notes if "drops or changes" in note)
     assert note.endswith("compare with no other one's: a at 32")
-
-
-# The copy that a run keeps.

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all check format bench-peers clean
+.PHONY: demo evidence test test-all mutants check format bench-peers clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -20,6 +20,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+# One planted fault at a time, each to be caught. ONLY='jax-*' selects by name; FULL=--full runs
+# the whole quick suite where the expected tests pass.
+mutants: $(READY)
+	$(BIN)/python -m tools.mutants --jobs $(JOBS) $(FULL) $(ONLY)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -29,17 +30,27 @@ def models() -> tuple[mc_jax.LanguageModel, mc_torch.LanguageModel]:
     return left, right
 
 
-def greedy(model: Any, prompt: np.ndarray, count: int) -> np.ndarray:
-    """Take the likeliest token of repeated full passes, in JAX."""
-    tokens = prompt
+def greedy(model: mc_torch.LanguageModel, prompt: np.ndarray, count: int) -> np.ndarray:
+    """Take the likeliest token of repeated full passes."""
+    tokens = torch.tensor(prompt)
     for _ in range(count):
-        logits = np.asarray(model(jnp.asarray(tokens)))
-        tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1).astype(np.int32)], axis=1)
-    return tokens[:, prompt.shape[1] :]
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens[:, prompt.shape[1] :].numpy()
+
+
+def extend_compiled(model: mc_jax.LanguageModel, *given: Any, **options: Any) -> Any:
+    """Extend in one program: operation by operation, each would be compiled by itself."""
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, *given, **kw: EXTEND(nnx.merge(graphdef, state), *given, **kw))
+    return run(state, *given, **options)
+
+
+EXTEND = mc_jax.LanguageModel.extend
 
 
 def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mc_jax.LanguageModel, "extend", extend_compiled)
     left, right = models()
     prompt = np.random.default_rng(0).integers(17, size=(2, 11)).astype(np.int32)
     spaces: dict[str, dict[str, Any]] = {
@@ -48,7 +59,9 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
     }
     assert [name for name, _ in BLOCKS] == ["jax", "torch", "jax", *["jax", "torch"] * 2]
     assert len(BLOCKS) == PAGE.read_text().count("```python")
-    generated = greedy(left, prompt, 16)
+    with torch.no_grad():
+        generated = greedy(right, prompt, 16)
+        logits, alone = right(torch.tensor(prompt)), right(torch.tensor([[5, 7, 2]]))[0]
     for number, (name, code) in enumerate(BLOCKS):
         with torch.no_grad():
             exec(code, spaces[name])
@@ -56,13 +69,12 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
         if number < 2:
             np.testing.assert_array_equal(np.concatenate(space["new"], axis=1), generated)
         elif number == 2:
-            np.testing.assert_allclose(space["logits"], left(jnp.asarray(prompt)), atol=1e-5)
+            np.testing.assert_allclose(space["logits"], logits, atol=1e-5)
             states = space["cache"][0].state.weights
             assert all(len(weight.sharding.device_set) == 2 for weight in states)
             assert not any(weight.sharding.is_fully_replicated for weight in states)
         elif number < 5:
-            alone = np.asarray(left(jnp.asarray([[5, 7, 2]])))
-            np.testing.assert_allclose(space["logits"][0, 2:], alone[0], atol=1e-5)
+            np.testing.assert_allclose(space["logits"][0, 2:], alone, atol=1e-5)
             assert space["cache"][0].position.tolist() == [3, 5]
     # The file on disk is PyTorch's by now, and JAX goes on with it.
     crossed = mc_jax.load_cache("stream.safetensors", left)

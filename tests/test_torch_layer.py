@@ -84,16 +84,20 @@ def check_compiled(config, backend, tokens=(5,), dtype=torch.float64, tolerance=
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "backend"),
     [
-        MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2, conv_width=2),
-        MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"),
-        MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, chunk_size=3),
+        (MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2), "aot_eager"),
+        (
+            MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"),
+            "eager",
+        ),
+        (MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, conv_width=2), "eager"),
     ],
     ids=["swla-ssc", "swla-ssc-token", "dla-soup"],
 )
-def test_compiled_in_one_graph(config):
-    check_compiled(config, "aot_eager")
+def test_compiled_in_one_graph(config, backend):
+    """As Dynamo traces it, and one as autograd's compiler takes it, too."""
+    check_compiled(config, backend)
 
 
 @pytest.mark.slow

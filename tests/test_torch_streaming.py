@@ -91,7 +91,7 @@ def check(case, parts):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("memory", MEMORIES)
 @given(data=st.data())
-@settings(examples, max_examples=8)
+@settings(examples, max_examples=12)
 def test_any_split_is_the_whole(data, memory, mode):
     check(*data.draw(streams(memory, mode)))
 
@@ -242,13 +242,11 @@ def test_positions_past_the_limit_give_nan():
     assert output[1].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@LAYERS
-def test_one_compiled_program_serves_every_step(config, size):
+def check_one_program_of_steps(config, size, backend):
     layer, x = make_layer(config), draw(2, 12, 8)
     parts = (size,) * (12 // size)
     torch._dynamo.reset()
-    run = torch.compile(layer.extend, fullgraph=True, backend="aot_eager")
+    run = torch.compile(layer.extend, fullgraph=True, backend=backend)
     with torch.no_grad():
         expected, final = streamed(layer, x, parts)
         first, cache = run(x[:, :size], layer.init_cache(2, 12))
@@ -260,8 +258,27 @@ def test_one_compiled_program_serves_every_step(config, size):
     assert past.isnan().all(), "a compiled program cannot raise"
 
 
+@pytest.mark.parametrize(
+    ("config", "size", "backend"),
+    [(TITANS, 1, "eager"), (SWLA, 3, "eager"), (RESTART, 3, "eager"), (SUM, 1, "aot_eager")],
+    ids=["titans", "swla", "restart", "sum"],
+)
+def test_one_compiled_program_serves_every_step(config, size, backend):
+    """One graph, as Dynamo traces it; of the cheapest layer, as autograd's compiler takes it."""
+    check_one_program_of_steps(config, size, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+@LAYERS
+def test_one_compiled_program_serves_every_step_of_all_sizes(config, size):
+    check_one_program_of_steps(config, size, "aot_eager")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler asks for it
-@pytest.mark.parametrize("config", [TITANS, SUM], ids=["titans", "sum"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(TITANS, marks=pytest.mark.slow), SUM], ids=["titans", "sum"]
+)
 def test_compiled_gradients_through_the_cache(config):
     layer, x = make_layer(config), draw(2, 9, 8)
     torch._dynamo.reset()

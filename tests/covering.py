@@ -1,0 +1,46 @@
+"""Covering arrays: few configurations in which every pair of choices occurs."""
+
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Any
+
+
+def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return rows such that any two values of two different names stand together in some row.
+
+    Most faults need one or two choices to show, so that these rows find nearly what the full
+    product finds. Rows are deterministic; each begins with a pair that is still missing, and takes
+    for every other name the value that covers most missing pairs.
+
+    Args:
+        choices: the values of each name.
+    """
+    names = list(choices)
+    if len(names) < 2:
+        return [{name: value} for name in names for value in choices[name]]
+    missing = dict.fromkeys(
+        frozenset(pair)
+        for a, b in combinations(names, 2)
+        for pair in product(_places(a, choices), _places(b, choices))
+    )
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for name in names:
+            if name not in row:
+                # Of equal values the one that is next in turn, so that all occur about as often.
+                values = range(len(choices[name]))
+                turn = [*values[len(rows) % len(values) :], *values[: len(rows) % len(values)]]
+                row[name] = max(turn, key=lambda value, name=name: _gain(name, value, row, missing))
+        for pair in combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        rows.append({name: choices[name][row[name]] for name in names})
+    return rows
+
+
+def _places(name: str, choices: dict[str, Sequence[Any]]) -> list[tuple[str, int]]:
+    return [(name, place) for place in range(len(choices[name]))]
+
+
+def _gain(name: str, value: int, row: dict[str, int], missing: dict[frozenset, None]) -> int:
+    return sum(frozenset([(name, value), other]) in missing for other in row.items())

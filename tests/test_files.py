@@ -1,0 +1,15 @@
+"""Files are replaced as a whole."""
+
+import os
+
+from mc_core.files import write_atomic
+
+
+def test_an_open_reader_keeps_the_old_file(tmp_path):
+    path, reader = tmp_path / "a.json", tmp_path / "link"
+    path.write_bytes(b"old")
+    os.link(path, reader)
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert reader.read_bytes() == b"old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "link"]

@@ -1,9 +1,11 @@
 """Causal softmax attention with rotary positions, over all tokens or a window of the last ones."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mc_core.config import AttentionConfig
 from mc_torch.backends import Weights
@@ -19,7 +21,7 @@ from mc_torch.cache import (
 from mc_torch.host import move_to_host
 from mc_torch.mixer import Mixer, extend_rows
 from mc_torch.modules import call_hooked
-from mc_torch.numerics import Array, Dtype, align, state_dtype
+from mc_torch.numerics import Array, Dtype, align, is_transformed, state_dtype
 
 
 class AttentionLayer(Mixer):
@@ -221,7 +223,10 @@ def attend(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
     """
     q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
     seen = None if seen is None else seen[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+    # Under torch.func, the one kernel that has batching rules and derivatives of any order.
+    kernel = sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
+    with kernel:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
     return y.transpose(1, 2)
 
 

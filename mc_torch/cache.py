@@ -10,7 +10,7 @@ from mc_torch.backends import Memory, MemoryState, Weights, make_memory
 from mc_torch.gates import pooled
 from mc_torch.host import move_to_host, put
 from mc_torch.layout import Plan
-from mc_torch.numerics import Array, Dtype, state_dtype, tree_map
+from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
 from mc_torch.rows import ENDED, Rows, take_rows
 
 Tree = Any  # nested tuples of tensors
@@ -282,9 +282,8 @@ def in_room(y: Array, after: AnyCache) -> Array:
 
 
 def is_traced(x: Any) -> bool:
-    """Whether a value is known only to the compiled program."""
-    del x
-    return torch.compiler.is_compiling()
+    """Whether a value is known only to the compiled program, or differs under `torch.vmap`."""
+    return torch.compiler.is_compiling() or (isinstance(x, Array) and is_batched(x))
 
 
 def empty_cache(

@@ -104,15 +104,43 @@ def standardize(x: Array) -> tuple[Array, Array]:
 
 
 def remat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Recompute a function in the backward pass in place of keeping what it computed."""
+    """Recompute a function in the backward pass in place of keeping what it computed.
+
+    Under a transform of `torch.func`, everything computed is kept.
+    """
 
     def run(*args: Any) -> Any:
-        # A compiler decides by itself what it keeps.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # A compiler decides by itself what it keeps; torch.func has no hooks on saved tensors.
+        if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     return run
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` (`grad`, `vmap`, `jvp`, ...) is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(x: Array) -> bool:
+    """Whether x [...] is one of several under `torch.vmap`, so that no value of it is known."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def windows(x: Array, dim: int, size: int, step: int) -> Array:
+    """Return `x.unfold(dim, size, step)` of x [...]: windows along `dim`, on a new last axis."""
+    if not is_transformed():
+        return x.unfold(dim, size, step)
+    # torch.vmap has no batching rule for the gradient of `unfold`.
+    count = (x.shape[dim] - size) // step + 1
+    start, place = (torch.arange(n, device=x.device) for n in (count, size))
+    taken = x.index_select(dim, (start[:, None] * step + place).reshape(-1))
+    return taken.unflatten(dim, (count, size)).movedim(dim + 1, -1)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

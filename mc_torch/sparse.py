@@ -101,6 +101,8 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
     place = torch.zeros_like(group).scatter(-1, order, sorted_place)
     source = group.new_full((b, h, places + 1), rows)
     source = source.scatter(-1, sorted_place, order)[..., :places]
-    number = torch.arange(blocks, device=group.device).expand(b, h, blocks).contiguous()
-    owner = torch.searchsorted(last_block, number, right=True).clamp(max=n - 1)
+    # Block i belongs to the memory with as many before it as have their last block up to i.
+    past = group.new_zeros(b, h, blocks + 1)
+    past = past.scatter_add(-1, last_block.clamp(max=blocks), torch.ones_like(last_block))
+    owner = torch.cumsum(past, dim=-1)[..., :blocks].clamp(max=n - 1)
     return place, source, owner

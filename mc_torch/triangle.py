@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 
 from mc_torch.backends import Weights
-from mc_torch.numerics import Array, remat, unstack
+from mc_torch.numerics import Array, remat, unstack, windows
 
 # (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
 # [a, b, h, c, o]; a: squares side by side
@@ -73,17 +73,17 @@ def _rows(x: Array, squares: int, rows: int, half: int) -> Array:
     missing = (squares - 1) * 2 * half + rows - x.shape[2]
     if missing > 0:
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
-    return x.unfold(2, rows, 2 * half)
+    return windows(x, 2, rows, 2 * half)
 
 
 def _memories(weights: Array, squares: int, half: int) -> Array:
     """Take [half, a, b, h, o, i] from [b, n, h, o, i], as a view."""
-    return weights.unfold(1, half, 2 * half)[:, :squares].permute(5, 1, 0, 2, 3, 4)
+    return windows(weights, 1, half, 2 * half)[:, :squares].permute(5, 1, 0, 2, 3, 4)
 
 
 def _gates_of(gates: Array, squares: int, rows: int, half: int) -> Array:
     """Take [half, a, b, h, rows * c] from [b, h, n, c, n]."""
-    gates = gates.unfold(4, half, 2 * half)[..., :squares, :]
+    gates = windows(gates, 4, half, 2 * half)[..., :squares, :]
     gates = _rows(gates, squares, rows, half)  # [b, h, a, c, a, half, rows]
     return gates.diagonal(dim1=2, dim2=4).permute(3, 5, 0, 1, 4, 2).flatten(4)
 

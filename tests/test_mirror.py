@@ -14,8 +14,19 @@ FILES = sorted(str(path.relative_to(JAX)) for path in JAX.rglob("*.py"))
 
 # What PyTorch needs beyond: file -> names that `mc_jax` does without.
 TORCH_ONLY = {
-    # JAX has jax.checkpoint, jax.tree.map, scans over stacked arrays, and a maximum with a number.
-    "numerics.py": {"autocasts", "compute_dtype", "maximum", "remat", "tree_map", "unstack"},
+    # JAX has jax.checkpoint, jax.tree.map, scans over stacked arrays, a maximum with a number, and
+    # transforms that need no care.
+    "numerics.py": {
+        "autocasts",
+        "compute_dtype",
+        "is_batched",
+        "is_transformed",
+        "maximum",
+        "remat",
+        "tree_map",
+        "unstack",
+        "windows",
+    },
     # Tools of PyTorch replace linear maps and embeddings, and FSDP hooks `forward` alone.
     "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
     # The plan's index arrays lie on a device, and are built outside of a compiled graph.

@@ -94,6 +94,11 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
     }
 
 
+def in_table(name: str) -> bool:
+    """Whether PyTorch has a parameter of this name, in a layer or a model of any configuration."""
+    return _INDEX.sub("#", name) in _BY_TORCH
+
+
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
     """Rename and lay out JAX parameters as PyTorch has them.
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from mc_core.prefixes import strip_prefixes
 from mc_core.pretrained import from_metadata, one_dtype
 from mc_core.weights import check_leaves, leaves
 from mc_torch.numerics import Array, Dtype
@@ -32,6 +33,8 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     """Return a safetensors file's configuration and tensors.
 
+    Prefixes that wrappers put into names are removed, with a line in the log.
+
     Args:
         path: a file that `mc convert` wrote.
         kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
@@ -46,7 +49,8 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     try:
         with safe_open(path, framework="pt") as file:
             config = from_metadata(file.metadata(), kind)
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return config, strip_prefixes(tensors, path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,11 +1,13 @@
 """The program `mc`, also `python -m train`: the command, once what it needs is installed."""
 
+import logging
 import sys
 from importlib.util import find_spec
 
 
 def main() -> None:
     """Run the command; a library that is not installed is one line and exit code 2."""
+    _log_to_stderr()
     try:
         from train.cli import main as run
 
@@ -18,6 +20,14 @@ def main() -> None:
         install = f"pip install 'memory-caching-jax[{extra}]'"
         print(f"mc: {package} is not installed: {install}", file=sys.stderr)
         sys.exit(2)
+
+
+def _log_to_stderr() -> None:
+    """Print what mc_core logs as the command's own lines; libraries set up the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mc: %(message)s"))
+    log = logging.getLogger("mc_core")
+    log.handlers, log.propagate = [handler], False
 
 
 if __name__ == "__main__":

@@ -78,8 +78,6 @@ def table() -> tuple[Row, ...]:
 
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
-# What `torch.compile`, `checkpoint_wrapper` and FSDP put into the names of what they wrap.
-_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class Leaf(NamedTuple):
@@ -100,9 +98,10 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
     }
 
 
-def without_wrappers(name: str) -> str:
-    """Return a parameter's name without the parts that wrappers of PyTorch add to it."""
-    return _WRAPPER.sub("", name)
+def in_table(name: str) -> bool:
+    """Whether PyTorch has a parameter of this name, in a layer or a model of any configuration."""
+    pattern = _INDEX.sub("#", name)
+    return any(row.torch == pattern for row in table())
 
 
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:

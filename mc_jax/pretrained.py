@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.prefixes import strip_prefixes
 from mc_core.pretrained import from_metadata, one_dtype
 from mc_core.weights import Flat, check_leaves, leaves, to_jax, to_torch
 from mc_jax.numerics import Dtype
@@ -34,6 +35,8 @@ def set_weights(module: nnx.Module, flat: Flat) -> None:
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     """Return a safetensors file's configuration, and its tensors in PyTorch's layout.
 
+    Prefixes that wrappers put into names are removed, with a line in the log.
+
     Args:
         path: a file that `mc convert` wrote.
         kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
@@ -48,7 +51,8 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     try:
         with safe_open(path, framework="np") as file:
             config = from_metadata(file.metadata(), kind)
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return config, strip_prefixes(tensors, path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from mc_core.prefixes import plain_names, strip_prefixes
 from mc_core.pretrained import from_metadata, one_dtype
-from mc_core.weights import check_leaves, leaves, without_wrappers
+from mc_core.weights import check_leaves, leaves
 from mc_torch.numerics import Array, Dtype
 
 Flat = dict[str, Array]
@@ -18,7 +19,9 @@ def get_weights(module: nn.Module) -> Flat:
 
     Keys are those of the `state_dict`, without what wrapped blocks and layers add to them.
     """
-    return {without_wrappers(key): x for key, x in module.state_dict().items()}
+    state = module.state_dict()
+    names, _ = plain_names(state)
+    return {names[key]: x for key, x in state.items()}
 
 
 def set_weights(module: nn.Module, flat: Flat) -> None:
@@ -29,11 +32,14 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
             the module is as before.
     """
     check_leaves(leaves(flat), leaves(get_weights(module)))
-    module.load_state_dict({key: flat[without_wrappers(key)] for key in module.state_dict()})
+    names, _ = plain_names(module.state_dict())
+    module.load_state_dict({key: flat[name] for key, name in names.items()})
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     """Return a safetensors file's configuration and tensors.
+
+    Prefixes that wrappers put into names are removed, with a line in the log.
 
     Args:
         path: a file that `mc convert` wrote.
@@ -49,7 +55,8 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     try:
         with safe_open(path, framework="pt") as file:
             config = from_metadata(file.metadata(), kind)
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return config, strip_prefixes(tensors, path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

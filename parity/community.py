@@ -17,6 +17,7 @@ import torch
 
 from mc_core import DLAConfig, MCConfig, MemoryConfig, MLPConfig, SWLAConfig, TitansConfig
 from mc_core.checks import check_keys, fail
+from mc_core.prefixes import strip_prefixes
 from mc_core.pretrained import one_dtype
 from mc_core.weights import Flat, Leaf, check_leaves, leaves
 from mc_torch import MemoryCachingLayer
@@ -234,7 +235,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     tensors = loaded["state_dict"]
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError("file: state_dict holds something else than tensors")
-    return loaded["config"], tensors
+    return loaded["config"], strip_prefixes(tensors, path, PARAMETERS.__contains__)
 
 
 def _batch(d_model: int) -> torch.Tensor:

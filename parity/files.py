@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mc_core.config import MCConfig, ModelConfig
+from mc_core.prefixes import find_state_dict, strip_prefixes
 from mc_core.pretrained import describe, read_description, to_metadata
-from mc_core.weights import Flat, to_jax, to_torch, without_wrappers
+from mc_core.weights import Flat, to_jax, to_torch
 from mc_jax.pretrained import read_file
 from parity.weights import to_numpy, to_tensor
 
@@ -61,27 +62,23 @@ def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | N
 
 
 def read_state_dict(path: Path) -> Weights:
-    """Read a file that `write_state_dict` wrote, or a bare `state_dict`, which has no config."""
+    """Read a file that `write_state_dict` wrote, or a `state_dict` that has no configuration.
+
+    The latter may be bare, or a part of a training loop's checkpoint. Prefixes that wrappers put
+    into names are removed, with a line in the log.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         config = None
-        if isinstance(loaded, dict) and "state_dict" in loaded:
+        if isinstance(loaded, dict) and _is_described(loaded):
             description = {key: value for key, value in loaded.items() if key != "state_dict"}
             config, loaded = read_description(description, Config), loaded["state_dict"]
-        if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
-            raise ValueError("holds no state_dict")
+        tensors = strip_prefixes(find_state_dict(loaded, path, torch.is_tensor), path)
     except OSError:
         raise
     except Exception as error:  # torch.load raises nothing narrower
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-    flat: Flat = {}
-    for name, tensor in loaded.items():
-        # Of a model with compiled or checkpointed blocks.
-        first, dot, rest = name.partition(".")
-        flat[first + dot + without_wrappers(rest)] = to_numpy(tensor)
-    if len(flat) != len(loaded):
-        raise ValueError(f"{path}: has parameters both with and without a wrapper in their names")
-    return Weights(config, flat, "torch")
+    return Weights(config, {name: to_numpy(tensor) for name, tensor in tensors.items()}, "torch")
 
 
 def write_state_dict(path: Path, config: Config, flat: Flat) -> None:
@@ -93,6 +90,13 @@ def write_state_dict(path: Path, config: Config, flat: Flat) -> None:
 
 SAFETENSORS = Format("safetensors", "torch", read_safetensors, write_safetensors)
 STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
+
+
+def _is_described(loaded: dict[str, Any]) -> bool:
+    """Whether a file is one of `write_state_dict`, if of another version or damaged."""
+    others = loaded.keys() - {"state_dict"}
+    alone = bool(others) and others <= {"version", "module", "config"}
+    return "state_dict" in loaded and ("version" in loaded or alone)
 
 
 def _sync(path: Path) -> None:

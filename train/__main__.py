@@ -1,5 +1,6 @@
 """The program `mc`, also `python -m train`: the command, once what it needs is installed."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ def main(command: Sequence[str] = ()) -> None:
     Args:
         command: words that stand before those of the command line, such as a group's name.
     """
+    _log_to_stderr()
     try:
         # Before the command is built: its options list the registered memories.
         names, words = split_imports(sys.argv[1:])
@@ -34,6 +36,14 @@ def main(command: Sequence[str] = ()) -> None:
         install = f"pip install 'memory-caching-jax[{extra}]'"
         print(f"mc: {package} is not installed: {install}", file=sys.stderr)
         sys.exit(2)
+
+
+def _log_to_stderr() -> None:
+    """Print what mc_core logs as the command's own lines; libraries set up the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mc: %(message)s"))
+    log = logging.getLogger("mc_core")
+    log.handlers, log.propagate = [handler], False
 
 
 if __name__ == "__main__":

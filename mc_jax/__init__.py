@@ -16,6 +16,7 @@ from mc_jax.generation import generate, sample
 from mc_jax.inspection import InnerLoop, Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
+from mc_jax.rows import take_rows
 
 __all__ = [
     "AttentionLayer",
@@ -42,4 +43,5 @@ __all__ = [
     "register_backend",
     "sample",
     "save_cache",
+    "take_rows",
 ]

@@ -16,6 +16,7 @@ from mc_torch.generation import generate, sample
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
+from mc_torch.rows import take_rows
 
 __all__ = [
     "AttentionLayer",
@@ -42,4 +43,5 @@ __all__ = [
     "register_backend",
     "sample",
     "save_cache",
+    "take_rows",
 ]

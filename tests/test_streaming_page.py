@@ -57,7 +57,10 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
         "jax": {"model": left, "prompt": jnp.asarray(prompt), "jnp": jnp},
         "torch": {"model": right, "prompt": torch.tensor(prompt), "torch": torch},
     }
-    assert [name for name, _ in BLOCKS] == ["jax", "torch", "jax", *["jax", "torch"] * 2]
+    assert [name for name, _ in BLOCKS] == [
+        *("jax", "torch", "jax", "jax", "torch"),
+        *("torch", "jax", "torch"),
+    ]
     assert len(BLOCKS) == PAGE.read_text().count("```python")
     with torch.no_grad():
         generated = greedy(right, prompt, 16)
@@ -76,6 +79,9 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
         elif number < 5:
             np.testing.assert_allclose(space["logits"][0, 2:], alone, atol=1e-5)
             assert space["cache"][0].position.tolist() == [3, 5]
+        elif number == 5:
+            assert space["samples"][0].position.tolist() == [3] * 4
+            assert space["beams"][0].position.tolist() == [5, 5]
     # The file on disk is PyTorch's by now, and JAX goes on with it.
     crossed = mc_jax.load_cache("stream.safetensors", left)
     for (name, one), (_, other) in zip(

@@ -16,6 +16,7 @@ from test_sweep import write
 from tiny import mc, write_config
 
 from mc_core.errors import UserError
+from train import step
 from train.checkpoint import Checkpoints
 from train.config import load_config
 from train.curves import read_rows
@@ -78,13 +79,40 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def grown(folder, tmp_path_factory) -> tuple[Path, str]:
+    """The configuration of a copy that grew to twelve steps, and what was printed."""
+    path = copy(folder, tmp_path_factory.mktemp("grown"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.step.mean_loss", simple_loss)
+        patch.setattr("train.tasks.text.TextScoring", Scoring)
+        return path, run(path, *TWELVE)[1]
+
+
+def copy(folder: Path, to: Path) -> Path:
+    """Copy the finished run, and return the configuration of the copy."""
+    shutil.copytree(folder / "runs", to / "runs")
+    text = (folder / "tiny.yaml").read_text()
+    (to / "tiny.yaml").write_text(text.replace(str(folder / "runs"), str(to / "runs")))
+    return to / "tiny.yaml"
+
+
+@pytest.fixture
+def one_program(monkeypatch) -> None:
+    """Have all runs of a test use the step that is compiled for the first one."""
+    make, made = step.make_train_step, []
+
+    def make_once(*args):
+        made.append(made[0] if made else make(*args))
+        return made[0]
+
+    monkeypatch.setattr(step, "make_train_step", make_once)
+
+
 @pytest.fixture
 def path(folder, tmp_path) -> Path:
     """The configuration of a copy of that run."""
-    shutil.copytree(folder / "runs", tmp_path / "runs")
-    text = (folder / "tiny.yaml").read_text()
-    (tmp_path / "tiny.yaml").write_text(text.replace(str(folder / "runs"), str(tmp_path / "runs")))
-    return tmp_path / "tiny.yaml"
+    return copy(folder, tmp_path)
 
 
 def run(path: Path, *words: str) -> tuple[Report, str]:
@@ -109,7 +137,7 @@ def flat(state) -> dict[str, np.ndarray]:
     }
 
 
-def test_a_run_that_grew_is_the_longer_run_where_the_rate_is_constant(tmp_path):
+def test_a_run_that_grew_is_the_longer_run_where_the_rate_is_constant(tmp_path, one_program):
     """Parameters, optimiser, data and curves continue bit for bit."""
     path = write_config(tmp_path)
     other = f"run.directory={tmp_path / 'runs' / 'whole'}"
@@ -129,8 +157,8 @@ def test_a_run_that_grew_is_the_longer_run_where_the_rate_is_constant(tmp_path):
     assert report.steps == load_report(tmp_path / "runs" / "tiny").steps == 12
 
 
-def test_the_new_shape_of_the_schedule_is_one_line(path):
-    _, out = run(path, *TWELVE)
+def test_the_new_shape_of_the_schedule_is_one_line(grown):
+    path, out = grown
     optimizer = load_config(path).optimizer
     old, new = (make_schedule(optimizer, steps) for steps in (6, 12))
     assert (
@@ -139,8 +167,7 @@ def test_the_new_shape_of_the_schedule_is_one_line(path):
     ) in out
     rates = [row["learning_rate"] for row in read_rows(path.parent / "runs" / "tiny")]
     np.testing.assert_allclose(rates, [*map(old, range(6)), *map(new, range(6, 12))], rtol=1e-6)
-    _, again = run(path, *TWELVE)
-    assert "grows" not in again
+    assert "grows" not in run(path, *TWELVE)[1]
 
 
 def test_a_run_that_grew_is_finished_once_its_own_report_is_there(path, monkeypatch):
@@ -178,8 +205,8 @@ def test_steps_may_grow_and_nothing_else_may_change(path, monkeypatch, capsys, w
     assert snapshot(path.parent) == before
 
 
-def test_a_run_that_grew_cannot_go_back_and_is_scored(path, monkeypatch, capsys):
-    run(path, *TWELVE)
+def test_a_run_that_grew_cannot_go_back_and_is_scored(grown, monkeypatch, capsys):
+    path, _ = grown
     assert mc(monkeypatch, "train", path, *SIX) == 2
     assert "may grow but not shrink" in capsys.readouterr().err
     out = io.StringIO()
@@ -187,15 +214,15 @@ def test_a_run_that_grew_cannot_go_back_and_is_scored(path, monkeypatch, capsys)
     assert report.steps == 12
 
 
-def test_a_sweep_takes_no_run_whose_steps_grew(path):
+@pytest.mark.parametrize(
+    ("is_grown", "message"),
+    [(False, "run.steps was 6 and is 12"), (True, "whose run.steps grew at step 6")],
+)
+def test_a_sweep_takes_no_run_whose_steps_grew(path, grown, is_grown, message):
     """Its learning rates are not those that its configuration says."""
-    for words, message in (
-        (TWELVE, "run.steps was 6 and is 12"),
-        (("run.steps=12",), "whose run.steps grew at step 6"),
-    ):
-        with pytest.raises(UserError, match=message):
-            train(load_config(path, [*TWELVE, *words]), Console(file=io.StringIO()), claimed=True)
-        run(path, *TWELVE)
+    config = load_config(grown[0] if is_grown else path, TWELVE)
+    with pytest.raises(UserError, match=message):
+        train(config, Console(file=io.StringIO()), claimed=True)
 
 
 def test_a_checkpoint_from_before_these_keys_continues(path):
@@ -204,7 +231,8 @@ def test_a_checkpoint_from_before_these_keys_continues(path):
     del meta["grown"], meta["config"]["run"]["init_from"], meta["config"]["run"]["init_optimizer"]
     file.write_text(json.dumps(meta))
     assert run(path, *SIX)[0].steps == 6
-    assert run(path, *TWELVE)[0].steps == 12
+    with Checkpoints(path.parent / "runs" / "tiny") as checkpoints:
+        assert checkpoints.meta(6).grown == ()
 
 
 def new(path: Path, *words: str) -> list[str]:
@@ -247,7 +275,7 @@ def test_a_run_starts_from_the_weights_of_another(path, monkeypatch, optimizer):
     assert [int(found[name]) for name in schedule] == [6 if optimizer == "true" else 0, 0]
 
 
-def test_an_interrupted_new_run_does_not_need_the_other_again(path):
+def test_an_interrupted_new_run_does_not_need_the_other_again(path, one_program):
     words = new(path, "run.init_optimizer=true")
     run(path, *words)
     rates = [row["learning_rate"] for row in read_rows(path.parent / "runs" / "new")]
@@ -263,6 +291,8 @@ def test_an_interrupted_new_run_does_not_need_the_other_again(path):
 
 
 def test_an_interrupted_run_says_where_it_resumes(path, monkeypatch, capsys):
+    """And has no lock any more."""
+
     def stop(curves, step, **values):
         if step == 11:
             raise KeyboardInterrupt

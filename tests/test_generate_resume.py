@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -19,8 +20,7 @@ from train.config import load_config, to_dict
 from train.step import build
 from train.tasks.task import load_task
 
-# Of ten bytes each: another width would be another program to compile.
-TEXTS = ["the memory", "é segment", "a long bit", "keeps text", "every part"]
+TEXTS = ["the memory", "é segment", "a long bit", "keeps text", "é"]
 OPTIONS = ["--max-tokens", 6, "--batch-size", 2, "--temperature", 1.5, "--seed", 3]
 
 
@@ -44,9 +44,9 @@ def prompts(tmp_path) -> Path:
     return write_prompts(tmp_path)
 
 
-def write_prompts(folder: Path) -> Path:
+def write_prompts(folder: Path, count: int = len(TEXTS)) -> Path:
     path = folder / "prompts.jsonl"
-    rows = ({"id": number, "prompt": text} for number, text in enumerate(TEXTS))
+    rows = ({"id": number, "prompt": text} for number, text in enumerate(TEXTS[:count]))
     path.write_text("".join(map(line, rows)))
     return path
 
@@ -74,11 +74,25 @@ def stop_before(monkeypatch, row: int, action: Callable[[], object]) -> list[int
     return asked
 
 
+def fake_complete(model, tokenizer, prompts, options, speed, *, first_row, show):
+    """Return completions that, like real ones, depend on a prompt, its row and the options."""
+    return [
+        SimpleNamespace(text=f"{row} {prompt.text} {options.seed}", tokens=6, finish="length")
+        for row, prompt in enumerate(prompts, first_row)
+    ]
+
+
+@pytest.fixture
+def fake(monkeypatch) -> None:
+    monkeypatch.setattr(generate, "complete", fake_complete)
+
+
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> bytes:
     """The output of a call that nothing interrupted."""
     prompts = write_prompts(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "complete", fake_complete)
         assert mc(patch, *words(run, prompts)) == 0
     return (prompts.parent / "out.jsonl").read_bytes()
 
@@ -92,6 +106,7 @@ def two_rows(run, tmp_path_factory) -> bytes:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "complete", fake_complete)
         stop_before(patch, 2, interrupt)
         assert mc(patch, *words(run, prompts)) == 130
     return (prompts.parent / "out.jsonl.partial").read_bytes()
@@ -104,9 +119,19 @@ def partial(prompts, two_rows) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def drawn(run, tmp_path_factory) -> list[bytes]:
+    """The lines that the model itself draws for the first four prompts."""
+    prompts = write_prompts(tmp_path_factory.mktemp("drawn"), 4)
+    with pytest.MonkeyPatch.context() as patch:
+        assert mc(patch, *words(run, prompts)) == 0
+    return (prompts.parent / "out.jsonl").read_bytes().splitlines()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_output_resumes(run, prompts, whole, monkeypatch, capsys, number, code):
+def test_an_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys, number, code):
     """As if nothing had been: the draws of a row follow from its number."""
+    prompts = write_prompts(tmp_path, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     output, partial = (prompts.parent / f"out.jsonl{end}" for end in ("", ".partial"))
     try:
@@ -117,21 +142,19 @@ def test_an_interrupted_output_resumes(run, prompts, whole, monkeypatch, capsys,
         signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert out == ""
-    message = f"2 of 5 rows are kept in {partial}"
+    message = f"2 of 4 rows are kept in {partial}"
     assert err == f"mc: interrupted: {message}: the same command resumes\n"
     assert not output.exists()
     assert partial.read_bytes().count(b"\n") == 3
     asked = stop_before(monkeypatch, -1, lambda: None)
     assert mc(monkeypatch, *words(run, prompts)) == 0
     assert capsys.readouterr().err.startswith(f"resuming {output}: {message}\n")
-    assert asked == [2, 4]
-    assert output.read_bytes() == whole
-    assert {path.name for path in prompts.parent.iterdir()} == {
-        "prompts.jsonl", "out.jsonl"
-    }  # fmt: skip
+    assert asked == [2]
+    assert output.read_bytes().splitlines() == drawn
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
 
 
-def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, monkeypatch, capsys):
+def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, fake, monkeypatch, capsys):
     """The prompt is named; without it the output resumes and is that of the prompts there are."""
 
     def fail():
@@ -158,7 +181,7 @@ def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, monkeypa
     ("keep", "rows", "size"), [(3, 2, 2), (3, 2, 1), (2, 1, 2), (1, 0, 2), (0, 0, 2)]
 )
 def test_a_half_written_line_is_dropped(
-    run, prompts, partial, whole, monkeypatch, capsys, keep, rows, size
+    run, prompts, partial, whole, fake, monkeypatch, capsys, keep, rows, size
 ):
     """With batches of the same size or of another."""
     lines = partial.read_bytes().splitlines(keepends=True)
@@ -240,7 +263,7 @@ def test_a_full_disk_leaves_the_rows_before(tmp_path):
     assert not partial.path.exists()
 
 
-def test_further_keys_of_a_row_are_handed_through(run, tmp_path, monkeypatch, capsys):
+def test_further_keys_of_a_row_are_handed_through(run, fake, tmp_path, monkeypatch, capsys):
     rows = [
         {"id": 7, "prompt": TEXTS[0], "tags": ["é", None, {"x": 1.5}]},
         {"prompt": TEXTS[1], "s": "\ud800"},

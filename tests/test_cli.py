@@ -10,6 +10,8 @@ import pytest
 from tiny import mc, write_config
 
 from mc_core.files import write_atomic
+from train.config import load_config
+from train.optimizer import make_schedule
 from train.report import load_report, siblings
 from train.tasks.recall import RecallTask
 
@@ -45,6 +47,9 @@ def test_a_run_says_how_far_it_is_and_ends_with_a_table(finished):
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9, 12]
     assert [row["step"] for row in rows if "validation_bits_per_byte" in row] == [6, 12]
     assert {"grad_norm", "learning_rate", "tokens_per_second", "seconds", "time"} <= rows[0].keys()
+    rate = make_schedule(load_config(finished).optimizer, 12)  # of each step, counted from 0
+    shown = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+    assert shown == {step: pytest.approx(float(rate(step - 1))) for step in shown}
     assert any((run / "tensorboard").glob("*.tfevents.*"))
 
 

@@ -1,21 +1,43 @@
 """Settings of the whole test run; fixtures that hold our own code to stricter rules."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
+from tiny import without_pictures
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from parity.environment import AS_WRITTEN, flags, quick_compile
 
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
 # optimisations a jitted gradient takes 1-2 s in place of 10.
-os.environ["XLA_FLAGS"] = flags(AS_WRITTEN | quick_compile())
+os.environ["XLA_FLAGS"] = flags(
+    AS_WRITTEN | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
+)
+# A program that several tests, workers or commands need is compiled once in a session: what this
+# process starts, xdist's workers too, inherits its environment.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/programs-of-{os.getpid()}"
+)
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # a limit makes JAX lock its files
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_unconfigure() -> None:
+    """Remove this session's programs."""
+    programs = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if programs.endswith(f"-{os.getpid()}"):
+        shutil.rmtree(programs, ignore_errors=True)
 
 
 _MAPS = Path("/proc/self/maps")
@@ -42,3 +64,19 @@ def strict() -> Iterator[None]:
     """Refuse implicit promotion of dtypes and ranks."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    """The file of a tokenizer of three words."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "the", "memory", "reads"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    words.save(str(path))
+    return str(path)

@@ -37,9 +37,20 @@ def run(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> Result
 
 def gradients(case: Case, method: str = "chunked", dtype: Any = jnp.float64) -> dict[str, Any]:
     """Return the gradients of every input under random cotangents."""
-    return jax.jit(jax.grad(lambda inputs: projected(call(inputs, case, method))))(
-        arrays(case, dtype)
-    )
+    return run_with_gradients(case, method, dtype)[1]
+
+
+def run_with_gradients(
+    case: Case, method: str = "chunked", dtype: Any = jnp.float64
+) -> tuple[Result, dict[str, Any]]:
+    """Run a case forward and backward, in one program."""
+
+    def loss(inputs: dict[str, Any]) -> tuple[jax.Array, Result]:
+        result = call(inputs, case, method)
+        return projected(result), result
+
+    (_, result), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays(case, dtype))
+    return result, grads
 
 
 def projected(result: Result, seed: int = 0) -> jax.Array:

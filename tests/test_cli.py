@@ -1,9 +1,11 @@
 """What a person types and sees; bad input is one line, exit code 2, and nothing lost."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,13 @@ from train.tasks.recall import RecallTask
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The configuration of a run that was trained to its end, in a process of its own."""
+    """The configuration of a run that was trained to its end, with what it printed."""
     config = write_config(tmp_path_factory.mktemp("finished"))
-    command = [sys.executable, "-c", "from train.cli import main; main()", "train", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    (config.parent / "stdout.txt").write_text(done.stdout)
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        assert mc(patch, "train", config) == 0
+    assert not err.getvalue()
+    (config.parent / "stdout.txt").write_text(out.getvalue())
     return config
 
 
@@ -69,7 +72,7 @@ def test_evaluate_scores_the_checkpoint_again(finished, monkeypatch, capsys):
     assert "tiny (linear + grm)" in out
 
 
-def test_runs_on_the_same_bytes_share_a_table(finished, monkeypatch, capsys):
+def test_runs_on_the_same_bytes_share_a_table(finished, no_pictures, monkeypatch, capsys):
     run = finished.parent / "runs"
     words = [f"run.directory={run / 'twin'}", "model.layer.aggregation=none"]
     assert mc(monkeypatch, "train", finished, *words) == 0

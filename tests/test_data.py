@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_documents
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from mc_core.errors import UserError
 from train.config import RunConfig, TextConfig
@@ -163,16 +163,6 @@ def test_position_resumes(taken):
     fresh = _batches()
     fresh.set_state(state)
     assert np.array_equal(expected, [next(fresh) for _ in range(8)])
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", "the", "memory", "reads"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path / "tokenizer.json"
-    words.save(str(path))
-    return str(path)
 
 
 def test_tokenizer_file(tmp_path, tokenizer):

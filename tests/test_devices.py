@@ -3,7 +3,6 @@
 import io
 import os
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 from test_resume import train_until
-from tiny import TINY, write_config
+from tiny import COMMAND, TINY, write_config
 
 from bench.devices import gather, replicate, request, split_rows
 from mc_core.errors import UserError
@@ -30,8 +29,7 @@ MQAR = (
 )
 TITANS = ("model.layer.memory.kind=titans", "model.layer.memory.expansion=1")
 CASES = {
-    "text": TITANS,
-    "ssc": ("model.layer.aggregation=ssc", "run.accumulation=2"),
+    "text": (*TITANS, "model.layer.aggregation=ssc", "run.accumulation=2"),
     "mqar": MQAR,
 }
 
@@ -56,6 +54,7 @@ def assert_equal_rows(one, other, tolerance):
             assert a[key] == pytest.approx(b[key], rel=within), (key, a["step"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", CASES)
 def test_two_devices_train_as_one(case, tmp_path, monkeypatch):
     """Losses, gradients' norms, validation and report are equal; each device has half the rows."""
@@ -76,7 +75,6 @@ def test_two_devices_train_as_one(case, tmp_path, monkeypatch):
         return graphdef, state, step_seen
 
     monkeypatch.setattr("train.loop.build", build_seen)
-    monkeypatch.setattr("train.tasks.text.draw_gates", lambda *_: None)
     config = write_config(tmp_path)
     words = (*SMALL, *CASES[case])
     rows, _, report = run_on(1, config, *words)
@@ -94,11 +92,11 @@ def test_two_devices_train_as_one(case, tmp_path, monkeypatch):
             assert {shard.index[1].start or 0 for shard in shards} == {0, 2}
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_checkpoints_go_on_with_other_devices(before, after, tmp_path, monkeypatch):
     run = {"directory": str(tmp_path / "runs" / "tiny"), "batch_size": 4, "save_every": 4}
     config = write_config(tmp_path, run=TINY["run"] | run | {"devices": before, "log_every": 1})
-    monkeypatch.setattr("train.tasks.text.draw_gates", lambda *_: None)
     whole, expected, _ = run_on(1, config)
     train_until(8, config, monkeypatch)
     again = load_config(config, [f"run.devices={after}"])
@@ -115,10 +113,10 @@ def test_checkpoints_go_on_with_other_devices(before, after, tmp_path, monkeypat
 def test_the_command_makes_devices_of_a_cpu(tmp_path):
     """In a process of its own: this one has four."""
     config = write_config(tmp_path)
-    command = [sys.executable, "-c", "from train.cli import main; main()", "train", str(config)]
     words = ["run.steps=3", "run.devices=2", "run.log_every=1", "run.validate_every=0"]
+    command = [*COMMAND, "train", str(config), *words]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, *words], capture_output=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny")] == [1, 2, 3]
 

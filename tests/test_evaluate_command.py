@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_cli import fails
 from test_recall import MQAR, NIAH, write
-from tiny import TINY, mc, write_config
+from tiny import TINY, mc, without_pictures, write_config
 
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
 from train.config import from_dict, load_config
@@ -22,6 +22,7 @@ def runs(tmp_path_factory):
     """The configurations of two short runs, with a checkpoint each."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
         for name, data in (("mqar", MQAR), ("niah", NIAH)):
             made[name] = write(tmp_path_factory.mktemp(name), data, steps=3)
             assert mc(patch, "train", made[name]) == 0

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 from test_cli import fails, snapshot
-from tiny import TINY, mc, write_config
+from tiny import TINY, mc, without_pictures, write_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mc_core import LinearConfig, MCConfig, ModelConfig
@@ -34,7 +34,9 @@ def run(tmp_path_factory):
     """A run that has been trained to its end, with what it printed beside its configuration."""
     config = write_config(tmp_path_factory.mktemp("generate"))
     out = io.StringIO()
-    train(load_config(config, ["run.sample_tokens=30"]), Console(file=out, width=80))
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        train(load_config(config, ["run.sample_tokens=30"]), Console(file=out, width=80))
     (config.parent / "stdout.txt").write_text(out.getvalue())
     return config.parent / "runs" / "tiny"
 

@@ -8,45 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from generation_cases import (
+    LAYERS,
+    LOGITS,
+    PROMPTS,
+    SAMPLED,
+    SAMPLING,
+    VOCAB,
+    by_full_passes,
+    check_frequencies,
+    distribution,
+    keys_of,
+    make_model,
+    mirrored,
+    tokens_of,
+)
 
-from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.generation import bucket, make_blocks
-from mc_jax import LanguageModel, generate, sample
+from mc_jax import generate, sample
 from mc_jax.generation import _make_programs
-
-VOCAB = 13
-DLA, TITANS = DLAConfig(depth=2, expansion=2), TitansConfig(depth=2, expansion=2)
-LAYERS = {
-    "linear-none": MCConfig(8, 2, LinearConfig(coefficients="token"), "none"),
-    "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", state_init_mode="restart"),
-    "linear-soup": MCConfig(8, 2, LinearConfig(), "soup", conv_width=3),
-    "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc"),
-    "swla-mean": MCConfig(8, 2, SWLAConfig(), "mean", conv_width=2),
-    "dla-residual": MCConfig(8, 2, DLAConfig(depth=2, expansion=1), "residual"),
-    "titans-grm": MCConfig(8, 2, TitansConfig(depth=2, expansion=1), "grm", conv_width=4),
-}
-PROMPTS = [[1, 7, 3, 3, 9, 0, 12, 5, 2, 8, 4], [6], [2, 11, 2, 10, 5]]
-SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
-
-
-def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
-    """Build a model that does not just repeat its last token, as one with tied embeddings may."""
-    layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
-    config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
-    return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
-
-
-def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
-    """Return what `generate` gives, [b, count]."""
-    steps = list(generate(model, prompts, count, **options))
-    assert all(step.shape == (len(prompts),) and step.dtype == jnp.int32 for step in steps)
-    return np.stack(steps, axis=1)
-
-
-def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
-    """Return what the draws of a step depend on, by their definition."""
-    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), r), step) for r in rows]
-    return jnp.stack(keys)
 
 
 def first_cache(steps: Any) -> Any:
@@ -54,30 +34,21 @@ def first_cache(steps: Any) -> Any:
     return steps.gi_frame.f_locals["cache"][0]
 
 
-def by_full_passes(
-    model: LanguageModel, prompt: list[int], row: int, count: int, seed: int = 0, **options: Any
-) -> list[int]:
-    """Choose a token after a full pass over all tokens so far, again and again."""
-    graph, state = nnx.split(model)
-    run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
-    tokens = np.zeros((1, max(map(len, PROMPTS)) + count), np.int32)  # one length, one program
-    tokens[0, : len(prompt)] = prompt
-    for step in range(count):
-        at = len(prompt) + step
-        logits = run(state, tokens)[:, at - 1]
-        (tokens[0, at],) = sample(logits, keys_of(seed, [row], step), **options)
-    return tokens[0, len(prompt) : len(prompt) + count].tolist()
+QUICK = ("linear-soup", "swla-ssc", "dla-residual", "titans-grm")
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS],
+)
 def test_tokens_are_those_of_repeated_full_passes(name):
     """Token for token, greedy and sampled, for rows of different lengths, over many segments."""
     model = make_model(name)
+    mirror = mirrored(model)
     for options in ({}, SAMPLED):
         found = tokens_of(model, PROMPTS, 14, block=4, **options)
-        for row, prompt in enumerate(PROMPTS):
-            assert found[row].tolist() == by_full_passes(model, prompt, row, 14, **options)
+        np.testing.assert_array_equal(found, by_full_passes(mirror, PROMPTS, 14, **options))
     assert len(np.unique(found)) > 6
 
 
@@ -92,28 +63,31 @@ def test_a_row_gives_what_it_gives_alone():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("left", [True, False])
-def test_left_and_right_padded_prompts_give_what_each_row_gives_alone(left):
+def test_left_and_right_padded_prompts_give_what_each_row_gives_alone():
     """A batch that is padded by hand on either side, through `extend`, goes on as `generate`."""
     model = make_model()
     graph, state = nnx.split(model)
     extend = jax.jit(lambda s, *args, padding: nnx.merge(graph, s).extend(*args, padding=padding))
+    ways = ((0, {}), (5, {"temperature": 2.0}))
+    expected = [tokens_of(model, PROMPTS, 6, seed=seed, **options) for seed, options in ways]
     width = max(map(len, PROMPTS))
-    tokens, padding = np.full((3, width), 4, np.int32), np.ones((3, width), bool)
-    for row, prompt in enumerate(PROMPTS):
-        start = (width - len(prompt)) * left
-        place = slice(start, start + len(prompt))
-        tokens[row, place], padding[row, place] = prompt, False
-    logits, filled = extend(state, tokens, model.init_cache(3, 32), padding=padding)
-    last = [width - 1] * 3 if left else [len(prompt) - 1 for prompt in PROMPTS]
-    for seed, options in ((0, {}), (5, {"temperature": 2.0})):
-        expected = tokens_of(model, PROMPTS, 6, seed=seed, **options)
-        after, cache = logits[np.arange(3), np.array(last)], filled
-        for step in range(6):
-            new = sample(after, keys_of(seed, range(3), step), **options)
-            np.testing.assert_array_equal(new, expected[:, step])
-            after, cache = extend(state, new[:, None], cache, padding=np.zeros((3, 1), bool))
-            after = after[:, 0]
+    alone = np.broadcast_to(np.arange(width) > 0, (3, width))  # the next token, and no other
+    for left in (True, False):
+        tokens, padding = np.full((3, width), 4, np.int32), np.ones((3, width), bool)
+        for row, prompt in enumerate(PROMPTS):
+            start = (width - len(prompt)) * left
+            place = slice(start, start + len(prompt))
+            tokens[row, place], padding[row, place] = prompt, False
+        logits, filled = extend(state, tokens, model.init_cache(3, 32), padding=padding)
+        last = [width - 1] * 3 if left else [len(prompt) - 1 for prompt in PROMPTS]
+        for (seed, options), wanted in zip(ways, expected, strict=True):
+            after, cache = logits[np.arange(3), np.array(last)], filled
+            for step in range(6):
+                new = sample(after, keys_of(seed, range(3), step), **options)
+                np.testing.assert_array_equal(new, wanted[:, step])
+                tokens = np.where(alone, 4, np.asarray(new)[:, None])
+                after, cache = extend(state, tokens, cache, padding=alone)
+                after = after[:, 0]
 
 
 @pytest.mark.usefixtures("float64")
@@ -124,37 +98,6 @@ def test_the_width_of_blocks_changes_nothing():
         np.testing.assert_array_equal(tokens_of(model, PROMPTS, 10, block=block, **SAMPLED), whole)
 
 
-def distribution(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
-) -> np.ndarray:
-    """Return the probabilities that the options name, one id after another."""
-    shares = np.exp((logits - logits.max()) / temperature)
-    ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
-    shares /= shares[ids].sum()
-    kept, total = [], 0.0
-    for i in ids:
-        if total >= (top_p or 1.0):
-            break
-        kept.append(i)
-        total += shares[i]
-    out = np.zeros(len(logits))
-    out[kept] = shares[kept] / shares[kept].sum()
-    return out
-
-
-SAMPLING = [
-    (1.0, None, None),
-    (0.5, None, None),
-    (2.0, 3, None),
-    (1.0, None, 0.6),
-    (0.7, 4, 0.8),
-    (3.0, 100, 1.0),
-    (1.0, 3, 0.99),
-    (1.0, None, 1e-9),
-]
-LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with equal ones at the cuts
-
-
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SAMPLING)
 def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
     draws = 40_000
@@ -162,14 +105,6 @@ def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (draws, 7))
     found = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
     check_frequencies(np.asarray(found), distribution(LOGITS, temperature, top_k, top_p))
-
-
-def check_frequencies(found: np.ndarray, expected: np.ndarray) -> None:
-    """Hold draws to probabilities: none where they are 0, elsewhere within 4.5 deviations."""
-    shares = np.bincount(found, minlength=len(expected)) / len(found)
-    assert (shares[expected == 0] == 0).all(), (shares, expected)
-    limit = 4.5 * np.sqrt(expected * (1 - expected) / len(found))
-    assert (np.abs(shares - expected) <= limit + 1e-12).all(), (shares, expected)
 
 
 def test_greedy_takes_the_first_of_equal_logits_and_flags_what_is_not_finite():
@@ -221,8 +156,8 @@ def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
     """They stay there, the tokens are the same, and nothing is compiled on the way."""
     model = make_model("linear-grm", jnp.float32)
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    near = tokens_of(model, PROMPTS, 9, block=1)
-    steps = generate(model, PROMPTS, 9, block=1, cache_device="host")
+    near = tokens_of(model, PROMPTS, 9)
+    steps = generate(model, PROMPTS, 9, cache_device="host")
     weights = first_cache(steps).stored.weights
     assert {w.sharding.memory_kind for w in weights} == {"pinned_host"}
     with jax.log_compiles():
@@ -249,12 +184,6 @@ def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for():
     assert [w.dtype for w in weights] == [jnp.bfloat16, jnp.float32]
     assert 2 * weights[0].nbytes == weights[1].nbytes
     assert np.mean([np.mean(x == y) for x, y in zip(low, high, strict=True)]) > 0.5
-
-
-def test_cached_memories_on_the_host_give_the_same():
-    model = make_model("linear-grm", jnp.float32)
-    near, far = (tokens_of(model, PROMPTS, 12, cache_device=d) for d in ("device", "host"))
-    np.testing.assert_array_equal(near, far)
 
 
 @pytest.mark.parametrize(

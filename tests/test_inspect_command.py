@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, mc, write_config
+from tiny import TINY, mc, without_pictures, write_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mc_core.errors import UserError
@@ -32,6 +32,7 @@ def run(tmp_path_factory):
     model["layer"] = model["layer"] | {"aggregation": "ssc", "ssc_top_k": 1}
     config = write_config(folder, model=model)
     with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
         assert mc(patch, "train", config, "run.steps=3") == 0
     (folder / "text.txt").write_text(WORDS)
     return folder / "runs" / "tiny"

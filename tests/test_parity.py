@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from mc_core.trees import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw
-from parity.check import check
+from parity.check import check, check_case
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.environment import quick_compile
-from parity.faults import FAULTS, TIES, selftest
+from parity.faults import FAULTS, TIES, planted, selftest
 from parity.files import write_safetensors
 from parity.grids import QUICK, full
 from parity.leaves import Leaf, cotangent
@@ -47,10 +48,24 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 # The two packages
 
 
-def test_the_quick_grid_is_equal():
-    outcomes = list(check(QUICK))
-    assert not failures(outcomes), "\n".join(failures(outcomes))
-    assert [outcome.case for outcome in outcomes] == list(QUICK)
+@pytest.mark.parametrize("case", QUICK, ids=[f"{case.name} {case.dtype}" for case in QUICK])
+def test_the_quick_grid_is_equal(case):
+    failed = failures([check_case(case)])
+    assert not failed, failed
+
+
+def test_outcomes_have_the_order_of_the_cases(monkeypatch):
+    """Cases are compared in several threads."""
+    turns = []
+
+    def slow_first(case, *_):
+        turns.append(case)
+        time.sleep(0.2 if case is QUICK[0] else 0)
+        return Outcome(case, ())
+
+    monkeypatch.setattr("parity.check.check_case", slow_first)
+    assert [outcome.case for outcome in check(QUICK[:5])] == list(QUICK[:5])
+    assert sorted(case.name for case in turns) == sorted(case.name for case in QUICK[:5])
 
 
 @pytest.mark.slow
@@ -241,13 +256,17 @@ def test_parameters_that_do_not_fit_are_listed():
 # The command
 
 
-def test_the_command_writes_what_it_found(tmp_path):
+ONE_CASE = ("check", "--kind", "swla", "--aggregation", "residual")
+
+
+def test_the_command_writes_what_it_found(monkeypatch, capsys, tmp_path):
     files = {"--json": tmp_path / "report.json", "--markdown": tmp_path / "report.md"}
     words = [word for item in files.items() for word in item]
-    done = run("", "check", "--kind", "swla", "--aggregation", "residual", *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "swla+residual recurrent" in done.stdout
-    assert "all equal: 1 cases, 22 leaves, cpu" in done.stdout
+    assert mc(monkeypatch, "parity", *ONE_CASE, *words) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert "swla+residual recurrent" in out
+    assert "all equal: 1 cases, 22 leaves, cpu" in out
     report = json.loads(files["--json"].read_text())
     assert report["ok"]
     (case,) = report["cases"]
@@ -256,17 +275,22 @@ def test_the_command_writes_what_it_found(tmp_path):
     assert "| swla+residual recurrent" in files["--markdown"].read_text()
 
 
-def test_the_command_fails_where_a_leaf_differs():
-    code = (
-        "import parity.environment as e; e.prepare('cpu')\n"
-        "from parity.faults import FAULTS, planted\n"
-        "with planted(next(f for f in FAULTS if f.name == 'mask ignored')):\n {}"
-    )
-    done = run(code, "check", "--kind", "swla", "--aggregation", "residual")
-    assert (done.returncode, done.stderr) == (1, "")
-    line = done.stdout.splitlines()[-2]
+def test_the_command_fails_where_a_leaf_differs(monkeypatch, capsys):
+    with planted(next(fault for fault in FAULTS if fault.name == "mask ignored")):
+        assert mc(monkeypatch, "parity", *ONE_CASE) == 1
+    out, err = capsys.readouterr()
+    assert not err
+    line = out.splitlines()[-2]
     assert "first to diverge, in forward order: cache.stored.weights.0: relative RMS" in line
-    assert "1 of 1 cases differ" in done.stdout
+    assert "1 of 1 cases differ" in out
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own():
+    """It settles XLA's flags before jax is imported."""
+    done = run("", *ONE_CASE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "all equal: 1 cases, 22 leaves, cpu" in done.stdout
 
 
 @pytest.mark.parametrize(("release", "known"), [("0.10.2", True), ("0.12.0.1", False)])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from test_data import tokenizer  # noqa: F401  a fixture
 from tiny import TINY, mc, write_config
 
 from train import evaluate as subject
@@ -17,6 +16,8 @@ from train.data import Corpus
 from train.loop import train
 from train.report import load_report
 from train.step import build
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def spans(buckets: list[dict]) -> list[tuple[int, int]]:
@@ -129,7 +130,7 @@ def test_an_older_report_is_made_anew(tmp_path):
     assert load_report(path.parent) == report
 
 
-def test_the_unit_is_the_token_of_a_tokenizer(tmp_path, tokenizer):  # noqa: F811
+def test_the_unit_is_the_token_of_a_tokenizer(tmp_path, tokenizer):
     config = write_config(tmp_path)
     report = quiet(config, "run.steps=3", f"data.tokenizer={tokenizer}")
     assert report.unit == "token"

@@ -53,8 +53,9 @@ def test_the_loss_is_that_of_the_full_logits_at_the_answers(data):
     losses, right, _ = jax.jit(lambda *a: answer_losses(graphdef, *a))(
         state.params, state.rest, batch
     )
-    logits = nnx.merge(graphdef, state.params, state.rest)(jnp.asarray(batch.tokens))
-    logits = np.asarray(logits)[np.arange(2)[:, None], batch.places]
+    run = jax.jit(lambda params, rest, tokens: nnx.merge(graphdef, params, rest)(tokens))
+    logits = np.asarray(run(state.params, state.rest, jnp.asarray(batch.tokens)))
+    logits = logits[np.arange(2)[:, None], batch.places]
     chances = np.asarray(jax.nn.log_softmax(logits))
     expected = -np.take_along_axis(chances, batch.labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
@@ -89,7 +90,7 @@ def test_overfits_a_small_set():
     assert losses[0] == pytest.approx(np.log(256), abs=0.5)
     assert losses[-1] < 0.05
     batch = jax.tree.map(lambda x: x[0], next(batches))
-    _, right, _ = answer_losses(graphdef, state.params, state.rest, batch)
+    _, right, _ = jax.jit(lambda *a: answer_losses(graphdef, *a))(state.params, state.rest, batch)
     assert right.all()
 
 
@@ -108,7 +109,8 @@ def quiet(config: Path, *words: str):
     return train(load_config(config, words), Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize("data", [MQAR, NIAH])
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("data", [MQAR, pytest.param(NIAH, marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_off_ends_the_same(tmp_path, monkeypatch, data):
     """Parameters, optimiser, curves and report, bit for bit; batches of two lengths in turn."""
     config = write(tmp_path, data, log_every=1, save_every=5, validate_every=5)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from test_sweep import write as write_recall
 from tiny import TINY, mc, write_config
@@ -157,20 +158,29 @@ def test_the_picture_shows_bits_and_what_caching_gains(monkeypatch):
     assert "bits/byte" not in line
 
 
-def test_a_sweep_trains_scores_and_draws(tmp_path, monkeypatch, capsys):
-    path = write(
-        tmp_path,
-        vary={"model.layer.aggregation": ["none", "grm"], "data.window": [16, 24]},
-        rates=[0.01, 0.001],
-        seeds=[0, 1],
-    )
+AGGREGATIONS = {"model.layer.aggregation": ["none", "grm"]}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("vary", "rates", "count"),
+    [
+        (AGGREGATIONS, [0.01], 4),
+        pytest.param(
+            AGGREGATIONS | {"data.window": [16, 24]}, [0.01, 0.001], 12, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["reads", "reads-windows-rates"],
+)
+def test_a_sweep_trains_scores_and_draws(vary, rates, count, tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, vary=vary, rates=rates, seeds=[0, 1])
     markdown, plot = tmp_path / "table.md", tmp_path / "x.png"
     assert mc(monkeypatch, "sweep", path, "--markdown", markdown, "--plot", plot) == 0
     out = capsys.readouterr().out
     rows = read_results(tmp_path / "sweep")
-    assert len(rows) == 12
+    assert len(rows) == count
     for row in rows:
-        window = row["overrides"]["data.window"]
+        window = row["overrides"].get("data.window", 16)
         folder = tmp_path / "sweep" / row["row"] / f"rate={row['rate']:g},seed={row['seed']}"
         report = json.loads((folder / "report.json").read_text())
         assert row["bits_per_byte"] == report["bits_per_byte"]

@@ -1,4 +1,4 @@
-"""Generation in PyTorch: JAX's tokens where they are greedy, and the same distributions."""
+"""Generation in PyTorch: tokens of full passes (of which JAX's are, too), same distributions."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_generation import (
+from generation_cases import (
     LAYERS,
     LOGITS,
     PROMPTS,
@@ -15,21 +15,12 @@ from test_generation import (
     check_frequencies,
     distribution,
     make_model,
-    tokens_of,
+    mirrored,
 )
 
 from mc_torch import LanguageModel, generate, sample
-from parity.weights import jax_weights, load_torch, to_torch
 
 torch.set_num_threads(1)
-
-
-def mirrored(name: str) -> tuple[Any, LanguageModel]:
-    """Return a model in both frameworks, in float64."""
-    model = make_model(name)
-    mirror = LanguageModel(model.config, dtype=torch.float64)
-    load_torch(mirror, to_torch(jax_weights(model)))
-    return model, mirror
 
 
 def torch_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
@@ -37,19 +28,10 @@ def torch_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["linear-grm", "swla-ssc"])
-def test_greedy_gives_the_tokens_of_jax(name):
-    model, mirror = mirrored(name)
-    found = torch_tokens(mirror, PROMPTS, 14, block=4)
-    np.testing.assert_array_equal(found, tokens_of(model, PROMPTS, 14, block=4))
-    assert len(np.unique(found)) > 3
-
-
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_row_gives_what_full_passes_give_it_alone(name):
     """Token for token, greedy and sampled, in a batch and alone."""
-    _, mirror = mirrored(name)
+    mirror = mirrored(make_model(name))
     for options in ({}, SAMPLED):
         together = torch_tokens(mirror, PROMPTS, 10, block=4, **options)
         for row, prompt in enumerate(PROMPTS):

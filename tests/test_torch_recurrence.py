@@ -1,6 +1,7 @@
 """`mc_torch`: both methods against the oracle, and against each other in their gradients.
 
-The cases are those of `test_recurrence`, which holds `mc_jax` to the same.
+Nothing is compiled, so that random searches and full products are here; `test_recurrence` compares
+`mc_jax` with the oracle and with gradients of `mc_torch` at fewer cases.
 """
 
 from itertools import product
@@ -10,15 +11,15 @@ import pytest
 import torch
 from cases import AGGREGATIONS, GATED, GATES, MAIN, MEMORIES, MODES, assert_close, make_case
 from hypothesis import given, settings
-from test_recurrence import (
+from recurrence_cases import (
+    EDGES,
     EXACT,
     GRADIENT,
     METHODS,
-    QUICK,
     TOKEN_GATES,
+    all_pairs,
     examples,
     hold_to_oracle,
-    paired,
     random_cases,
 )
 from torch.autograd import gradcheck, gradgradcheck
@@ -37,7 +38,7 @@ def check(case):
 
 
 @given(case=random_cases())
-@settings(examples, max_examples=60)
+@settings(examples, max_examples=150)
 def test_both_methods_are_the_oracle(case):
     """Sections 2 to 5, at lengths that divide nothing."""
     check(case)
@@ -50,20 +51,12 @@ def test_both_methods_are_the_oracle_on_a_large_grid(case):
     check(case)
 
 
-@pytest.mark.parametrize(("memory", "mode"), [("swla", "checkpoint"), ("titans", "restart")])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"tokens": 1},
-        {"tokens": 5, "segment_size": 9, "chunk_size": 20},
-        {"tokens": 7, "segment_size": 1},
-        {"tokens": 11, "lengths": (7, 1, 1, 1, 1), "chunk_size": 2},
-        {"tokens": 9, "mask": "segment", "segment_size": 3, "chunk_size": 2},
-    ],
-    ids=["one-token", "one-short-segment", "segments-of-one", "uneven", "masked-segment"],
+    ("memory", "mode"), [("swla", "checkpoint"), ("swla", "restart"), ("titans", "restart")]
 )
-def test_edges_of_segments(memory, mode, options):
-    check(make_case(memory, "grm", state_init_mode=mode, **options))
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_segments(edge, memory, mode):
+    check(make_case(memory, "grm", state_init_mode=mode, **EDGES[edge]))
 
 
 def test_ties_go_to_the_earlier_segment():
@@ -90,17 +83,9 @@ def check_gradients(memory, aggregation, options):
         assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "options"), paired(QUICK))
+@pytest.mark.parametrize(("memory", "aggregation", "options"), all_pairs())
 def test_gradients_of_the_chunked_form_are_those_of_the_recurrence(memory, aggregation, options):
     """Section 6: q, k, v, u, coefficients, initial, norm; cotangents on the cache, too."""
-    check_gradients(memory, aggregation, options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("memory", "aggregation", "options"), paired(product(MEMORIES, AGGREGATIONS))
-)
-def test_gradients_of_all_pairs(memory, aggregation, options):
     check_gradients(memory, aggregation, options)
 
 
@@ -127,6 +112,32 @@ def test_gates_of_the_token_alone_see_no_key(aggregation, method):
         seen = bool(by_k.any()), not torch.equal(run(own, method).gates, other)
         assert seen == ((True, True) if gate_ == "context" else (False, False)), gate_
         assert by_u.any()
+
+
+def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
+    case = make_case(
+        "linear", "grm", tokens=8, segment_size=4, chunk_size=2, state_init_mode="restart"
+    )
+    grads = {}
+    for states, context in product((False, True), repeat=2):
+        cut = case.where(detach_cached_states=states, detach_cached_context=context)
+        inputs = arrays(cut)
+        last = call(inputs, cut).output[:, 4:].sin().sum()
+        found = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
+        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in found), strict=True))
+    first = {key: g["k"][:, :4] for key, g in grads.items()}
+    assert np.abs(first[False, False]).max() > 1e-4
+    assert np.abs(first[True, False]).max() > 1e-4  # the pooled keys are left
+    assert np.abs(first[False, True]).max() > 1e-4  # the memories are left
+    assert not first[True, True].any()
+    # In restart mode the values of an earlier segment reach later reads by its memory alone.
+    assert not grads[True, False]["v"][:, :4].any()
+    assert_close(grads[False, True]["v"], grads[False, False]["v"], GRADIENT)
+    for name in "qu":
+        assert_close(grads[True, True][name], grads[False, False][name], GRADIENT, name=name)
+    later = [g["v"][:, 4:] for g in grads.values()]
+    for other in later[1:]:
+        assert_close(other, later[0], GRADIENT, name="v of the online segment")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from cases import AGGREGATIONS, GATES, MASKS, MATRICES, MEMORIES, MODES, assert_close, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recurrence import examples
+from recurrence_cases import examples
 from test_torch_layer import draw, make_layer
 from torch_subject import arrays, call, leaves, projected
 

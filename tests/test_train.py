@@ -1,12 +1,14 @@
 """The step, the optimiser, the configuration and the evaluation."""
 
 import dataclasses
+import functools
 import json
 import lzma
 import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,12 @@ def copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
+@functools.cache
+def built() -> tuple[Any, TrainState, Any]:
+    """Build the tiny run once; a test copies the state that it gives to the step."""
+    return build(tiny())
+
+
 def test_overfits_a_tiny_batch():
     config = tiny(steps=150, batch_size=2)
     config = dataclasses.replace(
@@ -58,7 +66,7 @@ def test_overfits_a_tiny_batch():
 
 def test_accumulation_equals_the_large_batch():
     """The mean over microbatches is the gradient of the whole batch (and so are the parameters)."""
-    _, state, step = build(tiny())
+    _, state, step = built()
     tokens = random_tokens(1, 8, 17)
     large, metrics = step(copy(state), tokens)
     small, accumulated = step(copy(state), tokens.reshape(4, 2, 17))
@@ -70,23 +78,28 @@ def test_accumulation_equals_the_large_batch():
 
 
 def test_the_step_consumes_its_state():
-    _, state, step = build(tiny())
+    _, state, step = built()
+    state = copy(state)
     step(state, random_tokens(1, 2, 17))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 def test_a_step_is_adamw_on_the_mean_loss():
     config = tiny()
-    graphdef, state, step = build(config)
+    graphdef, state, step = built()
     tokens = random_tokens(1, 2, 17)
 
     def loss(params):
         return token_losses(graphdef, params, state.rest, tokens[0])[0].mean()
 
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    gradient = jax.grad(loss)(state.params)
-    updates, _ = optimizer.update(gradient, state.optimizer, state.params)
-    expected = optax.apply_updates(state.params, updates)
+
+    @jax.jit
+    def one_step(params, state):
+        updates, _ = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates)
+
+    expected = one_step(state.params, state.optimizer)
     after, _ = step(copy(state), tokens)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -106,7 +119,9 @@ def test_only_matrices_of_projections_and_embeddings_decay():
 
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
     zero = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = optimizer.update(zero, optimizer.init(state.params), state.params)
+    updates = jax.jit(lambda p, zero: optimizer.update(zero, optimizer.init(p), p)[0])(
+        state.params, zero
+    )
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert bool(jnp.any(update != 0)) == names[name], name
@@ -127,9 +142,8 @@ def test_clipping_bounds_the_gradient():
 
 @pytest.mark.parametrize("kind", ["gradient", "parameter", "loss"])
 def test_a_nan_is_named(kind):
-    config = tiny()
-    _, state, step = build(config)
-    _, metrics = step(state, random_tokens(1, 2, 17))
+    _, state, step = built()
+    _, metrics = step(copy(state), random_tokens(1, 2, 17))
     check_finite(metrics, 1, 0)
     false = jnp.zeros((), bool)
     finite = metrics.finite
@@ -312,7 +326,7 @@ def test_configuration_files_that_cannot_be_read(tmp_path):
 
 
 def test_make_train_step_takes_any_optimizer():
-    graphdef, state, _ = build(tiny())
+    graphdef, state, _ = built()
     step = make_train_step(graphdef, optax.sgd(0.0))
     start = copy(state)._replace(optimizer=optax.sgd(0.0).init(state.params))
     after, _ = step(start, random_tokens(1, 2, 17))

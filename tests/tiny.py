@@ -35,6 +35,15 @@ TINY = {
 }
 
 
+# The command in a process of its own, whose runs end without pictures: they take long.
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import train.tasks.text as text; text.draw_curves = text.draw_gates = lambda *_: None; "
+    "from train.cli import main; main()",
+)
+
+
 def write_documents(folder: Path, count: int = 16, words: int = 60) -> Path:
     """Write distinct documents of words in random order."""
     folder.mkdir(parents=True)
@@ -52,6 +61,12 @@ def write_config(folder: Path, **keys: object) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | {"data": data, "run": run} | keys))
     return path
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs end without pictures, which take longer than a tiny training."""
+    for name in ("text.draw_curves", "text.draw_gates", "recall.draw_curves"):
+        monkeypatch.setattr(f"train.tasks.{name}", lambda *_: None)
 
 
 def mc(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -1,0 +1,119 @@
+"""Models, prompts and references of the tests of generation, for both frameworks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import mc_torch
+from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_jax import LanguageModel, generate, sample
+from parity.weights import jax_weights, load_torch, to_torch
+
+torch.set_num_threads(1)
+
+VOCAB = 13
+LAYERS = {
+    "linear-none": MCConfig(8, 2, LinearConfig(coefficients="token"), "none"),
+    "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", state_init_mode="restart"),
+    "linear-soup": MCConfig(8, 2, LinearConfig(), "soup", conv_width=3),
+    "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc"),
+    "swla-mean": MCConfig(8, 2, SWLAConfig(), "mean", conv_width=2),
+    "dla-residual": MCConfig(8, 2, DLAConfig(depth=2, expansion=1), "residual"),
+    "titans-grm": MCConfig(8, 2, TitansConfig(depth=2, expansion=1), "grm", conv_width=4),
+}
+PROMPTS = [[1, 7, 3, 3, 9, 0, 12, 5, 2, 8, 4], [6], [2, 11, 2, 10, 5]]
+SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
+
+
+def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
+    """Build a model that does not just repeat its last token, as one with tied embeddings may."""
+    layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
+    config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
+    return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
+
+
+def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
+    """Return what `generate` gives, [b, count]."""
+    steps = list(generate(model, prompts, count, **options))
+    assert all(step.shape == (len(prompts),) and step.dtype == jnp.int32 for step in steps)
+    return np.stack(steps, axis=1)
+
+
+def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
+    """Return what the draws of a step depend on, by their definition."""
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), r), step) for r in rows]
+    return jnp.stack(keys)
+
+
+def mirrored(model: LanguageModel) -> mc_torch.LanguageModel:
+    """Return a model of JAX in PyTorch, in float64."""
+    mirror = mc_torch.LanguageModel(model.config, dtype=torch.float64)
+    load_torch(mirror, to_torch(jax_weights(model)))
+    return mirror
+
+
+def by_full_passes(
+    mirror: mc_torch.LanguageModel,
+    prompts: list[list[int]],
+    count: int,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """Choose a token of each row after a full pass over all tokens so far, again and again.
+
+    The passes are PyTorch's, and what they give is sampled by JAX, [b, count].
+    """
+    ends, rows = np.array([len(prompt) for prompt in prompts]), np.arange(len(prompts))
+    tokens = np.zeros((len(prompts), ends.max() + count), np.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    for step in range(count):
+        at = ends + step
+        with torch.no_grad():
+            logits = mirror(torch.from_numpy(tokens[:, : at.max()])).numpy()
+        chosen = sample(jnp.asarray(logits[rows, at - 1]), keys_of(seed, rows, step), **options)
+        tokens[rows, at] = chosen
+    return np.stack([row[end : end + count] for row, end in zip(tokens, ends, strict=True)])
+
+
+def distribution(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> np.ndarray:
+    """Return the probabilities that the options name, one id after another."""
+    shares = np.exp((logits - logits.max()) / temperature)
+    ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+    shares /= shares[ids].sum()
+    kept, total = [], 0.0
+    for i in ids:
+        if total >= (top_p or 1.0):
+            break
+        kept.append(i)
+        total += shares[i]
+    out = np.zeros(len(logits))
+    out[kept] = shares[kept] / shares[kept].sum()
+    return out
+
+
+SAMPLING = [
+    (1.0, None, None),
+    (0.5, None, None),
+    (2.0, 3, None),
+    (1.0, None, 0.6),
+    (0.7, 4, 0.8),
+    (3.0, 100, 1.0),
+    (1.0, 3, 0.99),
+    (1.0, None, 1e-9),
+]
+LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with equal ones at the cuts
+
+
+def check_frequencies(found: np.ndarray, expected: np.ndarray) -> None:
+    """Hold draws to probabilities: none where they are 0, elsewhere within 4.5 deviations."""
+    shares = np.bincount(found, minlength=len(expected)) / len(found)
+    assert (shares[expected == 0] == 0).all(), (shares, expected)
+    limit = 4.5 * np.sqrt(expected * (1 - expected) / len(found))
+    assert (np.abs(shares - expected) <= limit + 1e-12).all(), (shares, expected)

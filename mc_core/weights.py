@@ -77,6 +77,16 @@ def table() -> tuple[Row, ...]:
     )
 
 
+def by_jax_name() -> dict[str, Row]:
+    """Return the table under its names in JAX."""
+    return {row.jax: row for row in table()}
+
+
+def by_torch_name() -> dict[str, Row]:
+    """Return the table under its names in PyTorch."""
+    return {row.torch: row for row in table()}
+
+
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -100,8 +110,7 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
 
 def in_table(name: str) -> bool:
     """Whether PyTorch has a parameter of this name, in a layer or a model of any configuration."""
-    pattern = _INDEX.sub("#", name)
-    return any(row.torch == pattern for row in table())
+    return _INDEX.sub("#", name) in by_torch_name()
 
 
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
@@ -110,7 +119,7 @@ def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
     Raises:
         ValueError: lists every name and rank that the table does not have.
     """
-    return _translate(flat, {row.jax: row for row in table()}, lambda row: row.torch)
+    return _translate(flat, by_jax_name(), lambda row: row.torch)
 
 
 def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
@@ -119,7 +128,7 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
     Raises:
         ValueError: lists every name and rank that the table does not have.
     """
-    return _translate(flat, {row.torch: row for row in table()}, lambda row: row.jax)
+    return _translate(flat, by_torch_name(), lambda row: row.jax)
 
 
 def check_leaves(

@@ -17,7 +17,6 @@ from mc_core.checks import check_keys, check_range, fail
 from mc_core.errors import UserError
 from mc_core.trees import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
-from train.kept_tokenizer import tokenizer_hash
 from train.read import read_yaml
 
 KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
@@ -135,6 +134,9 @@ class Run:
     @cached_property
     def tokenizer(self) -> str | None:
         """SHA-256 of its tokenizer file; None for bytes and for tasks without text."""
+        # Imports jax, which a sweep's worker must not do before it has its cores.
+        from train.kept_tokenizer import tokenizer_hash
+
         return tokenizer_hash(self.config)
 
 

@@ -1,9 +1,9 @@
 """Checks of the arguments of `memory_caching`, by shape alone: for arrays of any framework."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mc_core.checks import check_flags
+from mc_core.checks import check_fixed, check_flags
 from mc_core.config import MCConfig
 from mc_core.memories import MemoryConfig
 
@@ -17,6 +17,7 @@ def check_arguments(
     config: MCConfig,
     norm: Sequence[Any] | None,
     mask: Any,
+    is_fixed: Callable[[Any], bool],
 ) -> None:
     """Check that the arguments of `memory_caching` or `extend` fit each other.
 
@@ -27,6 +28,7 @@ def check_arguments(
         config: the layer's configuration.
         norm: (gain, bias), or None.
         mask: bool [b, t], or None.
+        is_fixed: whether a size is a number rather than a symbol of an export.
 
     Raises:
         ValueError: names the argument, what it is and what it must be.
@@ -38,6 +40,7 @@ def check_arguments(
             "[b, t, h, v]"
         )
     b, t, h, width = q.shape
+    check_fixed("tokens", t, is_fixed(t))
     if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
     check_flags("mask", mask, (b, t))

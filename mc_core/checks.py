@@ -148,6 +148,24 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         raise ValueError(f"{name} = {value}: must be {allowed}")
 
 
+def check_fixed(name: str, size: object, fixed: bool) -> None:
+    """Refuse a symbolic size, as `torch.export` and `jax.export` have for dynamic dimensions.
+
+    Args:
+        name: of the size.
+        size: what it is, for the message.
+        fixed: whether it is a number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not fixed:
+        raise ValueError(
+            f"{name} = {size}: must be a fixed number, for which segments and chunks are planned: "
+            "export one program per length"
+        )
+
+
 def check_keys(
     owner: str, data: object, allowed: Collection[str], required: Collection[str]
 ) -> None:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mc_core.checks import check_fixed
 from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import NO_STREAM, Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.host import move_to_host, on_host, put
-from mc_jax.numerics import Array, Dtype, state_dtype
+from mc_jax.numerics import Array, Dtype, is_fixed, state_dtype
 from mc_jax.rows import ENDED, Rows, take_rows
 
 Tree = Any  # nested tuples of arrays
@@ -261,6 +262,8 @@ def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) ->
             f"{config.head_dim}, as the layer"
         )
     batch = cache.position.shape[0]
+    if x.ndim == 3:
+        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
     if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
         raise ValueError(
             f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "

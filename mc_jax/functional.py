@@ -17,7 +17,7 @@ from mc_jax.chunked import write_chunks
 from mc_jax.gates import gate, pool_keys, spread
 from mc_jax.grid import first_tokens
 from mc_jax.inspection import InnerLoop, watch_writes
-from mc_jax.numerics import Array, state_dtype
+from mc_jax.numerics import Array, is_fixed, state_dtype
 from mc_jax.recurrent import run_tokens
 from mc_jax.rows import add_row, drop_rows, map_rows
 from mc_jax.streaming import extend_chunks
@@ -73,7 +73,7 @@ def memory_caching(
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
@@ -134,7 +134,7 @@ def extend(
     """
     check_streams(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")

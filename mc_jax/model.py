@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.checks import check_flags
+from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
@@ -17,7 +17,7 @@ from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
-from mc_jax.numerics import Array, Dtype, product
+from mc_jax.numerics import Array, Dtype, is_fixed, product
 from mc_jax.pretrained import Pretrained
 from mc_jax.rows import ENDED, end_rows
 
@@ -221,6 +221,8 @@ class LanguageModel(nnx.Module, Pretrained):
         if len(cache) != len(self.blocks):
             raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
         batch = cache[0].position.shape[0]
+        if tokens.ndim == 2:
+            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
         if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
             raise ValueError(
                 f"tokens have shape {tokens.shape}: must be [{batch}, t], as cache, t >= 1"
@@ -260,6 +262,7 @@ class LanguageModel(nnx.Module, Pretrained):
         """Return whether ids are known to be in range; without `values` check the dtype alone."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}: must be [b, t]")
+        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
         check_flags("mask", mask, tokens.shape)
         check_flags("padding", padding, tokens.shape)
         read = mask

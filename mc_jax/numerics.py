@@ -66,6 +66,11 @@ def scale_rows(scale: Array, x: Array) -> Array:
     return jnp.einsum("...c,...ci->...ci", scale, x.astype(scale.dtype), precision="highest")
 
 
+def is_fixed(size: Any) -> bool:
+    """Whether a size is a number: `jax.export` has symbols for dynamic ones."""
+    return isinstance(size, int)
+
+
 def align(x: Array, ndim: int) -> Array:
     """Prepend axes of length 1 to x [...] until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)

@@ -4,13 +4,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mc_core.checks import check_fixed
 from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import NO_STREAM, check_streams
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
 from mc_torch.gates import pooled
 from mc_torch.host import move_to_host, put
 from mc_torch.layout import Plan
-from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
+from mc_torch.numerics import Array, Dtype, is_batched, is_fixed, state_dtype, tree_map
 from mc_torch.rows import ENDED, Rows, take_rows
 
 Tree = Any  # nested tuples of tensors
@@ -267,6 +268,8 @@ def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) ->
             f"{config.head_dim}, as the layer"
         )
     batch = cache.position.shape[0]
+    if x.ndim == 3:
+        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
     if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
         raise ValueError(
             f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "

@@ -16,7 +16,7 @@ from mc_torch.gates import gate, pool_keys, spread
 from mc_torch.grid import first_tokens
 from mc_torch.inspection import InnerLoop, watch_writes
 from mc_torch.layout import Plan, make_plan
-from mc_torch.numerics import Array, state_dtype, tree_map
+from mc_torch.numerics import Array, is_fixed, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
 from mc_torch.rows import add_row, drop_rows, map_rows
 from mc_torch.streaming import extend_chunks
@@ -72,7 +72,7 @@ def memory_caching(
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
@@ -132,7 +132,7 @@ def extend(
     """
     check_streams(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask)
+    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")

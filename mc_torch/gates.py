@@ -6,7 +6,7 @@ import torch
 
 from mc_core.config import MCConfig
 from mc_torch.layout import Plan, from_segments, to_segments
-from mc_torch.numerics import Array, align, product, running_sum, state_dtype
+from mc_torch.numerics import Array, align, product, running_sum, state_dtype, take_along
 
 BLOCK = 512  # tokens whose scores stand side by side while memories are selected
 
@@ -94,7 +94,7 @@ def at_level(u: Array, age: Array) -> Array:
     # The bits of an age are as many as the powers of two up to it.
     powers = 2 ** torch.arange(31, device=age.device)
     bits = torch.bucketize(age.contiguous(), powers, right=True)
-    return torch.take_along_dim(u, bits.clamp(max=u.shape[-1] - 1), dim=-1)
+    return take_along(u, bits.clamp(max=u.shape[-1] - 1), -1)
 
 
 def select(score: Array, readable: Array, top_k: int) -> Array:
@@ -176,7 +176,7 @@ def gate(
         online = u[..., :1].transpose(1, 2)
     else:
         slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
-        picked = torch.take_along_dim(pools, slot, dim=2).reshape(*selected.shape, -1)
+        picked = take_along(pools, slot, 2).reshape(*selected.shape, -1)
         cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
         online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
     score = torch.cat([cached, online], dim=-1) / config.softmax_temperature

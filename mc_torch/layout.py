@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mc_core import segmentation
 from mc_core.config import MCConfig
@@ -57,7 +58,9 @@ def make_plan(
 def _constant_plan(
     tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
 ) -> Plan:
-    return _make_plan(tokens, config, lengths, device)
+    # Tensors that are made under a mode, such as the fake ones of `torch.export`, are its own.
+    make = _make_plan if _get_current_dispatch_mode() is None else _make_plan.__wrapped__
+    return make(tokens, config, lengths, device)
 
 
 @lru_cache(maxsize=256)

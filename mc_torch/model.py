@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mc_core.checks import check_flags
+from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
@@ -24,7 +24,7 @@ from mc_torch.modules import (
     embedding_matrix,
     project,
 )
-from mc_torch.numerics import Array, Dtype, compute_dtype, product, remat
+from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, product, remat, take_along
 from mc_torch.pretrained import Pretrained
 from mc_torch.rows import ENDED, end_rows
 
@@ -164,7 +164,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             run = remat(block) if self.config.remat else block
             x = run(x, mask)
         if places is not None:
-            x = torch.take_along_dim(x, places[..., None], dim=1)
+            x = take_along(x, places[..., None], 1)
         return nan_where(lost, self._logits(x))
 
     def inspect(
@@ -225,6 +225,8 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         if len(cache) != len(self.blocks):
             raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
         batch = cache[0].position.shape[0]
+        if tokens.ndim == 2:
+            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
         if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
@@ -278,6 +280,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         """Return whether ids are known to be in range; without `values` check the dtype alone."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
+        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
         check_flags("mask", mask, tokens.shape)
         check_flags("padding", padding, tokens.shape)
         read = mask

@@ -132,6 +132,23 @@ def is_batched(x: Array) -> bool:
     return False
 
 
+def is_fixed(size: int) -> bool:
+    """Whether a size is a number: `torch.export` has symbols for dynamic ones."""
+    if not torch.compiler.is_exporting():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a slow import
+
+    return has_static_value(size)
+
+
+def take_along(x: Array, index: Array, dim: int) -> Array:
+    """Return `torch.take_along_dim(x, index, dim)`; index [...] broadcasts along other axes."""
+    # That function would make a symbolic batch size, as `torch.export` has it, a number.
+    shape = list(x.shape)
+    shape[dim] = index.shape[dim]
+    return torch.gather(x, dim, index.expand(shape))
+
+
 def windows(x: Array, dim: int, size: int, step: int) -> Array:
     """Return `x.unfold(dim, size, step)` of x [...]: windows along `dim`, on a new last axis."""
     if not is_transformed():

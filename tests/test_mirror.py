@@ -23,6 +23,7 @@ TORCH_ONLY = {
         "is_transformed",
         "maximum",
         "remat",
+        "take_along",
         "tree_map",
         "unstack",
         "windows",

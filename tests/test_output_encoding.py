@@ -11,6 +11,7 @@ from test_cli import snapshot
 from test_sweep import Trained, write
 from tiny import write_config
 
+from mc_core import LinearConfig
 from train.checkpoint import Checkpoints, Meta
 from train.cli import main
 from train.config import load_config, to_dict
@@ -135,9 +136,7 @@ def test_tables_of_a_sweep_are_printed(tmp_path, monkeypatch, encoding, name):
 
 @pytest.mark.parametrize("words", [["variants"], ["--help"], ["generate", "--help"]])
 def test_words_of_the_command_itself_are_printed(monkeypatch, words):
-    monkeypatch.setattr("train.variants.MEMORY_WORDS", dict.fromkeys(
-        ("linear", "swla", "dla", "titans"), TEXT
-    ))  # fmt: skip
+    monkeypatch.setattr(LinearConfig, "description", TEXT)
     code, out, err = command(monkeypatch, "ascii", *words)
     assert (code, err) == (0, b"")
     assert out.decode("ascii")

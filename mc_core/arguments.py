@@ -13,7 +13,7 @@ METHODS = ("chunked", "recurrent")
 def check_arguments(
     tensors: Mapping[str, Any],
     initial: Sequence[Any],
-    coefficients: Mapping[str, Any],
+    coefficients: Any,
     config: MCConfig,
     norm: Sequence[Any] | None,
     mask: Any,
@@ -24,7 +24,7 @@ def check_arguments(
     Args:
         tensors: q, k, u [b, t, h, k] and v [b, t, h, v] by name; u may be None.
         initial: W_0, first layer first.
-        coefficients: by name, each [b, t, h] or None.
+        coefficients: a NamedTuple of them, each [b, t, h] or None.
         config: the layer's configuration.
         norm: (gain, bias), or None.
         mask: bool [b, t], or None.
@@ -44,11 +44,12 @@ def check_arguments(
     if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
     check_flags("mask", mask, (b, t))
-    _check_presence(coefficients, config.memory, norm)
+    named = coefficients._asdict()
+    _check_presence(named, config.memory, norm)
     shapes = {"k": (tensors["k"], q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:
         shapes["u"] = (u, q.shape)
-    for name, value in coefficients.items():
+    for name, value in named.items():
         if value is not None:
             shapes[f"coefficients.{name}"] = (value, (b, t, h))
     shapes |= _initial_shapes(initial, config.memory, h, width, v.shape[-1])

@@ -73,7 +73,7 @@ def memory_caching(
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
@@ -134,7 +134,7 @@ def extend(
     """
     check_streams(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")

@@ -66,11 +66,6 @@ def scale_rows(scale: Array, x: Array) -> Array:
     return jnp.einsum("...c,...ci->...ci", scale, x.astype(scale.dtype), precision="highest")
 
 
-def is_fixed(size: Any) -> bool:
-    """Whether a size is a number: `jax.export` has symbols for dynamic ones."""
-    return isinstance(size, int)
-
-
 def align(x: Array, ndim: int) -> Array:
     """Prepend axes of length 1 to x [...] until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
@@ -127,3 +122,8 @@ def standardize(x: Array) -> tuple[Array, Array]:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + NORM_EPS)
     return centred * inverse, inverse
+
+
+def is_fixed(size: Any) -> bool:
+    """Whether a size is a number: `jax.export` has symbols for dynamic ones."""
+    return isinstance(size, int)

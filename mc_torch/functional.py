@@ -72,7 +72,7 @@ def memory_caching(
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
@@ -132,7 +132,7 @@ def extend(
     """
     check_streams(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients._asdict(), config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")

@@ -243,6 +243,7 @@ def test_places_are_indices_of_tokens(side, dtype):
     side.trace(lambda: model(tokens, None, side.array(places)))
 
 
+@pytest.mark.slow
 def test_a_compiler_of_pytorch_gives_nan_at_wrong_ids_and_places():
     model = SIDES["torch"]().model
     run = torch.compile(model, backend="eager")

@@ -39,6 +39,7 @@ def test_memory_of_what_cannot_stream(tmp_path, monkeypatch, capsys):
     assert "logarithmic" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_decode(tmp_path, monkeypatch, capsys):
     words = "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --context 64 --runs 2"
     words += " --kind linear --aggregation grm --aggregation none --prompt 12"

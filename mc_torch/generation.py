@@ -101,9 +101,8 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
     if not b:
-        return iter(
-            [torch.zeros(0, dtype=torch.int64, device=model.embed.weight.device)] * max_new_tokens
-        )
+        device = next(model.parameters()).device
+        return iter([torch.zeros(0, dtype=torch.int64, device=device)] * max_new_tokens)
     room = bucket(max(map(len, prompts)) + max_new_tokens)
     cache = model.init_cache(b, room, cache_dtype=cache_dtype, cache_device=cache_device)
     rng = [_generator(seed, row) for row in rows]

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants check format bench-peers clean
+.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -37,6 +37,12 @@ bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check titans-pytorch==0.5.5
 	@! command -v nvidia-smi > /dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check flash-linear-attention
+
+# On a machine with a GPU, in an environment with CUDA builds of jax and torch and the extra
+# `train`. GPU_REPORT=--tiny tries it on a CPU.
+GPU_PYTHON ?= python3
+gpu-report:
+	$(GPU_PYTHON) -m tools.gpu_report --out docs/evidence/gpu $(GPU_REPORT)
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from bench.timing import alternate
 
-SIDE = 2048  # of the square matrices
-COPIED = 1 << 26  # float32 numbers: 256 MiB, more than a cache holds
+COPIED = 1 << 26  # numbers on a CPU: 256 MiB of float32, more than a cache holds
+COPIED_BY_ACCELERATOR = 1 << 30  # takes long enough to hide the launch
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of XLA on the default device: the best of the runs, which other work slows least."""
 
-    matmul: float  # floating-point operations a second
-    copy: float  # bytes a second, read and written
+    matmul: float  # floating-point operations per second
+    copy: float  # bytes per second, read and written
 
     def of(self, devices: int) -> "Ceilings":
         """Return the rates of so many devices; those of a CPU have its cores and memory in common,
@@ -33,6 +33,13 @@ class Ceilings:
         return flops / seconds / self.matmul
 
 
+def side() -> int:
+    """Return the side of the square matrices whose product is timed: large enough to fill the
+    default device.
+    """
+    return 2048 if jax.default_backend() == "cpu" else 8192
+
+
 def measure(dtype: str = "float32", runs: int = 10) -> Ceilings:
     """Measure both rates in one alternating run.
 
@@ -40,8 +47,9 @@ def measure(dtype: str = "float32", runs: int = 10) -> Ceilings:
         dtype: of the factors and of what is copied.
         runs: timed runs of each.
     """
-    left = jnp.ones((SIDE, SIDE), dtype)
-    numbers = jnp.ones(COPIED, jnp.float32).astype(dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    left = jax.random.normal(jax.random.key(0), (side(), side())).astype(dtype)
+    numbers = jnp.ones(COPIED if on_cpu else COPIED_BY_ACCELERATOR, dtype)
     multiply = jax.jit(lambda x: x @ x).lower(left).compile()
     copy = jax.jit(lambda x: x + 1).lower(numbers).compile()
     times = alternate(
@@ -52,6 +60,6 @@ def measure(dtype: str = "float32", runs: int = 10) -> Ceilings:
         runs,
     )
     return Ceilings(
-        matmul=2.0 * SIDE**3 / min(times["matmul"].seconds),
+        matmul=2.0 * side() ** 3 / min(times["matmul"].seconds),
         copy=2.0 * numbers.nbytes / min(times["copy"].seconds),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.ceilings import Ceilings, measure
+from bench.ceilings import Ceilings, measure, side
 from bench.devices import ABOUT, named
 from bench.report import Report, Row, png
 from bench.timing import STEADY, Subject, Timing, alternate
@@ -76,7 +76,7 @@ def run(grid: Grid, runs: int) -> Report:
             f"{dtype} {of.matmul / 1e9:.0f} GFLOP/s, {of.copy / 1e9:.1f} GB/s"
             for dtype, of in ceilings.items()
         )
-        notes.append(f"ceilings: a product of 2,048² matrices and a copy of 2²⁶ numbers: {rates}")
+        notes.append(f"ceilings: a product of {side():,}² matrices and a large copy: {rates}")
         notes.append(STEADY)
     if max(grid.devices) > 1:
         notes.append(f"{ABOUT}; MiB are summed over them")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.ceilings import measure
+from bench.ceilings import measure, side
 from bench.count import count_flops
 from bench.devices import ABOUT, local, replicate, split_rows
 from bench.report import Report, Row
@@ -69,7 +69,7 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
     notes = [
         f"{run.accumulation} × {run.batch_size} × {window} tokens a step, {run.dtype}",
         f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
-        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of 2,048² matrices",
+        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {side():,}² matrices",
     ]
     notes.append(STEADY)
     if run.devices > 1:

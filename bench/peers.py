@@ -85,6 +85,8 @@ def comparisons() -> dict[str, Comparison]:
                 partial(_flash_linear, kind),
                 {},
             )
+        for tokens in (4096, 32768):
+            found[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens), {})
     return found
 
 
@@ -132,7 +134,7 @@ def run(
     ]
     if max(devices) > 1:
         notes.append(ABOUT)
-    return Report("Peers, forward and backward, whole layer, float32", rows, notes)
+    return Report("Peers, forward and backward, whole layer", rows, notes)
 
 
 def measure(
@@ -150,6 +152,7 @@ def measure(
         cells: Row = {
             "comparison": name,
             "subject": subject.name,
+            "dtype": subject.dtype,
             "runs": len(timing.seconds),
             "ms": 1e3 * timing.median,
             "spread": f"{timing.spread:.0%}",
@@ -228,7 +231,7 @@ def _attention(tokens: int, devices: Sequence[int]) -> list[Subject]:
         for kind in ("linear", "titans")
         for subject in _jax(_small(kind, "grm"), tokens, f"mc_jax {kind} + grm", devices)
     ]
-    return [*rivals.attention(WIDTH, HEADS, ROWS, tokens, devices), *ours]
+    return [*rivals.attention(WIDTH, HEADS, ROWS, tokens, devices=devices), *ours]
 
 
 def _jax(
@@ -251,6 +254,30 @@ def _flash_linear(kind: str, _: Sequence[int]) -> list[Subject]:
         jax_layers.subject(config, 1, tokens, dtype="bfloat16", name="mc_jax"),
         torch_layers.subject(config, 1, tokens, dtype="bfloat16", name="mc_torch"),
     ]
+
+
+def _flash_attention(tokens: int, _: Sequence[int]) -> list[Subject]:
+    # One sequence: there is nothing to split.
+    width, heads = 2048, 16
+    ours = [
+        jax_layers.subject(
+            MCConfig(
+                width,
+                heads,
+                memory=memory,
+                aggregation=aggregation,
+                segment_size=1024,
+                chunk_size=chunk,
+            ),
+            1,
+            tokens,
+            dtype="bfloat16",
+            name=f"mc_jax {memory.kind} + {aggregation}",
+        )
+        for memory, chunk in ((LinearConfig(), 128), (TitansConfig(expansion=1), 64))
+        for aggregation in ("none", "grm", "ssc")
+    ]
+    return [*rivals.attention(width, heads, 1, tokens, dtype="bfloat16"), *ours]
 
 
 def _config(memory: LinearConfig | TitansConfig, aggregation: str, chunk: int) -> MCConfig:

@@ -106,17 +106,26 @@ def titans_pytorch(
 
 
 def attention(
-    width: int, heads: int, rows: int, tokens: int, devices: Sequence[int] = (1,), seed: int = 0
+    width: int,
+    heads: int,
+    rows: int,
+    tokens: int,
+    *,
+    devices: Sequence[int] = (1,),
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> list[Subject]:
     """Return causal softmax attention layers, projections included: torch's SDPA, and JAX's.
 
-    JAX's comes once for each number of `devices`, over which its batch is split.
+    JAX's comes once for each number of `devices`, over which its batch is split. In bfloat16 on a
+    GPU, SDPA chooses a flash kernel and JAX's runs cuDNN's.
     """
     rng = np.random.default_rng(seed)
     kernels = rng.standard_normal((4, width, width), np.float32) / width**0.5
     arrays = batch(width, rows, tokens, seed)
-    x, cotangent = (torch.from_numpy(a).to(device()) for a in arrays)
-    parameters = [torch.nn.Parameter(torch.from_numpy(k).to(device())) for k in kernels]
+    to = {"device": device(), "dtype": getattr(torch, dtype)}
+    x, cotangent = (torch.from_numpy(a).to(**to) for a in arrays)
+    parameters = [torch.nn.Parameter(torch.from_numpy(k).to(**to)) for k in kernels]
 
     def attend(x: torch.Tensor) -> torch.Tensor:
         q, k, v = (
@@ -126,11 +135,15 @@ def attention(
         return y.transpose(1, 2).flatten(2) @ parameters[3]
 
     theirs = module_subject("torch SDPA", attend, parameters, x, cotangent, count=False)
-    return [theirs, *(_jax_attention(kernels, arrays, heads, count) for count in devices)]
+    return [theirs, *(_jax_attention(kernels, arrays, heads, count, dtype) for count in devices)]
 
 
 def _jax_attention(
-    kernels: np.ndarray, arrays: tuple[np.ndarray, np.ndarray], heads: int, devices: int
+    kernels: np.ndarray,
+    arrays: tuple[np.ndarray, np.ndarray],
+    heads: int,
+    devices: int,
+    dtype: str,
 ) -> Subject:
     import jax
     import jax.numpy as jnp
@@ -138,21 +151,24 @@ def _jax_attention(
     from bench.devices import local, named, replicate, split_rows
     from bench.jax_layers import compiled_subject
 
+    cudnn = jax.default_backend() == "gpu" and dtype != "float32"
+    implementation: Any = "cudnn" if cudnn else None
+
     def attend(kernels: jax.Array, x: jax.Array) -> jax.Array:
         b, t, d = x.shape
         q, k, v = ((x @ w).reshape(b, t, heads, d // heads) for w in kernels[:3])
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
         return y.reshape(b, t, d) @ kernels[3]
 
     def both(kernels: jax.Array, x: jax.Array, cotangent: jax.Array) -> Any:
         y, pull = jax.vjp(attend, kernels, x)
         return y, *pull(cotangent)
 
-    held = replicate(jnp.asarray(kernels), local(devices, "--devices", len(arrays[0])))
-    args = (held, *split_rows([jnp.asarray(a) for a in arrays], held))
+    held = replicate(jnp.asarray(kernels, dtype), local(devices, "--devices", len(arrays[0])))
+    args = (held, *split_rows([jnp.asarray(a, dtype) for a in arrays], held))
     rows, tokens, _ = arrays[0].shape
-    name = named("jax dot_product_attention", devices)
-    return compiled_subject(name, both, args, rows * tokens)
+    name = named("jax dot_product_attention" + (", cuDNN" if cudnn else ""), devices)
+    return compiled_subject(name, both, args, rows * tokens, dtype)
 
 
 def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:

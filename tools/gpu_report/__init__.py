@@ -1,0 +1,1 @@
+"""Everything that is measured on a GPU, in one report: `make gpu-report`."""

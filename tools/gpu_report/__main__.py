@@ -1,0 +1,164 @@
+"""`python -m tools.gpu_report`: run every step, and write one JSON file and one Markdown page."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mc_core.files import write_atomic
+
+STEPS = Path(__file__).with_name("steps.yaml")
+ENVIRONMENT = {
+    # Both frameworks share the GPU's memory in one process.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_FLAGS": "--xla_gpu_force_compilation_parallelism=8",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+# A check that is not timed needs no tuned kernels.
+UNTUNED = "--xla_gpu_autotune_level=0"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `mc` command of the report.
+
+    Attributes:
+        name: unique; names the files.
+        title: heading of its section.
+        limit: seconds after which it is stopped.
+        command: arguments of `mc` without `--json` and `--markdown`.
+        tiny: a small command of the same kind, for a CPU.
+        together: whether it is not timed and may run beside other such steps.
+    """
+
+    name: str
+    title: str
+    limit: float
+    command: str
+    tiny: str
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
+
+    status: str
+    seconds: float
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the report, and return the exit code: 0 if every step was done."""
+    options = _parse(words)
+    steps = [
+        step for step in load_steps() if any(fnmatch(step.name, name) for name in options.names)
+    ]
+    if not steps:
+        print(f"no step has one of these names: {' '.join(options.names)}", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.budget
+    together = [step for step in steps if step.together]
+    outcomes = _run(together, options, end)
+    for step in steps:
+        if not step.together:
+            outcomes |= _run([step], options, end)
+        write_report(options.out, steps, outcomes)
+    return 0 if all(found.status == "done" for found in outcomes.values()) else 1
+
+
+def load_steps() -> list[Step]:
+    """Return the steps of `steps.yaml` in their order."""
+    return [Step(**values) for values in OmegaConf.to_container(OmegaConf.load(STEPS))]  # type: ignore[union-attr, arg-type]
+
+
+def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome]) -> None:
+    """Write what is there so far as `report.json` and `report.md`.
+
+    Args:
+        out: the folder with each step's own files.
+        steps: in the order of the page.
+        outcomes: by name; a step without one has not run yet.
+    """
+    data: dict[str, Any] = {}
+    sections = ["# Measured on a GPU", ""]
+    for step in steps:
+        if not (found := outcomes.get(step.name)):
+            continue
+        result, page = (out / f"{step.name}.{suffix}" for suffix in ("json", "md"))
+        data[step.name] = {"status": found.status, "seconds": round(found.seconds, 1)}
+        sections += [f"## {step.title}", ""]
+        if found.status == "done":
+            data[step.name]["result"] = json.loads(result.read_text())
+            sections.append(page.read_text().replace("## ", "### ", 1))
+        else:
+            sections += [f"`mc {step.command}`: {found.status} after {found.seconds:.0f} s.", ""]
+    write_atomic(out / "report.json", json.dumps(data, indent=1).encode())
+    write_atomic(out / "report.md", "\n".join(sections).encode())
+
+
+def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict[str, Outcome]:
+    """Run steps at the same time, and wait for all of them."""
+    running, outcomes = {}, {}
+    for step in steps:
+        limit = min(step.limit, end - time.monotonic())
+        if limit < options.least:
+            outcomes[step.name] = Outcome("left out", 0.0)
+            continue
+        running[step.name] = _start(step, options), time.monotonic(), limit
+    for name, (process, start, limit) in running.items():
+        try:
+            code = process.wait(max(0.0, start + limit - time.monotonic()))
+            status = "done" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = "stopped"
+        outcomes[name] = Outcome(status, time.monotonic() - start)
+        print(f"{status:9} {name} {outcomes[name].seconds:.0f} s", flush=True)
+    return outcomes
+
+
+def _start(step: Step, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    files = {suffix: options.out / f"{step.name}.{suffix}" for suffix in ("json", "md", "log")}
+    words = (step.tiny if options.tiny else step.command).split()
+    words += ["--json", str(files["json"]), "--markdown", str(files["md"])]
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(options.out / "compiled")}
+    if options.tiny:
+        environment = {"JAX_PLATFORMS": "cpu"}
+    elif step.together:
+        environment["XLA_FLAGS"] += f" {UNTUNED}"
+    with open(files["log"], "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+        )
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_report", description=__doc__)
+    parser.add_argument("names", nargs="*", default=["*"], help="steps or patterns; default: all")
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder to write")
+    parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
+    parser.add_argument(
+        "--budget", type=float, default=720, help="seconds for all steps (default: 720)"
+    )
+    parser.add_argument(
+        "--least", type=float, default=15, help="no step starts with fewer seconds left"
+    )
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

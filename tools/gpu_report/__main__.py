@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     # Both frameworks share the GPU's memory in one process.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": "--xla_gpu_force_compilation_parallelism=8",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "TRITON_CACHE_AUTOTUNING": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 # A check that is not timed needs no tuned kernels.
@@ -69,6 +72,8 @@ def main(words: Sequence[str] | None = None) -> int:
     end = time.monotonic() + options.budget
     together = [step for step in steps if step.together]
     outcomes = _run(together, options, end)
+    if options.compile:
+        _compile([step for step in steps if not step.together], options)
     for step in steps:
         if not step.together:
             outcomes |= _run([step], options, end)
@@ -128,11 +133,28 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
     return outcomes
 
 
+def _compile(steps: Sequence[Step], options: argparse.Namespace) -> None:
+    """Run every step once at the same time, to fill the caches of compiled programs."""
+    once = [replace(step, command=f"{step.command} --runs 1") for step in steps]
+    limit = time.monotonic() + options.compile
+    running = [_start(step, options) for step in once]
+    for process in running:
+        try:
+            process.wait(max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for step in steps:
+        for suffix in ("json", "md"):
+            (options.out / f"{step.name}.{suffix}").unlink(missing_ok=True)
+
+
 def _start(step: Step, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     files = {suffix: options.out / f"{step.name}.{suffix}" for suffix in ("json", "md", "log")}
     words = (step.tiny if options.tiny else step.command).split()
     words += ["--json", str(files["json"]), "--markdown", str(files["md"])]
-    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(options.out / "compiled")}
+    compiled = Path(tempfile.gettempdir(), "mc-gpu-report-compiled")
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     if options.tiny:
         environment = {"JAX_PLATFORMS": "cpu"}
     elif step.together:
@@ -153,6 +175,13 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
     parser.add_argument(
         "--budget", type=float, default=720, help="seconds for all steps (default: 720)"
+    )
+    parser.add_argument(
+        "--compile",
+        type=float,
+        default=0,
+        help="seconds, on top, in which all timed steps first compile at the same time; kernels "
+        "are then tuned beside other work (default: 0, each step compiles by itself)",
     )
     parser.add_argument(
         "--least", type=float, default=15, help="no step starts with fewer seconds left"

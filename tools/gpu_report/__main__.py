@@ -69,11 +69,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"no step has one of these names: {' '.join(options.names)}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.budget
-    together = [step for step in steps if step.together]
-    outcomes = _run(together, options, end)
     if options.compile:
         _compile([step for step in steps if not step.together], options)
+    end = time.monotonic() + options.budget
+    outcomes = _run([step for step in steps if step.together], options, end)
     for step in steps:
         if not step.together:
             outcomes |= _run([step], options, end)
@@ -102,13 +101,25 @@ def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome])
         result, page = (out / f"{step.name}.{suffix}" for suffix in ("json", "md"))
         data[step.name] = {"status": found.status, "seconds": round(found.seconds, 1)}
         sections += [f"## {step.title}", ""]
-        if found.status == "done":
-            data[step.name]["result"] = json.loads(result.read_text())
-            sections.append(page.read_text().replace("## ", "### ", 1))
-        else:
+        if found.status != "done":
             sections += [f"`mc {step.command}`: {found.status} after {found.seconds:.0f} s.", ""]
+        if page.exists():
+            written = f" --json {result} --markdown {page}"
+            data[step.name]["result"] = _without_leaves(
+                json.loads(result.read_text().replace(written, ""))
+            )
+            sections.append(page.read_text().replace("## ", "### ", 1).replace(written, ""))
     write_atomic(out / "report.json", json.dumps(data, indent=1).encode())
     write_atomic(out / "report.md", "\n".join(sections).encode())
+
+
+def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
+    """Drop what the parity command writes about each array of a case."""
+    if "cases" not in result:
+        return result
+    keys = ("name", "dtype", "ok")
+    cases = [{key: case[key] for key in keys if key in case} for case in result["cases"]]
+    return result | {"cases": cases}
 
 
 def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict[str, Outcome]:
@@ -127,7 +138,8 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            status = "stopped"
+            # A step whose files are there was stopped while its process ended.
+            status = "done" if (options.out / f"{name}.md").exists() else "stopped"
         outcomes[name] = Outcome(status, time.monotonic() - start)
         print(f"{status:9} {name} {outcomes[name].seconds:.0f} s", flush=True)
     return outcomes
@@ -144,13 +156,12 @@ def _compile(steps: Sequence[Step], options: argparse.Namespace) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for step in steps:
-        for suffix in ("json", "md"):
-            (options.out / f"{step.name}.{suffix}").unlink(missing_ok=True)
 
 
 def _start(step: Step, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     files = {suffix: options.out / f"{step.name}.{suffix}" for suffix in ("json", "md", "log")}
+    for suffix in ("json", "md"):
+        files[suffix].unlink(missing_ok=True)
     words = (step.tiny if options.tiny else step.command).split()
     words += ["--json", str(files["json"]), "--markdown", str(files["md"])]
     compiled = Path(tempfile.gettempdir(), "mc-gpu-report-compiled")

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mc_core.config import MCConfig
 from mc_jax.aggregate import read_sparse
@@ -147,7 +146,7 @@ def _complete(
         totals = jax.tree.map(jnp.subtract, sums, ended)
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
-    row = np.arange(grid.last.shape[0])[:, None]
+    row = jnp.arange(grid.last.shape[0], dtype=grid.last.dtype)[:, None]
     sums, counts = pools.sums[grid.last, row], pools.counts[grid.last, row]
     done = Segments(
         weights=tuple(x[grid.last, row, 0] for x in after),

@@ -4,20 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.cache_checks import check_cache_options, check_rows
 from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import (
-    KVCache,
-    add_slots,
-    check_cache_options,
-    check_growth,
-    check_rows,
-    in_room,
-    put_slots,
-)
+from mc_jax.cache import KVCache, add_slots, check_growth, in_room, put_slots
 from mc_jax.host import move_to_host, take
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.numerics import Array, Dtype, align, product, state_dtype
+from mc_jax.numerics import Array, Dtype, align, is_fixed, product, state_dtype
 
 
 class AttentionLayer(Mixer):
@@ -139,7 +132,7 @@ class AttentionLayer(Mixer):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, KVCache, self.config, is_fixed)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(

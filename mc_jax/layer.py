@@ -6,16 +6,17 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.cache_checks import check_rows
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
-from mc_jax.cache import Cache, check_rows, grow, init_cache
+from mc_jax.cache import Cache, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.grid import first_tokens
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, l2_normalize
+from mc_jax.numerics import Array, Dtype, is_fixed, l2_normalize
 
 
 class MemoryCachingLayer(Mixer):
@@ -153,7 +154,7 @@ class MemoryCachingLayer(Mixer):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_streams(self.config)
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, Cache, self.config, is_fixed)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace]:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.cache_checks import caches_of
 from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import Cache, KVCache, check_room
+from mc_jax.cache import check_room
 from mc_jax.grid import make_packing, pack, unpack
 from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
@@ -147,7 +148,7 @@ def extend_rows(
     """
     check_flags("mask", mask, x.shape[:2])
     check_flags("padding", padding, x.shape[:2])
-    first = cache if isinstance(cache, Cache | KVCache) else cache[0]
+    first = caches_of(cache)[0]
     if padding is None:
         check_room(first, x.shape[1])
         return extend(x, cache, mask)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.cache_checks import ENDED, check_next_ids
 from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
@@ -19,7 +20,7 @@ from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, is_fixed, product
 from mc_jax.pretrained import Pretrained
-from mc_jax.rows import ENDED, end_rows
+from mc_jax.rows import end_rows
 
 
 class SwiGLU(nnx.Module):
@@ -218,15 +219,7 @@ class LanguageModel(nnx.Module, Pretrained):
             ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
                 cache has no room for.
         """
-        if len(cache) != len(self.blocks):
-            raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
-        batch = cache[0].position.shape[0]
-        if tokens.ndim == 2:
-            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}: must be [{batch}, t], as cache, t >= 1"
-            )
+        check_next_ids(tokens, cache, len(self.blocks), is_fixed)
         known = self._check(tokens, mask, padding, check)
         return extend_rows(partial(self._extend, known=known), tokens, cache, mask, padding)
 

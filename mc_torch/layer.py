@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from mc_core.cache_checks import check_rows
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
 from mc_torch.backends import Coefficients, Norm, Weights
-from mc_torch.cache import Cache, check_rows, grow, init_cache
+from mc_torch.cache import Cache, grow, init_cache
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.grid import first_tokens
 from mc_torch.inspection import Trace, make_trace
@@ -23,7 +24,7 @@ from mc_torch.modules import (
     project,
     split_heads,
 )
-from mc_torch.numerics import Array, Dtype, l2_normalize, state_dtype
+from mc_torch.numerics import Array, Dtype, is_fixed, l2_normalize, state_dtype
 
 
 class MemoryCachingLayer(Mixer):
@@ -151,7 +152,7 @@ class MemoryCachingLayer(Mixer):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_streams(self.config)
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, Cache, self.config, is_fixed)
         return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
 
     def _forward_with_cache(self, x: Array, mask: Array | None) -> tuple[Array, Cache]:

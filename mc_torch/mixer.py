@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mc_core.cache_checks import caches_of
 from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig
 from mc_torch.backends import Weights
-from mc_torch.cache import Cache, KVCache, check_room
+from mc_torch.cache import check_room
 from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.inspection import Trace
 from mc_torch.modules import Hooked, Linear, RMSNorm, ShortConv, project, split_heads
@@ -150,7 +151,7 @@ def extend_rows(
     """
     check_flags("mask", mask, x.shape[:2])
     check_flags("padding", padding, x.shape[:2])
-    first = cache if isinstance(cache, Cache | KVCache) else cache[0]
+    first = caches_of(cache)[0]
     if padding is None:
         check_room(first, x.shape[1])
         return extend(x, cache, mask)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mc_core.cache_checks import ENDED, check_next_ids
 from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
@@ -26,7 +27,7 @@ from mc_torch.modules import (
 )
 from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, product, remat, take_along
 from mc_torch.pretrained import Pretrained
-from mc_torch.rows import ENDED, end_rows
+from mc_torch.rows import end_rows
 
 
 class SwiGLU(nn.Module):
@@ -222,14 +223,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
                 cache has no room for.
         """
-        if len(cache) != len(self.blocks):
-            raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
-        batch = cache[0].position.shape[0]
-        if tokens.ndim == 2:
-            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-            shape = tuple(tokens.shape)
-            raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
+        check_next_ids(tokens, cache, len(self.blocks), is_fixed)
         known = self._check(tokens, mask, padding, check)
         extend = partial(call_hooked, self, partial(self._extend, known=known))
         return extend_rows(extend, tokens, cache, mask, padding)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.arguments import check_inputs
 from mc_core.cache_checks import check_cache_options, check_rows
 from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
@@ -49,7 +50,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        self._check(x, mask)
+        check_inputs(x, mask, self.config.d_model, is_fixed)
         at = align(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = jnp.ones(x.shape[:2], bool) if mask is None else mask

@@ -1,5 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.arguments import check_tokens
 from mc_core.cache_checks import ENDED, check_next_ids
-from mc_core.checks import check_fixed, check_flags
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
@@ -21,6 +22,11 @@ from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, is_fixed, product
 from mc_jax.pretrained import Pretrained
 from mc_jax.rows import end_rows
+
+# By the class of their configuration; each has its own type of cache.
+MIXERS: dict[type, Callable[..., Any]] = {
+    kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
+}
 
 
 class SwiGLU(nnx.Module):
@@ -59,9 +65,7 @@ class Block(nnx.Module):
     ):
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, param_dtype=param_dtype)
-        attends = isinstance(layer, AttentionConfig)
-        kind: Any = AttentionLayer if attends else MemoryCachingLayer
-        self.mixer = kind(layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mixer = MIXERS[type(layer)](layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
             self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
@@ -253,14 +257,7 @@ class LanguageModel(nnx.Module, Pretrained):
         values: bool = True,
     ) -> bool:
         """Return whether ids are known to be in range; without `values` check the dtype alone."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens have shape {tokens.shape}: must be [b, t]")
-        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        check_flags("mask", mask, tokens.shape)
-        check_flags("padding", padding, tokens.shape)
-        read = mask
-        if padding is not None:
-            read = ~padding if mask is None else mask & ~padding
+        read = check_tokens(tokens, mask, padding, is_fixed)
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mc_core.arguments import check_inputs
 from mc_core.cache_checks import check_cache_options, check_rows
 from mc_core.config import AttentionConfig
 from mc_torch.backends import Weights
@@ -53,7 +54,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        self._check(x, mask)
+        check_inputs(x, mask, self.config.d_model, is_fixed)
         at = align(torch.arange(x.shape[1], device=x.device), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask

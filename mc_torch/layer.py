@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mc_core.arguments import check_inputs
 from mc_core.cache_checks import check_rows
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams
@@ -200,7 +201,7 @@ class MemoryCachingLayer(Mixer):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        self._check(x, mask)
+        check_inputs(x, mask, self.config.d_model, is_fixed)
         whole = partial(
             memory_caching,
             config=self.config,

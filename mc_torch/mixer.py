@@ -44,7 +44,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         self.config = config
         d, width = config.d_model, config.conv_width
 
-        def linear() -> Linear:
+        def linear() -> nn.Linear:
             return Linear(d, d, device=device, dtype=dtype)
 
         # A seed's draws follow this order.

@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         d, f = config.layer.d_model, config.ffn_dim
 
-        def linear(into: int, out: int) -> Linear:
+        def linear(into: int, out: int) -> nn.Linear:
             return Linear(into, out, device=device, dtype=dtype)
 
         self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)

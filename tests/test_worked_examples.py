@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+import mc_jax.gates
 import mc_jax.grid
+import mc_jax.sparse
+import mc_torch.gates
 import mc_torch.grid
+import mc_torch.sparse
 from mc_core import MCConfig
 from mc_core.grids import grid_shape
 from mc_core.triangle import cut_triangle, pairs_read
@@ -41,6 +45,28 @@ def test_make_grid(framework):
         "slots": [1, 2],
         "slot": [3],
     }
+
+
+def test_dispatch():
+    group = [4, 4, 4, 4, 0, 0, 0, 0, 0, 1, 1, 0, 2]
+    place = [27, 27, 27, 27, 0, 1, 2, 3, 4, 6, 7, 5, 9]
+    source = [4, 5, 6, 7, 8, 11, 9, 10, 13, 12] + [13] * 17
+    owner = [0, 0, 1, 2, 3, 3, 3, 3, 3]
+    found = mc_jax.sparse._dispatch(jnp.asarray(group), 4, 3, 9)
+    assert [x.tolist() for x in found] == [place, source, owner]
+    found = mc_torch.sparse._dispatch(torch.tensor([[group]]), 4, 3, 9)
+    assert [x[0, 0].tolist() for x in found] == [place, source, owner]
+
+
+@pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
+def test_selected(package):
+    config = MCConfig(2, 1, aggregation="ssc", segment_size=4, chunk_size=3, ssc_top_k=2)
+    array = jnp.asarray if package is mc_jax else torch.tensor
+    u, running = array([[[[1.0, 0.0]]]]), array([[[[0.0, 0.0]]]])
+    pools = array([[[[0.0, 1.0]], [[2.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.0]]]])
+    weights, selected = package.gates.gate(u, pools, running, array([1]), config)
+    assert selected.tolist() == [[[[0, 4]]]]
+    assert weights.tolist() == [[[[0.5, 0.0, 0.5]]]]
 
 
 def test_triangle():

@@ -52,7 +52,7 @@ def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array
 
     A stream with room for 17 tokens in segments of 4 has n = 5 slots, which a single token reads 2
     at a step: slots 0 1, 2 3 and 3 4. The last block begins early enough to be whole, and the gate
-    of slot 3, which it repeats, is 0 there. Token 13 is in segment 3 and reads slots 0 1 2, so that
+    of slot 3, which it repeats, is 0 there. Token 12 is in segment 3 and reads slots 0 1 2, so that
     `filled` is 3: block 3 4 is left out.
     """
     n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])

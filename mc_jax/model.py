@@ -23,8 +23,8 @@ from mc_jax.numerics import Array, Dtype, is_fixed, product
 from mc_jax.pretrained import Pretrained
 from mc_jax.rows import end_rows
 
-# By the class of their configuration; each has its own type of cache.
-MIXERS: dict[type, Callable[..., Any]] = {
+# What the blocks mix tokens with, by the class of its configuration; see `mc_core.config.MIXERS`.
+LAYERS: dict[type, Callable[..., Any]] = {
     kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
 }
 
@@ -65,7 +65,7 @@ class Block(nnx.Module):
     ):
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, param_dtype=param_dtype)
-        self.mixer = MIXERS[type(layer)](layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mixer = LAYERS[type(layer)](layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
             self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)

@@ -30,8 +30,8 @@ from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, product, re
 from mc_torch.pretrained import Pretrained
 from mc_torch.rows import end_rows
 
-# By the class of their configuration; each has its own type of cache.
-MIXERS: dict[type, Callable[..., Any]] = {
+# What the blocks mix tokens with, by the class of its configuration; see `mc_core.config.MIXERS`.
+LAYERS: dict[type, Callable[..., Any]] = {
     kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
 }
 
@@ -81,7 +81,7 @@ class Block(nn.Module, Hooked):
         super().__init__()
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, device=device, dtype=dtype)
-        self.mixer = MIXERS[type(layer)](layer, device=device, dtype=dtype)
+        self.mixer = LAYERS[type(layer)](layer, device=device, dtype=dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, device=device, dtype=dtype)
             self.ffn = SwiGLU(config, device=device, dtype=dtype)

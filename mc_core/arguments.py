@@ -63,6 +63,49 @@ def check_arguments(
             raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {tuple(shape)}")
 
 
+def check_inputs(x: Any, mask: Any, d_model: int, is_fixed: Callable[[Any], bool]) -> None:
+    """Check the inputs of a mixer.
+
+    Args:
+        x: [b, t, d].
+        mask: bool [b, t], or None.
+        d_model: d.
+        is_fixed: whether a size is a number rather than a symbol of an export.
+
+    Raises:
+        ValueError: names the argument, what it is and what it must be.
+    """
+    if x.ndim != 3 or x.shape[-1] != d_model:
+        raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {d_model}]")
+    check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
+    check_flags("mask", mask, x.shape[:2])
+
+
+def check_tokens(tokens: Any, mask: Any, padding: Any, is_fixed: Callable[[Any], bool]) -> Any:
+    """Check the shapes of a model's inputs.
+
+    Args:
+        tokens: ids [b, t].
+        mask: bool [b, t], True = a real token; None = all are.
+        padding: bool [b, t], True where a row has no token at all; None = nowhere.
+        is_fixed: whether a size is a number rather than a symbol of an export.
+
+    Returns:
+        bool [b, t], False where an id is not read; None = all are.
+
+    Raises:
+        ValueError: names the argument, what it is and what it must be.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
+    check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
+    check_flags("mask", mask, tokens.shape)
+    check_flags("padding", padding, tokens.shape)
+    if padding is None:
+        return mask
+    return ~padding if mask is None else mask & ~padding
+
+
 def check_method(method: str, inspect: bool) -> None:
     """Check the names that choose how `memory_caching` computes.
 

@@ -120,6 +120,11 @@ class Plan:
         inside = within < np.asarray(self.lengths)[:, None]
         return np.where(inside, starts[:, None] + within, self.tokens)
 
+    @cached_property
+    def segment_places(self) -> np.ndarray:
+        """[t] each token's place in `padded_segments`."""
+        return np.flatnonzero(self.padded_segments.reshape(-1) < self.tokens)
+
 
 def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = None) -> Plan:
     """Plan the segments and chunks of `tokens` tokens.

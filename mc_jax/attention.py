@@ -4,20 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.arguments import check_inputs
+from mc_core.cache_checks import check_cache_options, check_rows
 from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import (
-    KVCache,
-    add_slots,
-    check_cache_options,
-    check_growth,
-    check_rows,
-    in_room,
-    put_slots,
-)
+from mc_jax.cache import KVCache, add_slots, check_growth, in_room, put_slots
 from mc_jax.host import move_to_host, take
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.numerics import Array, Dtype, align, product, state_dtype
+from mc_jax.numerics import Array, Dtype, align, is_fixed, product, state_dtype
 
 
 class AttentionLayer(Mixer):
@@ -56,7 +50,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        self._check(x, mask)
+        check_inputs(x, mask, self.config.d_model, is_fixed)
         at = align(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = jnp.ones(x.shape[:2], bool) if mask is None else mask
@@ -139,7 +133,7 @@ class AttentionLayer(Mixer):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, KVCache, self.config, is_fixed)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(

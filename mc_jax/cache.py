@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mc_core.checks import check_fixed
-from mc_core.config import AttentionConfig, MCConfig
-from mc_core.segmentation import NO_STREAM, Plan, check_streams
+from mc_core import cache_checks
+from mc_core.cache_checks import ENDED, check_cache_options
+from mc_core.config import MCConfig
+from mc_core.segmentation import Plan, check_streams
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.host import move_to_host, on_host, put
-from mc_jax.numerics import Array, Dtype, is_fixed, state_dtype
-from mc_jax.rows import ENDED, Rows, take_rows
+from mc_jax.numerics import Array, Dtype, state_dtype
+from mc_jax.rows import Rows, take_rows
 
 Tree = Any  # nested tuples of arrays
 
@@ -53,6 +54,11 @@ class Cache(NamedTuple):
         online = Segments(self.state.weights, self.pool, self.length)
         return put_slots(self.stored, add_axis(online), self.slot[:, None])
 
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of heads h, and their width k."""
+        return tuple(self.pool.shape[1:])
+
     def take(self, rows: Rows) -> "Cache":
         """Return the streams of some rows, in any order and any number; see `take_rows`."""
         return take_rows(self, rows)
@@ -70,6 +76,11 @@ class KVCache(NamedTuple):
     position: Array  # tokens so far, masked ones included, int32 [b]
     limit: Array  # tokens that there is room for, int32 []
     conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of heads h, and their width k."""
+        return tuple(self.keys.shape[2:])
 
     def take(self, rows: Rows) -> "KVCache":
         """Return the streams of some rows, in any order and any number; see `take_rows`."""
@@ -183,30 +194,14 @@ def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
     )
 
 
-def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
-    """Hold to their ranges what says how many streams there are, how long, and where.
-
-    Raises:
-        ValueError: names what is out of range.
-    """
-    if cache_device not in ("device", "host"):
-        raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value, least in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name} = {value}: must be >= {least}")
-
-
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
     """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
 
     Raises:
         ValueError: names both, or the segments are not those of a stream.
     """
-    if is_traced(cache.limit):
-        return
-    check_goes_on(cache)
-    if max_tokens < int(cache.limit):
-        raise ValueError(f"max_tokens = {max_tokens}: must be >= {int(cache.limit)}, as it is now")
+    if not is_traced(cache.limit):
+        cache_checks.check_growth(int(cache.limit), max_tokens)
 
 
 def check_room(cache: AnyCache, tokens: int | Array) -> None:
@@ -221,54 +216,7 @@ def check_room(cache: AnyCache, tokens: int | Array) -> None:
     """
     if is_traced(cache.position) or is_traced(tokens):
         return
-    check_goes_on(cache)
-    position, limit = np.asarray(cache.position), int(cache.limit)
-    live = position < ENDED
-    ahead = int(np.max(position + np.asarray(tokens), where=live, initial=0))
-    if ahead > limit:
-        last = int(np.max(position, where=live, initial=0))
-        raise ValueError(
-            f"cache: max_tokens = {limit}, and position {last} would go to {ahead}: "
-            f"grow(cache, {ahead}) first"
-        )
-
-
-def check_goes_on(cache: AnyCache) -> None:
-    """Refuse a cache whose segments `segment_lengths` cut: the next token's is not known.
-
-    Raises:
-        ValueError: says so.
-    """
-    if int(cache.limit) == NO_STREAM:
-        raise ValueError(
-            "cache: its segments were cut by segment_lengths, not by the configuration: it cannot "
-            "go on as a stream"
-        )
-
-
-def check_rows(x: Array, cache: AnyCache, config: MCConfig | AttentionConfig) -> None:
-    """Refuse a cache of another layer, and tokens [b, t, d] that its streams cannot go on with.
-
-    Raises:
-        ValueError: names what does not fit.
-    """
-    kind = Cache if isinstance(config, MCConfig) else KVCache
-    if not isinstance(cache, kind):
-        raise ValueError(f"cache is a {type(cache).__name__}: must be the layer's {kind.__name__}")
-    heads = cache.pool.shape[1:] if isinstance(cache, Cache) else cache.keys.shape[2:]
-    if tuple(heads) != (config.num_heads, config.head_dim):
-        raise ValueError(
-            f"cache has {heads[0]} heads of width {heads[1]}: must have {config.num_heads} of "
-            f"{config.head_dim}, as the layer"
-        )
-    batch = cache.position.shape[0]
-    if x.ndim == 3:
-        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
-    if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "
-            "cache, t >= 1"
-        )
+    cache_checks.check_room(np.asarray(cache.position), np.asarray(tokens), int(cache.limit))
 
 
 def in_room(y: Array, after: AnyCache) -> Array:

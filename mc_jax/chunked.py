@@ -18,6 +18,24 @@ from mc_jax.layout import to_chunks
 from mc_jax.numerics import KEPT, Array, keep, product, scale_rows
 
 
+class Chunks(NamedTuple):
+    """Tokens in rows of chunks, as a write takes them."""
+
+    k: Array  # keys [g, b, r, h, c, k], zero where nothing is written
+    v: Array  # values [g, b, r, h, c, v], likewise
+    at: Coefficients  # each [g, b, r, h, c]
+    written: Array  # 1 at real tokens, else 0 [g, b, r, 1, c]
+    # Queries [g, b, r, h, c, k] that read their own memory on the way, MLP memories alone; None =
+    # they come later, by `online_apply`.
+    q: Array | None = None
+    # bool [g, b or 1, r], True where a chunk begins at the initial state; None = nowhere.
+    restarts: Array | None = None
+    # bool [g, b, r], True where a chunk begins with its first token: its gradients are taken at the
+    # memory as it is then, elsewhere at `state.anchor`, for what is here is the rest of a chunk.
+    # None = everywhere.
+    opens: Array | None = None
+
+
 class Online(NamedTuple):
     """The online memory of every token of chunks, as reads take it; arrays lead with [g, b, r]."""
 
@@ -64,6 +82,7 @@ def write_chunks(
     coefficients: Coefficients,
     mask: Array,
     plan: Plan,
+    *,
     q: Array | None = None,
 ) -> Writes:
     """Write all tokens, chunk by chunk.
@@ -76,15 +95,15 @@ def write_chunks(
         coefficients: each [b, t, h].
         mask: [b, t] bool, True = a real token.
         plan: segments and chunks.
-        q: queries [b, t, h, k] that read the online memory on the way, as `scan_chunks` takes them.
+        q: queries [b, t, h, k] that read the online memory on the way, as `Chunks` has them.
     """
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     at = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     written = to_chunks(mask[:, :, None].astype(at.step.dtype), plan)
-    start = start_state(memory, initial, k[0], v[0])
-    restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
     queries = None if q is None else to_chunks(q, plan)
-    scanned = scan_chunks(memory, k, v, at, written, start, start, restarts, q=queries)
+    restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
+    start = start_state(memory, initial, k[0], v[0])
+    scanned = scan_chunks(memory, Chunks(k, v, at, written, queries, restarts), start, start)
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
     return Writes(
         online=online_memory(scanned, start, restarts),
@@ -96,18 +115,7 @@ def write_chunks(
     )
 
 
-def scan_chunks(
-    memory: Memory,
-    k: Array,
-    v: Array,
-    at: Coefficients,
-    written: Array,
-    state: MemoryState,
-    start: MemoryState,
-    restarts: Array | None,
-    opens: Array | None = None,
-    q: Array | None = None,
-) -> Scanned:
+def scan_chunks(memory: Memory, chunks: Chunks, state: MemoryState, start: MemoryState) -> Scanned:
     """Write rows of chunks one after another.
 
     A chunk's write and the read of its own queries work on the same few arrays. Together they stay
@@ -115,29 +123,21 @@ def scan_chunks(
 
     Args:
         memory: the memory kind.
-        k: keys [g, b, r, h, c, k], zero where nothing is written.
-        v: values [g, b, r, h, c, v], likewise.
-        at: coefficients, each [g, b, r, h, c].
-        written: 1 at real tokens, else 0 [g, b, r, 1, c].
+        chunks: [g, b, r, ...].
         state: the memory before the first chunk [b, r, h, ...].
         start: the state before a stream's first token [b, r, h, ...].
-        restarts: bool [g, b or 1, r], True where a chunk begins at `start`; None = nowhere.
-        opens: bool [g, b, r], True where a chunk begins with its first token: its gradients are
-            taken at the memory as it is then, elsewhere at `state.anchor`, for what is here is the
-            rest of a chunk. None = everywhere.
-        q: queries [g, b, r, h, c, k] that read their own memory on the way, MLP memories alone;
-            None = they come later, by `online_apply`.
     """
-    mix = memory.chunk_mix(at, written)
+    k, v, restarts = chunks.k, chunks.v, chunks.restarts
+    mix = memory.chunk_mix(chunks.at, chunks.written)
     previous: Weights = ()
     if memory.config.uses_previous_token:
-        before, previous = _tokens_before(k, v, written > 0, state.previous, restarts)
+        before, previous = _tokens_before(chunks, state.previous)
         k, v = (
             jnp.concatenate([p[..., None, :].astype(x.dtype), x], axis=-2)
             for p, x in zip(before, (k, v), strict=True)
         )
     if memory.config.gradient_uses_weights:
-        return _scan_with_weights(memory, k, v, mix, state, start, restarts, opens, q)
+        return _scan_with_weights(memory, chunks._replace(k=k, v=v), mix, state, start)
     events = memory.events((), k, v)
     carried, final = _scan_sums(events, mix, state, start, restarts, k.dtype)
     return Scanned(carried, (), events, mix, final._replace(previous=previous))
@@ -226,16 +226,10 @@ def write_chunk(
 
 
 def _scan_with_weights(
-    memory: Memory,
-    k: Array,
-    v: Array,
-    mix: ChunkMix,
-    state: MemoryState,
-    start: MemoryState,
-    restarts: Array | None,
-    opens: Array | None,
-    q: Array | None,
+    memory: Memory, chunks: Chunks, mix: ChunkMix, state: MemoryState, start: MemoryState
 ) -> Scanned:
+    k, v, _, _, q, restarts, opens = chunks
+
     @partial(jax.checkpoint, prevent_cse=False, policy=KEPT)
     def write(*chunk: Any) -> ChunkWrite:
         return write_chunk(memory, *chunk)
@@ -254,8 +248,8 @@ def _scan_with_weights(
         before = carry.weights, () if q is not None else carry.momentum
         return after, (*before, new.events, new.read)
 
-    chunks = (k, v, q, mix, restarts, opens)
-    final, (before, momentum, events, read) = jax.lax.scan(step, state, chunks)
+    each = (k, v, q, mix, restarts, opens)
+    final, (before, momentum, events, read) = jax.lax.scan(step, state, each)
     return Scanned(before, momentum, events, mix, final, read)
 
 
@@ -313,13 +307,12 @@ def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
     )
 
 
-def _tokens_before(
-    k: Array, v: Array, written: Array, previous: Weights, restarts: Array | None
-) -> tuple[Weights, Weights]:
+def _tokens_before(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
     """Return k and v of the last real token before each chunk [g, b, r, h, ...], and of the last.
 
     They are zero where there is none since the last restart.
     """
+    k, v, written, restarts = chunks.k, chunks.v, chunks.written > 0, chunks.restarts
     number = np.arange(1, written.shape[-1] + 1)
     last = jnp.max(jnp.where(written, number, 0), axis=-1)[..., None, None]  # 0 is none
 

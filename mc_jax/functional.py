@@ -104,8 +104,8 @@ def extend(
     initial: Weights,
     coefficients: Coefficients,
     cache: Cache,
-    config: MCConfig,
     *,
+    config: MCConfig,
     mask: Array | None = None,
     count: Array | None = None,
     norm: Norm = None,
@@ -176,7 +176,7 @@ def _run_chunks(
     # A soup mixes layer by layer with memories that the write has yet to make.
     later = inspect or (config.mixes_layers and plan.segments > 1)
     queries = q if config.memory.gradient_uses_weights and not later else None
-    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, queries)
+    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
     weights, selected = gate(u, pools.segment, pools.running, segment, config)

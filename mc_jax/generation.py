@@ -1,6 +1,6 @@
 """Next tokens, one after another: prompts in chunks, then one compiled step a token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -120,29 +120,28 @@ def generate(
     )
     cache, last, keys = _beside(params, (cache, last, keys))
     blocks, none = _beside(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
-    step = Block(_draw(last, keys, 0, **options)[1], none)
+    step = Block(_draw(last, keys=keys, step=0, **options)[1], none)
     for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
-    return _run(params, extend, blocks, none, max_new_tokens, cache, last, keys, options)
+    draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
+    return _run(draw, extend, blocks, none, max_new_tokens, cache, last)
 
 
 def _run(
-    params: Any,
-    extend: Any,
+    draw: Callable[..., tuple[Array, Array]],
+    extend: Callable[..., tuple[Array, tuple[AnyCache, ...]]],
     blocks: list[Block],
     none: Array,
     max_new_tokens: int,
     cache: tuple[AnyCache, ...],
     last: Array,
-    keys: Array,
-    options: dict[str, Any],
 ) -> Iterator[Array]:
     for tokens, padding in blocks:
-        last, cache = extend(params, tokens, padding, cache, last)
+        last, cache = extend(tokens, padding, cache, last)
     for step in range(max_new_tokens):
-        new, column = _draw(last, keys, step, **options)
+        new, column = draw(last, step=step)
         if step + 1 < max_new_tokens:
-            last, cache = extend(params, column, none, cache, last)
+            last, cache = extend(column, none, cache, last)
         yield new
 
 

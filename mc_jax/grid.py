@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mc_core.config import MCConfig
+from mc_core.grids import grid_shape
 from mc_jax.numerics import Array, align
 
 
@@ -31,49 +32,52 @@ class Grid(NamedTuple):
 def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> Grid:
     """Lay out the tokens of a call.
 
+    With segments of 4 and chunks of 3, a row that has had 5 tokens and now has 8 (t = 8), of which
+    `end` marks a segment's last:
+
+        position        5  6 | 7 end | 8  9  10 | 11 end | 12
+        token           0  1 | 2     | 3  4  5  | 6      | 7
+        chunk           2    | 3     | 4        | 5      | 6
+
+        source  = [[0, 1, 8], [2, 8, 8], [3, 4, 5], [6, 8, 8], [7, 8, 8]]
+        place   = [0, 1, 3, 6, 7, 8, 9, 12]
+        segment = [1, 1, 1, 2, 2, 2, 2, 3], slot = 3
+        opens   = [F, T, T, T, T], restarts = [F, F, T, F, T], ends = [F, T, F, T, F]
+        last    = [1, 3], slots = [1, 2]: chunks 1 and 3 of the call complete segments 1 and 2
+
     Args:
         position: tokens that each row has had, int32 [b].
         count: tokens that each row has now, its first ones, int32 [b].
         tokens: t, the length of the call.
         config: gives segment and chunk size.
     """
-    size = config.segment_size
-    width = min(config.chunk_size, size)
-    per_segment = -(-size // width)
+    shape = grid_shape(tokens, config)
+    size, per_segment, places = shape.segment, shape.per_segment, shape.places
+    position, count = position[:, None], count[:, None]
 
-    def chunk_of(at):  # type: ignore[no-untyped-def]
-        return at // size * per_segment + at % size // width
-
-    def begin_of(chunk: Array) -> Array:
-        return chunk // per_segment * size + chunk % per_segment * width
-
-    offset = np.arange(size)
-    chunks = int(np.max(chunk_of(offset + tokens - 1) - chunk_of(offset))) + 1
-    completed = (size - 1 + tokens) // size
-    places = min(width, tokens)
-
-    first = chunk_of(position)
-    chunk = first[:, None] + _range(chunks, 2)
-    begin = begin_of(chunk) - position[:, None]
-    end = begin_of(chunk + 1) - position[:, None]
+    # Chunks [b, g]; begin, end and stop count from the call's first token.
+    first = shape.chunk_of(position)
+    chunk = first + _range(shape.chunks, 2)
+    begin = shape.begin_of(chunk) - position
+    end = shape.begin_of(chunk + 1) - position
+    stop = jnp.minimum(end, count)
     here = jnp.maximum(begin, 0)  # the first token of this call in the chunk
-    stop = jnp.minimum(end, count[:, None])
     source = here[..., None] + _range(places, 3)
     source = jnp.where(source < stop[..., None], source, tokens)
-
-    token = _range(tokens, 2)
-    at = position[:, None] + token
-    ordinal = chunk_of(at) - first[:, None]
-    place = ordinal * places + token - jnp.take_along_axis(here, ordinal, axis=1)
-    place = jnp.where(token < count[:, None], place, chunks * places)
-
     opens = (begin >= 0) & (begin < stop)
-    segment_end = chunk % per_segment == per_segment - 1
-    ends = segment_end & (end <= count[:, None])
-    segment = position // size
-    following = segment[:, None] + _range(completed, 2)
-    complete = (following + 1) * size <= (position + count)[:, None]
-    last = (following + 1) * per_segment - 1 - first[:, None]
+    ends = (chunk % per_segment == per_segment - 1) & (end <= count)
+
+    # Tokens [b, t].
+    token = _range(tokens, 2)
+    at = position + token
+    ordinal = shape.chunk_of(at) - first
+    place = ordinal * places + token - jnp.take_along_axis(here, ordinal, axis=1)
+    place = jnp.where(token < count, place, shape.chunks * places)
+
+    # Segments that the call may complete [b, s].
+    following = position // size + _range(shape.completed, 2)
+    complete = (following + 1) * size <= position + count
+    last = (following + 1) * per_segment - 1 - first
 
     def lead(x: Array) -> Array:
         return x.T[..., None]
@@ -85,9 +89,9 @@ def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> G
         opens=lead(opens),
         restarts=lead(opens & (chunk % per_segment == 0)),
         ends=lead(ends),
-        last=jnp.clip(last, 0, chunks - 1),
+        last=jnp.clip(last, 0, shape.chunks - 1),
         slots=jnp.where(complete, following, np.iinfo(np.int32).max),
-        slot=jnp.maximum(position + count - 1, 0) // size,
+        slot=jnp.maximum(position + count - 1, 0)[:, 0] // size,
     )
 
 

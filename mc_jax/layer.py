@@ -1,21 +1,23 @@
 """The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from mc_core.arguments import check_inputs
+from mc_core.cache_checks import check_rows
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streams, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
-from mc_jax.cache import Cache, check_rows, grow, init_cache
+from mc_jax.cache import Cache, grow, init_cache
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.grid import first_tokens
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, l2_normalize
+from mc_jax.numerics import Array, Dtype, is_fixed, l2_normalize
 
 
 class MemoryCachingLayer(Mixer):
@@ -153,7 +155,7 @@ class MemoryCachingLayer(Mixer):
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
         check_streams(self.config)
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, Cache, self.config, is_fixed)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace]:
@@ -170,9 +172,9 @@ class MemoryCachingLayer(Mixer):
         if count is not None:
             exists = first_tokens(count, x.shape[1])
             exists = exists if mask is None else exists & mask
-        go_on = partial(extend, cache=cache, config=self.config, mask=mask, count=count)
-        y, result = self._mix(x, exists, go_on, cache.conv, count)
-        return y, result.cache
+        inputs, conv = self._inputs(self._enter(x, exists), cache.conv, count)
+        result = extend(**inputs, cache=cache, config=self.config, mask=mask, count=count)
+        return self._leave(result.output, x.dtype), result.cache._replace(conv=conv)
 
     def _run(
         self,
@@ -181,57 +183,46 @@ class MemoryCachingLayer(Mixer):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        self._check(x, mask)
-        whole = partial(
-            memory_caching,
+        check_inputs(x, mask, self.config.d_model, is_fixed)
+        inputs, conv = self._inputs(self._enter(x, mask))
+        result = memory_caching(
+            **inputs,
             config=self.config,
             mask=mask,
             segment_lengths=segment_lengths,
             inspect=inspect,
         )
-        return self._mix(x, mask, whole)
+        result = result._replace(cache=result.cache._replace(conv=conv))
+        return self._leave(result.output, x.dtype), result
 
-    def _mix(
-        self,
-        x: Array,
-        mask: Array | None,
-        run: Callable[..., Result],
-        before: Weights = (),
-        count: Array | None = None,
-    ) -> tuple[Array, Result]:
-        """Project tokens, `run` the memory over them, and project its reads.
+    def _inputs(
+        self, x: Array, before: Weights = (), count: Array | None = None
+    ) -> tuple[dict[str, Any], Weights]:
+        """Return the arguments of `memory_caching` that follow from tokens and parameters.
 
         Args:
-            x: [b, t, d].
-            mask: bool [b, t], False where the layer sees zeros and gives zeros.
-            run: takes q, k, v, u, initial, coefficients and norm.
+            x: tokens [b, t, d], zero where they are masked.
             before: the cache's `conv`.
-            count: tokens of each row, its first ones [b].
+            count: tokens of each row, its first ones, int32 [b]; None = all.
+
+        Returns:
+            the arguments by name, and the `conv` of the cache after these tokens.
         """
-        dtype, x = x.dtype, self._enter(x, mask)
-        q, k, v, u, conv = self._project(x, before, count)
+        config = self.config
+        q, k, v, conv = self._qkv(x, before, count)
+        if config.normalizes_qk:
+            q, k = l2_normalize(q), l2_normalize(k)
+        u = q if config.gated else None
+        if config.projects_u:
+            u = split_heads(self.u_proj(x), config.num_heads)
         fields = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
+        names = config.memory.coefficient_fields
+        coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
         norm: Norm = None
         if hasattr(self, "memory_norm"):
             norm = (self.memory_norm.scale[...], self.memory_norm.bias[...])
-        names = self.config.memory.coefficient_fields
-        coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
-        result = run(q, k, v, u, self._initial(), coefficients, norm=norm)
-        y = self._leave(result.output, dtype)
-        return y, result._replace(cache=result.cache._replace(conv=conv))
-
-    def _project(
-        self, x: Array, before: Weights, count: Array | None
-    ) -> tuple[Array, Array, Array, Array | None, Weights]:
-        config = self.config
-        q, k, v, tails = self._qkv(x, before, count)
-        if config.normalizes_qk:
-            q, k = l2_normalize(q), l2_normalize(k)
-        if not config.gated:
-            return q, k, v, None, tails
-        if config.use_q_as_u:
-            return q, k, v, q, tails
-        return q, k, v, split_heads(self.u_proj(x), config.num_heads), tails
+        inputs = {"q": q, "k": k, "v": v, "u": u, "initial": self._initial()}
+        return inputs | {"coefficients": coefficients, "norm": norm}, conv
 
     def _initial(self) -> Weights:
         if len(self.initial):

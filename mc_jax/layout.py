@@ -44,8 +44,7 @@ def to_segments(x: Array, plan: Plan) -> Array:
 def from_segments(x: Array, plan: Plan) -> Array:
     """Undo `to_segments` for [b, h, n, c, v]; empty places fall away."""
     b, h, n, c, width = x.shape
-    places = np.flatnonzero(plan.padded_segments.reshape(-1) < plan.tokens)
-    return take_places(x.transpose(0, 2, 3, 1, 4).reshape(b, n * c, h, width), places)
+    return take_places(x.transpose(0, 2, 3, 1, 4).reshape(b, n * c, h, width), plan.segment_places)
 
 
 def take_places(x: Array, places: np.ndarray) -> Array:

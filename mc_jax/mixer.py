@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.checks import check_fixed, check_flags
+from mc_core.cache_checks import caches_of
+from mc_core.checks import check_flags
 from mc_core.config import AttentionConfig, MCConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import Cache, KVCache, check_room
+from mc_jax.cache import check_room
 from mc_jax.grid import make_packing, pack, unpack
 from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
-from mc_jax.numerics import Array, Dtype, is_fixed, state_dtype
+from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.pretrained import Pretrained
 
 
@@ -63,12 +64,6 @@ class Mixer(nnx.Module, Pretrained):
         if config.output_norm == "rms":
             shape = config.num_heads, config.head_dim
             self.output_norm = RMSNorm(*shape, param_dtype=param_dtype)
-
-    def _check(self, x: Array, mask: Array | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model:
-            raise ValueError(f"x has shape {x.shape}: must be [b, t, {self.config.d_model}]")
-        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
-        check_flags("mask", mask, x.shape[:2])
 
     def _start_conv(self, batch: int) -> Weights:
         """Return the `conv` of a cache before the first token."""
@@ -147,7 +142,7 @@ def extend_rows(
     """
     check_flags("mask", mask, x.shape[:2])
     check_flags("padding", padding, x.shape[:2])
-    first = cache if isinstance(cache, Cache | KVCache) else cache[0]
+    first = caches_of(cache)[0]
     if padding is None:
         check_room(first, x.shape[1])
         return extend(x, cache, mask)

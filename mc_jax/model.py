@@ -1,5 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.checks import check_fixed, check_flags
+from mc_core.arguments import check_tokens
+from mc_core.cache_checks import ENDED, check_next_ids
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
@@ -19,7 +21,12 @@ from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, is_fixed, product
 from mc_jax.pretrained import Pretrained
-from mc_jax.rows import ENDED, end_rows
+from mc_jax.rows import end_rows
+
+# What the blocks mix tokens with, by the class of its configuration; see `mc_core.config.MIXERS`.
+LAYERS: dict[type, Callable[..., Any]] = {
+    kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
+}
 
 
 class SwiGLU(nnx.Module):
@@ -58,9 +65,7 @@ class Block(nnx.Module):
     ):
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, param_dtype=param_dtype)
-        attends = isinstance(layer, AttentionConfig)
-        kind: Any = AttentionLayer if attends else MemoryCachingLayer
-        self.mixer = kind(layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mixer = LAYERS[type(layer)](layer, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
             self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
@@ -218,15 +223,7 @@ class LanguageModel(nnx.Module, Pretrained):
             ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
                 cache has no room for.
         """
-        if len(cache) != len(self.blocks):
-            raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
-        batch = cache[0].position.shape[0]
-        if tokens.ndim == 2:
-            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-            raise ValueError(
-                f"tokens have shape {tokens.shape}: must be [{batch}, t], as cache, t >= 1"
-            )
+        check_next_ids(tokens, cache, len(self.blocks), is_fixed)
         known = self._check(tokens, mask, padding, check)
         return extend_rows(partial(self._extend, known=known), tokens, cache, mask, padding)
 
@@ -260,14 +257,7 @@ class LanguageModel(nnx.Module, Pretrained):
         values: bool = True,
     ) -> bool:
         """Return whether ids are known to be in range; without `values` check the dtype alone."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens have shape {tokens.shape}: must be [b, t]")
-        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        check_flags("mask", mask, tokens.shape)
-        check_flags("padding", padding, tokens.shape)
-        read = mask
-        if padding is not None:
-            read = ~padding if mask is None else mask & ~padding
+        read = check_tokens(tokens, mask, padding, is_fixed)
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mc_core.cache_checks import ENDED, caches_of, check_taken, to_indices
 from mc_jax.host import put
 from mc_jax.ids import check_ids, safe_ids
 from mc_jax.numerics import Array
-
-ENDED = 2**30  # position of a stream that can only give NaN; no limit reaches it
 
 Rows = Sequence[int] | np.ndarray | Array
 
@@ -31,15 +30,10 @@ def take_rows(cache: Any, rows: Rows) -> Any:
     Raises:
         ValueError: rows that are no integers or not in `cache`.
     """
-    caches = (cache,) if hasattr(cache, "limit") else tuple(cache)
+    caches = caches_of(cache)
     batch = caches[0].position.shape[0]
-    chosen = rows if isinstance(rows, jax.Array) else _to_array(rows)
-    if chosen.ndim != 1:
-        raise ValueError(f"rows have shape {chosen.shape}: must be [r]")
-    if not batch and len(chosen):
-        raise ValueError(
-            f"rows have shape {chosen.shape}: the cache has 0 streams to take them from"
-        )
+    chosen = rows if isinstance(rows, jax.Array) else to_indices(rows)
+    check_taken(chosen, batch)
     known = check_ids("rows", chosen, batch)
     index, wrong = safe_ids(chosen, batch)
     new = tuple(_take(one, index)._replace(limit=jnp.copy(one.limit)) for one in caches)
@@ -66,11 +60,6 @@ def add_row(x: Array) -> Array:
 def drop_rows(x: Array) -> Array:
     """Return x [b, ...] without its rows: [0, ...]."""
     return put(lambda x: x[:0], x)
-
-
-def _to_array(rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    # Of an empty list NumPy would make floats.
-    return np.asarray(rows) if len(rows) else np.zeros(0, np.int32)
 
 
 @jax.jit

@@ -48,6 +48,13 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment
 
 
 def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Do the same for one run of tokens, a block of slots at a step, up to the slot `filled`.
+
+    A stream with room for 17 tokens in segments of 4 has n = 5 slots, which a single token reads 2
+    at a step: slots 0 1, 2 3 and 3 4. The last block begins early enough to be whole, and the gate
+    of slot 3, which it repeats, is 0 there. Token 12 is in segment 3 and reads slots 0 1 2, so that
+    `filled` is 3: block 3 4 is left out.
+    """
     n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
     x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
 
@@ -58,27 +65,26 @@ def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array
     if size == n:
         return weighted(x, gates, tuple(take(jnp.asarray, w) for w in weights))
 
-    def part_of(x: Array, first: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+    def cut(first: Array) -> Weights:
+        def block(w: Array, first: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
 
-    def step(total: Array, block: Array) -> tuple[Array, None]:
-        # The last block begins early enough to be whole: the slots it shares weigh nothing.
-        first = jnp.minimum(block * size, n - size)
-        new = align(first + jnp.arange(size, dtype=first.dtype) >= block * size, gates.ndim)
+        return tuple(take(block, w, first) for w in weights)
+
+    def step(total: Array, number: Array) -> tuple[Array, None]:
+        first = jnp.minimum(number * size, n - size)
+        new = align(first + jnp.arange(size, dtype=first.dtype) >= number * size, gates.ndim)
 
         def add(total: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(gates, first, size, axis=-1)
-            some = tuple(take(part_of, w, first) for w in weights)
-            return total + weighted(x, jnp.where(new, part, jnp.zeros_like(part)), some)
+            part = jnp.where(new, part, jnp.zeros_like(part))
+            return total + weighted(x, part, cut(first))
 
         return jax.lax.cond(first < filled, add, lambda total: total, total), None
 
-    first = jax.eval_shape(
-        lambda: weighted(x, gates[..., :size], tuple(take(part_of, w, filled) for w in weights))
-    )
-    zero = jnp.zeros_like(gates, shape=first.shape)
-    blocks = jnp.arange(-(-n // size), dtype=jnp.int32)
-    return jax.lax.scan(step, zero, blocks)[0]
+    shape = jax.eval_shape(lambda: weighted(x, gates[..., :size], cut(filled))).shape
+    numbers = jnp.arange(-(-n // size), dtype=jnp.int32)
+    return jax.lax.scan(step, jnp.zeros_like(gates, shape=shape), numbers)[0]
 
 
 def _block(n: int, tokens: int) -> int:

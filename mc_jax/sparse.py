@@ -78,6 +78,17 @@ def _take_row(x: Array, place: Array) -> Array:
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:
     """Place rows in blocks that hold one memory each.
 
+    13 tokens in segments of 4, of which those after the first 4 select one memory each, give 13
+    rows for n = 4 memories; in blocks of 3, of which there are 9, they stand at 27 places:
+
+        row      0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12
+        group    4  4  4  4 |  0  0  0  0 |  0  1  1  0 |  2
+        place   27 27 27 27 |  0  1  2  3 |  4  6  7  5 |  9
+
+        block    0        | 1        | 2        | 3        | 4 to 8
+        source   4  5  6  | 7  8 11  | 9 10 13  | 12 13 13 | 13
+        owner    0        | 0        | 1        | 2        | 3
+
     Args:
         group: [rows] the memory of each row; n for none.
         n: number of memories.

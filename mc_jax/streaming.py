@@ -4,18 +4,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mc_core.config import MCConfig
 from mc_jax.aggregate import read_sparse
 from mc_jax.backends import Memory, Tokens, Weights
 from mc_jax.backends.base import apply_weights
 from mc_jax.cache import Cache, Segments, choose, put_slots, start_state
-from mc_jax.chunked import Scanned, Writes, online_apply, online_memory, scan_chunks
-from mc_jax.gates import gate, pooled, readable, spread
+from mc_jax.chunked import Chunks, Scanned, Writes, online_apply, online_memory, scan_chunks
+from mc_jax.gates import Gates, gate, pooled, readable, spread
 from mc_jax.grid import Grid, from_places, make_grid, to_places
 from mc_jax.numerics import Array, product, running_sum
-from mc_jax.slots import sum_over_slots
+from mc_jax.slots import Read, sum_over_slots
 
 
 class Pools(NamedTuple):
@@ -66,9 +65,9 @@ def extend_chunks(
         output = from_places(read, grid) * share
         gates = allowed.astype(share.dtype) * share
     else:
-        weights, selected = gate(tokens.u, stored.pool, pools.running, grid.segment, config)
-        output = _read(memory, config, writes, stored.weights, q, weights, selected, grid)
-        gates = spread(weights, selected, stored.length.shape[1])
+        found = gate(tokens.u, stored.pool, pools.running, grid.segment, config)
+        output = _read(memory, config, writes, stored.weights, q, found, grid)
+        gates = spread(*found, stored.length.shape[1])
 
     new = cache._replace(
         stored=stored,
@@ -100,7 +99,8 @@ def _write(
     # A soup mixes layer by layer with memories that the write has yet to make.
     early = config.memory.gradient_uses_weights and not config.mixes_layers
     q = to_places(tokens.q, grid) if early else None
-    scanned = scan_chunks(memory, k, v, at, written, state, start, restarts, grid.opens, q)
+    chunks = Chunks(k, v, at, written, q, restarts, grid.opens)
+    scanned = scan_chunks(memory, chunks, state, start)
     online = online_memory(scanned, start, restarts)
     return scanned, Writes(online, scanned.read, (), scanned.final)
 
@@ -147,7 +147,7 @@ def _complete(
         totals = jax.tree.map(jnp.subtract, sums, ended)
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
-    row = np.arange(grid.last.shape[0])[:, None]
+    row = jnp.arange(grid.last.shape[0], dtype=grid.last.dtype)[:, None]
     sums, counts = pools.sums[grid.last, row], pools.counts[grid.last, row]
     done = Segments(
         weights=tuple(x[grid.last, row, 0] for x in after),
@@ -163,44 +163,53 @@ def _read(
     writes: Writes,
     cached: Weights,
     q: Array,
-    gates: Array,
-    selected: Array | None,
+    gates: Gates,
     grid: Grid,
 ) -> Array:
-    """Read every token's online memory and the cached ones: [b, t, h, v]."""
+    """Read every token's online memory and the cached ones, weighted: [b, t, h, v].
+
+    Takes cached weights [b, n, h, o, i] in slots and q [b, t, h, k].
+    """
     if config.detach_cached_states:
         cached = jax.lax.stop_gradient(cached)
-    online_gate = gates[..., -1:]
-    weight = gates[..., :-1].swapaxes(1, 2)
-    queries = to_places(q, grid)
     if config.mixes_layers:
-        assert writes.online is not None
-        apply = online_apply(writes.online, q.dtype)
-
-        def one_layer(a: Array, weights: Weights) -> Array:
-            return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
-
-        def mixed(layer: int, a: Array) -> Array:
-            a = a.astype(q.dtype)
-            tokens = from_places(a, grid).swapaxes(1, 2)
-            z = sum_over_slots(one_layer, tokens, weight, (cached[layer],), grid.segment)
-            online = to_places(online_gate, grid) * apply(layer, a)
-            return online + to_places(z.swapaxes(1, 2), grid)
-
-        return from_places(memory.read(mixed, queries), grid)
-    online = from_places(_read_online(memory, writes, queries), grid) * online_gate
+        return _read_soup(memory, writes, cached, q, gates.weights, grid)
+    online = from_places(_read_online(memory, writes, to_places(q, grid)), grid)
+    online = online * gates.weights[..., -1:]
     if not config.rule.reads_cache:
         return online
     if config.rule.sparse:
-        assert selected is not None
-        return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
+        assert gates.selected is not None
+        return online + read_sparse(memory, cached, q, gates.weights[..., :-1], gates.selected)
 
     def read(x: Array, weights: Weights) -> Array:
         return memory.read(apply_weights(weights, x.dtype), x)
 
-    return online + sum_over_slots(read, q.swapaxes(1, 2), weight, cached, grid.segment).swapaxes(
-        1, 2
-    )
+    return online + _sum_slots(read, q, gates.weights, cached, grid)
+
+
+def _read_soup(
+    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, grid: Grid
+) -> Array:
+    """Read the gates' mixture of all weights, mixed layer by layer; gates [b, t, h, n + 1]."""
+    assert writes.online is not None
+    own, online = to_places(gates[..., -1:], grid), online_apply(writes.online, q.dtype)
+
+    def one_layer(a: Array, weights: Weights) -> Array:
+        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+
+    def apply(layer: int, a: Array) -> Array:
+        a = a.astype(q.dtype)
+        mixed = _sum_slots(one_layer, from_places(a, grid), gates, (cached[layer],), grid)
+        return own * online(layer, a) + to_places(mixed, grid)
+
+    return from_places(memory.read(apply, to_places(q, grid)), grid)
+
+
+def _sum_slots(read: Read, x: Array, gates: Array, weights: Weights, grid: Grid) -> Array:
+    """Sum the cached memories' reads of x [b, t, h, i] by gates [b, t, h, n + 1]: [b, t, h, o]."""
+    x, share = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
+    return sum_over_slots(read, x, share, weights, grid.segment).swapaxes(1, 2)
 
 
 def _read_online(memory: Memory, writes: Writes, queries: Array) -> Array:

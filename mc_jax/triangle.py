@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mc_core.triangle import Squares, cut_triangle
 from mc_jax.backends import Weights
 from mc_jax.numerics import Array
 
@@ -34,14 +35,14 @@ def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Ar
         [b, h, n, c, o] in the gates' dtype.
     """
     b, h, n, c, _ = x.shape
-    total, half = None, 1
-    while half < n:
-        rows, memories = _squares(n, half)
+    total = None
+    for squares in cut_triangle(n):
+        rows = squares.segments
         part = _read_squares(
             read,
             x[:, :, rows.clip(max=n - 1)],
-            _gates_of(gates, rows, memories),
-            tuple(w[:, memories] for w in weights),
+            _gates_of(gates, squares),
+            tuple(w[:, squares.memories] for w in weights),
         )
         part = part.reshape(b, h, rows.size, c, -1)
         if total is None:
@@ -49,33 +50,14 @@ def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Ar
         inside = rows.reshape(-1) < n
         kept = part if inside.all() else part[:, :, np.flatnonzero(inside)]
         total = total.at[:, :, rows.reshape(-1)[inside]].add(kept)
-        half *= 2
     assert total is not None
     return total
 
 
-def pairs_read(n: int) -> int:
-    """Count the (segment, memory) pairs that `sum_over_earlier` reads for n segments."""
-    count, half = 0, 1
-    while half < n:
-        rows, _ = _squares(n, half)
-        count += rows.size * half
-        half *= 2
-    return count
-
-
-def _squares(n: int, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the segments [a, rows] and memories [a, half] of the squares of one size."""
-    first = np.arange(half, n, 2 * half)
-    # A square that stands alone is cut off at the last segment; others are padded to one shape.
-    rows = min(half, n - half) if len(first) == 1 else half
-    return first[:, None] + np.arange(rows), first[:, None] - half + np.arange(half)
-
-
-def _gates_of(gates: Array, rows: np.ndarray, memories: np.ndarray) -> Array:
+def _gates_of(gates: Array, squares: Squares) -> Array:
     """Gather [half, a, b, h, rows * c] from [b, h, n, c, n]."""
-    n = gates.shape[2]
-    picked = gates[:, :, rows.clip(max=n - 1)[:, :, None], :, memories[:, None, :]]
+    rows = squares.segments.clip(max=gates.shape[2] - 1)
+    picked = gates[:, :, rows[:, :, None], :, squares.memories[:, None, :]]
     a, r, m, b, h, c = picked.shape  # advanced indices come first
     return picked.transpose(2, 0, 3, 4, 1, 5).reshape(m, a, b, h, r * c)
 

@@ -7,21 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mc_core.arguments import check_inputs
+from mc_core.cache_checks import check_cache_options, check_rows
 from mc_core.config import AttentionConfig
 from mc_torch.backends import Weights
-from mc_torch.cache import (
-    KVCache,
-    add_slots,
-    check_cache_options,
-    check_growth,
-    check_rows,
-    in_room,
-    put_slots,
-)
+from mc_torch.cache import KVCache, add_slots, check_growth, in_room, put_slots
 from mc_torch.host import move_to_host
 from mc_torch.mixer import Mixer, extend_rows
 from mc_torch.modules import call_hooked
-from mc_torch.numerics import Array, Dtype, align, is_transformed, state_dtype
+from mc_torch.numerics import Array, Dtype, align, is_fixed, is_transformed, state_dtype
 
 
 class AttentionLayer(Mixer):
@@ -60,7 +54,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        self._check(x, mask)
+        check_inputs(x, mask, self.config.d_model, is_fixed)
         at = align(torch.arange(x.shape[1], device=x.device), 2)
         q, k, v, _ = self._project(x, mask, at)
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -132,7 +126,7 @@ class AttentionLayer(Mixer):
         Raises:
             ValueError: a shape that does not fit, or tokens that the cache has no room for.
         """
-        check_rows(x, cache, self.config)
+        check_rows(x, cache, KVCache, self.config, is_fixed)
         return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
 
     def _init_cache(

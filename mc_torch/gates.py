@@ -20,6 +20,15 @@ class Pools(NamedTuple):
     total: Array  # sum of each segment's keys [b, n, h, k]
 
 
+class Gates(NamedTuple):
+    """The weights of all tokens' reads; under `ssc`, of the selected memories alone."""
+
+    weights: (
+        Array  # [b, t, h, n + 1], the online memory last, 0 where unread; `ssc` [b, t, h, m + 1]
+    )
+    selected: Array | None  # under `ssc` the memories that they weigh [b, t, h, m], n for none
+
+
 def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
     """Pool the real keys of each segment: their mean (zero if there is none) or their sum.
 
@@ -140,10 +149,8 @@ def readable(segment: Array, n: int, config: MCConfig) -> Array:
     return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
 
 
-def gate(
-    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
-) -> tuple[Array, Array | None]:
-    """Return the weights of all tokens' reads; under `ssc`, of the selected memories alone.
+def gate(u: Array, pools: Array, running: Array, segment: Array, config: MCConfig) -> Gates:
+    """Return the weights of all tokens' reads.
 
     Args:
         u: connectors [b, t, h, k].
@@ -153,24 +160,39 @@ def gate(
         config: the aggregation.
 
     Returns:
-        weights: [b, t, h, n + 1], the online memory last, 0 where a memory is not read; under
-            `ssc` [b, t, h, m + 1], m = min(top_k, n).
-        selected: under `ssc` the memories that they weigh [b, t, h, m], n for none; else None.
+        weights [b, t, h, n + 1]; under `ssc` [b, t, h, m + 1] and the memories selected
+        [b, t, h, m], m = min(top_k, n).
+    """
+    if config.rule.sparse:
+        return _gate_selected(u, pools, running, align(segment, 2), config)
+    score = running.new_zeros(*running.shape[:3], pools.shape[1] + 1)
+    if config.gated:
+        score = scores(u, pools, running, segment, config)
+    return Gates(gate_densely(score, segment, config), None)
+
+
+def _gate_selected(
+    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
+) -> Gates:
+    """Return the weights of the selected memories; arguments as `gate`'s, segment [b or 1, t].
+
+    1. Select by the scores of all memories, which no gradient needs and no array holds at once.
+    2. Score the selected ones again, for the gradients.
+    3. Weigh them and the online memory, which is last.
+
+    Of 13 tokens in segments of 4, with `ssc_top_k` = 2, token 5 of segment 1 has one memory to
+    select: selected = [0, n], and the weights are those of memory 0, of none (0), and the online
+    memory's.
     """
     n = pools.shape[1]
-    if not config.rule.sparse:
-        score = running.new_zeros(*running.shape[:3], n + 1)
-        if config.gated:
-            score = scores(u, pools, running, segment, config)
-        return gate_densely(score, segment, config), None
     u = u.to(running.dtype).transpose(1, 2)  # [b, h, t, k]
     if config.detach_cached_context:
         pools = pools.detach()
-    pools = pools.transpose(1, 2)
-    segment = align(segment, 2)
-    selected = _select_in_blocks(u.detach(), pools.detach(), segment, config)
-    # Gradients take the scores of the selected alone: n of each token would be too many.
-    if config.gate == "token":
+    pools = pools.transpose(1, 2)  # [b, h, n, k]
+
+    selected = _select_in_blocks(u.detach(), pools.detach(), segment, config)  # 1
+
+    if config.gate == "token":  # 2
         age = segment[:, None, :, None] - selected
         cached = at_level(u, age).transpose(1, 2)
         online = u[..., :1].transpose(1, 2)
@@ -180,9 +202,10 @@ def gate(
         cached = product("bhtk,bhtmk->bthm", u, picked, exact=True)
         online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
     score = torch.cat([cached, online], dim=-1) / config.softmax_temperature
-    selected = selected.transpose(1, 2)
+
+    selected = selected.transpose(1, 2)  # 3
     read = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
-    return weigh(score, read, config), selected
+    return Gates(weigh(score, read, config), selected)
 
 
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:

@@ -5,13 +5,13 @@ from positions that only the running program knows. Its shape does not: it has r
 that so many tokens touch from the worst position.
 """
 
-from functools import lru_cache
 from operator import index
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mc_core.config import MCConfig
+from mc_core.grids import GridShape, grid_shape
 from mc_torch.numerics import Array, align
 
 
@@ -32,6 +32,19 @@ class Grid(NamedTuple):
 def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> Grid:
     """Lay out the tokens of a call.
 
+    With segments of 4 and chunks of 3, a row that has had 5 tokens and now has 8 (t = 8), of which
+    `end` marks a segment's last:
+
+        position        5  6 | 7 end | 8  9  10 | 11 end | 12
+        token           0  1 | 2     | 3  4  5  | 6      | 7
+        chunk           2    | 3     | 4        | 5      | 6
+
+        source  = [[0, 1, 8], [2, 8, 8], [3, 4, 5], [6, 8, 8], [7, 8, 8]]
+        place   = [0, 1, 3, 6, 7, 8, 9, 12]
+        segment = [1, 1, 1, 2, 2, 2, 2, 3], slot = 3
+        opens   = [F, T, T, T, T], restarts = [F, F, T, F, T], ends = [F, T, F, T, F]
+        last    = [1, 3], slots = [1, 2]: chunks 1 and 3 of the call complete segments 1 and 2
+
     Args:
         position: tokens that each row has had, int32 [b].
         count: tokens that each row has now, its first ones, int32 [b].
@@ -39,40 +52,33 @@ def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> G
         config: gives segment and chunk size.
     """
     tokens = index(tokens)  # a number, where a compiler gives a symbol
-    position, count, device = position.long(), count.long(), position.device
-    size = config.segment_size
-    width = min(config.chunk_size, size)
-    per_segment = -(-size // width)
+    shape = _grid_shape(tokens, config)
+    size, per_segment, places = shape.segment, shape.per_segment, shape.places
+    position, count, device = position.long()[:, None], count.long()[:, None], position.device
 
-    def begin_of(chunk: Array) -> Array:
-        return chunk // per_segment * size + chunk % per_segment * width
-
-    chunks = _chunks_touched(tokens, size, width)
-    completed = (size - 1 + tokens) // size
-    places = min(width, tokens)
-
-    first = _chunk_of(position, size, width)
-    chunk = first[:, None] + _range(chunks, 2, device)
-    begin = begin_of(chunk) - position[:, None]
-    end = begin_of(chunk + 1) - position[:, None]
+    # Chunks [b, g]; begin, end and stop count from the call's first token.
+    first = shape.chunk_of(position)
+    chunk = first + _range(shape.chunks, 2, device)
+    begin = shape.begin_of(chunk) - position
+    end = shape.begin_of(chunk + 1) - position
+    stop = torch.minimum(end, count)
     here = begin.clamp(min=0)  # the first token of this call in the chunk
-    stop = torch.minimum(end, count[:, None])
     source = here[..., None] + _range(places, 3, device)
     source = torch.where(source < stop[..., None], source, tokens)
-
-    token = _range(tokens, 2, device)
-    at = position[:, None] + token
-    ordinal = _chunk_of(at, size, width) - first[:, None]
-    place = ordinal * places + token - torch.gather(here, 1, ordinal)
-    place = torch.where(token < count[:, None], place, chunks * places)
-
     opens = (begin >= 0) & (begin < stop)
-    segment_end = chunk % per_segment == per_segment - 1
-    ends = segment_end & (end <= count[:, None])
-    segment = position // size
-    following = segment[:, None] + _range(completed, 2, device)
-    complete = (following + 1) * size <= (position + count)[:, None]
-    last = (following + 1) * per_segment - 1 - first[:, None]
+    ends = (chunk % per_segment == per_segment - 1) & (end <= count)
+
+    # Tokens [b, t].
+    token = _range(tokens, 2, device)
+    at = position + token
+    ordinal = shape.chunk_of(at) - first
+    place = ordinal * places + token - torch.gather(here, 1, ordinal)
+    place = torch.where(token < count, place, shape.chunks * places)
+
+    # Segments that the call may complete [b, s].
+    following = position // size + _range(shape.completed, 2, device)
+    complete = (following + 1) * size <= position + count
+    last = (following + 1) * per_segment - 1 - first
 
     def lead(x: Array) -> Array:
         return x.T[..., None]
@@ -84,9 +90,9 @@ def make_grid(position: Array, count: Array, tokens: int, config: MCConfig) -> G
         opens=lead(opens),
         restarts=lead(opens & (chunk % per_segment == 0)),
         ends=lead(ends),
-        last=last.clamp(0, chunks - 1),
+        last=last.clamp(0, shape.chunks - 1),
         slots=torch.where(complete, following, torch.iinfo(torch.int32).max),
-        slot=((position + count - 1).clamp(min=0) // size).to(torch.int32),
+        slot=((position + count - 1).clamp(min=0)[:, 0] // size).to(torch.int32),
     )
 
 
@@ -139,23 +145,9 @@ def unpack(x: Array, packing: Packing) -> Array:
     return _take(x, packing.place)
 
 
-def _chunk_of(at: Any, size: int, width: int) -> Any:
-    """Return the chunk that a position falls in, counted over all segments."""
-    return at // size * -(-size // width) + at % size // width
-
-
 @torch.compiler.assume_constant_result
-def _chunks_touched(tokens: int, size: int, width: int) -> int:
-    return _most_chunks(tokens, size, width)
-
-
-@lru_cache(maxsize=256)
-def _most_chunks(tokens: int, size: int, width: int) -> int:
-    """Return how many chunks consecutive tokens touch at most."""
-    return 1 + max(
-        _chunk_of(offset + tokens - 1, size, width) - _chunk_of(offset, size, width)
-        for offset in range(size)
-    )
+def _grid_shape(tokens: int, config: MCConfig) -> GridShape:
+    return grid_shape(tokens, config)
 
 
 def _range(count: int, ndim: int, device: torch.device) -> Array:

@@ -88,7 +88,7 @@ def _make_plan(
         index=places(plan.index, tokens),
         place_of=places(plan.place_of, plan.index.size),
         padded_segments=places(padded, tokens),
-        segment_places=places(np.flatnonzero(padded < tokens), padded.size),
+        segment_places=places(plan.segment_places, padded.size),
         restarts=tuple(plan.restarts[0].tolist()),
         last_chunk=tuple(plan.last_chunk.tolist()),
         segment_of=tuple(plan.segment_of.tolist()),

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc_core.checks import check_fixed, check_flags
+from mc_core.cache_checks import caches_of
+from mc_core.checks import check_flags
 from mc_core.config import AttentionConfig, MCConfig
 from mc_torch.backends import Weights
-from mc_torch.cache import Cache, KVCache, check_room
+from mc_torch.cache import check_room
 from mc_torch.grid import make_packing, pack, unpack
 from mc_torch.inspection import Trace
 from mc_torch.modules import Hooked, Linear, RMSNorm, ShortConv, project, split_heads
-from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, state_dtype
+from mc_torch.numerics import Array, Dtype, compute_dtype, state_dtype
 from mc_torch.pretrained import Pretrained
 
 
@@ -43,7 +44,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         self.config = config
         d, width = config.d_model, config.conv_width
 
-        def linear() -> Linear:
+        def linear() -> nn.Linear:
             return Linear(d, d, device=device, dtype=dtype)
 
         # A seed's draws follow this order.
@@ -62,12 +63,6 @@ class Mixer(nn.Module, Hooked, Pretrained):
         if config.output_norm == "rms":
             shape = config.num_heads, config.head_dim
             self.output_norm = RMSNorm(*shape, device=device, dtype=dtype)
-
-    def _check(self, x: Array, mask: Array | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {self.config.d_model}]")
-        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
-        check_flags("mask", mask, x.shape[:2])
 
     def _start_conv(self, batch: int) -> Weights:
         """Return the `conv` of a cache before the first token."""
@@ -150,7 +145,7 @@ def extend_rows(
     """
     check_flags("mask", mask, x.shape[:2])
     check_flags("padding", padding, x.shape[:2])
-    first = cache if isinstance(cache, Cache | KVCache) else cache[0]
+    first = caches_of(cache)[0]
     if padding is None:
         check_room(first, x.shape[1])
         return extend(x, cache, mask)

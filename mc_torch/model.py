@@ -1,5 +1,6 @@
 """A language model of pre-norm blocks: memory or attention, then SwiGLU."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mc_core.checks import check_fixed, check_flags
+from mc_core.arguments import check_tokens
+from mc_core.cache_checks import ENDED, check_next_ids
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
@@ -26,7 +28,12 @@ from mc_torch.modules import (
 )
 from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, product, remat, take_along
 from mc_torch.pretrained import Pretrained
-from mc_torch.rows import ENDED, end_rows
+from mc_torch.rows import end_rows
+
+# What the blocks mix tokens with, by the class of its configuration; see `mc_core.config.MIXERS`.
+LAYERS: dict[type, Callable[..., Any]] = {
+    kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
+}
 
 
 class SwiGLU(nn.Module):
@@ -42,7 +49,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         d, f = config.layer.d_model, config.ffn_dim
 
-        def linear(into: int, out: int) -> Linear:
+        def linear(into: int, out: int) -> nn.Linear:
             return Linear(into, out, device=device, dtype=dtype)
 
         self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)
@@ -74,9 +81,7 @@ class Block(nn.Module, Hooked):
         super().__init__()
         d = config.layer.d_model
         self.mixer_norm = RMSNorm(d, device=device, dtype=dtype)
-        attends = isinstance(layer, AttentionConfig)
-        kind: Any = AttentionLayer if attends else MemoryCachingLayer
-        self.mixer = kind(layer, device=device, dtype=dtype)
+        self.mixer = LAYERS[type(layer)](layer, device=device, dtype=dtype)
         if config.ffn_dim:
             self.ffn_norm = RMSNorm(d, device=device, dtype=dtype)
             self.ffn = SwiGLU(config, device=device, dtype=dtype)
@@ -222,14 +227,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
                 cache has no room for.
         """
-        if len(cache) != len(self.blocks):
-            raise ValueError(f"cache is of {len(cache)} blocks: must be of {len(self.blocks)}")
-        batch = cache[0].position.shape[0]
-        if tokens.ndim == 2:
-            check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-            shape = tuple(tokens.shape)
-            raise ValueError(f"tokens have shape {shape}: must be [{batch}, t], as cache, t >= 1")
+        check_next_ids(tokens, cache, len(self.blocks), is_fixed)
         known = self._check(tokens, mask, padding, check)
         extend = partial(call_hooked, self, partial(self._extend, known=known))
         return extend_rows(extend, tokens, cache, mask, padding)
@@ -278,14 +276,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         values: bool = True,
     ) -> bool:
         """Return whether ids are known to be in range; without `values` check the dtype alone."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
-        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-        check_flags("mask", mask, tokens.shape)
-        check_flags("padding", padding, tokens.shape)
-        read = mask
-        if padding is not None:
-            read = ~padding if mask is None else mask & ~padding
+        read = check_tokens(tokens, mask, padding, is_fixed)
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(

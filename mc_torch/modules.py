@@ -18,23 +18,18 @@ from mc_torch.numerics import Array, Dtype, align, autocasts, product, rms_norm,
 START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
 
 
-class Linear(nn.Linear):
-    """`W x` without bias; starts as Flax's (LeCun's truncated normal).
+def Linear(
+    into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
+) -> nn.Linear:
+    """Return `W x` without bias; starts as Flax's (LeCun's truncated normal).
 
-    An instance is exactly an `nn.Linear`: `quantize_dynamic` skips subclasses without a word.
-    `project` calls it.
+    No class of its own: `quantize_dynamic` skips subclasses without a word. `project` calls it.
     """
-
-    def __init__(
-        self, into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
-    ):
-        super().__init__(into, out, bias=False, device=device, dtype=dtype)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-
-    def reset_parameters(self) -> None:
-        """Draw the weight; `nn.Linear` calls this as it is built."""
-        std = self.in_features**-0.5 / 0.87962566103423978  # of a normal cut off at 2 deviations
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+    linear = nn.Linear(into, out, bias=False, device="meta", dtype=dtype)  # draws nothing
+    linear.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
+    std = into**-0.5 / 0.87962566103423978  # of a normal cut off at 2 deviations
+    nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+    return linear
 
 
 def project(linear: nn.Module, x: Array, *, exact: bool = False) -> Array:

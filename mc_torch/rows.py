@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mc_core.checks import check_integers
+from mc_core.cache_checks import ENDED, caches_of, check_taken, to_indices
 from mc_torch.host import put
 from mc_torch.ids import check_ids, safe_ids
 from mc_torch.numerics import Array, tree_map
-
-ENDED = 2**30  # position of a stream that can only give NaN; no limit reaches it
 
 Rows = Sequence[int] | np.ndarray | Array
 
@@ -31,15 +29,10 @@ def take_rows(cache: Any, rows: Rows) -> Any:
     Raises:
         ValueError: rows that are no integers or not in `cache`.
     """
-    caches = (cache,) if hasattr(cache, "limit") else tuple(cache)
+    caches = caches_of(cache)
     batch = caches[0].position.shape[0]
-    chosen = rows if isinstance(rows, torch.Tensor) else _to_tensor(rows)
-    if chosen.ndim != 1:
-        raise ValueError(f"rows have shape {tuple(chosen.shape)}: must be [r]")
-    if not batch and len(chosen):
-        raise ValueError(
-            f"rows have shape {tuple(chosen.shape)}: the cache has 0 streams to take them from"
-        )
+    chosen = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(to_indices(rows))
+    check_taken(chosen, batch)
     known = check_ids("rows", chosen, batch)
     index, wrong = safe_ids(chosen.to(caches[0].position.device), batch)
     new = tuple(_take(one, index)._replace(limit=one.limit.clone()) for one in caches)
@@ -65,13 +58,6 @@ def add_row(x: Array) -> Array:
 def drop_rows(x: Array) -> Array:
     """Return x [b, ...] without its rows: [0, ...]."""
     return x[:0]
-
-
-def _to_tensor(rows: Sequence[int] | np.ndarray) -> Array:
-    # Of an empty list NumPy would make floats.
-    array = np.asarray(rows) if len(rows) else np.zeros(0, np.int64)
-    check_integers("rows", array.dtype.name)
-    return torch.as_tensor(array)
 
 
 def _take(cache: Any, index: Array) -> Any:

@@ -35,6 +35,12 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment
 
 
 def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Do the same for one run of tokens, a block of slots at a step, up to the slot `filled`.
+
+    A stream with room for 17 tokens in segments of 4 has n = 5 slots, of which a call of 13 tokens
+    reads 64 // 13 = 4 at a step. Token 12 is in segment 3 and reads slots 0 1 2, so that `filled`
+    is 3: one step reads them. A compiled program reads slots 0 1 2 3, then slot 4.
+    """
     n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
     if not is_traced(filled):
         n = min(n, int(filled))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 
+from mc_core.triangle import Squares, cut_triangle
 from mc_torch.backends import Weights
 from mc_torch.numerics import Array, remat, unstack, windows
 
@@ -30,62 +31,43 @@ def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Ar
         [b, h, n, c, o] in the gates' dtype.
     """
     n = x.shape[2]
-    total, half = None, 1
-    while half < n:
-        squares, rows = _squares(n, half)
+    total = None
+    for squares in cut_triangle(n):
+        half, _, rows = squares
         part = _read_squares(
             read,
-            _rows(x, squares, rows, half),
-            _gates_of(gates, squares, rows, half),
-            tuple(_memories(w, squares, half) for w in weights),
+            _rows(x, squares),
+            _gates_of(gates, squares),
+            tuple(_memories(w, squares) for w in weights),
         )  # [b, h, a, rows, c, o]
         part = F.pad(part, (0, 0, 0, 0, 0, 2 * half - rows)).flatten(2, 3)
         part = F.pad(part, (0, 0, 0, 0, half, n - half - part.shape[2]))
         total = part if total is None else total + part
-        half *= 2
     assert total is not None
     return total
 
 
-def pairs_read(n: int) -> int:
-    """Count the (segment, memory) pairs that `sum_over_earlier` reads for n segments."""
-    count, half = 0, 1
-    while half < n:
-        squares, rows = _squares(n, half)
-        count += squares * rows * half
-        half *= 2
-    return count
+def _gates_of(gates: Array, squares: Squares) -> Array:
+    """Take [half, a, b, h, rows * c] from [b, h, n, c, n]."""
+    gates = windows(gates, 4, squares.half, 2 * squares.half)[..., : squares.number, :]
+    gates = _rows(gates, squares)  # [b, h, a, c, a, half, rows]
+    return gates.diagonal(dim1=2, dim2=4).permute(3, 5, 0, 1, 4, 2).flatten(4)
 
 
-def _squares(n: int, half: int) -> tuple[int, int]:
-    """Return the number of squares of one size, and their rows.
-
-    Square a has the memories from 2a·half on and the segments from (2a + 1)·half on.
-    """
-    squares = len(range(half, n, 2 * half))
-    # A square that stands alone is cut off at the last segment; others are padded to one shape.
-    return squares, min(half, n - half) if squares == 1 else half
-
-
-def _rows(x: Array, squares: int, rows: int, half: int) -> Array:
+def _rows(x: Array, squares: Squares) -> Array:
     """Take [b, h, a, c, i, rows] from [b, h, n, c, i]; zeros past the last segment."""
+    half, number, rows = squares
     x = x[:, :, half:]
-    missing = (squares - 1) * 2 * half + rows - x.shape[2]
+    missing = (number - 1) * 2 * half + rows - x.shape[2]
     if missing > 0:
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
     return windows(x, 2, rows, 2 * half)
 
 
-def _memories(weights: Array, squares: int, half: int) -> Array:
+def _memories(weights: Array, squares: Squares) -> Array:
     """Take [half, a, b, h, o, i] from [b, n, h, o, i], as a view."""
-    return windows(weights, 1, half, 2 * half)[:, :squares].permute(5, 1, 0, 2, 3, 4)
-
-
-def _gates_of(gates: Array, squares: int, rows: int, half: int) -> Array:
-    """Take [half, a, b, h, rows * c] from [b, h, n, c, n]."""
-    gates = windows(gates, 4, half, 2 * half)[..., :squares, :]
-    gates = _rows(gates, squares, rows, half)  # [b, h, a, c, a, half, rows]
-    return gates.diagonal(dim1=2, dim2=4).permute(3, 5, 0, 1, 4, 2).flatten(4)
+    memories = windows(weights, 1, squares.half, 2 * squares.half)[:, : squares.number]
+    return memories.permute(5, 1, 0, 2, 3, 4)
 
 
 def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array:

@@ -182,7 +182,7 @@ def _stream(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         if isinstance(given, FunctionInputs):
             part = given.at(here)
             at = Coefficients(**part.coefficients)
-            result = extend(*part[:5], at, cache, case.layer, mask=mask, norm=part.norm)
+            result = extend(*part[:5], at, cache, config=case.layer, mask=mask, norm=part.norm)
             output, cache = result.output, result.cache
             gates.append(result.gates)
         else:

@@ -245,19 +245,20 @@ class _Head(NamedTuple):
     final: State
 
 
+class _Tokens(NamedTuple):
+    q: Array  # [t, k], as k and u
+    k: Array
+    v: Array  # [t, v]
+    u: Array | None
+    mask: Array  # [t]
+    writes: Sequence[Write]  # one per token
+
+
 def _run_head(
-    q: Array,
-    k: Array,
-    v: Array,
-    u: Array | None,
-    mask: Array,
-    initial: Layers,
-    writes: Sequence[Write],
-    lengths: Sequence[int],
-    config: MCConfig,
-    norm: Norm,
+    tokens: _Tokens, initial: Layers, lengths: Sequence[int], config: MCConfig, norm: Norm
 ) -> _Head:
-    """Run one head of one sequence: q, k, u [t, k]; v [t, v]; mask [t]; a write a token."""
+    """Run one head of one sequence."""
+    q, k, v, u, mask, writes = tokens
     output, gates = np.zeros_like(v), np.zeros((len(v), len(lengths) + 1))
     cached: list[Memory] = []
     pools: list[Array] = []
@@ -328,12 +329,15 @@ def memory_caching(
     given = {name: np.asarray(x, np.float64) for name, x in given.items() if x is not None}
 
     def run(b: int, h: int) -> _Head:
-        return _run_head(
+        each = _Tokens(
             *(x[b, :, h] for x in (q, k, v)),
             None if u is None else u[b, :, h],
             mask[b],
-            tuple(w[h] for w in initial),
             [Write(**{name: x[b, t, h] for name, x in given.items()}) for t in range(tokens)],
+        )
+        return _run_head(
+            each,
+            tuple(w[h] for w in initial),
             lengths,
             config,
             None if norm is None else tuple(np.asarray(x, np.float64)[h] for x in norm),

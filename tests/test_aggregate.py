@@ -7,12 +7,13 @@ import pytest
 from cases import GATES, Array, assert_close
 
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
+from mc_core.triangle import pairs_read
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
 from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
 from mc_jax.numerics import running_sum
 from mc_jax.sparse import BLOCK, _sort, read_selected
-from mc_jax.triangle import pairs_read, sum_over_earlier
+from mc_jax.triangle import sum_over_earlier
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-12

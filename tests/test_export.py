@@ -20,6 +20,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
+from mc_torch.layout import make_plan
 
 FIXED = "must be a fixed number, for which segments and chunks are planned"
 LAYERS = {
@@ -91,6 +92,21 @@ def test_pytorch_prompt_and_step_are_two_exported_programs():
     assert_close(torch.cat([first, last], 1), model(tokens), 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+def test_eager_calls_after_a_pytorch_export_have_tensors_of_their_own(strict):
+    config = LAYERS["linear-grm"]
+    layer = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)
+    x = torch.randn(2, 11, 8, dtype=torch.float64)  # no other test plans 11 tokens
+    program = export(layer, (x,), strict=strict)
+    y = layer(x)
+    assert type(y) is torch.Tensor
+    assert_close(program.module()(x), y, 1e-12)
+    plan = make_plan(11, config, None, x.device)
+    arrays = (plan.index, plan.place_of, plan.padded_segments, plan.segment_places)
+    assert all(type(index.at) is torch.Tensor for index in arrays)
+
+
 def jax_symbols(spec: str) -> tuple:
     return jax.export.symbolic_shape(spec)
 
@@ -105,6 +121,28 @@ def test_jax_refuses_a_dynamic_number_of_tokens(aggregation):
     cache = layer.init_cache(2, 8)
     with pytest.raises(ValueError, match=FIXED):
         jax.export.export(jax.jit(lambda x: layer.extend(x, cache)[0]))(x)
+
+
+def test_jax_exports_a_dynamic_batch_of_a_stream():
+    model, tokens = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0)), jnp.asarray(TOKENS, jnp.int32)
+    (rows,) = jax_symbols("rows, 1")[:1]
+
+    def symbolic(x):
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.ndim else (), x.dtype)
+
+    def extend(leaves, tokens):
+        logits, cache = model.extend(tokens, jax.tree.unflatten(structure, leaves))
+        return logits, jax.tree.leaves(cache)
+
+    leaves, structure = jax.tree.flatten(model.init_cache(2, 8))
+    arguments = [symbolic(x) for x in leaves], symbolic(tokens[:, :1])
+    step = jax.export.export(jax.jit(extend))(*arguments)
+    for some in (tokens, tokens[:1], jnp.concatenate([tokens, tokens])):
+        leaves, logits = jax.tree.leaves(model.init_cache(len(some), 8)), []
+        for one in jnp.split(some, some.shape[1], axis=1):
+            found, leaves = step.call(leaves, one)
+            logits.append(found)
+        assert_close(jnp.concatenate(logits, 1), model(some), 1e-5)
 
 
 def test_jax_models_and_attention_refuse_a_dynamic_number_of_tokens():

@@ -36,7 +36,8 @@ CASES = pairwise(
 def take(tokens, initial, norm, cache, count, config):
     """Extend a stream by the first `count` of the given tokens."""
     *inputs, coefficients, mask = tokens
-    return extend(*inputs, initial, coefficients, cache, config, mask=mask, count=count, norm=norm)
+    options = {"config": config, "mask": mask, "count": count, "norm": norm}
+    return extend(*inputs, initial, coefficients, cache, **options)
 
 
 def stream(case, splits):

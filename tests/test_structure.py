@@ -13,6 +13,7 @@ from mc_core.memories import MEMORIES
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mc_core", "mc_jax", "mc_torch", "parity", "bench", "train")
 LINES = 400
+POSITIONAL = 7
 
 # What each package may import of the others.
 LAYERS = {
@@ -130,6 +131,34 @@ def test_public_functions_on_arrays_document_shapes():
     assert not found, "\n".join(found)
 
 
+def crowded(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and the name of functions that take too many arguments by position.
+
+    Commands and tests are called by name, by Typer and pytest.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            called = [*map(ast.unparse, node.decorator_list)]
+            by_name = node.name.startswith("test_") or any(".command(" in text for text in called)
+        elif isinstance(node, ast.Lambda):
+            by_name = False
+        else:
+            continue
+        names = [x.arg for x in (*node.args.posonlyargs, *node.args.args)]
+        count = len(names) - (names[:1] in (["self"], ["cls"]))
+        if count > POSITIONAL and not by_name:
+            yield node.lineno, getattr(node, "name", "lambda")
+
+
+def test_no_function_takes_more_than_7_arguments_by_position():
+    found = [
+        f"{relative(file)}:{line} {name}"
+        for file in sources(*PACKAGES, "tests", "tools", "examples")
+        for line, name in crowded(ast.parse(file.read_text()))
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_no_file_has_more_than_400_lines():
     files = [*sources(*PACKAGES, "tests"), *(ROOT / "examples").glob("*.py")]
     long = {
@@ -149,5 +178,7 @@ def test_the_rules_see_what_they_are_for():
         "match kind:\n    case 'dla': pass",
     ):
         assert list(branches(ast.parse(source))), source
+    assert list(crowded(ast.parse("def f(self, a, b, c, d, e, g, h, i): pass")))
+    assert not list(crowded(ast.parse("def f(self, a, b, c, d, e, g, h, *, i): pass")))
     (function,) = public_functions(ast.parse("def f(x: Array) -> int:\n    'Return it.'"))
     assert takes_arrays(function)

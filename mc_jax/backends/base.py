@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 
+from mc_core.backends import add_backend, find_backend
 from mc_core.memories import MemoryConfig
 from mc_jax.numerics import Array, product, running_sum, scale_rows
 
@@ -154,12 +155,7 @@ def register_backend(kind: str) -> Callable[[M], M]:
     """
 
     def register(cls: M) -> M:
-        if not issubclass(cls, Memory):
-            raise ValueError(f"register_backend: {cls.__name__} must be a subclass of Memory")
-        known = BACKENDS.get(kind, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"register_backend: kind = {kind!r} is taken by {known.__name__}")
-        BACKENDS[kind] = cls
+        add_backend(BACKENDS, kind, cls, Memory)
         return cls
 
     return register
@@ -171,12 +167,7 @@ def make_memory(config: MemoryConfig, norm: Norm = None) -> Memory:
     Raises:
         ValueError: no backend of this framework is registered for the kind.
     """
-    if config.kind not in BACKENDS:
-        raise ValueError(
-            f"memory.kind = {config.kind!r}: mc_jax has no backend for it, only for "
-            f"{', '.join(map(repr, BACKENDS))}: register one with mc_jax.register_backend"
-        )
-    return BACKENDS[config.kind](config, norm)
+    return find_backend(BACKENDS, config.kind, "mc_jax")(config, norm)
 
 
 def outer_products(events: Events, dtype: jnp.dtype) -> Weights:

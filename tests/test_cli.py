@@ -13,8 +13,8 @@ from tiny import mc, write_config
 
 from mc_core.files import write_atomic
 from train.config import load_config
+from train.evaluation.run_report import load_report, siblings
 from train.optimizer import make_schedule
-from train.report import load_report, siblings
 from train.tasks.recall import RecallTask
 
 

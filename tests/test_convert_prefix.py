@@ -23,8 +23,8 @@ from parity.convert import convert
 from parity.files import SAFETENSORS, STATE_DICT
 from parity.weights import jax_weights, load_torch, to_tensor, torch_weights
 from train.__main__ import main
+from train.cli.parity_case import own_case
 from train.config import load_config
-from train.own import own_case
 
 MODEL = ALL["hybrid"]
 NAMES = tuple(draw(MODEL))

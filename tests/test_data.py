@@ -12,17 +12,16 @@ from tokenizers import Tokenizer, models
 
 from mc_core.errors import UserError
 from train.config import RunConfig, TextConfig
-from train.data import (
+from train.data.corpus import (
     STDLIB_WITHOUT,
-    Windows,
     clip,
     distinct,
     load_corpus,
-    make_batches,
     read_documents,
     split,
     stdlib_files,
 )
+from train.data.windows import Windows, make_batches
 
 texts = st.lists(st.binary(min_size=1, max_size=40), min_size=2, max_size=60)
 fractions = st.floats(0.01, 0.99)

@@ -16,8 +16,8 @@ from bench.devices import gather, replicate, request, split_rows
 from mc_core.errors import UserError
 from train.checkpoint import load_run
 from train.config import load_config
-from train.curves import read_rows
 from train.loop import build, train
+from train.metrics import read_rows
 
 SMALL = ("run.steps=4", "run.log_every=1", "run.batch_size=4", "run.validate_every=2")
 MQAR = (
@@ -128,7 +128,7 @@ def test_a_sweep_asks_for_the_devices_of_its_runs(tmp_path, monkeypatch):
     def ask(count):
         raise Asked(count)
 
-    from train.sweep.run import sweep
+    from train.sweeps.sweep import sweep
 
     base = write_config(tmp_path, model=TINY["model"] | {"vocab_size": 32})
     loaded = yaml.safe_load(base.read_text())
@@ -136,7 +136,7 @@ def test_a_sweep_asks_for_the_devices_of_its_runs(tmp_path, monkeypatch):
     base.write_text(yaml.safe_dump(loaded))
     path = tmp_path / "sweep.yaml"
     path.write_text("base: tiny.yaml\nrows: [{run.devices: 1}, {run.devices: 2}]\n")
-    monkeypatch.setattr("train.sweep.run.request", ask)
+    monkeypatch.setattr("train.sweeps.sweep.request", ask)
     with pytest.raises(Asked, match="2"):
         sweep(path, Console(file=io.StringIO()))
 

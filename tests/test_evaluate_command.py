@@ -12,9 +12,9 @@ from tiny import TINY, mc, without_pictures, write_config
 
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
 from train.config import from_dict, load_config
-from train.tasks import evaluate as subject
-from train.tasks.config import MQARConfig, NIAHConfig
-from train.tasks.score import wilson
+from train.config.recall_schema import MQARConfig, NIAHConfig
+from train.evaluation import evaluate as subject
+from train.evaluation.score import wilson
 
 
 @pytest.fixture(scope="module")

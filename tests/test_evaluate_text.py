@@ -22,7 +22,7 @@ from mc_jax import LanguageModel
 from parity.weights import jax_weights
 from train.config import load_config
 from train.convert import write_run
-from train.tasks.evaluate import Options
+from train.evaluation.evaluate import Options
 
 TEXT = "a text that no run has seen before, é\r\n" * 5
 NIAH = {"task": "niah", "lengths": [300], "depths": 3}
@@ -37,7 +37,7 @@ def bits():
         return math.log(2) * digits.astype(jnp.float32), rest
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.evaluate.token_losses", token_losses)
+        patch.setattr("train.evaluation.validation.token_losses", token_losses)
         yield
 
 
@@ -192,7 +192,7 @@ def test_a_run_on_no_text_scores_none(text, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_options_without_a_meaning_are_named(tmp_path, options):
-    from train.tasks.evaluate import check_text_options
+    from train.evaluation.evaluate import check_text_options
 
     config = load_config(write_config(tmp_path))
     name = next(iter(options))

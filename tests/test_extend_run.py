@@ -19,13 +19,13 @@ from mc_core.errors import UserError
 from train import step
 from train.checkpoint import Checkpoints
 from train.config import load_config
-from train.curves import read_rows
-from train.evaluate import References
+from train.evaluation.run_report import Report, load_report, save_report
+from train.evaluation.validation import References
 from train.loop import evaluate, train
+from train.metrics import read_rows
 from train.optimizer import make_schedule
-from train.report import Report, load_report, save_report
 from train.step import build
-from train.sweep.config import load_sweep, make_runs
+from train.sweeps.sweep_config import load_sweep, make_runs
 
 SIX = ("run.steps=6", "run.save_every=3", "run.log_every=1", "run.validate_every=0")
 TWELVE = ("run.steps=12", *SIX[1:])
@@ -339,7 +339,7 @@ def test_a_sweeps_run_that_starts_from_another_has_another_fingerprint(tmp_path)
 
 
 def test_restarted_schedules_leave_everything_else():
-    from train.initial import restart_schedule
+    from train.warm_start import restart_schedule
 
     optimizer = optax.adamw(optax.constant_schedule(0.1))
     params = {"w": jnp.ones(2)}

@@ -19,12 +19,13 @@ from mc_jax import LanguageModel, generate
 from parity.files import write_safetensors
 from parity.weights import jax_weights, to_torch
 from train.checkpoint import load_run
-from train.completion import ByteDecoder, Completion, WordDecoder, printable
 from train.config import load_config
-from train.generate import Options, Prompt, Speed, complete, load_source, read_prompts
+from train.evaluation.completion import ByteDecoder, Completion, WordDecoder, printable
+from train.evaluation.generate import Options, Speed, complete, load_source
+from train.evaluation.prompts import Prompt, read_prompts
+from train.evaluation.run_report import load_report
+from train.evaluation.sample import draw_sample
 from train.loop import train
-from train.report import load_report
-from train.sample import draw_sample
 
 SAMPLED = ["--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--seed", 3]
 

@@ -14,9 +14,9 @@ from test_resume import full_disk
 from tiny import mc, write_config
 
 from mc_core.errors import NotFiniteError, UserError
-from train import generate
 from train.checkpoint import Checkpoints, Meta
 from train.config import load_config, to_dict
+from train.evaluation import generate
 from train.step import build
 from train.tasks.task import load_task
 
@@ -231,7 +231,7 @@ def test_rows_of_other_settings_are_not_reused(
 
 
 def test_two_processes_do_not_write_one_output(run, prompts, monkeypatch, capsys):
-    from train.partial import Partial
+    from train.evaluation.partial_output import Partial
 
     output = prompts.parent / "out.jsonl"
     with closing(Partial.lock(output)) as lock:
@@ -244,7 +244,7 @@ def test_two_processes_do_not_write_one_output(run, prompts, monkeypatch, capsys
 
 
 def test_a_full_disk_leaves_the_rows_before(tmp_path):
-    from train.partial import Partial
+    from train.evaluation.partial_output import Partial
 
     settings, keys = {"seed": 0}, ["a", "b", "c"]
     partial = Partial(tmp_path / "out", settings, keys)

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from mc_core.errors import UserError
 from train.checkpoint import load_run
 from train.config import load_config
-from train.inspection import look, to_json
-from train.needle import find_needle, weigh_needle
-from train.page import make_page
-from train.pictures import draw_layer
-from train.text import Text, read_text
+from train.data.encoded_text import Text, read_text
+from train.evaluation.html_report import make_page
+from train.evaluation.inspection_plots import draw_layer
+from train.evaluation.needle import find_needle, weigh_needle
+from train.evaluation.traces import look, to_json
 
 WORDS = "the code is 4711 — naïve <b>text</b> & more\nwhat was the code, then?\n"
 SHARED = ("token_index", "segment_index", "cached_count")

@@ -18,10 +18,10 @@ from worker import count_devices, look_around, wait_for
 from bench.report import cores
 from mc_core.errors import UserError
 from train.lock import Lock
-from train.sweep.config import Run, load_sweep, make_runs
-from train.sweep.jobs import Workers, _no_interrupt, one_thread, shares
-from train.sweep.plan import Plan
-from train.sweep.results import Results, key_of, read_results
+from train.sweeps.plan import Plan
+from train.sweeps.results import Results, key_of, read_results
+from train.sweeps.sweep_config import Run, load_sweep, make_runs
+from train.sweeps.workers import Workers, _no_interrupt, one_thread, shares
 
 ROOT = Path(__file__).parents[1]
 two_cores = pytest.mark.skipif(len(cores()) < 2, reason="two jobs need two cores")
@@ -56,21 +56,21 @@ def test_every_worker_has_cores_of_its_own(tmp_path):
 @two_cores
 def test_a_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
     """A worker starts JAX anew, whatever its parent asked for."""
-    monkeypatch.setattr("train.sweep.run.do", count_devices)
+    monkeypatch.setattr("train.sweeps.sweep.do", count_devices)
     path = write(tmp_path, rows=[{"run.devices": 1}, {"run.devices": 2}])
     assert mc(monkeypatch, "sweep", path, "--jobs", 2) == 0
     assert [row["error"] for row in read_results(tmp_path / "sweep")] == ["2 devices"] * 2
 
 
 def test_shares_are_all_cores_and_disjoint(monkeypatch):
-    monkeypatch.setattr("train.sweep.jobs.cores", lambda: [0, 1, 4, 5, 6, 7, 9])
+    monkeypatch.setattr("train.sweeps.workers.cores", lambda: [0, 1, 4, 5, 6, 7, 9])
     assert shares(1) == [{0, 1, 4, 5, 6, 7, 9}]
     assert shares(3) == [{0, 1}, {4, 5}, {6, 7, 9}]
     assert all(shares(7))
 
 
 def test_jax_is_not_imported_before_a_worker_has_its_cores():
-    code = "import sys, train.sweep.jobs; sys.exit('jax' in sys.modules)"
+    code = "import sys, train.sweeps.workers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -173,7 +173,7 @@ def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys
     def until(seconds):
         other.close()
 
-    monkeypatch.setattr("train.sweep.run.time.sleep", until)
+    monkeypatch.setattr("train.sweeps.sweep.time.sleep", until)
     trained = Trained(monkeypatch, lambda run: 0.5)
     assert mc(monkeypatch, "sweep", path) == 0
     assert len(trained) == 1
@@ -185,7 +185,7 @@ def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys
 APPEND = """
 import sys
 from pathlib import Path
-from train.sweep.results import Results
+from train.sweeps.results import Results
 results = Results(Path(sys.argv[1]))
 for seed in range(50):
     results.add({"row": sys.argv[2], "seed": seed, "rate": 0.1, "fingerprint": "x" * 100_000})

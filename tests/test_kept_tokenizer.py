@@ -15,8 +15,8 @@ from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.checkpoint import load_run
 from train.config import load_config
-from train.sample import Sample
-from train.text import read_text
+from train.data.encoded_text import read_text
+from train.evaluation.sample import Sample
 
 TEXT = "the memory reads the text\r\n\tand é, 漢 and \N{ZERO WIDTH NO-BREAK SPACE} too  \n"
 WORDS = [
@@ -81,7 +81,7 @@ def edit(path: Path) -> None:
 
 
 def source(run: Path, *tokenizer: str) -> tuple[LanguageModel, Tokenizer]:
-    from train.generate import load_source
+    from train.evaluation.generate import load_source
 
     return load_source(run, *(tokenizer or (None,)))
 
@@ -113,7 +113,7 @@ def test_a_run_reads_its_own_copy(folder, tmp_path, monkeypatch, change):
     ],
 )
 def test_a_copy_that_is_not_the_tokenizer_is_refused(folder, monkeypatch, capsys, change, message):
-    from train.kept_tokenizer import hash_of
+    from train.data.tokenizer_copy import hash_of
 
     run, text = folder / "runs" / "tiny", folder / "text" / "0.txt"
     copy = run / "tokenizer.json"
@@ -220,8 +220,8 @@ def test_bytes_need_no_copy(tmp_path):
 
 
 def test_a_sweep_refuses_results_of_another_tokenizer(tmp_path):
-    from train.sweep.config import SweepConfig, make_runs
-    from train.sweep.results import Results
+    from train.sweeps.results import Results
+    from train.sweeps.sweep_config import SweepConfig, make_runs
 
     words("a", "b").save(str(tmp_path / "t.json"))
     write_config(tmp_path)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import RunConfig
-from train.tasks.config import MQARConfig
+from train.config.recall_schema import MQARConfig
 from train.tasks.examples import SPLITS, make_batches
 from train.tasks.mqar import gap_law, make_draw, make_draws
 

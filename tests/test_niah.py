@@ -10,7 +10,7 @@ from tiny import write_documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mc_core.errors import UserError
-from train.tasks.config import NIAHConfig
+from train.config.recall_schema import NIAHConfig
 from train.tasks.niah import NOISE, Needles
 
 NEEDLE = re.compile(r"One of the special magic (numbers|UUIDs) for ([a-z]+-[a-z]+) is: (\S+)\. ")

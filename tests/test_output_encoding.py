@@ -15,9 +15,9 @@ from mc_core import LinearConfig
 from train.checkpoint import Checkpoints, Meta
 from train.cli import main
 from train.config import load_config, to_dict
-from train.evaluate import References
-from train.report import Report, save_report
-from train.sample import Sample
+from train.evaluation.run_report import Report, save_report
+from train.evaluation.sample import Sample
+from train.evaluation.validation import References
 from train.step import build
 from train.tasks.task import load_task
 
@@ -75,7 +75,7 @@ def completions(monkeypatch):
             show(number, TEXT)
         return [row] * len(prompts)
 
-    monkeypatch.setattr("train.generate.complete", complete)
+    monkeypatch.setattr("train.evaluation.generate.complete", complete)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -172,12 +172,12 @@ def test_words_that_are_not_utf8_are_one_line(run, tmp_path, monkeypatch, words,
 
 def test_words_of_the_command_line_are_utf8_in_any_locale(monkeypatch):
     """In an ASCII locale Python shows the bytes of é as two surrogates."""
-    from train.cli import _utf8
-    from train.generate import read_prompts
+    from train.cli.options import utf8
+    from train.evaluation.prompts import read_prompts
 
     (prompt,) = read_prompts("\udcc3\udca9", None, None)
     assert prompt.text == "é".encode()
-    assert _utf8("\udcc3\udca9") == _utf8("é") == "é"
+    assert utf8("\udcc3\udca9") == utf8("é") == "é"
 
 
 def test_a_closed_stdout_is_no_error(run, completions, monkeypatch):

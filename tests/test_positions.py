@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from tiny import TINY, mc, write_config
 
-from train import evaluate as subject
 from train.config import from_dict, load_config
-from train.data import Corpus
+from train.data.corpus import Corpus
+from train.evaluation import validation as subject
+from train.evaluation.run_report import load_report
 from train.loop import train
-from train.report import load_report
 from train.step import build
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -20,11 +20,11 @@ from tiny import TINY, mc, write_config
 from mc_core.errors import UserError
 from train.checkpoint import Checkpoints
 from train.config import from_dict, load_config, to_dict
-from train.curves import read_rows
+from train.evaluation.score import Answers, make_answer, wilson
 from train.loop import train
+from train.metrics import read_rows
 from train.step import answer_losses, build, mean_loss
 from train.tasks.examples import stack
-from train.tasks.score import Answers, make_answer, wilson
 from train.tasks.task import load_task
 
 MQAR = {"task": "mqar", "vocab_size": 24, "lengths": [[8, 2], [12, 3]], "validation_examples": 7}

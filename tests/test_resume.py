@@ -20,10 +20,11 @@ from tiny import COMMAND, mc, write_config
 from mc_core.errors import UserError
 from train.checkpoint import Checkpoints
 from train.config import load_config
-from train.curves import read_rows
-from train.data import load_corpus, make_batches
+from train.data.corpus import load_corpus
+from train.data.windows import make_batches
+from train.evaluation.run_report import load_report
 from train.loop import train
-from train.report import load_report
+from train.metrics import read_rows
 from train.step import build
 
 

@@ -19,8 +19,8 @@ from tiny import mc, write_config
 
 from train.checkpoint import load_run
 from train.config import load_config
-from train.curves import Curves
 from train.loop import train
+from train.metrics import Curves
 from train.step import Metrics, build
 
 ROOT = Path(__file__).parents[1]
@@ -189,9 +189,9 @@ def test_a_refused_run_leaves_no_directory(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_and_a_training_process_do_not_share_a_directory(tmp_path, monkeypatch, capsys):
     """The sweep has the lock from taking a run until its result is added."""
-    from train.sweep.config import load_sweep, make_runs
-    from train.sweep.plan import Plan
-    from train.sweep.results import Results
+    from train.sweeps.plan import Plan
+    from train.sweeps.results import Results
+    from train.sweeps.sweep_config import load_sweep, make_runs
 
     config = load_sweep(write(tmp_path))
     with Plan(config, make_runs(config), Results(Path(config.directory))) as plan:

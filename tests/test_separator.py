@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mc_core.errors import UserError
 from mc_core.trees import flatten
 from train.config import TextConfig, from_dict, load_config, to_dict
-from train.data import load_corpus
+from train.data.corpus import load_corpus
 
 # By their SHA-256 two of these are held out, whatever of "", "\r\n", "</s>\n" follows each.
 TEXTS = ("first it was", "held out maybe", "second begins", "and on")
@@ -143,7 +143,7 @@ def test_limits_of_bytes_cut_documents_and_the_tokens_between_them(folder, tmp_p
 
 def test_bits_per_byte_count_the_token_and_not_its_bytes(folder, tmp_path, monkeypatch):
     """A stand-in model pays 2 bits for every token."""
-    from train import evaluate as subject
+    from train.evaluation import validation as subject
     from train.step import build
 
     tokenizer = save_tokenizer(tmp_path / "t.json", "</s>")
@@ -225,7 +225,7 @@ def test_the_report_says_what_stands_between_documents(folder, tmp_path, monkeyp
 
 
 def test_one_document_on_each_side_needs_no_words(tmp_path):
-    from train.report import References, Report, text_notes
+    from train.evaluation.run_report import References, Report, text_notes
 
     report = Report(
         "x", "m", 1, 1, 1, 1.0, 1.0, 10, "", (1, 1), References(8.0, 1.0, 1.0), "byte", [],

@@ -17,11 +17,11 @@ from bench.report import cores
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint
 from train.config import load_config
-from train.read import read_yaml
-from train.sweep import run as subject
-from train.sweep.config import SweepConfig, load_sweep, make_runs, row_name
-from train.sweep.results import Results, best, read_results
-from train.sweep.table import make_table, score
+from train.config.yaml_files import read_yaml
+from train.sweeps import sweep as subject
+from train.sweeps.results import Results, best, read_results
+from train.sweeps.sweep_config import SweepConfig, load_sweep, make_runs, row_name
+from train.sweeps.table import make_table, score
 
 ROOT = Path(__file__).parents[1]
 
@@ -305,7 +305,7 @@ def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
 def test_every_shipped_file_loads_and_sweeps_that_share_a_directory_agree(monkeypatch):
     """A name means one run there; else the second sweep would stop at the first one's result."""
     read = functools.cache(read_yaml)  # every run reads its base, and that one's
-    monkeypatch.setattr("train.read.read_yaml", lambda path: read(path).copy())
+    monkeypatch.setattr("train.config.yaml_files.read_yaml", lambda path: read(path).copy())
     found: dict[tuple, str] = {}
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     sweeps = {path: load_sweep(path) for path in paths if {"vary", "rows"} & set(read(path))}

@@ -9,15 +9,15 @@ from test_sweep import Trained, result, write
 from tiny import mc
 
 from mc_core.footprint import flops_per_token, state_bytes
-from train.sweep import picture
-from train.sweep.config import SweepConfig, load_sweep, make_run, make_runs
-from train.sweep.labels import label
-from train.sweep.picture import Legend, Look, draw_sweep
-from train.sweep.plan import runs_of_row
-from train.sweep.recorded import read_recorded
-from train.sweep.results import key_of, read_file
-from train.sweep.run import longest
-from train.sweep.table import for_terminal, make_table
+from train.sweeps import accuracy_plot as picture
+from train.sweeps.accuracy_plot import Legend, Look, draw_sweep
+from train.sweeps.labels import label
+from train.sweeps.plan import runs_of_row
+from train.sweeps.recorded import read_recorded
+from train.sweeps.results import key_of, read_file
+from train.sweeps.sweep import longest
+from train.sweeps.sweep_config import SweepConfig, load_sweep, make_run, make_runs
+from train.sweeps.table import for_terminal, make_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "mqar"

@@ -11,11 +11,11 @@ from tiny import TINY, mc, write_config
 
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
 from train.config import load_config
-from train.sweep import text as subject
-from train.sweep.config import SweepConfig, load_sweep, make_runs
-from train.sweep.picture import draw_sweep
-from train.sweep.results import best, read_results
-from train.sweep.table import by_row, make_table
+from train.sweeps import bits_per_byte as subject
+from train.sweeps.accuracy_plot import draw_sweep
+from train.sweeps.results import best, read_results
+from train.sweeps.sweep_config import SweepConfig, load_sweep, make_runs
+from train.sweeps.table import by_row, make_table
 
 ROOT = Path(__file__).parents[1]
 

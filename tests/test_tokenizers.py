@@ -9,10 +9,11 @@ from tiny import write_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mc_core.errors import UserError
-from train.completion import WordDecoder
 from train.config import TextConfig, load_config
-from train.data import load_corpus, load_encoder, load_tokenizer
-from train.text import read_text
+from train.data.corpus import load_corpus
+from train.data.encoded_text import read_text
+from train.data.tokenizer import load_encoder, load_tokenizer
+from train.evaluation.completion import WordDecoder
 
 TEXT = "the memory reads the text\r\n\tand é, 漢 and \N{ZERO WIDTH NO-BREAK SPACE} too  \n"
 
@@ -136,13 +137,13 @@ def brute_force(one: str, other: str) -> int:
 
 @given(st.text("abc", max_size=7), st.text("abc", max_size=9))
 def test_the_longest_common_subsequence(one, other):
-    from train.round_trip import common_subsequence
+    from train.data.round_trip import common_subsequence
 
     assert common_subsequence(one, other) == brute_force(one, other)
 
 
 def lose(tokenizer: Tokenizer, *texts: str):
-    from train.round_trip import check_round_trip
+    from train.data.round_trip import check_round_trip
 
     return check_round_trip(tokenizer, texts, lambda text: tokenizer.encode(text).ids)
 
@@ -175,7 +176,7 @@ def test_what_a_tokenizer_loses_is_measured():
 
 
 def test_a_loss_after_the_sample_is_told():
-    from train.round_trip import SAMPLE
+    from train.data.round_trip import SAMPLE
 
     lower = byte_level(merges=False)
     lower.normalizer = normalizers.Lowercase()
@@ -185,9 +186,9 @@ def test_a_loss_after_the_sample_is_told():
 
 
 def test_the_report_tells_tokens_per_byte_and_what_is_lost(tmp_path):
-    from train.evaluate import References
-    from train.report import Report, load_report, save_report, text_notes
-    from train.round_trip import RoundTrip
+    from train.data.round_trip import RoundTrip
+    from train.evaluation.run_report import Report, load_report, save_report, text_notes
+    from train.evaluation.validation import References
 
     report = Report(
         "x", "m", 1, 1, 1, 1.0, 1.0, 1000, "", (2, 2), References(8.0, 1.0, 1.0), "token", [],
@@ -204,7 +205,7 @@ def test_the_report_tells_tokens_per_byte_and_what_is_lost(tmp_path):
 def test_a_sweep_says_which_rows_lose_text():
     from test_text_sweep import CONFIG, result
 
-    from train.sweep.table import make_table
+    from train.sweeps.table import make_table
 
     rows = [result("a", 0, 3.0, 2.0, lost=0.01), result("b", 0, 3.0, 2.0, lost=0.0)]
     (note,) = (note for note in make_table("t", rows, CONFIG).notes if "drops or changes" in note)

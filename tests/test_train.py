@@ -22,8 +22,8 @@ from mc_core.errors import NotFiniteError, UserError
 from mc_core.optimizer import OptimizerConfig
 from train.checkpoint import Meta, check_same_run
 from train.config import TrainConfig, from_dict, load_config, to_dict
-from train.data import load_corpus
-from train.evaluate import make_validation, references
+from train.data.corpus import load_corpus
+from train.evaluation.validation import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.step import TrainState, build, check_finite, make_train_step, token_losses
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from mc_core.errors import UserError
-from train.sweep.config import Run, load_sweep, make_runs
-from train.sweep.jobs import Workers
+from train.sweeps.sweep_config import Run, load_sweep, make_runs
+from train.sweeps.workers import Workers
 
 
 def look_around(run: Run) -> dict:

@@ -11,10 +11,10 @@ from flax import nnx
 
 from mc_core import segment_lengths
 from train.config import TextConfig, TrainConfig
-from train.data import Corpus, load_corpus, make_batches
-from train.evaluate import make_validation, references
-from train.kept_tokenizer import prefer_copy
-from train.report import (
+from train.data.corpus import Corpus, load_corpus
+from train.data.tokenizer_copy import prefer_copy
+from train.data.windows import make_batches
+from train.evaluation.run_report import (
     Report,
     data_notes,
     draw_curves,
@@ -23,7 +23,8 @@ from train.report import (
     print_report,
     save_report,
 )
-from train.sample import draw_sample
+from train.evaluation.sample import draw_sample
+from train.evaluation.validation import make_validation, references
 from train.step import TrainState
 
 

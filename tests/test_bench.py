@@ -11,14 +11,16 @@ import pytest
 from flax import nnx
 from tiny import mc, write_config
 
-from bench import devices, jax_layers, layer, memory, peers, scaling
+from bench import jax_layers, layer, memory, peers, scaling
 from bench.ceilings import Ceilings
 from bench.count import count_flops
-from bench.report import SETTINGS, Report
 from bench.timing import Subject, Timing, alternate, ratio
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.errors import UserError
+from mc_core.tables import ResultTable
 from mc_jax import MemoryCachingLayer
+from mc_jax.sharding import replicate, split_rows
+from parity.environment import SETTINGS
 
 MEMORIES = {
     "linear": LinearConfig(),
@@ -167,7 +169,7 @@ def test_exponents_are_fitted_in_logarithms():
 
 def test_a_report_has_its_command_machine_and_empty_cells():
     rows = [{"name": "a|b", "ms": 1234.5, "none": None}, {"name": "c", "error": 0.00123}]
-    report = Report("Title", rows, ("a note",), {"cores": 2}, "mc bench layer")
+    report = ResultTable("Title", rows, ("a note",), {"cores": 2}, "mc bench layer")
     assert report.columns == ["name", "ms", "error"]
     assert report.as_markdown() == (
         "## Title\n\n`mc bench layer`\n\n| name | ms | error |\n| --- | ---: | ---: |\n"
@@ -211,8 +213,8 @@ def test_a_batch_split_over_devices_is_the_same_work():
 def test_bytes_are_those_of_all_devices():
     held, x = jnp.ones((1, 256)), jnp.ones((4, 256))
     one = jax_layers.compiled_subject("", jnp.add, (held, x), 1)
-    held = devices.replicate(held, jax.local_devices()[:2])
-    two = jax_layers.compiled_subject("", jnp.add, (held, devices.split_rows(x, held)), 1)
+    held = replicate(held, jax.local_devices()[:2])
+    two = jax_layers.compiled_subject("", jnp.add, (held, split_rows(x, held)), 1)
     assert one.bytes == held.nbytes + 2 * x.nbytes
     assert two.bytes == 2 * held.nbytes + 2 * x.nbytes
 

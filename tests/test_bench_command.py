@@ -9,7 +9,7 @@ from flax import nnx
 from tiny import TINY, mc, write_config
 
 from bench import decode
-from bench.devices import split_heads
+from mc_jax.sharding import split_heads
 
 
 def test_memory(tmp_path, monkeypatch, capsys):

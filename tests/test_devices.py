@@ -12,8 +12,8 @@ from rich.console import Console
 from test_resume import train_until
 from tiny import COMMAND, TINY, write_config
 
-from bench.devices import gather, replicate, request, split_rows
 from mc_core.errors import UserError
+from mc_jax.sharding import gather, replicate, request, split_rows
 from train.checkpoint import load_run
 from train.config import load_config
 from train.loop import build, train

@@ -19,7 +19,7 @@ from mc_core.errors import UserError
 from train import step
 from train.checkpoint import Checkpoints
 from train.config import load_config
-from train.evaluation.run_report import Report, load_report, save_report
+from train.evaluation.run_report import TextReport, load_report, save_report
 from train.evaluation.validation import References
 from train.loop import evaluate, train
 from train.metrics import read_rows
@@ -47,8 +47,8 @@ class Scoring:
 
     def report(self, state, step, seconds):
         few = {"bits_per_byte": 1.0, "validation_bytes": 1, "validation_sha256": ""}
-        return Report("tiny", "", 1, step, 1, seconds, documents=(1, 1), unit="byte", positions=[],
-                      references=References(8.0, 1.0, 1.0), **few)  # fmt: skip
+        return TextReport("tiny", "", 1, step, 1, seconds, documents=(1, 1), unit="byte",
+                          positions=[], references=References(8.0, 1.0, 1.0), **few)  # fmt: skip
 
     def finish(self, directory, state, report):
         save_report(directory, report)
@@ -115,7 +115,7 @@ def path(folder, tmp_path) -> Path:
     return copy(folder, tmp_path)
 
 
-def run(path: Path, *words: str) -> tuple[Report, str]:
+def run(path: Path, *words: str) -> tuple[TextReport, str]:
     """Train, and return the report and what was printed."""
     out = io.StringIO()
     report = train(load_config(path, words), Console(file=out, width=200))

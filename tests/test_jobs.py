@@ -15,8 +15,8 @@ from test_sweep import Trained, write
 from tiny import mc
 from worker import count_devices, look_around, wait_for
 
-from bench.report import cores
 from mc_core.errors import UserError
+from parity.environment import cores
 from train.lock import Lock
 from train.sweeps.plan import Plan
 from train.sweeps.results import Results, key_of, read_results

@@ -15,7 +15,7 @@ from mc_core import LinearConfig
 from train.checkpoint import Checkpoints, Meta
 from train.cli import main
 from train.config import load_config, to_dict
-from train.evaluation.run_report import Report, save_report
+from train.evaluation.run_report import TextReport, save_report
 from train.evaluation.sample import Sample
 from train.evaluation.validation import References
 from train.step import build
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
     with Checkpoints(directory) as checkpoints:
         meta = Meta(to_dict(loaded), task.fingerprint, 0.0)
         checkpoints.save(12, build(loaded)[1], task.batches(), meta)
-    report = Report(
+    report = TextReport(
         name=directory.name, model="linear + grm", parameters=1, steps=12, tokens=1, seconds=1.0,
         bits_per_byte=1.0, validation_bytes=1, validation_sha256="", documents=(1, 1),
         references=References(8.0, 1.0, 1.0), unit="byte", sample=Sample("a prompt", TEXT, "drawn"),

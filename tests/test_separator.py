@@ -225,9 +225,10 @@ def test_the_report_says_what_stands_between_documents(folder, tmp_path, monkeyp
 
 
 def test_one_document_on_each_side_needs_no_words(tmp_path):
-    from train.evaluation.run_report import References, Report, text_notes
+    from train.evaluation.run_report import TextReport, text_notes
+    from train.evaluation.validation import References
 
-    report = Report(
+    report = TextReport(
         "x", "m", 1, 1, 1, 1.0, 1.0, 10, "", (1, 1), References(8.0, 1.0, 1.0), "byte", [],
         separator="a newline",
     )  # fmt: skip

@@ -13,9 +13,9 @@ import yaml
 from test_recall import MQAR
 from tiny import TINY, mc
 
-from bench.report import cores
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint
+from parity.environment import cores
 from train.config import load_config
 from train.config.yaml_files import read_yaml
 from train.sweeps import sweep as subject

@@ -1,4 +1,4 @@
-"""What a sweep shows: labels, FLOPs, what was recorded, and the picture."""
+"""What a sweep shows: labels, FLOPs, what was recorded, and the accuracy_plot."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from test_sweep import Trained, result, write
 from tiny import mc
 
 from mc_core.footprint import flops_per_token, state_bytes
-from train.sweeps import accuracy_plot as picture
+from train.sweeps import accuracy_plot
 from train.sweeps.accuracy_plot import Legend, Look, draw_sweep
 from train.sweeps.labels import label
 from train.sweeps.plan import runs_of_row
@@ -185,14 +185,14 @@ def test_pictures_of_one_width_and_of_several(widths):
 
 
 def test_a_picture_says_after_how_many_tokens_a_state_is_measured(monkeypatch):
-    monkeypatch.setattr(picture, "png", lambda figure: figure)
+    monkeypatch.setattr(accuracy_plot, "to_png", lambda figure: figure)
     figure = draw_sweep("t", [result(0.1, state_tokens=24), result(0.1, row="b", state_tokens=48)])
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert labels == ["aggregation", "KiB of a stream's state after 48 tokens"]
 
 
 def test_a_row_that_cannot_stream_has_no_state(monkeypatch):
-    monkeypatch.setattr(picture, "png", lambda figure: figure)
+    monkeypatch.setattr(accuracy_plot, "to_png", lambda figure: figure)
     rows = [result(0.1), result(0.1, row="b", state_bytes=None)]
     table = make_table("t", rows, CONFIG)
     assert [line["state"] for line in table.rows] == [100, None]

@@ -187,10 +187,10 @@ def test_a_loss_after_the_sample_is_told():
 
 def test_the_report_tells_tokens_per_byte_and_what_is_lost(tmp_path):
     from train.data.round_trip import RoundTrip
-    from train.evaluation.run_report import Report, load_report, save_report, text_notes
+    from train.evaluation.run_report import TextReport, load_report, save_report, text_notes
     from train.evaluation.validation import References
 
-    report = Report(
+    report = TextReport(
         "x", "m", 1, 1, 1, 1.0, 1.0, 1000, "", (2, 2), References(8.0, 1.0, 1.0), "token", [],
         separator="nothing", validation_tokens=250, round_trip=RoundTrip(False, 0.031, 900),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.devices import gather, local, replicate, split_rows
+from mc_jax.sharding import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import keep_tokenizer, tokenizer_hash

@@ -15,7 +15,7 @@ from mc_core.memories import MEMORIES
 from train.cli.options import output_file
 
 if TYPE_CHECKING:
-    from bench.report import Report
+    from mc_core.tables import ResultTable
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
@@ -60,7 +60,7 @@ def layer(
 ) -> None:
     """Time layers: every combination of the options that can be given more than once."""
     from bench import layer as run
-    from bench.devices import request
+    from mc_jax.sharding import request
 
     request(max(devices))
     made = _grid(locals())
@@ -117,7 +117,7 @@ def model(
 ) -> None:
     """Time the training step of a configuration, on random tokens."""
     from bench import model as run
-    from bench.devices import request
+    from mc_jax.sharding import request
     from train.config import TextConfig, load_config
 
     words = [*(overrides or ()), *([f"run.devices={devices}"] if devices else [])]
@@ -149,8 +149,8 @@ def peers(
     """Time this package beside what a user would pick instead."""
     _need_torch()
     from bench import peers as run
-    from bench.devices import request
-    from bench.report import cores
+    from mc_jax.sharding import request
+    from parity.environment import cores
 
     request(max(devices or [min(2, len(cores()))]))
     _show(run.run(only or (), runs, threads, devices or ()), json, markdown)
@@ -203,7 +203,7 @@ def decode(
 ) -> None:
     """Time a token after long contexts, beside attention with a KV cache of the same widths."""
     from bench import decode as run
-    from bench.devices import request
+    from mc_jax.sharding import request
 
     request(devices)
     kinds, aggregations = map(str, kind), [str(name) for name in aggregation]
@@ -263,7 +263,7 @@ def _plain(function: Any, *args: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def _show(report: "Report", json: Path | None, markdown: Path | None) -> None:
+def _show(report: "ResultTable", json: Path | None, markdown: Path | None) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(report.table())

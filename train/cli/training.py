@@ -19,7 +19,7 @@ def train(
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())
-    from bench.devices import request
+    from mc_jax.sharding import request
     from train.loop import train as run
 
     request(loaded.run.devices)

@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bench.report import Report, Row, command, machine
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.errors import UserError
 from mc_core.files import to_bytes, to_json, write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
 from mc_core.segmentation import check_streams
+from mc_core.tables import ResultTable, Row
+from parity.environment import command, machine, result_table
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
 from train.config.recall_schema import Length, MQARConfig, NIAHConfig
@@ -318,7 +319,7 @@ def _by_depth(lengths: Sequence[int], answers: list[list[Answers]]) -> tuple[lis
     return cells, parts
 
 
-def tables(found: Evaluation, title: str) -> list[Report]:
+def tables(found: Evaluation, title: str) -> list[ResultTable]:
     """Return the cells, and the parts with a column for each number of tokens."""
     unit = UNITS[found.task]
     rows = [
@@ -340,8 +341,8 @@ def tables(found: Evaluation, title: str) -> list[Report]:
         "from, to, and in parentheses: Wilson's 95% interval",
     ]
     return [
-        Report(title, rows, notes),
-        Report(f"{title}: accuracy % by {by}", [*maps.values()], notes),
+        result_table(title, rows, notes),
+        result_table(f"{title}: accuracy % by {by}", [*maps.values()], notes),
     ]
 
 

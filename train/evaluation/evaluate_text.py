@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from bench.report import Report, command, machine
 from mc_core.errors import UserError
 from mc_core.files import to_json, write_atomic
+from mc_core.tables import ResultTable
 from mc_jax import LanguageModel
+from parity.environment import command, machine
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import STDLIB, encode_joined, read_documents, round_trip
 from train.data.round_trip import RoundTrip
 from train.data.separator import choose_separator
 from train.data.tokenizer import load_tokenizer, make_encoder
-from train.evaluation.run_report import Report as RunReport
+from train.evaluation.run_report import TextReport
 from train.evaluation.validation import References, make_scorer, references
 from train.loop import evaluate as evaluate_validation
 from train.step import split
@@ -160,7 +161,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
                 f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "
                 "validation text: bring it back, or name another text with --corpus"
             )
-    report: RunReport = evaluate_validation(run.directory, console)
+    report: TextReport = evaluate_validation(run.directory, console)
     assert report.validation_tokens is not None
     assert report.separator is not None
     return TextEvaluation(
@@ -191,7 +192,7 @@ def to_plain(found: TextEvaluation) -> dict[str, Any]:
     return plain
 
 
-def tables(found: TextEvaluation, title: str) -> list[Report]:
+def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
     """Return the bits per byte of the model and of the references, and the bits by position."""
     texts = found.text if isinstance(found.text, str) else ", ".join(found.text)
     several = found.documents > 1
@@ -224,8 +225,8 @@ def tables(found: TextEvaluation, title: str) -> list[Report]:
         for bucket in found.positions
     ]
     note = f"a {found.unit} at position i of its window is predicted from i + 1 of them"
-    reports = [Report(title, rows, notes, found.machine, found.command)]
+    reports = [ResultTable(title, rows, notes, found.machine, found.command)]
     if by_position:
         name = f"{title}, by position in the window"
-        reports.append(Report(name, by_position, [note], found.machine, found.command))
+        reports.append(ResultTable(name, by_position, [note], found.machine, found.command))
     return reports

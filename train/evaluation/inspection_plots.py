@@ -8,8 +8,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bench.report import png
 from mc_core.aggregations import AGGREGATIONS
+from mc_core.files import to_png
 
 WIDTH, LINES = 11.0, 1.5  # inches: of a picture, and the height of a panel of lines
 
@@ -62,7 +62,7 @@ def draw_layer(
     if counts:
         draw_choices(panels[-1], layer["read_count"], lengths)
     figure.suptitle(f"{title}: weight of each memory in each token's read, head by head")
-    return png(figure, dpi=110)
+    return to_png(figure, dpi=110)
 
 
 def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from bench.report import png
+from mc_core.files import to_png
 
 Cells = Sequence[dict[str, float]]
 
@@ -34,7 +34,7 @@ def draw_recall(cells: Cells, parts: Cells, title: str) -> bytes:
     right.set(xlabel="tokens from key to query, at least")
     left.legend(frameon=False, fontsize="small")
     figure.suptitle(title)
-    return png(figure)
+    return to_png(figure)
 
 
 def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
@@ -60,7 +60,7 @@ def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
     axes.set(xlabel="tokens", ylabel="depth of the needle")
     axes.set_title(title, fontsize="small")
     figure.colorbar(image, label="needles found")
-    return png(figure)
+    return to_png(figure)
 
 
 def plot_scores(axes: Axes, places: Sequence[float], rows: Cells, label: str) -> None:

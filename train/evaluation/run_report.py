@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from bench.report import png
-from mc_core.files import write_atomic
+from mc_core.files import to_png, write_atomic
 from train.data.round_trip import RoundTrip
 from train.evaluation.sample import Sample, print_sample
 from train.evaluation.validation import References
@@ -23,7 +22,7 @@ FILE = "report.json"
 
 
 @dataclass(frozen=True)
-class Report:
+class TextReport:
     """The outcome of a run; plain values, saved as JSON beside its checkpoints."""
 
     name: str
@@ -50,7 +49,7 @@ class Report:
         return self.round_trip is not None and self.round_trip.lost > 0
 
 
-def save_report(run: Path, report: Report) -> None:
+def save_report(run: Path, report: TextReport) -> None:
     """Write `report.json`."""
     data = dataclasses.asdict(report) | {"references": report.references._asdict()}
     for name in ("sample", "round_trip"):
@@ -59,7 +58,7 @@ def save_report(run: Path, report: Report) -> None:
     write_atomic(run / FILE, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def load_report(run: Path) -> Report | None:
+def load_report(run: Path) -> TextReport | None:
     """Return the report of a finished run, or None."""
     path = run / FILE
     if not path.is_file():
@@ -71,12 +70,12 @@ def load_report(run: Path) -> Report | None:
         for name, kind in (("sample", Sample), ("round_trip", RoundTrip)):
             if data.get(name):
                 data[name] = kind(**data[name])
-        return Report(**data)
+        return TextReport(**data)
     except (KeyError, TypeError, ValueError):
         return None  # another program's report
 
 
-def siblings(run: Path, report: Report) -> list[Report]:
+def siblings(run: Path, report: TextReport) -> list[TextReport]:
     """Return the reports of finished runs beside this one that were scored on the same bytes.
 
     Those that cannot be read are left out.
@@ -93,7 +92,7 @@ def siblings(run: Path, report: Report) -> list[Report]:
     return found
 
 
-def print_report(console: Console, run: Path, report: Report) -> None:
+def print_report(console: Console, run: Path, report: TextReport) -> None:
     """Print the run beside others and the references, best first, and who is ahead.
 
     The loss by position and the run's sample come last.
@@ -127,7 +126,7 @@ def print_report(console: Console, run: Path, report: Report) -> None:
         print_sample(console, report.name, report.sample)
 
 
-def text_notes(report: Report) -> list[str]:
+def text_notes(report: TextReport) -> list[str]:
     """Return lines on what stands between documents, on the tokenizer, and on what it loses."""
     notes = data_notes(report.separator, report.documents, report.round_trip)
     if report.unit == "token" and report.validation_tokens is not None:
@@ -148,7 +147,7 @@ def data_notes(
     return notes
 
 
-def print_positions(console: Console, report: Report) -> None:
+def print_positions(console: Console, report: TextReport) -> None:
     """Print the loss by position in the window."""
     table = Table("position", f"bits/{report.unit}", f"{report.unit}s", title="by position")
     for column in table.columns:
@@ -160,7 +159,7 @@ def print_positions(console: Console, report: Report) -> None:
     console.print(f"a {report.unit} at position i of its window is predicted from i + 1 of them\n")
 
 
-def verdict(report: Report) -> str:
+def verdict(report: TextReport) -> str:
     """Say in words which references the model beats, and how far it is from the others."""
     parts = []
     for name, bits in zip(("uniform", "order-0", "xz -9"), report.references, strict=True):
@@ -191,7 +190,7 @@ def draw_curves(run: Path) -> None:
         axes.grid(alpha=0.3)
         if key == "grad_norm":
             axes.set_yscale("log")
-    write_atomic(run / "curves.png", png(figure))
+    write_atomic(run / "curves.png", to_png(figure))
 
 
 def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...]) -> None:
@@ -217,4 +216,4 @@ def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...
     panels[0].set_title("weight of each memory in each token's read (mean over heads)")
     panels[-1].set_xlabel(f"token of a validation text of {tokens} tokens")
     figure.colorbar(image, ax=list(panels))
-    write_atomic(run / "router.png", png(figure))
+    write_atomic(run / "router.png", to_png(figure))

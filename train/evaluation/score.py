@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bench.devices import split_rows
+from mc_jax.sharding import split_rows
 from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 

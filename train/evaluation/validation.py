@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench.devices import split_rows
 from mc_core.errors import UserError
+from mc_jax.sharding import split_rows
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, clip
 from train.step import Tree, token_losses

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from bench.report import png
+from mc_core.files import to_png
 from train.sweeps import bits_per_byte
 from train.sweeps.labels import label
 from train.sweeps.results import Result, is_text
@@ -107,7 +107,7 @@ def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
         figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
     left.set(ylabel="accuracy", ylim=(-0.02, 1.02))
     figure.suptitle(f"{title}: accuracy on test examples")
-    return png(figure)
+    return to_png(figure)
 
 
 def _draw_lines(

@@ -8,9 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from bench.report import Report, Row, png
+from mc_core.files import to_png
+from mc_core.tables import ResultTable, Row
+from parity.environment import result_table
 from train.config import TrainConfig
-from train.evaluation.run_report import Report as TextReport
+from train.evaluation.run_report import TextReport
 from train.sweeps.labels import shown
 from train.sweeps.results import Result, made_with, without_state
 from train.sweeps.sweep_config import SweepConfig
@@ -125,7 +127,7 @@ def names(rows: Rows) -> dict[str, str]:
     }
 
 
-def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> Report:
+def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> ResultTable:
     """Return a line a row: its bits per byte, its gain over no caching, its size and its cost.
 
     With `cells` also rate, seeds, parameters, and the bits at each bucket of positions, which makes
@@ -169,7 +171,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
             f"the tokenizer drops or changes text, so bits/byte compare with no other one's: "
             f"{', '.join(lossy)}"
         )
-    return Report(title, lines, notes)
+    return result_table(title, lines, notes)
 
 
 def _good(rows: Rows) -> dict[str, list[Result]]:
@@ -241,7 +243,7 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
             bbox_to_anchor=(1.0, 0.5),
         )  # fmt: skip
     figure.suptitle(f"{title}: bits by position, mean and range over the seeds")
-    return png(figure)
+    return to_png(figure)
 
 
 def _band(

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.devices import request
-from bench.report import machine
 from mc_core.errors import NotFiniteError
 from mc_core.files import to_bytes, write_atomic
 from mc_core.footprint import flops_per_token
+from mc_jax.sharding import request
+from parity.environment import machine
 from train.checkpoint import load_run
 from train.config import TextConfig
 from train.evaluation.evaluate import Options, run_tests, stream_bytes, task_of

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.box import SIMPLE
 from rich.table import Table
 
-from bench.report import Report, Row
+from mc_core.tables import ResultTable, Row
+from parity.environment import result_table
 from train.evaluation.score import wilson
 from train.sweeps import bits_per_byte
 from train.sweeps.labels import label
@@ -46,7 +47,7 @@ def make_table(
     *,
     recorded: Recorded | None = None,
     cells: bool = True,
-) -> Report:
+) -> ResultTable:
     """Return a line a row: its rate, its size and its accuracy.
 
     With `recorded` also the accuracy that it had then. With `cells` also the spread over the seeds
@@ -68,7 +69,7 @@ def make_table(
         f"kFLOP, MFLOP: products of the forward pass, a token, in the mean over {tokens} tokens"
     )
     notes.append(f"runs: {made_with(results)}")
-    return Report(title, rows, [*notes, *(recorded.notes if recorded else ())])
+    return result_table(title, rows, [*notes, *(recorded.notes if recorded else ())])
 
 
 def flops_column(results: Sequence[Result]) -> dict[str, Row]:
@@ -114,7 +115,7 @@ def _figures(good: list[Result], cells: bool) -> Row:
     }
 
 
-def for_terminal(report: Report) -> Table:
+def for_terminal(report: ResultTable) -> Table:
     """Return the rows of a report for 80 columns, and the words of the first one uncut."""
     made = report.table()
     made.box, made.show_edge, made.pad_edge, made.collapse_padding = SIMPLE, False, False, True

@@ -16,8 +16,8 @@ from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from bench.report import cores
 from mc_core.errors import UserError
+from parity.environment import cores
 from train.sweeps.results import Result
 from train.sweeps.sweep_config import Run
 from train.user_modules import import_from_environment
@@ -171,7 +171,7 @@ def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> Non
     threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
     import_from_environment()
     if devices > 1:
-        from bench.devices import request
+        from mc_jax.sharding import request
 
         request(devices)
 

@@ -1,40 +1,40 @@
-"""What a measurement leaves: tables and pictures for people, JSON for programs."""
+"""Tables of results: rich tables for terminals, JSON for programs, Markdown for pages."""
 
-import io
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 from mc_core.files import to_bytes, to_json, write_atomic
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from rich.table import Table
 
-PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
-SETTINGS = ("GLIBC_TUNABLES", "NPROC", "OMP_NUM_THREADS")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Report:
-    """Rows that share their columns, and all that is needed to have them again."""
+class ResultTable:
+    """Rows that share their columns, and all that is needed to have them again.
+
+    Attributes:
+        title: of the table.
+        rows: values by column.
+        notes: remarks, one line each.
+        machine: the machine that gave the rows, and its software.
+        command: the command that gave them.
+    """
 
     title: str
     rows: Sequence[Row]
-    notes: Sequence[str] = ()
-    machine: dict[str, Any] = field(default_factory=lambda: machine())
-    command: str = field(default_factory=lambda: command())
+    notes: Sequence[str]
+    machine: dict[str, Any]
+    command: str
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return the rows for a terminal."""
+        from rich.table import Table
+
         made = Table(*self.columns, title=self.title)
         for column in made.columns[1:]:
             column.justify, column.no_wrap = "right", True
@@ -93,52 +93,3 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
-
-
-def png(figure: "Figure", dpi: int = 120) -> bytes:
-    """Return a figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def machine() -> dict[str, Any]:
-    """Return the processor, its cores and load, and the versions of what is installed."""
-    import jax
-
-    device = jax.devices()[0]
-    found: dict[str, Any] = {
-        "cores": len(cores()),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "device": "CPU" if device.platform == "cpu" else device.device_kind,
-        "processor": _processor(),
-        "Python": platform.python_version(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def cores() -> list[int]:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def command() -> str:
-    """Return the command that was given, with what the environment changes about its speed."""
-    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
-    return shlex.join([*settings, "mc", *sys.argv[1:]])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -18,7 +18,7 @@ from mc_jax.numerics import Array, product, running_sum
 from mc_jax.slots import sum_over_slots
 
 
-class Pools(NamedTuple):
+class StreamPools(NamedTuple):
     """Pooled keys of a call's tokens and chunks."""
 
     running: Array  # [b, t, h, k] of the token's segment, up to and including the token
@@ -105,7 +105,7 @@ def _write(
     return scanned, Writes(online, scanned.read, (), scanned.final)
 
 
-def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> Pools:
+def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> StreamPools:
     sums = running_sum(to_places(k.astype(cache.pool_sum.dtype), grid))[:, :, 0]  # [g, b, h, c, k]
     real = to_places(mask[:, :, None].astype(jnp.int32), grid)[:, :, 0, 0]
     counts = jnp.cumsum(real, axis=-1)  # [g, b, c]
@@ -121,11 +121,11 @@ def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> 
     _, (before, after) = jax.lax.scan(step, begin, (sums, counts, opens))
     sums, counts = before[0][..., None, :] + sums, before[1][..., None] + counts
     running = pooled(sums, counts[:, :, None], config.pooling)
-    return Pools(from_places(running[:, :, None], grid), *after)
+    return StreamPools(from_places(running[:, :, None], grid), *after)
 
 
 def _complete(
-    scanned: Scanned, pools: Pools, grid: Grid, cache: Cache, config: MCConfig
+    scanned: Scanned, pools: StreamPools, grid: Grid, cache: Cache, config: MCConfig
 ) -> tuple[Segments, Weights, Weights]:
     """Return what completed segments leave behind.
 

@@ -14,10 +14,10 @@ from mc_torch.numerics import Array, remat, unstack, windows
 
 # (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
 # [a, b, h, c, o]; a: squares side by side
-Read = Callable[[Array, Array, Weights], Array]
+BlockRead = Callable[[Array, Array, Weights], Array]
 
 
-def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def sum_over_earlier(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     """Return, for the tokens of each segment s, `Σ_{i<s} read(x, gates_i, weights_i)`.
 
     Args:
@@ -88,7 +88,7 @@ def _gates_of(gates: Array, squares: int, rows: int, half: int) -> Array:
     return gates.diagonal(dim1=2, dim2=4).permute(3, 5, 0, 1, 4, 2).flatten(4)
 
 
-def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def _read_squares(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     b, h, a, c, i, rows = x.shape
     x = x.permute(2, 0, 1, 5, 3, 4).reshape(a, b, h, rows * c, i)
 

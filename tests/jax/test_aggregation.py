@@ -11,7 +11,7 @@ from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
 from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
 from mc_jax.numerics import running_sum
-from mc_jax.sparse import BLOCK, _sort, read_selected
+from mc_jax.sparse import ROW_BLOCK, _sort, read_selected
 from mc_jax.triangle import pairs_read, sum_over_earlier
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -135,7 +135,7 @@ def test_a_level_is_the_number_of_bits_of_an_age(width):
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, monkeypatch):
     """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
-    monkeypatch.setattr("mc_jax.gates.BLOCK", block)
+    monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
     config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7, gate=gated_by)
@@ -216,7 +216,7 @@ def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Arr
 @pytest.mark.parametrize("kind", ["linear", "dla"])
 def test_selected_reads_are_plain_gathers(kind, monkeypatch):
     """Section 6, `ssc`: blocks of 4 rows, so that groups are empty, full, and cut; empty slots."""
-    monkeypatch.setattr("mc_jax.sparse.BLOCK", 4)
+    monkeypatch.setattr("mc_jax.sparse.ROW_BLOCK", 4)
     memory = make_memory(LinearConfig() if kind == "linear" else DLAConfig(expansion=2))
     rng = np.random.default_rng(0)
     b, t, h, top_k, n, k = 2, 11, 2, 2, 5, 4
@@ -268,6 +268,6 @@ def test_sparse_work_grows_with_tokens_and_slots_not_with_memories():
     """Section 6: t · top_k rows, and no more than one padded block a memory."""
     for t, n, top_k in ((256, 4, 2), (1024, 16, 2), (4096, 64, 2), (4096, 64, 1), (4096, 16, 4)):
         rows = rows_read(t, n, top_k)
-        assert t * top_k <= rows <= t * top_k + (n + 1) * BLOCK
+        assert t * top_k <= rows <= t * top_k + (n + 1) * ROW_BLOCK
     assert rows_read(8192, 128, 2) == 2 * rows_read(4096, 64, 2)  # N doubled as well
     assert rows_read(4096, 64, 2) < 0.1 * 4096 * 64

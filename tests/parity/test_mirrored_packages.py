@@ -34,7 +34,7 @@ TORCH_ONLY = {
     # Tools of PyTorch replace linear maps and embeddings, and FSDP hooks `forward` alone.
     "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
     # The plan's index arrays lie on a device, and are built outside of a compiled graph.
-    "layout.py": {"Index", "Plan", "make_plan"},
+    "layout.py": {"Index", "TensorPlan", "make_plan"},
     "pretrained.py": {"Flat"},
 }
 JAX_ONLY = {

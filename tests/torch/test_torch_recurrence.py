@@ -212,7 +212,7 @@ def test_a_level_is_the_number_of_bits_of_an_age(width):
 @pytest.mark.parametrize("block", [512, 3])
 def test_gates_of_selected_memories_are_those_of_all(block, gated_by, monkeypatch):
     """The fast form against `gate_densely`, in one block of tokens and in several."""
-    monkeypatch.setattr("mc_torch.gates.BLOCK", block)
+    monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
     pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))

@@ -20,7 +20,7 @@ from mc_jax import LanguageModel
 from parity.weights import jax_weights
 from train.config import load_config
 from train.convert import write_run
-from train.evaluation.evaluate import Options
+from train.evaluation.evaluate import EvaluationOptions
 
 TEXT = "a text that no run has seen before, é\r\n" * 5
 NIAH = {"task": "niah", "lengths": [300], "depths": 3}
@@ -195,8 +195,8 @@ def test_options_without_a_meaning_are_named(tmp_path, options):
     config = load_config(write_config(tmp_path))
     name = next(iter(options))
     with pytest.raises(UserError, match=f"^--{name}: has no meaning for --task text: name mqar or"):
-        check_text_options(tmp_path, config, Options(**options), None)
-    check_text_options(tmp_path, config, Options("text", corpus=("x",)), None)
+        check_text_options(tmp_path, config, EvaluationOptions(**options), None)
+    check_text_options(tmp_path, config, EvaluationOptions("text", corpus=("x",)), None)
 
 
 @pytest.mark.parametrize(

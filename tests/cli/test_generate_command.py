@@ -20,7 +20,7 @@ from parity.weights import jax_weights, to_torch
 from train.checkpoint import load_run
 from train.config import load_config
 from train.evaluation.completion import ByteDecoder, Completion, WordDecoder, printable
-from train.evaluation.generate import Options, Speed, complete, load_source
+from train.evaluation.generate import GenerationOptions, Speed, complete, load_source
 from train.evaluation.prompts import Prompt, read_prompts
 from train.evaluation.run_report import load_report
 from train.evaluation.sample import draw_sample
@@ -196,7 +196,7 @@ def test_a_file_of_other_tokens_needs_a_tokenizer(tmp_path, words):
 def test_segments_that_cannot_stream_are_named(tmp_path):
     model = make_model(segmentation="logarithmic")
     with pytest.raises(UserError, match="segmentation = 'logarithmic'"):
-        complete(model, None, [Prompt("x", b"a")], Options(), Speed())
+        complete(model, None, [Prompt("x", b"a")], GenerationOptions(), Speed())
     config = load_config(write_config(tmp_path), ["run.sample_tokens=5"])
     sample = draw_sample(model, config, b"some validation text")
     assert sample.text == ""
@@ -207,7 +207,7 @@ def test_logits_that_are_not_finite_stop_it():
     model = make_model()
     model.norm.scale.set_value(jnp.full_like(model.norm.scale[...], jnp.nan))
     with pytest.raises(NotFiniteError, match="--prompt: the logits after 0 new tokens are not"):
-        complete(model, None, [Prompt("--prompt", b"a")], Options(), Speed())
+        complete(model, None, [Prompt("--prompt", b"a")], GenerationOptions(), Speed())
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def words() -> Tokenizer:
 def test_a_tokenizer_decodes_what_its_model_says(words):
     """The pieces that are shown make up the text, which is that of all tokens at once."""
     model, shown = make_model(words.get_vocab_size()), []
-    options = Options(40, temperature=3.0, seed=1)
+    options = GenerationOptions(40, temperature=3.0, seed=1)
     prompt = Prompt("x", "the thé".encode())
     (row,) = complete(
         model, words, [prompt], options, Speed(), show=lambda _, text: shown.append(text)

@@ -18,3 +18,14 @@ def make_layer(config, seed=0, dtype=torch.float64):
 def draw(*shape, dtype=torch.float64, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=dtype, generator=generator, **options)
+
+
+class Extend(torch.nn.Module):
+    """`extend` as a module's call, for `torch.export` and `functional_call`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens, cache):
+        return self.layer.extend(tokens, cache)

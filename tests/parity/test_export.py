@@ -11,6 +11,7 @@ from torch.export import Dim, export
 import mc_jax
 import mc_torch
 from helpers.cases import assert_close
+from helpers.torch_layers import Extend
 from mc_core import (
     AttentionConfig,
     DLAConfig,
@@ -39,17 +40,6 @@ def torch_layer(name: str) -> torch.nn.Module:
     attends = isinstance(config, AttentionConfig)
     kind = mc_torch.AttentionLayer if attends else mc_torch.MemoryCachingLayer
     return kind(config, dtype=torch.float64)
-
-
-class Extend(torch.nn.Module):
-    """The next tokens of a stream, as `torch.export` takes them: tensors in, tensors out."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens, cache):
-        return self.module.extend(tokens, cache)
 
 
 @pytest.mark.parametrize(

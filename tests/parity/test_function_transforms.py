@@ -18,6 +18,7 @@ import mc_jax
 from helpers import jax_calls
 from helpers.cases import AGGREGATIONS, MAIN, FunctionCase, assert_close, make_case
 from helpers.torch_calls import arrays, leaves
+from helpers.torch_layers import Extend
 from mc_core import (
     AttentionConfig,
     DLAConfig,
@@ -166,17 +167,6 @@ LAYERS: dict[str, Any] = {
     "window": AttentionConfig(8, 2, window=2),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-class Extend(torch.nn.Module):
-    """Lets `functional_call` reach `extend`."""
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        return self.layer.extend(*args, **options)
 
 
 def build(config: Any) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ import optax
 import pytest
 from rich.console import Console
 
+from helpers.interruptions import Stop
 from helpers.sweeps import write
 from helpers.tiny_run import mc, snapshot, write_config
 from mc_core.errors import UserError
@@ -31,11 +32,7 @@ TWELVE = ("run.steps=12", *SIX[1:])
 CONSTANT = ("optimizer.final_fraction=1.0", "optimizer.warmup_steps=0")
 
 
-class Stop(Exception):
-    """Stands for a process that ends."""
-
-
-class Scoring:
+class NoScoring:
     """Reports without scoring: what is tested here does not depend on it."""
 
     def __init__(self, config, corpus, graphdef):
@@ -63,7 +60,7 @@ def simple_loss(graphdef, params, rest, batch):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("train.step.mean_loss", simple_loss)
-    monkeypatch.setattr("train.tasks.text.TextScoring", Scoring)
+    monkeypatch.setattr("train.tasks.text.TextScoring", NoScoring)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,7 @@ def folder(tmp_path_factory):
     path = write_config(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.step.mean_loss", simple_loss)
-        patch.setattr("train.tasks.text.TextScoring", Scoring)
+        patch.setattr("train.tasks.text.TextScoring", NoScoring)
         run(path, *SIX)
     return folder
 
@@ -84,7 +81,7 @@ def grown(folder, tmp_path_factory) -> tuple[Path, str]:
     path = copy(folder, tmp_path_factory.mktemp("grown"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.step.mean_loss", simple_loss)
-        patch.setattr("train.tasks.text.TextScoring", Scoring)
+        patch.setattr("train.tasks.text.TextScoring", NoScoring)
         return path, run(path, *TWELVE)[1]
 
 
@@ -179,7 +176,7 @@ def test_a_run_that_grew_is_finished_once_its_own_report_is_there(path, monkeypa
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scoring, "finish", stop)
+        patch.setattr(NoScoring, "finish", stop)
         with pytest.raises(Stop):
             run(path, *TWELVE)
     (directory / "report.json").write_bytes(stale)

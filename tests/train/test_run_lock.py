@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from helpers.interruptions import Stop
 from helpers.sweeps import write
 from helpers.tiny_run import mc, write_config
 from train.checkpoint import load_run
@@ -34,10 +35,6 @@ lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
-
-
-class Stop(Exception):
-    """Ends a training run in the middle."""
 
 
 def lock_of(directory: Path):
@@ -189,12 +186,12 @@ def test_a_refused_run_leaves_no_directory(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_and_a_training_process_do_not_share_a_directory(tmp_path, monkeypatch, capsys):
     """The sweep has the lock from taking a run until its result is added."""
-    from train.sweeps.plan import Plan
+    from train.sweeps.plan import SweepPlan
     from train.sweeps.results import Results
     from train.sweeps.sweep_config import load_sweep, make_runs
 
     config = load_sweep(write(tmp_path))
-    with Plan(config, make_runs(config), Results(Path(config.directory))) as plan:
+    with SweepPlan(config, make_runs(config), Results(Path(config.directory))) as plan:
         run = plan.take()
         directory = run.config.run.directory
         base = tmp_path / "base.yaml"
@@ -203,6 +200,6 @@ def test_a_sweep_and_a_training_process_do_not_share_a_directory(tmp_path, monke
         assert plan.take() is None
     with lock_of(Path(directory)) as lock:
         lock.acquire()
-        with Plan(config, make_runs(config), Results(Path(config.directory))) as plan:
+        with SweepPlan(config, make_runs(config), Results(Path(config.directory))) as plan:
             assert plan.take() is None
             assert f"{directory}: in use by process {os.getpid()}" in str(plan.blocked)

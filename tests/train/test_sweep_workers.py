@@ -18,7 +18,7 @@ from helpers.tiny_run import mc
 from mc_core.errors import UserError
 from parity.environment import cores
 from train.lock import Lock
-from train.sweeps.plan import Plan
+from train.sweeps.plan import SweepPlan
 from train.sweeps.results import Results, key_of, read_results
 from train.sweeps.sweep_config import Run, load_sweep, make_runs
 from train.sweeps.workers import Workers, _no_interrupt, one_thread, shares
@@ -108,9 +108,9 @@ def test_jobs_out_of_range(tmp_path, monkeypatch, capsys, jobs):
     assert not (tmp_path / "sweep").exists()
 
 
-def plan_of(tmp_path, **keys) -> Plan:
+def plan_of(tmp_path, **keys) -> SweepPlan:
     config = load_sweep(write(tmp_path, **keys))
-    return Plan(config, make_runs(config), Results(Path(config.directory)))
+    return SweepPlan(config, make_runs(config), Results(Path(config.directory)))
 
 
 def result_of(run: Run, accuracy: float) -> dict:

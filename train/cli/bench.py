@@ -11,16 +11,13 @@ from rich.console import Console
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import START_MODES
 from mc_core.errors import UserError
-from mc_core.memories import MEMORIES
-from train.cli.options import output_file
+from train.cli.options import Aggregation, Kind, output_file
 
 if TYPE_CHECKING:
     from mc_core.tables import ResultTable
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
-Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
-Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 Start = StrEnum("Start", list(START_MODES))  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Framework = StrEnum("Framework", ["jax", "torch"])

@@ -63,11 +63,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
-    from train.evaluation.evaluate import Options
+    from train.evaluation.evaluate import EvaluationOptions
     from train.evaluation.evaluate import evaluate as score
 
     files = tuple(corpus) if corpus else None
-    options = Options(task, lengths, examples, seed, depths, haystack, value, files)
+    options = EvaluationOptions(task, lengths, examples, seed, depths, haystack, value, files)
     score(run, options, Console(), json_file=json, markdown=markdown, plot=plot)
 
 
@@ -132,11 +132,11 @@ def generate(
     ] = None,
 ) -> None:
     """Go on with a text, or with many: text to stdout, tokens per second to stderr."""
-    from train.evaluation.generate import Options
+    from train.evaluation.generate import GenerationOptions
     from train.evaluation.generate import run as go_on
     from train.evaluation.prompts import read_prompts
 
-    options = Options(
+    options = GenerationOptions(
         max_tokens,
         temperature,
         top_k,

@@ -1,11 +1,17 @@
 """Options and values of options that several commands have."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from mc_core.aggregations import AGGREGATIONS
 from mc_core.errors import UserError
+from mc_core.memories import MEMORIES
+
+Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
+Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 
 
 def output_file(what: str) -> Any:

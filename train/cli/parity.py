@@ -15,14 +15,12 @@ from mc_core.errors import UserError
 from mc_core.files import to_bytes, write_atomic
 from mc_core.memories import MEMORIES
 from parity.environment import MissingError, prepare
-from train.cli.options import output_file
+from train.cli.options import Aggregation, Kind, output_file
 
 app = typer.Typer(help="Prove that mc_jax and mc_torch compute the same.", no_args_is_help=True)
 
 Device = StrEnum("Device", ["cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["float64", "float32", "bfloat16"])
-Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
-Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 
 WIDTH = 160  # of tables that no terminal shows
 

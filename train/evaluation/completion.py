@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 CONTEXT = 8  # tokens of the prompt that a decoder sees: whether a word goes on depends on them
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """Turns tokens into text; keeps what may be the beginning of a character."""
 
     def push(self, token: int) -> str:
@@ -68,7 +68,7 @@ class WordDecoder:
         return self._tokenizer.decode(held, skip_special_tokens=False)
 
 
-def make_decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> Decoder:
+def make_decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> TextDecoder:
     """Return the decoder of what follows a prompt; of bytes where there is no tokenizer."""
     return ByteDecoder() if tokenizer is None else WordDecoder(tokenizer, prompt)
 
@@ -87,7 +87,7 @@ class Completion:
         stops: strings that end it.
     """
 
-    def __init__(self, decoder: Decoder, limit: int, stops: Sequence[str] = ()):
+    def __init__(self, decoder: TextDecoder, limit: int, stops: Sequence[str] = ()):
         self.text = ""
         self.tokens = 0
         self.finish: str | None = None

@@ -35,7 +35,7 @@ OF_NEEDLES = ("depths", "haystack", "value", "corpus")
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What is tested; None takes what the run was trained on, or the task's default.
 
     Attributes:
@@ -90,7 +90,7 @@ class Evaluation:
 
 def evaluate(
     directory: Path,
-    options: Options,
+    options: EvaluationOptions,
     console: Console,
     *,
     json_file: Path | None = None,
@@ -134,7 +134,7 @@ def evaluate(
 
 
 def check_text_options(
-    directory: Path, config: TrainConfig, options: Options, plot: Path | None
+    directory: Path, config: TrainConfig, options: EvaluationOptions, plot: Path | None
 ) -> None:
     """Check that all options have a meaning for the task `text`, and that the run reads text.
 
@@ -147,13 +147,13 @@ def check_text_options(
             "niah"
         )
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    defaults = dataclasses.asdict(Options())
+    defaults = dataclasses.asdict(EvaluationOptions())
     for name, value in (given | {"plot": plot}).items():
         if name not in OF_TEXT and value != defaults.get(name):
             raise UserError(f"--{name}: has no meaning for --task text: name mqar or niah")
 
 
-def task_of(config: TrainConfig, options: Options) -> MQARConfig | NIAHConfig:
+def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:
     """Return the settings of the task: the run's own, or the defaults, and the options on top.
 
     Raises:
@@ -261,7 +261,7 @@ def run_tests(
     rest: Tree,
     config: TrainConfig,
     data: MQARConfig | NIAHConfig,
-    options: Options,
+    options: EvaluationOptions,
 ) -> Evaluation:
     """Test a model on the examples that `data` says.
 

@@ -21,16 +21,14 @@ from train.checkpoint import load_run
 from train.data.tokenizer import load_tokenizer, make_encoder
 from train.data.tokenizer_copy import tokenizer_of_file
 from train.evaluation.completion import Completion, make_decoder, printable
-from train.evaluation.partial_output import Partial, Row
-from train.evaluation.prompts import ADDED, Prompt, read_prompts
+from train.evaluation.partial_output import OutputRow, Partial
+from train.evaluation.prompts import ADDED, Prompt
 from train.stdio import is_terminal, json_line, print_bytes
 from train.step import split
 
-__all__ = ["Options", "Prompt", "Speed", "complete", "load_source", "read_prompts", "run"]
-
 
 @dataclass(frozen=True)
-class Options:
+class GenerationOptions:
     """How a text goes on.
 
     Attributes:
@@ -104,7 +102,7 @@ def complete(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
-    options: Options,
+    options: GenerationOptions,
     speed: Speed,
     *,
     first_row: int = 0,
@@ -204,7 +202,7 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
 def run(
     source: Path,
     prompts: Sequence[Prompt],
-    options: Options,
+    options: GenerationOptions,
     *,
     tokenizer: str | None,
     output: Path | None,
@@ -258,7 +256,7 @@ def _run_batches(
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
-    options: Options,
+    options: GenerationOptions,
     partial: Partial | None,
     as_lines: bool,
 ) -> Speed:
@@ -294,7 +292,7 @@ def _run_batches(
 
 
 def _settings(
-    model: LanguageModel, tokenizer: Tokenizer | None, options: Options
+    model: LanguageModel, tokenizer: Tokenizer | None, options: GenerationOptions
 ) -> dict[str, Any]:
     """Return what a row depends on apart from its prompt and its number."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
@@ -326,7 +324,7 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
     return tokens
 
 
-def _to_row(prompt: Prompt, completion: Completion) -> Row:
+def _to_row(prompt: Prompt, completion: Completion) -> OutputRow:
     row = prompt.row or {"prompt": prompt.text.decode(errors="replace")}
     new = (completion.text, completion.tokens, completion.finish)
     return row | dict(zip(ADDED, new, strict=True))

@@ -11,7 +11,7 @@ from mc_core.files import write_atomic
 from train.lock import Lock
 from train.stdio import json_line
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 
 
 class Partial:
@@ -36,7 +36,7 @@ class Partial:
 
     def __init__(self, output: Path, settings: dict[str, Any], keys: Sequence[str]):
         self.path = output.with_name(f"{output.name}.partial")
-        self.rows: list[Row] = []
+        self.rows: list[OutputRow] = []
         self._output, self._keys = output, keys
         self._settings = json.loads(json.dumps(settings))
         self._size = 0  # of the whole lines
@@ -50,7 +50,7 @@ class Partial:
         """Return the lock that a writer of `output` needs."""
         return Lock(output.with_name(f".{output.name}.lock"), output, "name another --output")
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[OutputRow]) -> None:
         """Append the next rows; they are on the disk when this returns.
 
         Raises:

@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mc_core.errors import UserError
-from train.evaluation.partial_output import Row
+from train.evaluation.partial_output import OutputRow
 from train.stdio import read_bytes
 
 ADDED = ("completion", "tokens", "finish")  # keys of an output row that its prompt's row lacks
 
 
 class Prompt(NamedTuple):
-    """A prompt, its name in messages, and the object of its line."""
+    """A prompt, its name in messages, and the object of its line.
+
+    The object has "prompt" and any further keys, which the output row has, too.
+    """
 
     name: str
     text: bytes
-    row: Row | None = None  # with "prompt" and any further keys, which the output row has, too
+    row: OutputRow | None = None
 
 
 def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:

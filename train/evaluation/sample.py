@@ -11,7 +11,7 @@ from train.config import TrainConfig
 from train.data.corpus import clip
 from train.data.tokenizer import load_tokenizer
 from train.evaluation.completion import printable
-from train.evaluation.generate import Options, Speed, complete
+from train.evaluation.generate import GenerationOptions, Speed, complete
 from train.evaluation.prompts import Prompt
 
 PROMPT_BYTES = 256
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) -> Sample:
     """Go on with the beginning of the validation text, for `run.sample_tokens` tokens."""
-    options = Options(config.run.sample_tokens, temperature=0.8, batch_size=1)
+    options = GenerationOptions(config.run.sample_tokens, temperature=0.8, batch_size=1)
     # No longer than half of what the model has seen at once; and a whole character at least.
     text = clip(validation, min(PROMPT_BYTES, max(4, int(config.data.mean_tokens) // 2)))
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)

@@ -13,7 +13,7 @@ from train.checkpoint import load_run
 from train.data.encoded_text import Text, read_text
 from train.evaluation.needle import Needle, find_needle, weigh_needle
 
-Layer = dict[str, np.ndarray]  # the fields of a trace that are there, without the batch's axis
+LayerTrace = dict[str, np.ndarray]  # the fields of a trace that are there, without the batch's axis
 COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after")
 NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
 
@@ -26,7 +26,7 @@ class Inspection(NamedTuple):
     config: MCConfig
     text: Text
     lengths: tuple[int, ...]  # tokens of each segment
-    layers: list[Layer]  # of the blocks that have a memory
+    layers: list[LayerTrace]  # of the blocks that have a memory
     needle: Needle | None
     blocks: tuple[int, ...]  # the number of each layer's block
 
@@ -103,7 +103,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
     return result
 
 
-def means(layer: Layer, head: int) -> list[str]:
+def means(layer: LayerTrace, head: int) -> list[str]:
     """Return a head's means over tokens under `COLUMNS`; `cached` is their share of the gates."""
     gates = layer["gates"][:, head]
     cached = float(np.mean(gates[:, :-1].sum(-1) / gates.sum(-1)))
@@ -126,7 +126,7 @@ def needle_row(needle: Needle, place: int) -> list[str]:
     ]
 
 
-def _without_batch(trace: dict[str, Any]) -> Layer:
+def _without_batch(trace: dict[str, Any]) -> LayerTrace:
     by_token = ("token_index", "segment_index", "cached_count")  # these have no batch
     arrays = {name: np.asarray(x) for name, x in trace.items() if x is not None}
     return {name: x if name in by_token else x[0] for name, x in arrays.items()}

@@ -39,7 +39,7 @@ class Validation(NamedTuple):
 
 
 Validate = Callable[[Tree, Tree, int], Validation]
-Score = Callable[[Tree, Tree, np.ndarray, int], Validation]
+Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
 
 
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
     return validate
 
 
-def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Score:
+def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
     """Return the function from parameters, rest, tokens and their bytes to what these cost.
 
     The cost is the bits that the model needs for the tokens, separators between documents

@@ -12,7 +12,7 @@ from matplotlib.ticker import ScalarFormatter
 from mc_core.files import to_png
 from train.sweeps import bits_per_byte
 from train.sweeps.labels import label
-from train.sweeps.results import Result, is_text
+from train.sweeps.results import RunResult, is_text
 from train.sweeps.table import by_row, score
 
 WIDTH, AGGREGATION, MODE = (
@@ -22,7 +22,8 @@ MARKERS = "osD^vP*XpHd<>8h"
 COLORS = [*color_sequences["tab10"], *color_sequences["Set2"], *color_sequences["Dark2"]]
 
 
-Lines = dict["Look", list[tuple[Result, dict[str, float]]]]  # rows that differ in their width alone
+# Rows that differ in their width alone.
+Lines = dict["Look", list[tuple[RunResult, dict[str, float]]]]
 
 
 class Look(NamedTuple):
@@ -36,7 +37,7 @@ class Look(NamedTuple):
     mode: str
 
     @classmethod
-    def of(cls, result: Result) -> "Look":
+    def of(cls, result: RunResult) -> "Look":
         """Return the look of a result's row."""
         given = result["overrides"]
         memory = label(result, WIDTH, AGGREGATION, MODE)
@@ -78,7 +79,7 @@ class Legend:
                 yield Line2D([], [], marker="o", markerfacecolor=face, label=word, **plain)
 
 
-def draw_sweep(title: str, results: Sequence[Result]) -> bytes:
+def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
     """Draw accuracy against width, or aggregation where there is one width, and state bytes.
 
     Rows that differ in their width alone are a line. Bars are 95% intervals. The picture of text is

@@ -14,10 +14,10 @@ from parity.environment import result_table
 from train.config import TrainConfig
 from train.evaluation.run_report import TextReport
 from train.sweeps.labels import shown
-from train.sweeps.results import Result, made_with, without_state
+from train.sweeps.results import RunResult, made_with, without_state
 from train.sweeps.sweep_config import SweepConfig
 
-Rows = Mapping[str, Sequence[Result]]  # the results of each row, a seed each
+Rows = Mapping[str, Sequence[RunResult]]  # the results of each row, a seed each
 
 RULE = (
     "rate: of those that were tried with the first seed, the one with the fewest bits per byte "
@@ -34,14 +34,14 @@ GAIN = (
 STYLES = ("-", "--", ":", "-.")
 
 
-def about(config: TrainConfig) -> Result:
+def about(config: TrainConfig) -> RunResult:
     """Return what a result on text says about its model, whether the run succeeds or not."""
     model = config.model
     cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
 
 
-def outcome(report: TextReport) -> Result:
+def outcome(report: TextReport) -> RunResult:
     """Return what a run was worth."""
     names = ("bits_per_byte", "validation_bytes", "validation_sha256", "unit", "positions")
     found = {name: getattr(report, name) for name in names}
@@ -51,12 +51,12 @@ def outcome(report: TextReport) -> Result:
     return found | {"validation_tokens": report.validation_tokens, "lost": lost}
 
 
-def describe(result: Result) -> str:
+def describe(result: RunResult) -> str:
     """Return what a run was worth, in words."""
     return f"{result['bits_per_byte']:.4f} bits per byte"
 
 
-def twin(own: Sequence[Result], rows: Rows) -> Sequence[Result] | None:
+def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
     """Return the runs without caching that a row is compared with, or None.
 
     They have the row's window, validation text and tokens; of several such rows, the one that
@@ -70,7 +70,7 @@ def twin(own: Sequence[Result], rows: Rows) -> Sequence[Result] | None:
         other for other in rows.values() if other[0]["cacheless"] and _scored(other) == _scored(own)
     ]
 
-    def distance(other: Sequence[Result]) -> tuple[int, float]:
+    def distance(other: Sequence[RunResult]) -> tuple[int, float]:
         left, right = first["overrides"], other[0]["overrides"]
         differ = sum(left.get(key) != right.get(key) for key in left.keys() | right.keys())
         return differ, float(np.mean([result["bits_per_byte"] for result in other]))
@@ -78,13 +78,13 @@ def twin(own: Sequence[Result], rows: Rows) -> Sequence[Result] | None:
     return min(others, key=distance, default=None)
 
 
-def _scored(own: Sequence[Result]) -> list[Any]:
+def _scored(own: Sequence[RunResult]) -> list[Any]:
     """Return what must be equal where positions are compared: text, window and tokens."""
     buckets = [(b["start"], b["end"], b["tokens"]) for b in own[0]["positions"]]
     return [*(own[0][key] for key in ("state_tokens", "validation_sha256", "unit")), buckets]
 
 
-def gains(own: Sequence[Result], other: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray]:
     """Return by how many bits a row is better than another, seed by seed.
 
     Returns:
@@ -97,7 +97,7 @@ def gains(own: Sequence[Result], other: Sequence[Result]) -> tuple[np.ndarray, n
     return whole, np.array(parts).reshape(len(pairs), len(own[0]["positions"]))
 
 
-def bits(own: Sequence[Result]) -> np.ndarray:
+def bits(own: Sequence[RunResult]) -> np.ndarray:
     """Return the bits a token [s, buckets] of the runs of a row, by position."""
     return np.array([[bucket["bits"] for bucket in result["positions"]] for result in own])
 
@@ -174,13 +174,13 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
     return result_table(title, lines, notes)
 
 
-def _good(rows: Rows) -> dict[str, list[Result]]:
+def _good(rows: Rows) -> dict[str, list[RunResult]]:
     """Return the rows with those of their runs that met no NaN, if there are any."""
     good = {row: [result for result in own if not result.get("error")] for row, own in rows.items()}
     return {row: own for row, own in good.items() if own}
 
 
-def _measured(own: Sequence[Result], other: Sequence[Result] | None) -> Row:
+def _measured(own: Sequence[RunResult], other: Sequence[RunResult] | None) -> Row:
     each = [result["bits_per_byte"] for result in own]
     spread = len(each) > 1
     line: Row = {
@@ -194,7 +194,7 @@ def _measured(own: Sequence[Result], other: Sequence[Result] | None) -> Row:
     return line
 
 
-def _cost(own: Sequence[Result], good: Sequence[Result], cells: bool) -> Row:
+def _cost(own: Sequence[RunResult], good: Sequence[RunResult], cells: bool) -> Row:
     return {
         "parameters": good[0]["parameters"] if good and cells else None,
         "state": own[0]["state_bytes"],

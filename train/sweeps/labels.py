@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from train.sweeps.results import Result
+from train.sweeps.results import RunResult
 
 
-def label(result: Result, *without: str) -> str:
+def label(result: RunResult, *without: str) -> str:
     """Return the values of a row's overrides, but those of some keys.
 
     Words stand alone; another value says nothing without its key's last word.

@@ -6,11 +6,11 @@ from types import TracebackType
 from typing import Self
 
 from train.lock import Lock, LockedError
-from train.sweeps.results import Key, Result, Results, best, key_of
+from train.sweeps.results import Key, Results, RunResult, best, key_of
 from train.sweeps.sweep_config import Run, SweepConfig, make_run
 
 
-class Plan:
+class SweepPlan:
     """The runs of a sweep: every rate of a row with the first seed, the best with the others.
 
     The directory of a run that was taken is locked until its result is added, or the `with` is
@@ -69,7 +69,7 @@ class Plan:
             lock.close()
         return None
 
-    def add(self, result: Result) -> None:
+    def add(self, result: RunResult) -> None:
         """Append the result of a run that was taken.
 
         Raises:
@@ -84,7 +84,7 @@ class Plan:
         others = len(self._config.seeds) - 1
         return f"{done}/{sum(len(runs) + others for runs in self._first.values())}"
 
-    def table(self) -> list[Result]:
+    def table(self) -> list[RunResult]:
         """Return the results that make the table, in the order of the file, once all are there."""
         found = [self._results.find(run) for row in self._first for run in self._of_row(row)]
         return [result for result in found if result is not None]
@@ -104,7 +104,9 @@ class Plan:
         return self._chosen[row]
 
 
-def runs_of_row(config: SweepConfig, runs: Sequence[Run], results: Sequence[Result]) -> list[Run]:
+def runs_of_row(
+    config: SweepConfig, runs: Sequence[Run], results: Sequence[RunResult]
+) -> list[Run]:
     """Return the runs that make a row's figures: at the best rate, of each seed.
 
     Args:

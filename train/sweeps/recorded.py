@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mc_core.errors import UserError
 from train.config import TextConfig
 from train.sweeps.plan import runs_of_row
-from train.sweeps.results import Result, key_of, made_with, read_file
+from train.sweeps.results import RunResult, key_of, made_with, read_file
 from train.sweeps.sweep_config import Run, SweepConfig
 
 NEEDED = ("accuracy", "loss", "test")
@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
         notes: lines that say what is shown.
     """
 
-    rows: dict[str, list[Result]]
+    rows: dict[str, list[RunResult]]
     notes: list[str]
 
 
@@ -48,7 +48,7 @@ def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) 
         lacking = [key for key in NEEDED if key not in result]
         if lacking and not result.get("error"):
             raise UserError(f"{path}: {result['row']} has no {', '.join(lacking)}")
-    rows: dict[str, list[Result]] = {}
+    rows: dict[str, list[RunResult]] = {}
     other = []
     for row, runs in first.items():
         tried = [found[run.key] for run in runs if run.key in found]

@@ -14,17 +14,17 @@ from train.config import TextConfig
 from train.sweeps.sweep_config import Run
 
 FILE = "results.jsonl"
-Result = dict[str, Any]
+RunResult = dict[str, Any]
 Key = tuple[str, int, float]  # row, seed, rate
 
 
-def read_results(directory: Path) -> list[Result]:
+def read_results(directory: Path) -> list[RunResult]:
     """Return the results so far; a last line that was cut off by a kill is left out."""
     path = directory / FILE
     return read_file(path) if path.exists() else []
 
 
-def read_file(path: Path) -> list[Result]:
+def read_file(path: Path) -> list[RunResult]:
     """Return the results in a file; a last line without an end is left out.
 
     Raises:
@@ -47,12 +47,12 @@ def read_file(path: Path) -> list[Result]:
     return results
 
 
-def key_of(result: Result) -> Key:
+def key_of(result: RunResult) -> Key:
     """Return what tells a result from the others of a file."""
     return result["row"], result["seed"], result["rate"]
 
 
-def made_with(results: Sequence[Result]) -> str:
+def made_with(results: Sequence[RunResult]) -> str:
     """Return the versions and machines that runs were made with, which may not be today's."""
     versions = _distinct(results, "versions", " ")
     machines = _distinct(results, "machine", ", ")
@@ -62,7 +62,7 @@ def made_with(results: Sequence[Result]) -> str:
     return f"{made}, on {machines}" if machines else made
 
 
-def _distinct(results: Sequence[Result], name: str, between: str) -> str:
+def _distinct(results: Sequence[RunResult], name: str, between: str) -> str:
     found = dict.fromkeys(
         between.join(f"{key} {value}" for key, value in result[name].items())
         for result in results
@@ -71,7 +71,7 @@ def _distinct(results: Sequence[Result], name: str, between: str) -> str:
     return "; ".join(found)
 
 
-def without_state(results: Sequence[Result]) -> str:
+def without_state(results: Sequence[RunResult]) -> str:
     """Return what a note on states adds where a result has none."""
     lacking = any(result["state_bytes"] is None for result in results)
     return "; empty where segments cannot stream" if lacking else ""
@@ -86,7 +86,7 @@ class Results:
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / FILE
-        self._found: dict[Key, Result] = {}
+        self._found: dict[Key, RunResult] = {}
         self._size = -1
         self.refresh()
 
@@ -97,7 +97,7 @@ class Results:
             self._found = {key_of(row): row for row in read_results(self._path.parent)}
             self._size = size
 
-    def find(self, run: Run) -> Result | None:
+    def find(self, run: Run) -> RunResult | None:
         """Return the result of a run, or None.
 
         Raises:
@@ -117,7 +117,7 @@ class Results:
             )
         return row
 
-    def add(self, row: Result) -> None:
+    def add(self, row: RunResult) -> None:
         """Append a result.
 
         Raises:
@@ -135,19 +135,19 @@ class Results:
         self._found[key_of(row)] = row
 
 
-def is_text(result: Result) -> bool:
+def is_text(result: RunResult) -> bool:
     """Whether a result is that of a run on text, rather than on a recall task."""
     return bool(result.get("task") == TextConfig.task)
 
 
-def best(results: Sequence[Result]) -> Result:
+def best(results: Sequence[RunResult]) -> RunResult:
     """Return the result whose rate is chosen, as `mc sweep` states it.
 
     The highest validation accuracy; of equal ones the lowest loss, then the lowest rate. On text,
     the fewest bits per byte, then the lowest rate. A run that met a NaN is behind all others.
     """
 
-    def key(row: Result) -> tuple[float, float, float]:
+    def key(row: RunResult) -> tuple[float, float, float]:
         failed = math.inf, 0.0, row["rate"]
         if row.get("error"):
             return failed

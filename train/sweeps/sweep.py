@@ -17,15 +17,15 @@ from mc_jax.sharding import request
 from parity.environment import machine
 from train.checkpoint import load_run
 from train.config import TextConfig
-from train.evaluation.evaluate import Options, run_tests, stream_bytes, task_of
+from train.evaluation.evaluate import EvaluationOptions, run_tests, stream_bytes, task_of
 from train.interrupt import on_interrupt
 from train.loop import train
 from train.step import split
 from train.sweeps import bits_per_byte
 from train.sweeps.accuracy_plot import draw_sweep
-from train.sweeps.plan import Plan
+from train.sweeps.plan import SweepPlan
 from train.sweeps.recorded import read_recorded
-from train.sweeps.results import Result, Results, is_text
+from train.sweeps.results import Results, RunResult, is_text
 from train.sweeps.sweep_config import Run, load_sweep, make_runs
 from train.sweeps.table import for_terminal, make_table
 from train.sweeps.workers import Workers, check_jobs, one_thread
@@ -43,7 +43,7 @@ def sweep(
     markdown: Path | None = None,
     plot: Path | None = None,
     recorded: Path | None = None,
-) -> list[Result]:
+) -> list[RunResult]:
     """Train and test all runs of a sweep, or those that are missing; print and draw what they show.
 
     Every rate is tried with the first seed. The one with the best validation accuracy (of equal
@@ -77,7 +77,7 @@ def sweep(
     for runs in first.values():
         for run in runs:
             results.find(run)
-    with one_thread(), Plan(config, first, results) as plan:
+    with one_thread(), SweepPlan(config, first, results) as plan:
         finish(plan, jobs, console, devices)
         chosen = plan.table()
     # A file name need not be text.
@@ -95,7 +95,7 @@ def sweep(
     return chosen
 
 
-def finish(plan: Plan, jobs: int, console: Console, devices: int = 1) -> None:
+def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:
     """Do what is left of a sweep, and say a line about each run.
 
     Args:
@@ -129,7 +129,7 @@ def finish(plan: Plan, jobs: int, console: Console, devices: int = 1) -> None:
                 return
 
 
-def do(run: Run) -> Result:
+def do(run: Run) -> RunResult:
     """Train and test one run, from its last checkpoint on where it has one.
 
     A run that meets a NaN or an infinity is a result, too: its `error` says where.
@@ -137,7 +137,7 @@ def do(run: Run) -> Result:
     start = time.monotonic()
     config = run.config
     tokens = longest(run)
-    result: Result = {
+    result: RunResult = {
         "row": run.row,
         "overrides": run.overrides,
         "seed": run.seed,
@@ -183,19 +183,19 @@ def longest(run: Run) -> int:
     data = run.config.data
     if isinstance(data, TextConfig):
         return data.max_tokens
-    return task_of(run.config, Options(examples=run.examples)).max_tokens
+    return task_of(run.config, EvaluationOptions(examples=run.examples)).max_tokens
 
 
-def recall_outcome(run: Run, report: RecallReport) -> Result:
+def recall_outcome(run: Run, report: RecallReport) -> RunResult:
     """Return what a run on a recall task was worth on validation and on test examples."""
     config, model, *_ = load_run(Path(run.config.run.directory))
-    options = Options(examples=run.examples)
+    options = EvaluationOptions(examples=run.examples)
     found = run_tests(*split(model), config, task_of(config, options), options)
     score = report.score
     return {"accuracy": score["accuracy"], "loss": score["loss"], "test": found.cells}
 
 
-def describe(result: Result) -> str:
+def describe(result: RunResult) -> str:
     """Return a line about a run."""
     name = f"{result['row']} rate={result['rate']:g} seed={result['seed']}"
     if result.get("error"):

@@ -11,7 +11,7 @@ from train.evaluation.score import wilson
 from train.sweeps import bits_per_byte
 from train.sweeps.labels import label
 from train.sweeps.recorded import Recorded
-from train.sweeps.results import Result, is_text, made_with, without_state
+from train.sweeps.results import RunResult, is_text, made_with, without_state
 from train.sweeps.sweep_config import SweepConfig
 
 RULE = (
@@ -24,15 +24,15 @@ MEASURE = (
 )
 
 
-def by_row(results: Sequence[Result]) -> dict[str, list[Result]]:
+def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """Return the results of each row, in order."""
-    rows: dict[str, list[Result]] = {}
+    rows: dict[str, list[RunResult]] = {}
     for result in results:
         rows.setdefault(result["row"], []).append(result)
     return rows
 
 
-def score(results: Sequence[Result]) -> dict[str, float]:
+def score(results: Sequence[RunResult]) -> dict[str, float]:
     """Return the accuracy on all test cells of several runs, with its interval."""
     cells = [cell for result in results for cell in result["test"]]
     right, asked = (sum(cell[name] for cell in cells) for name in ("right", "asked"))
@@ -42,7 +42,7 @@ def score(results: Sequence[Result]) -> dict[str, float]:
 
 def make_table(
     title: str,
-    results: Sequence[Result],
+    results: Sequence[RunResult],
     config: SweepConfig,
     *,
     recorded: Recorded | None = None,
@@ -72,7 +72,7 @@ def make_table(
     return result_table(title, rows, [*notes, *(recorded.notes if recorded else ())])
 
 
-def flops_column(results: Sequence[Result]) -> dict[str, Row]:
+def flops_column(results: Sequence[RunResult]) -> dict[str, Row]:
     """Return, by row, the cell of the FLOPs a token, in one unit for all."""
     flops = {row["row"]: row["flops_per_token"] for row in results if "flops_per_token" in row}
     mega = max(flops.values(), default=0.0) >= 1e6
@@ -80,7 +80,9 @@ def flops_column(results: Sequence[Result]) -> dict[str, Row]:
     return {row: {name: count / unit} for row, count in flops.items()}
 
 
-def _line(name: str, own: list[Result], flops: Row, then: list[Result] | None, cells: bool) -> Row:
+def _line(
+    name: str, own: list[RunResult], flops: Row, then: list[RunResult] | None, cells: bool
+) -> Row:
     good = [result for result in own if not result.get("error")]
     row: Row = {
         "row": name if cells else label(own[0]),
@@ -101,7 +103,7 @@ def _line(name: str, own: list[Result], flops: Row, then: list[Result] | None, c
     return row | {"s": sum(result["seconds"] for result in good) / len(good) if good else None}
 
 
-def _figures(good: list[Result], cells: bool) -> Row:
+def _figures(good: list[RunResult], cells: bool) -> Row:
     """Return the accuracy of a row's runs, and how far apart they are."""
     whole = score(good) if good else {}
     each = [100 * score([result])["accuracy"] for result in good]

@@ -18,11 +18,11 @@ from typing import Any, Self
 
 from mc_core.errors import UserError
 from parity.environment import cores
-from train.sweeps.results import Result
+from train.sweeps.results import RunResult
 from train.sweeps.sweep_config import Run
 from train.user_modules import import_from_environment
 
-Work = Callable[[Run], Result]
+Work = Callable[[Run], RunResult]
 
 
 def check_jobs(jobs: int) -> None:
@@ -73,7 +73,7 @@ class Workers:
 
     def __init__(self, jobs: int, work: Work, devices: int = 1):
         self._jobs, self._work = jobs, work
-        self._running: dict[Future[Result], Run] = {}
+        self._running: dict[Future[RunResult], Run] = {}
         self._pool: ProcessPoolExecutor | None = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
@@ -108,14 +108,14 @@ class Workers:
     def start(self, run: Run) -> None:
         """Start a run; in this process, do it."""
         if self._pool is None:
-            future: Future[Result] = Future()
+            future: Future[RunResult] = Future()
             future.set_result(self._work(run))
         else:
             with _no_interrupt():
                 future = self._pool.submit(_do, self._work, run)
         self._running[future] = run
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[RunResult]:
         """Wait until a run is done, yield the results of those that are, and raise what failed.
 
         Raises:
@@ -183,7 +183,7 @@ def _end_with_parent(end: Connection) -> None:
         os._exit(1)
 
 
-def _do(work: Work, run: Run) -> Result:
+def _do(work: Work, run: Run) -> RunResult:
     try:
         return work(run)
     except (UserError, OSError):

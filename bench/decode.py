@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench.devices import local, split_heads
-from bench.report import Report, Row
 from bench.timing import STEADY, Timing, alternate, ratio
 from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.memories import MEMORIES
+from mc_core.tables import ResultTable, Row
 from mc_core.trees import flatten
 from mc_jax import Cache, MemoryCachingLayer
+from mc_jax.sharding import local, split_heads
+from parity.environment import result_table
 
 ROOM = 128  # tokens after the context for which there is room: more than are run
 PREFILLS = 5  # timed runs of a prompt, and of as many single steps
@@ -40,7 +41,7 @@ def run(
     runs: int,
     seed: int,
     devices: int = 1,
-) -> Report:
+) -> ResultTable:
     """Time one token of every layer after every context, a prompt, and what short storage costs.
 
     Args:
@@ -78,7 +79,7 @@ def run(
                 f"{kept['cache_device']}: {kept['memory_bytes'] / 2**20:.3g} MiB, "
                 f"output off by {kept['relative_error']:.1e}"
             )
-    return Report("A token after a context", rows, notes)
+    return result_table("A token after a context", rows, notes)
 
 
 def compare(

@@ -9,12 +9,12 @@ from flax import nnx
 
 from bench.batch import batch
 from bench.count import count_flops
-from bench.devices import count, local, replicate, split_rows
 from bench.timing import Subject
 from mc_core.config import MCConfig
 from mc_core.weights import Flat, to_jax
 from mc_jax import MemoryCachingLayer
 from mc_jax.pretrained import set_weights
+from mc_jax.sharding import count, local, replicate, split_rows
 
 
 def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:

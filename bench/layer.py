@@ -9,12 +9,13 @@ from typing import Any
 
 from bench.ceilings import Ceilings, measure, side
 from bench.devices import ABOUT, named
-from bench.report import Report, Row, png
 from bench.timing import STEADY, Subject, Timing, alternate
 from mc_core import MCConfig
 from mc_core.errors import UserError
-from mc_core.files import write_atomic
+from mc_core.files import to_png, write_atomic
 from mc_core.memories import MEMORIES
+from mc_core.tables import ResultTable, Row
+from parity.environment import result_table
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def make_config(
     )
 
 
-def run(grid: Grid, runs: int) -> Report:
+def run(grid: Grid, runs: int) -> ResultTable:
     """Compile and time the grid, all subjects in turn, and the ceilings of each dtype.
 
     Args:
@@ -82,7 +83,7 @@ def run(grid: Grid, runs: int) -> Report:
         notes.append(f"{ABOUT}; MiB are summed over them")
     rows = [row(s, times.get(name), ceilings.get(s.dtype)) for name, s in subjects.items()]
     size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
-    return Report(f"Layers: {size}", rows, notes)
+    return result_table(f"Layers: {size}", rows, notes)
 
 
 def build(grid: Grid) -> dict[str, Subject]:
@@ -144,7 +145,7 @@ def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> R
     return cells
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: ResultTable, path: Path) -> None:
     """Draw each layer's milliseconds, and its floor, as a PNG file.
 
     Raises:
@@ -163,4 +164,4 @@ def draw(report: Report, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=report.title)
     axes.legend(frameon=False)
-    write_atomic(path, png(figure, dpi=150))
+    write_atomic(path, to_png(figure, dpi=150))

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from bench.report import Report, Row
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.footprint import cache_footprint, kv_bytes, memory_size, outgrows_kv, state_bytes
 from mc_core.segmentation import check_streams
+from mc_core.tables import ResultTable, Row
+from parity.environment import result_table
 
 ITEMS = {"float32": 4, "bfloat16": 2}
 
 
-def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> Report:
+def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTable:
     """Return the bytes of one stream, all layers together.
 
     Args:
@@ -44,7 +45,9 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> Report:
         f"{layer.head_dim}, segment_size {layer.segment_size}; cached memories, keys and values "
         f"{cache_dtype}, the online memory float32"
     )
-    return Report("Cache of one stream", rows, (about, *(warnings(layer) if memories else ())))
+    return result_table(
+        "Cache of one stream", rows, (about, *(warnings(layer) if memories else ()))
+    )
 
 
 def warnings(layer: MCConfig) -> list[str]:

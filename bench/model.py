@@ -9,12 +9,16 @@ import numpy as np
 
 from bench.ceilings import measure, side
 from bench.count import count_flops
-from bench.devices import ABOUT, local, replicate, split_rows
-from bench.report import Report, Row
+from bench.devices import ABOUT
 from bench.timing import STEADY, alternate
+from mc_core.tables import ResultTable, Row
+from mc_jax.sharding import local, replicate, split_rows
+from parity.environment import result_table
 
 
-def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], runs: int) -> Report:
+def run(
+    config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], runs: int
+) -> ResultTable:
     """Time the whole optimiser step on random tokens.
 
     Args:
@@ -74,4 +78,4 @@ def run(config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], ru
     notes.append(STEADY)
     if run.devices > 1:
         notes.append(f"{run.devices} {ABOUT}; MiB are summed over them")
-    return Report("Training step", [row], notes)
+    return result_table("Training step", [row], notes)

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from bench import jax_layers, rivals, torch_layers
-from bench.devices import ABOUT, local, named
-from bench.report import Report, Row, cores
+from bench.devices import ABOUT, named
 from bench.timing import STEADY, Subject, alternate, ratio
 from mc_core import LinearConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
+from mc_core.tables import ResultTable, Row
 from mc_core.weights import Flat
+from mc_jax.sharding import local
+from parity.environment import cores, result_table
 
 ROWS = 2  # sequences of a batch
 WIDTH, HEADS, SEGMENT = 256, 4, 64
@@ -101,7 +103,7 @@ def run(
     runs: int,
     threads: int | None = None,
     devices: Sequence[int] = (),
-) -> Report:
+) -> ResultTable:
     """Run comparisons one after another; the subjects of each alternate.
 
     Args:
@@ -134,7 +136,7 @@ def run(
     ]
     if max(devices) > 1:
         notes.append(ABOUT)
-    return Report("Peers, forward and backward, whole layer", rows, notes)
+    return result_table("Peers, forward and backward, whole layer", rows, notes)
 
 
 def measure(

@@ -148,8 +148,9 @@ def _jax_attention(
     import jax
     import jax.numpy as jnp
 
-    from bench.devices import local, named, replicate, split_rows
+    from bench.devices import named
     from bench.jax_layers import compiled_subject
+    from mc_jax.sharding import local, replicate, split_rows
 
     cudnn = jax.default_backend() == "gpu" and dtype != "float32"
     implementation: Any = "cudnn" if cudnn else None

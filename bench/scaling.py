@@ -8,12 +8,13 @@ import numpy as np
 
 from bench import jax_layers
 from bench.layer import Grid, make_config
-from bench.report import Report, Row, png
 from bench.timing import STEADY, alternate
-from mc_core.files import write_atomic
+from mc_core.files import to_png, write_atomic
+from mc_core.tables import ResultTable, Row
+from parity.environment import result_table
 
 
-def run(grid: Grid, runs: int) -> Report:
+def run(grid: Grid, runs: int) -> ResultTable:
     """Time one kind and chunk under each aggregation at every length.
 
     A length is compiled, timed and let go before the next; the aggregations of a length alternate.
@@ -52,7 +53,7 @@ def run(grid: Grid, runs: int) -> Report:
         for name, (ms, gflop) in exponents(rows).items():
             notes.append(f"{name}: time grows as tokens^{ms:.2f}, operations as tokens^{gflop:.2f}")
     title = f"Scaling: {kind}, chunk {chunk}, segments of {segment}, {grid.batch} sequences"
-    return Report(title, rows, notes)
+    return result_table(title, rows, notes)
 
 
 def time_column() -> str:
@@ -81,7 +82,7 @@ def exponents(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: ResultTable, path: Path) -> None:
     """Draw time against tokens, both in logarithms, as a PNG file."""
     from matplotlib.figure import Figure
 
@@ -97,4 +98,4 @@ def draw(report: Report, path: Path) -> None:
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    write_atomic(path, png(figure, dpi=150))
+    write_atomic(path, to_png(figure, dpi=150))

@@ -1,11 +1,15 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Contents of files, and writing them so that a reader finds the old one or the new one."""
 
 import errno
+import io
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
@@ -24,6 +28,13 @@ def _finite(data: Any) -> Any:
 def to_bytes(text: str) -> bytes:
     """Return text as UTF-8; file names in it that are not UTF-8 keep their bytes."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def to_png(figure: "Figure", dpi: int = 120) -> bytes:
+    """Return a figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

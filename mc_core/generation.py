@@ -8,7 +8,7 @@ import numpy as np
 
 from mc_core.checks import check_ids, check_integer, check_integers
 
-BLOCK = 512  # tokens of a prompt that are read at once
+PROMPT_BLOCK = 512  # tokens of a prompt that are read at once
 SEEDS = 2**32
 
 
@@ -60,7 +60,9 @@ def check_generation(
         check_ids(f"prompts[{i}]", ids, vocab_size)
 
 
-def make_blocks(prompts: Sequence[Sequence[int] | np.ndarray], block: int = BLOCK) -> list[Block]:
+def make_blocks(
+    prompts: Sequence[Sequence[int] | np.ndarray], block: int = PROMPT_BLOCK
+) -> list[Block]:
     """Cut prompts of any lengths into blocks whose widths are few.
 
     Args:
@@ -80,7 +82,7 @@ def make_blocks(prompts: Sequence[Sequence[int] | np.ndarray], block: int = BLOC
     return [Block(tokens[:, at : at + block], padding[:, at : at + block]) for at in cuts]
 
 
-def bucket(tokens: int, block: int = BLOCK) -> int:
+def bucket(tokens: int, block: int = PROMPT_BLOCK) -> int:
     """Return the next power of two; from `block` on its next multiple."""
     if tokens > block:
         return -(-tokens // block) * block

@@ -10,7 +10,7 @@ from mc_core.segmentation import Plan
 from mc_jax.layout import from_segments, to_segments
 from mc_jax.numerics import Array, align, product, running_sum, state_dtype
 
-BLOCK = 512  # tokens whose scores stand side by side while memories are selected, at most
+SCORE_BLOCK = 512  # tokens whose scores stand side by side while memories are selected, at most
 _SCORES = 1 << 17  # and their scores: what a core's cache holds
 _FEW = 4  # memories that are found by as many maxima
 
@@ -233,7 +233,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
         allowed = readable(segment, pools.shape[2], config)[:, None, :, :-1]
         return select(score, allowed, config.ssc_top_k)
 
-    size = max(BLOCK // 8, min(BLOCK, _SCORES // pools.shape[2]))
+    size = max(SCORE_BLOCK // 8, min(SCORE_BLOCK, _SCORES // pools.shape[2]))
     if t <= size:
         return one((u, segment))
     # The scores of all tokens at once would be the largest array of a long sequence.

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mc_core.generation import (
-    BLOCK,
+    PROMPT_BLOCK,
     Block,
     bucket,
     check_generation,
@@ -75,7 +75,7 @@ def generate(
     rows: Sequence[int] | None = None,
     cache_dtype: Dtype = None,
     cache_device: str = "device",
-    block: int = BLOCK,
+    block: int = PROMPT_BLOCK,
 ) -> Iterator[Array]:
     """Go on with prompts; every row gives what it gives alone.
 

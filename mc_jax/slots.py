@@ -14,10 +14,12 @@ READS = 8  # of one token each that a step takes together: few tokens read many 
 RUN = 256  # tokens that go through the slots together, to the last one that any of them reads
 
 # (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
-Read = Callable[[Array, Weights], Array]
+SlotRead = Callable[[Array, Weights], Array]
 
 
-def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment: Array) -> Array:
+def sum_over_slots(
+    read: SlotRead, x: Array, gates: Array, weights: Weights, segment: Array
+) -> Array:
     """Return `Σ_i gates_i read(x, weights_i)`; slots that no token of a run reads cost nothing.
 
     Args:
@@ -47,7 +49,7 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment
     return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
 
 
-def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+def _sum_run(read: SlotRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
     """Do the same for one run of tokens, a block of slots at a step, up to the slot `filled`.
 
     A stream with room for 17 tokens in segments of 4 has n = 5 slots, which a single token reads 2

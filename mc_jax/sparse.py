@@ -13,7 +13,7 @@ from mc_jax.backends.base import apply_weights
 from mc_jax.host import take
 from mc_jax.numerics import Array
 
-BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
+ROW_BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
 
 
 def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -> Array:
@@ -31,7 +31,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
     rows = t * top_k
-    block = min(BLOCK, rows)
+    block = min(ROW_BLOCK, rows)
     blocks = -(-rows // block) + min(n, rows)
     group = selected.transpose(0, 2, 1, 3).reshape(b, h, rows)
     dispatch = jax.vmap(jax.vmap(partial(_dispatch, n=n, block=block, blocks=blocks)))

@@ -14,10 +14,10 @@ from mc_jax.chunked import Chunks, Scanned, Writes, online_apply, online_memory,
 from mc_jax.gates import Gates, gate, pooled, readable, spread
 from mc_jax.grid import Grid, from_places, make_grid, to_places
 from mc_jax.numerics import Array, product, running_sum
-from mc_jax.slots import Read, sum_over_slots
+from mc_jax.slots import SlotRead, sum_over_slots
 
 
-class Pools(NamedTuple):
+class StreamPools(NamedTuple):
     """Pooled keys of a call's tokens and chunks."""
 
     running: Array  # [b, t, h, k] of the token's segment, up to and including the token
@@ -105,7 +105,7 @@ def _write(
     return scanned, Writes(online, scanned.read, (), scanned.final)
 
 
-def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> Pools:
+def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> StreamPools:
     sums = running_sum(to_places(k.astype(cache.pool_sum.dtype), grid))[:, :, 0]  # [g, b, h, c, k]
     real = to_places(mask[:, :, None].astype(jnp.int32), grid)[:, :, 0, 0]
     counts = jnp.cumsum(real, axis=-1)  # [g, b, c]
@@ -121,11 +121,11 @@ def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> 
     _, (before, after) = jax.lax.scan(step, begin, (sums, counts, opens))
     sums, counts = before[0][..., None, :] + sums, before[1][..., None] + counts
     running = pooled(sums, counts[:, :, None], config.pooling)
-    return Pools(from_places(running[:, :, None], grid), *after)
+    return StreamPools(from_places(running[:, :, None], grid), *after)
 
 
 def _complete(
-    scanned: Scanned, pools: Pools, grid: Grid, cache: Cache, config: MCConfig
+    scanned: Scanned, pools: StreamPools, grid: Grid, cache: Cache, config: MCConfig
 ) -> tuple[Segments, Weights, Weights]:
     """Return what completed segments leave behind.
 
@@ -206,7 +206,7 @@ def _read_soup(
     return from_places(memory.read(apply, to_places(q, grid)), grid)
 
 
-def _sum_slots(read: Read, x: Array, gates: Array, weights: Weights, grid: Grid) -> Array:
+def _sum_slots(read: SlotRead, x: Array, gates: Array, weights: Weights, grid: Grid) -> Array:
     """Sum the cached memories' reads of x [b, t, h, i] by gates [b, t, h, n + 1]: [b, t, h, o]."""
     x, share = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
     return sum_over_slots(read, x, share, weights, grid.segment).swapaxes(1, 2)

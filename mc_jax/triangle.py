@@ -19,10 +19,10 @@ from mc_jax.numerics import Array
 
 # (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
 # [a, b, h, c, o]; a: squares side by side
-Read = Callable[[Array, Array, Weights], Array]
+BlockRead = Callable[[Array, Array, Weights], Array]
 
 
-def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def sum_over_earlier(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     """Return, for the tokens of each segment s, `Σ_{i<s} read(x, gates_i, weights_i)`.
 
     Args:
@@ -62,7 +62,7 @@ def _gates_of(gates: Array, squares: Squares) -> Array:
     return picked.transpose(2, 0, 3, 4, 1, 5).reshape(m, a, b, h, r * c)
 
 
-def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def _read_squares(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     b, h, a, r, c, i = x.shape
     x = x.transpose(2, 0, 1, 3, 4, 5).reshape(a, b, h, r * c, i)
     memories = tuple(w.transpose(2, 1, 0, 3, 4, 5) for w in weights)

@@ -6,7 +6,7 @@ from mc_core.config import MCConfig
 from mc_torch.backends import Memory, Weights
 from mc_torch.backends.base import apply_weights
 from mc_torch.chunked import Online, Writes, online_apply
-from mc_torch.layout import Plan, from_chunks, from_segments, to_chunks, to_segments
+from mc_torch.layout import TensorPlan, from_chunks, from_segments, to_chunks, to_segments
 from mc_torch.numerics import Array, product, remat, scale_rows, tree_map
 from mc_torch.sparse import read_selected
 from mc_torch.triangle import sum_over_earlier
@@ -19,7 +19,7 @@ def read_all(
     q: Array,
     gates: Array,
     selected: Array | None,
-    plan: Plan,
+    plan: TensorPlan,
 ) -> Array:
     """Read every token's online memory and the cached ones.
 
@@ -50,7 +50,7 @@ def read_all(
     return online + read_dense(memory, cached, q, gates, plan)
 
 
-def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
+def read_online(memory: Memory, writes: Writes, q: Array, plan: TensorPlan) -> Array:
     """Return each token's read of its own memory `M_t(q_t)`: [b, t, h, v]."""
 
     @remat
@@ -63,7 +63,7 @@ def read_online(memory: Memory, writes: Writes, q: Array, plan: Plan) -> Array:
     return from_chunks(read(writes.online, to_chunks(q, plan)), plan)
 
 
-def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
+def read_sum(memory: Memory, cached: Weights, q: Array, plan: TensorPlan) -> Array:
     """Read the sum of all earlier memories (equation 7), where reads are linear in the weights.
 
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
@@ -74,7 +74,7 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
     return from_segments(memory.read(apply, to_segments(q, plan)), plan)
 
 
-def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
+def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: TensorPlan) -> Array:
     """Read every earlier memory, weighted by its gate (equations 7 and 9).
 
     Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
@@ -89,7 +89,7 @@ def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Pl
 
 
 def read_soup(
-    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: Plan
+    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: TensorPlan
 ) -> Array:
     """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer.
 

@@ -11,7 +11,7 @@ from mc_core.segmentation import check_streams
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
 from mc_torch.gates import pooled
 from mc_torch.host import move_to_host, put
-from mc_torch.layout import Plan
+from mc_torch.layout import TensorPlan
 from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
 from mc_torch.rows import Rows, take_rows
 
@@ -275,7 +275,7 @@ def empty_cache(
     )
 
 
-def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
+def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weights:
     """Return the sum of complete segments' weights [b, h, o, i], where reads take it.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from mc_torch.backends import ChunkMix, Coefficients, Events, Memory, MemoryState, Weights
 from mc_torch.backends.base import Apply
 from mc_torch.cache import choose, start_state
-from mc_torch.layout import Plan, to_chunks
+from mc_torch.layout import TensorPlan, to_chunks
 from mc_torch.numerics import Array, product, remat, scale_rows, tree_map, unstack
 
 # bool [g, b or 1, r], or [g] where all rows do the same and the host knows; None = nowhere.
@@ -80,7 +80,7 @@ def write_chunks(
     initial: Weights,
     coefficients: Coefficients,
     mask: Array,
-    plan: Plan,
+    plan: TensorPlan,
     *,
     q: Array | None = None,
 ) -> Writes:
@@ -312,7 +312,7 @@ def _as_tensor(restarts: Array | tuple[bool, ...], like: Array) -> Array:
     return restarts
 
 
-def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
+def _segment_ends(before: Array, final: Array, plan: TensorPlan) -> Array:
     """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
     if plan.rows > 1:
         return final
@@ -320,7 +320,7 @@ def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
     return torch.cat([*(chunks[last + 1] for last in plan.last_chunk[:-1]), final], dim=1)
 
 
-def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
+def _anchor(memory: Memory, scanned: Scanned, plan: TensorPlan) -> Weights:
     """Return the weights [b, r, ...] with which the last token's chunk began."""
     if not memory.config.gradient_uses_weights:
         return ()

@@ -15,7 +15,7 @@ from mc_torch.chunked import write_chunks
 from mc_torch.gates import gate, pool_keys, spread
 from mc_torch.grid import first_tokens
 from mc_torch.inspection import InnerLoop, watch_writes
-from mc_torch.layout import Plan, make_plan
+from mc_torch.layout import TensorPlan, make_plan
 from mc_torch.numerics import Array, is_fixed, state_dtype, tree_map
 from mc_torch.recurrent import run_tokens
 from mc_torch.rows import add_row, drop_rows, map_rows
@@ -167,7 +167,7 @@ def _run_chunks(
     config: MCConfig,
     tokens: Tokens,
     initial: Weights,
-    plan: Plan,
+    plan: TensorPlan,
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens

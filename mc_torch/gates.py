@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 
 from mc_core.config import MCConfig
-from mc_torch.layout import Plan, from_segments, to_segments
+from mc_torch.layout import TensorPlan, from_segments, to_segments
 from mc_torch.numerics import Array, align, product, running_sum, state_dtype, take_along
 
-BLOCK = 512  # tokens whose scores stand side by side while memories are selected
+SCORE_BLOCK = 512  # tokens whose scores stand side by side while memories are selected
 
 
 class Pools(NamedTuple):
@@ -29,7 +29,7 @@ class Gates(NamedTuple):
     selected: Array | None  # under `ssc` the memories that they weigh [b, t, h, m], n for none
 
 
-def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
+def pool_keys(k: Array, mask: Array, plan: TensorPlan, pooling: str) -> Pools:
     """Pool the real keys of each segment: their mean (zero if there is none) or their sum.
 
     Args:
@@ -222,7 +222,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
         return select(score, allowed, config.ssc_top_k)
 
     # The scores of all tokens at once would be the largest array of a long sequence.
-    parts = zip(u.split(BLOCK, dim=2), segment.split(BLOCK, dim=1), strict=True)
+    parts = zip(u.split(SCORE_BLOCK, dim=2), segment.split(SCORE_BLOCK, dim=1), strict=True)
     return torch.cat([one(*part) for part in parts], dim=2)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mc_core.generation import (
-    BLOCK,
+    PROMPT_BLOCK,
     Block,
     bucket,
     check_generation,
@@ -73,7 +73,7 @@ def generate(
     rows: Sequence[int] | None = None,
     cache_dtype: Dtype = None,
     cache_device: str = "device",
-    block: int = BLOCK,
+    block: int = PROMPT_BLOCK,
 ) -> Iterator[Array]:
     """Go on with prompts; every row gives what it gives alone.
 

@@ -14,7 +14,7 @@ from mc_torch.backends import ChunkMix, Coefficients, Memory
 from mc_torch.backends.base import decay_products, mask_coefficients
 from mc_torch.cache import Segments
 from mc_torch.chunked import Online, online_apply
-from mc_torch.layout import Plan, from_chunks, to_chunks
+from mc_torch.layout import TensorPlan, from_chunks, to_chunks
 from mc_torch.numerics import Array, product, tree_map
 
 
@@ -58,7 +58,7 @@ class Trace(NamedTuple):
         return self.gates
 
 
-def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -> Trace:
+def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorPlan) -> Trace:
     """Put a trace together.
 
     Args:
@@ -96,7 +96,7 @@ def watch_writes(
     v: Array,
     coefficients: Coefficients,
     mask: Array,
-    plan: Plan,
+    plan: TensorPlan,
 ) -> InnerLoop:
     """Measure each token's write.
 

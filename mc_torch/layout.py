@@ -24,7 +24,7 @@ class Index(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """`mc_core`'s plan of segments and chunks, with its index arrays on a device."""
 
     tokens: int
@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(
     tokens: int, config: MCConfig, lengths: Sequence[int] | None, device: torch.device
-) -> Plan:
+) -> TensorPlan:
     """Plan the segments and chunks of `tokens` tokens; see `mc_core.make_plan`."""
     # A compiler that has met two lengths gives the next as a symbol: `index` makes it a number.
     lengths = None if lengths is None else tuple(lengths)
@@ -57,7 +57,7 @@ def make_plan(
 @torch.compiler.assume_constant_result
 def _constant_plan(
     tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
-) -> Plan:
+) -> TensorPlan:
     # Tensors that are made under a mode, such as the fake ones of `torch.export`, are its own.
     make = _make_plan if _get_current_dispatch_mode() is None else _make_plan.__wrapped__
     return make(tokens, config, lengths, device)
@@ -67,7 +67,7 @@ def _constant_plan(
 @torch.inference_mode(False)  # the cached tensors take part in later backward passes
 def _make_plan(
     tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
-) -> Plan:
+) -> TensorPlan:
     plan = segmentation.make_plan(tokens, config, lengths)
 
     def tensor(x: np.ndarray) -> Array:
@@ -77,7 +77,7 @@ def _make_plan(
         return Index(tensor(x), np.array_equal(x, np.arange(size)), bool(x.max() == size))
 
     padded = plan.padded_segments.reshape(-1)
-    return Plan(
+    return TensorPlan(
         tokens=tokens,
         segments=plan.segments,
         lengths=plan.lengths,
@@ -106,7 +106,7 @@ def take_tokens(x: Array, index: Index) -> Array:
     return torch.index_select(x, 1, index.at)
 
 
-def to_chunks(x: Array, plan: Plan) -> Array:
+def to_chunks(x: Array, plan: TensorPlan) -> Array:
     """Bring `x` [b, t, h, ...] to [g, b, r, h, c, ...]: r rows of g chunks."""
     b, _, h, *rest = x.shape
     x = take_tokens(x, plan.index)
@@ -114,14 +114,14 @@ def to_chunks(x: Array, plan: Plan) -> Array:
     return x.permute(2, 0, 1, 4, 3, *range(5, x.ndim))
 
 
-def from_chunks(x: Array, plan: Plan) -> Array:
+def from_chunks(x: Array, plan: TensorPlan) -> Array:
     """Undo `to_chunks` for [g, b, r, h, c, v]; empty places fall away."""
     x = x.permute(1, 2, 0, 4, 3, 5)
     b, r, g, c, h, width = x.shape
     return take_tokens(x.reshape(b, r * g * c, h, width), plan.place_of)
 
 
-def to_segments(x: Array, plan: Plan) -> Array:
+def to_segments(x: Array, plan: TensorPlan) -> Array:
     """Bring `x` [b, t, h, ...] to [b, h, n, c, ...], c the longest segment's tokens."""
     b, _, h, *rest = x.shape
     x = take_tokens(x, plan.padded_segments)
@@ -129,7 +129,7 @@ def to_segments(x: Array, plan: Plan) -> Array:
     return x.permute(0, 3, 1, 2, *range(4, x.ndim))
 
 
-def from_segments(x: Array, plan: Plan) -> Array:
+def from_segments(x: Array, plan: TensorPlan) -> Array:
     """Undo `to_segments` for [b, h, n, c, v]; empty places fall away."""
     b, h, n, c, width = x.shape
     return take_tokens(x.permute(0, 2, 3, 1, 4).reshape(b, n * c, h, width), plan.segment_places)

@@ -18,7 +18,7 @@ from mc_torch.cache import (
     sum_complete,
 )
 from mc_torch.gates import gate_densely, pooled, scores
-from mc_torch.layout import Plan
+from mc_torch.layout import TensorPlan
 from mc_torch.numerics import Array, unstack
 
 
@@ -41,7 +41,7 @@ def run_tokens(
     config: MCConfig,
     tokens: Tokens,
     initial: Weights,
-    plan: Plan,
+    plan: TensorPlan,
 ) -> tuple[Array, Cache, Array]:
     """Run a sequence token by token.
 

@@ -12,10 +12,12 @@ READS = 64  # of one token each that a step takes together: few tokens read many
 RUN = 256  # tokens that go through the slots together, to the last one that any of them reads
 
 # (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
-Read = Callable[[Array, Weights], Array]
+SlotRead = Callable[[Array, Weights], Array]
 
 
-def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment: Array) -> Array:
+def sum_over_slots(
+    read: SlotRead, x: Array, gates: Array, weights: Weights, segment: Array
+) -> Array:
     """Return `Σ_i gates_i read(x, weights_i)`; slots that no token of a run reads cost nothing.
 
     A compiled program reads them too: only the host could tell how many there are.
@@ -34,7 +36,7 @@ def sum_over_slots(read: Read, x: Array, gates: Array, weights: Weights, segment
     return torch.cat([_sum_run(read, x, g, weights, torch.amax(s)) for x, g, s in runs], dim=2)
 
 
-def _sum_run(read: Read, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+def _sum_run(read: SlotRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
     """Do the same for one run of tokens, a block of slots at a step, up to the slot `filled`.
 
     A stream with room for 17 tokens in segments of 4 has n = 5 slots, of which a call of 13 tokens

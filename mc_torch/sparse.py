@@ -12,7 +12,7 @@ from mc_torch.backends.base import apply_weights
 from mc_torch.host import take
 from mc_torch.numerics import Array, remat, tree_map
 
-BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
+ROW_BLOCK = 64  # rows of a block: a compromise of padding and the size of a product
 
 
 def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -> Array:
@@ -30,7 +30,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
     rows = t * top_k
-    block = min(BLOCK, rows)
+    block = min(ROW_BLOCK, rows)
     blocks = -(-rows // block) + min(n, rows)
     group = selected.permute(0, 2, 1, 3).reshape(b, h, rows)
     dispatched = _dispatch(group, n, block, blocks)

@@ -15,10 +15,10 @@ from mc_torch.numerics import Array, remat, unstack, windows
 
 # (tokens [a, b, h, c, i], gates [a, b, h, c], weights each [a, b, h, o, i]) -> weighted reads
 # [a, b, h, c, o]; a: squares side by side
-Read = Callable[[Array, Array, Weights], Array]
+BlockRead = Callable[[Array, Array, Weights], Array]
 
 
-def sum_over_earlier(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def sum_over_earlier(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     """Return, for the tokens of each segment s, `Σ_{i<s} read(x, gates_i, weights_i)`.
 
     Args:
@@ -70,7 +70,7 @@ def _memories(weights: Array, squares: Squares) -> Array:
     return memories.permute(5, 1, 0, 2, 3, 4)
 
 
-def _read_squares(read: Read, x: Array, gates: Array, weights: Weights) -> Array:
+def _read_squares(read: BlockRead, x: Array, gates: Array, weights: Weights) -> Array:
     b, h, a, c, i, rows = x.shape
     x = x.permute(2, 0, 1, 5, 3, 4).reshape(a, b, h, rows * c, i)
 

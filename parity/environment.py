@@ -1,10 +1,22 @@
-"""What must be settled before jax and torch are imported: compiler flags, and that both exist."""
+"""The environment of a run: compiler flags, installed frameworks, the machine and the command.
+
+Nothing here imports jax or torch before a function needs it: flags are set before that.
+"""
 
 import os
+import platform
+import shlex
 import sys
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from mc_core.tables import ResultTable, Row
+
+PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
+SETTINGS = ("GLIBC_TUNABLES", "NPROC", "OMP_NUM_THREADS")
 FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax whose XLA may be without the flag
 
 
@@ -86,3 +98,50 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
     # Both would round the factors of float32 products to TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
     torch.set_float32_matmul_precision("highest")
+
+
+def result_table(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> ResultTable:
+    """Return a table that names this machine and the command that was given."""
+    return ResultTable(title, rows, notes, machine(), command())
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores and load, and the versions of what is installed."""
+    import jax
+
+    device = jax.devices()[0]
+    found: dict[str, Any] = {
+        "cores": len(cores()),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "device": "CPU" if device.platform == "cpu" else device.device_kind,
+        "processor": _processor(),
+        "Python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cores() -> list[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def command() -> str:
+    """Return the command that was given, with what the environment changes about its speed."""
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return shlex.join([*settings, "mc", *sys.argv[1:]])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -8,9 +8,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tiny import without_pictures
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from helpers.tiny_run import without_pictures
 from parity.environment import AS_WRITTEN, flags, quick_compile
 
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its

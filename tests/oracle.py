@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from oracle_gates import gates_of, pooled
 
+from helpers.oracle_gates import gates_of, pooled
 from mc_core import MCConfig, MemoryConfig
 from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR
 

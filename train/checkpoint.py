@@ -18,7 +18,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
-from train.kept_tokenizer import FILE, describe, with_kept_tokenizer
+from train.data.tokenizer_copy import FILE, describe, with_kept_tokenizer
 from train.step import TrainState, build
 
 

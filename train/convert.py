@@ -18,7 +18,8 @@ from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights, write
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run, run_tokenizer
 from train.config import TrainConfig, to_dict
-from train.kept_tokenizer import (
+from train.config.recall_schema import MQARConfig
+from train.data.tokenizer_copy import (
     FILE,
     check_same_tokenizer,
     hash_of,
@@ -26,7 +27,6 @@ from train.kept_tokenizer import (
     tokenizer_hash,
 )
 from train.step import build, split
-from train.tasks.config import MQARConfig
 from train.tasks.task import load_task
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}

@@ -7,19 +7,19 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.devices import gather, local, replicate, split_rows
+from mc_jax.sharding import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
-from train.curves import Curves
-from train.initial import initial_state
+from train.data.tokenizer_copy import keep_tokenizer, tokenizer_hash
+from train.evaluation.run_report import FILE
 from train.interrupt import on_interrupt
-from train.kept_tokenizer import keep_tokenizer, tokenizer_hash
 from train.lock import Lock
+from train.metrics import Curves
 from train.optimizer import describe_growth, make_schedule
 from train.progress import Progress
-from train.report import FILE
 from train.step import TrainState, build, check_finite, split
 from train.tasks.task import Task, load_task
+from train.warm_start import initial_state
 
 
 def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> Any:

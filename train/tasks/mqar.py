@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from train.tasks.config import Length, MQARConfig
+from train.config.recall_schema import Length, MQARConfig
 from train.tasks.examples import Draw, Example, generator, widen
 
 

@@ -20,8 +20,9 @@ from itertools import pairwise
 import numpy as np
 
 from mc_core.errors import UserError
-from train.data import Encode, clip, distinct, load_encoder, read_documents, split
-from train.tasks.config import NIAHConfig
+from train.config.recall_schema import NIAHConfig
+from train.data.corpus import clip, distinct, read_documents, split
+from train.data.tokenizer import Encode, load_encoder
 from train.tasks.examples import Draw, Example, generator
 
 NOISE = (

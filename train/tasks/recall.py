@@ -16,13 +16,13 @@ from rich.table import Table
 
 from mc_core.files import write_atomic
 from train.config import TrainConfig
-from train.report import FILE, draw_curves
+from train.config.recall_schema import MQARConfig, NIAHConfig
+from train.evaluation.run_report import FILE, draw_curves
+from train.evaluation.score import UNITS, Score, join, make_answer
 from train.step import TrainState
-from train.tasks.config import MQARConfig, NIAHConfig
 from train.tasks.examples import Draw, make_batches
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
-from train.tasks.score import UNITS, Score, join, make_answer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flax import nnx
 from rich.console import Console
 
 from train.config import TextConfig, TrainConfig
-from train.kept_tokenizer import check_readable
+from train.data.tokenizer_copy import check_readable
 from train.step import TrainState
 from train.tasks.recall import RecallTask
 from train.tasks.text import TextTask

@@ -11,11 +11,11 @@ from flax import nnx
 
 from mc_core import segment_lengths
 from train.config import TextConfig, TrainConfig
-from train.data import Corpus, load_corpus, make_batches
-from train.evaluate import make_validation, references
-from train.kept_tokenizer import prefer_copy
-from train.report import (
-    Report,
+from train.data.corpus import Corpus, load_corpus
+from train.data.tokenizer_copy import prefer_copy
+from train.data.windows import make_batches
+from train.evaluation.run_report import (
+    TextReport,
     data_notes,
     draw_curves,
     draw_router,
@@ -23,7 +23,8 @@ from train.report import (
     print_report,
     save_report,
 )
-from train.sample import draw_sample
+from train.evaluation.sample import draw_sample
+from train.evaluation.validation import make_validation, references
 from train.step import TrainState
 
 
@@ -69,12 +70,12 @@ class TextScoring:
         found = self._validate(state.params, state.rest, self._config.run.validate_bytes)
         return {"validation_bits_per_byte": found.bits_per_byte}
 
-    def report(self, state: TrainState, step: int, seconds: float) -> Report:
+    def report(self, state: TrainState, step: int, seconds: float) -> TextReport:
         """Score the whole validation text, beside the references."""
         config, corpus = self._config, self._corpus
         run = config.run
         found = self._validate(state.params, state.rest, len(corpus.validation))
-        return Report(
+        return TextReport(
             name=Path(run.directory).name,
             model=config.model.name,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -93,7 +94,7 @@ class TextScoring:
             round_trip=corpus.round_trip,
         )
 
-    def finish(self, directory: Path, state: TrainState, report: Report) -> Report:
+    def finish(self, directory: Path, state: TrainState, report: TextReport) -> TextReport:
         """Add a sample to the report, and write it and the pictures."""
         config = self._config
         if config.run.sample_tokens:

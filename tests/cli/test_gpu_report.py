@@ -1,0 +1,73 @@
+"""The GPU report: its steps are commands that exist, and its page says how each one ended."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import typer
+from typer.main import get_command
+
+from tools.gpu_report import __main__ as report
+from train.cli.app import app
+
+STEPS = report.load_steps()
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("which", ["command", "tiny"])
+def test_every_step_is_a_valid_command(step, which):
+    words = getattr(step, which).split()
+    command = get_command(app)
+    with typer.Context(command) as context:
+        while hasattr(command, "commands"):
+            name, *words = words
+            command = command.get_command(context, name)
+        command.make_context(command.name, [*words, "--json", "x.json", "--markdown", "x.md"])
+
+
+def test_names_are_unique_and_untimed_steps_come_first():
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    together = [step.together for step in STEPS]
+    assert together == sorted(together, reverse=True)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def run(*steps, budget=60.0):
+        monkeypatch.setattr(report, "load_steps", lambda: list(steps))
+        code = report.main(
+            ["--tiny", "--out", str(tmp_path), "--budget", str(budget), "--least", "1"]
+        )
+        data = json.loads((tmp_path / "report.json").read_text())
+        return SimpleNamespace(code=code, data=data, page=(tmp_path / "report.md").read_text())
+
+    return run
+
+
+STEP = replace(STEPS[0], name="one", title="One", limit=50, together=False)
+
+
+SMALL = "bench layer --tokens 32 --width 16 --heads 2 --chunk 16 --segment 16 --runs 0"
+
+
+def test_a_failed_step_does_not_stop_the_next_one(run, tmp_path):
+    wrong = replace(STEP, tiny="bench layer --heads 3")
+    made = run(wrong, replace(STEP, name="two", title="Two", tiny=SMALL))
+    assert made.code == 1
+    assert [step["status"] for step in made.data.values()] == ["failed", "done"]
+    assert "failed after" in made.page
+    assert made.data["two"]["result"]["command"] == f"mc {SMALL}"
+    assert f"`mc {SMALL}`" in made.page
+    assert str(tmp_path) not in made.page
+
+
+def test_a_step_is_stopped_at_its_limit(run):
+    made = run(replace(STEP, limit=2, tiny="bench peers --only linear-4096"))
+    assert made.code == 1
+    assert made.data["one"]["status"] == "stopped"
+
+
+def test_no_step_starts_with_too_little_time(run):
+    made = run(replace(STEP, tiny=SMALL), budget=0.5)
+    assert made.data["one"]["status"] == "left out"

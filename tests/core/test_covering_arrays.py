@@ -1,0 +1,37 @@
+"""The covering arrays that other tests draw their configurations from."""
+
+from itertools import combinations, product
+
+import pytest
+
+from helpers.cases import AGGREGATIONS, GATES, MAIN, MASKS, MODES
+from helpers.covering_arrays import pairwise
+
+
+@pytest.mark.parametrize(
+    ("choices", "most"),
+    [
+        ({"a": (1, 2), "b": (3, 4)}, 4),
+        ({"a": (0, 1), "b": (0, 1), "c": (0, 1)}, 6),
+        ({"a": range(4), "b": range(4), "c": range(4), "d": range(4)}, 27),
+        ({"m": MAIN, "a": AGGREGATIONS, "k": MASKS, "s": MODES, "g": GATES, "t": (1, 2)}, 36),
+        ({"a": ([1], [1]), "b": ({}, {"x": 1}, {})}, 6),  # equal values, and unhashable ones
+    ],
+    ids=["two", "binary", "square", "suite", "equal"],
+)
+def test_every_pair_of_choices_occurs_in_few_rows(choices, most):
+    rows = pairwise(**choices)
+    assert len(rows) <= most
+    for a, b in combinations(choices, 2):
+        for x, y in product(choices[a], choices[b]):
+            assert any(row[a] is x and row[b] is y for row in rows), (a, x, b, y)
+
+
+def test_rows_are_deterministic_and_name_every_choice():
+    choices = {"a": "xyz", "b": (1, 2), "c": (True, False)}
+    assert pairwise(**choices) == pairwise(**choices)
+    assert all(list(row) == list(choices) for row in pairwise(**choices))
+
+
+def test_one_name_takes_each_of_its_values():
+    assert pairwise(a="xy") == [{"a": "x"}, {"a": "y"}]

@@ -1,0 +1,49 @@
+"""Imports between packages go one way, and each package imports the libraries that it may."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BELOW = {
+    "mc_core": set(),
+    "mc_jax": {"mc_core"},
+    "mc_torch": {"mc_core"},
+    "parity": {"mc_core", "mc_jax", "mc_torch"},
+    "bench": {"mc_core", "mc_jax", "mc_torch", "parity"},
+    "train": {"mc_core", "mc_jax", "parity", "bench"},
+}
+# `python -m parity` runs the command line, which lives in train.
+ENTRY_POINTS = {"parity/__main__.py"}
+FOREIGN = {
+    "mc_core": {"jax", "flax", "torch", "optax"},
+    "mc_jax": {"torch", "optax"},
+    "mc_torch": {"jax", "flax", "optax"},
+    "parity": set(),
+    "bench": set(),
+    "train": {"torch"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Return the first words of all that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{file}: a relative import"
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_a_package_imports_only_lower_layers(package):
+    files = [
+        f for f in (ROOT / package).rglob("*.py") if str(f.relative_to(ROOT)) not in ENTRY_POINTS
+    ]
+    assert files
+    forbidden = (BELOW.keys() - BELOW[package] - {package}) | FOREIGN[package]
+    wrong = {str(file.relative_to(ROOT)): imported(file) & forbidden for file in files}
+    assert not {file: names for file, names in wrong.items() if names}

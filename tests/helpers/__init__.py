@@ -1,0 +1,1 @@
+"""What several test files share: inputs, references, runs and commands."""

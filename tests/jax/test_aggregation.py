@@ -1,0 +1,274 @@
+"""The parts of a read against loops: gates, the triangle of pairs, the sparse dispatch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.cases import GATES, Array, assert_close
+from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
+from mc_core.triangle import pairs_read
+from mc_jax.backends import make_memory
+from mc_jax.backends.base import apply_weights, decay_products
+from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
+from mc_jax.numerics import running_sum
+from mc_jax.sparse import ROW_BLOCK, _sort, read_selected
+from mc_jax.triangle import sum_over_earlier
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+EXACT = 1e-12
+
+
+def layer(aggregation: str, **options: object) -> MCConfig:
+    return MCConfig(8, 2, aggregation=aggregation, **options)
+
+
+@pytest.mark.parametrize("n", range(2, 10))
+def test_triangle_is_the_double_loop_over_earlier_memories(n):
+    """Section 6: every pair (segment, earlier memory) once, in values and gradients."""
+    rng = np.random.default_rng(n)
+    b, h, c, width = 2, 2, 3, 4
+    x = rng.standard_normal((b, h, n, c, width))
+    gates = rng.standard_normal((b, h, n, c, n))
+    weights = rng.standard_normal((b, n, h, 5, width))
+
+    def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        y = jnp.sin(jnp.einsum("...oi,...ci->...co", weights[0], x))  # not linear in the pair
+        return gate[..., None] * y
+
+    def loop(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
+        values = jnp.sin(jnp.einsum("bmhoi,bhnci->bhncmo", weights, x))
+        earlier = np.tril(np.ones((n, n)), -1)[None, None, :, None, :]
+        return jnp.einsum("bhncm,bhncmo->bhnco", gates * earlier, values)
+
+    def fast(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
+        return sum_over_earlier(read, x, gates, (weights,))
+
+    inputs = tuple(map(jnp.asarray, (x, gates, weights)))
+    both = [
+        jax.jit(lambda *a, f=f: (y := jax.vjp(f, *a))[1](jnp.cos(y[0])) + (y[0],))
+        for f in (fast, loop)
+    ]
+    actual, expected = (f(*inputs) for f in both)
+    assert_close(actual, expected, EXACT, name="triangle")
+    assert not np.asarray(actual[-1])[:, :, 0].any()  # nothing comes before the first segment
+
+
+def test_triangle_reads_about_half_of_the_square():
+    """At least the n(n-1)/2 pairs that there are; at most 0.615 n² from 4 segments on."""
+    for n in range(2, 200):
+        pairs = pairs_read(n)
+        assert pairs >= n * (n - 1) // 2
+        if n >= 4:
+            assert pairs <= 0.615 * n * n, f"{pairs} pairs of {n} segments: {pairs / n**2:.2f} n²"
+        if n & (n - 1) == 0:
+            assert pairs == n * (n - 1) // 2
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 11])
+def test_triangle_counts_the_pairs_that_it_reads(n):
+    pairs: list[int] = []
+
+    def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        squares, *_, rows, _ = x.shape
+        jax.debug.callback(lambda: pairs.append(squares * rows))  # every time that it runs
+        return gate[..., None] * x
+
+    one = jnp.ones((1, 1, n, 1, n))
+    memories = (jnp.ones((1, n, 1, 1, 1)),)
+    total = jax.jit(lambda x: sum_over_earlier(read, x, one, memories))(one[..., :1])
+    jax.effects_barrier()
+    assert sum(pairs) == pairs_read(n)
+    np.testing.assert_array_equal(np.asarray(total).ravel(), np.arange(n))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_select_takes_the_highest_scores_and_ties_go_to_the_earlier_segment(top_k):
+    """Equation 16; where too few are cached a slot is empty (n)."""
+    score = jnp.asarray([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
+    allowed = jnp.asarray([[True, True, True, True], [True, True, False, False]])
+    chosen = np.asarray(select(score, allowed, top_k))
+    assert chosen.shape == (2, min(top_k, 4))
+    assert chosen[0].tolist() == [1, 2, 0, 3][:top_k]
+    assert chosen[1].tolist() == [0, 1, 4, 4][:top_k]
+
+
+@pytest.mark.parametrize("aggregation", ["none", "residual", "grm", "soup", "ssc", "mean"])
+def test_gates(aggregation):
+    """Equations 7, 9, 10 and 17: cached segments before one's own, and the online memory."""
+    rng = np.random.default_rng(0)
+    segment, n = np.array([0, 0, 1, 2, 3]), 4
+    score = rng.standard_normal((2, 5, 3, n + 1))
+    config = layer(aggregation, ssc_top_k=2)
+    gates = gate_densely(jnp.asarray(score), jnp.asarray(segment), config)
+    expected = np.zeros_like(score)
+    for at in np.ndindex(2, 5, 3):
+        own = segment[at[1]]
+        read = [*range(own)] if aggregation != "none" else []
+        if aggregation == "ssc":
+            read = sorted(read, key=lambda i: -score[at][i])[:2]
+        read.append(n)
+        weight = np.exp(score[at][read]) if config.gated else np.ones(len(read))
+        expected[at][read] = (
+            weight if aggregation in ("none", "residual") else weight / weight.sum()
+        )
+    assert_close(gates, expected, EXACT)
+    assert (np.asarray(gates)[expected == 0] == 0).all()
+    if aggregation not in ("none", "residual"):
+        assert_close(jnp.sum(gates, -1), np.ones((2, 5, 3)), EXACT, name="sum of gates")
+
+
+def test_gates_of_huge_scores_are_finite():
+    score = jnp.full((1, 2, 1, 3), 1e300).at[..., 0].set(-1e300)
+    gates = gate_densely(score, jnp.asarray([0, 2]), layer("grm"))
+    assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12])
+def test_a_level_is_the_number_of_bits_of_an_age(width):
+    u, age = jnp.arange(width), np.arange(-3, 2000)
+    expected = [min(max(int(x), 0).bit_length(), width - 1) for x in age]
+    assert at_level(u, jnp.asarray(age)).tolist() == expected
+
+
+@pytest.mark.parametrize("gated_by", GATES)
+@pytest.mark.parametrize("block", [512, 3])
+@pytest.mark.parametrize("top_k", [1, 3, 9])
+def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, monkeypatch):
+    """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
+    monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
+    rng = np.random.default_rng(top_k)
+    b, t, h, k, n = 2, 7, 3, 4, 5
+    config = layer("ssc", ssc_top_k=top_k, softmax_temperature=0.7, gate=gated_by)
+    u, running = (jnp.asarray(x) for x in rng.standard_normal((2, b, t, h, k)))
+    pools = jnp.asarray(rng.standard_normal((b, n, h, k))).at[:, 3].set(0.5).at[:, 1].set(0.5)
+    segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
+
+    def fast(u, pools, running):
+        weights, selected = gate(u, pools, running, segment, config)
+        assert weights.shape == (b, t, h, min(top_k, n) + 1)
+        return spread(weights, selected, n)
+
+    def dense(u, pools, running):
+        return gate_densely(scores(u, pools, running, segment, config), segment, config)
+
+    args = (u, pools, running)
+    cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))
+    got, pull = jax.vjp(fast, *args)
+    expected, pull_dense = jax.vjp(dense, *args)
+    assert_close(got, expected, EXACT)
+    for a, e in zip(pull(cotangent), pull_dense(cotangent), strict=True):
+        assert_close(a, e, EXACT)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_pools_by_loop(pooling):
+    """Section 4: of unmasked keys, 0 if there are none; the online one runs up to its token."""
+    rng = np.random.default_rng(0)
+    lengths, k = (3, 1, 5), rng.standard_normal((2, 9, 2, 4))
+    mask = rng.random((2, 9)) < 0.6
+    mask[0, 3] = False
+    plan = make_plan(9, layer("grm"), lengths)
+    zeroed = np.where(mask[:, :, None, None], k, 0.0)
+    pools = pool_keys(jnp.asarray(zeroed), jnp.asarray(mask), plan, pooling)
+    for b, t in np.ndindex(2, 9):
+        first = sum(lengths[: plan.segment_of[t]])
+        real = np.flatnonzero(mask[b, first : t + 1]) + first
+        total = k[b, real].sum(0)
+        mean = total / max(len(real), 1)
+        expected = mean if pooling == "mean" else total
+        assert_close(pools.running[b, t], expected, EXACT)
+        if t + 1 in plan.ends:
+            assert_close(pools.segment[b, plan.segment_of[t]], expected, EXACT)
+            assert_close(pools.total[b, plan.segment_of[t]], total, EXACT)
+            assert pools.length[b, plan.segment_of[t]] == len(real)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 200, 4097])
+def test_running_sum_in_blocks_is_a_cumulative_sum(tokens):
+    x = np.random.default_rng(0).standard_normal((2, tokens, 3))
+    assert_close(running_sum(jnp.asarray(x)), x.cumsum(1), EXACT)
+
+
+def test_decay_products_by_loop():
+    """Section 6: a(t, i), the product over i+1..t; 0 after t; a zero factor gives zero."""
+    x = np.array([0.5, 0.9, 1e-30, 0.3, 1.0])
+    for factors in (x, np.where(x < 1e-9, 0.0, x)):
+        expected = np.zeros((5, 6))
+        for t, i in np.ndindex(5, 6):
+            if i <= t + 1:
+                expected[t, i] = np.prod(factors[i : t + 1])
+        assert_close(decay_products(jnp.asarray(factors)), expected, EXACT, floor=1e-12)
+
+
+def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Array) -> Array:
+    """Read every (token, slot) from its own copy of the memory it selected."""
+    b, t, h, top_k = selected.shape
+    n = weights[0].shape[1]
+    out = np.zeros((b, t, h, top_k, weights[-1].shape[-2]))
+    for at in np.ndindex(b, t, h, top_k):
+        if selected[at] < n:
+            own = tuple(jnp.asarray(w[at[0], selected[at], at[2]])[None] for w in weights)
+            x = jnp.asarray(q[at[:3]])[None, None]
+            out[at] = memory.read(apply_weights(own, x.dtype), x)[0, 0]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["linear", "dla"])
+def test_selected_reads_are_plain_gathers(kind, monkeypatch):
+    """Section 6, `ssc`: blocks of 4 rows, so that groups are empty, full, and cut; empty slots."""
+    monkeypatch.setattr("mc_jax.sparse.ROW_BLOCK", 4)
+    memory = make_memory(LinearConfig() if kind == "linear" else DLAConfig(expansion=2))
+    rng = np.random.default_rng(0)
+    b, t, h, top_k, n, k = 2, 11, 2, 2, 5, 4
+    shapes = [(b, n, h, k, k)] if kind == "linear" else [(b, n, h, 8, k), (b, n, h, k, 8)]
+    weights = tuple(rng.standard_normal(s) for s in shapes)
+    q = rng.standard_normal((b, t, h, k))
+    selected = rng.integers(0, n + 1, (b, t, h, top_k))
+    selected[0, :, 0] = 3  # one memory takes every row
+    selected[1, :, 1] = n  # nothing is selected at all
+    read = jax.jit(lambda w, q, s: read_selected(memory, w, q, s))
+    y = read(tuple(map(jnp.asarray, weights)), jnp.asarray(q), jnp.asarray(selected))
+    assert_close(y, gathered(memory, weights, q, selected), EXACT)
+    assert not np.asarray(y)[selected == n].any()
+
+
+@pytest.mark.parametrize("n", [5, 2**28])
+def test_rows_are_sorted_by_memory_and_stay_in_order(n):
+    """Section 6, `ssc`: as NumPy's stable sort, where one key holds memory and row or cannot."""
+    group = np.random.default_rng(0).integers(0, 6, 37).astype(np.int32)
+    group[group == 5] = n
+    memory, row = _sort(jnp.asarray(group), n)
+    expected = np.argsort(group, kind="stable")
+    np.testing.assert_array_equal(row, expected)
+    np.testing.assert_array_equal(memory, group[expected])
+
+
+def rows_read(t: int, n: int, top_k: int) -> int:
+    """Count the rows that `read_selected` gives to the memory."""
+    seen: list[int] = []
+
+    class Probe:
+        def read(self, apply: object, x: jax.Array) -> jax.Array:
+            seen.append(x.size // x.shape[-1])
+            return x
+
+    def trace(w: jax.Array, q: jax.Array, s: jax.Array) -> jax.Array:
+        return read_selected(Probe(), (w,), q, s)
+
+    jax.eval_shape(
+        trace,
+        jax.ShapeDtypeStruct((1, n, 1, 2, 2), jnp.float32),
+        jax.ShapeDtypeStruct((1, t, 1, 2), jnp.float32),
+        jax.ShapeDtypeStruct((1, t, 1, top_k), jnp.int32),
+    )
+    return seen[0]
+
+
+def test_sparse_work_grows_with_tokens_and_slots_not_with_memories():
+    """Section 6: t · top_k rows, and no more than one padded block a memory."""
+    for t, n, top_k in ((256, 4, 2), (1024, 16, 2), (4096, 64, 2), (4096, 64, 1), (4096, 16, 4)):
+        rows = rows_read(t, n, top_k)
+        assert t * top_k <= rows <= t * top_k + (n + 1) * ROW_BLOCK
+    assert rows_read(8192, 128, 2) == 2 * rows_read(4096, 64, 2)  # N doubled as well
+    assert rows_read(4096, 64, 2) < 0.1 * 4096 * 64

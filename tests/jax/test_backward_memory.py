@@ -1,0 +1,48 @@
+"""Bytes that a backward pass keeps, from shapes alone: nothing is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from helpers.cases import MEMORIES
+from mc_core.config import MCConfig, ModelConfig
+from mc_jax import LanguageModel, MemoryCachingLayer
+
+# Float32, a layer of width 8 with 2 heads, 64 tokens, segments of 8, chunks of 4.
+KEPT = {
+    ("titans", "grm"): 131_340,
+    ("titans", "soup"): 182_604,
+    ("titans", "ssc"): 154_812,
+    ("dla", "residual"): 84_508,
+    ("linear", "grm"): 64_464,
+}
+
+
+def kept_bytes(module, config, x):
+    """Return the bytes that the backward pass of a module keeps, its parameters included."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+
+    def backward(state, x):
+        return jax.vjp(lambda state: nnx.merge(graphdef, state)(x).sum(), state)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(backward, state, x))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+@pytest.mark.parametrize("case", KEPT, ids="+".join)
+def test_a_layers_backward_pass_keeps_no_more_than_recorded(case):
+    kind, aggregation = case
+    config = MCConfig(8, 2, MEMORIES[kind], aggregation, segment_size=8, chunk_size=4)
+    assert kept_bytes(MemoryCachingLayer, config, jnp.zeros((1, 64, 8))) <= KEPT[case]
+
+
+def test_remat_keeps_little_more_than_the_inputs_of_blocks():
+    layer = MCConfig(8, 2, MEMORIES["dla"], "none", segment_size=8, chunk_size=4)
+    recomputed, kept = (
+        kept_bytes(
+            LanguageModel, ModelConfig(17, 1, layer, remat=remat), jnp.zeros((1, 64), jnp.int32)
+        )
+        for remat in (True, False)
+    )
+    assert recomputed < kept / 4

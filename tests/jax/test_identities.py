@@ -1,0 +1,226 @@
+"""Identities that hold exactly (section 5, end), causality, and what makes a deep memory one.
+
+The chunked form takes short cuts for several of them, so the token by token one is held to it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.cases import AGGREGATIONS, FunctionCase, assert_close, make_case, spread
+from helpers.jax_calls import arrays, call, run
+from mc_core import DLAConfig, LinearConfig, TitansConfig
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+EXACT = 1e-10
+DEEP = ("dla", "dla-deep", "titans", "titans-norm")
+
+
+def same(
+    left: FunctionCase, right: FunctionCase, *, gates: bool = True, cache: bool = True
+) -> None:
+    """Hold a token by token run of one case to a chunked run of the other."""
+    a, b = run(left, "recurrent"), run(right)
+    assert_close(a.output, b.output, EXACT, name="output")
+    if gates:
+        assert_close(a.gates, b.gates, EXACT, name="gates")
+    if cache:
+        # What is kept beside the memories follows from how they are read, not from what they hold.
+        a, b = (x.cache._replace(total=()) for x in (a, b))
+        assert_close(a, b, EXACT, name="cache")
+
+
+@pytest.mark.parametrize("memory", ["swla", "titans"])
+def test_one_segment_is_no_caching(memory):
+    """Every aggregation reads the online memory alone, with γ = 1."""
+    none = run(make_case(memory, "none", tokens=6, segment_size=6))
+    for i, aggregation in enumerate(AGGREGATIONS[1:]):
+        case = make_case(memory, aggregation, tokens=6, segment_size=6)
+        result = run(case, ("chunked", "recurrent")[i % 2])
+        assert_close(result.output, none.output, EXACT, name=aggregation)
+        assert_close(result.gates, none.gates, EXACT, name=aggregation)
+        assert_close(np.asarray(result.gates)[..., -1], np.ones((2, 6, 2)), EXACT)
+
+
+@pytest.mark.parametrize(("memory", "mode"), [("linear-elu", "restart"), ("swla", "checkpoint")])
+def test_soup_of_matrices_is_grm(memory, mode):
+    """A matrix memory's read is linear in its weights (equations 9 and 15)."""
+    case = make_case(memory, "soup", state_init_mode=mode, mask="some")
+    same(case, case.where(aggregation="grm"))
+
+
+def test_soup_of_normalised_or_deep_memories_is_not_grm():
+    for memory in ("linear-normalized", "dla"):
+        soup, grm = (run(make_case(memory, a)).output for a in ("soup", "grm"))
+        assert np.abs(np.asarray(soup - grm)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("memory", "mode", "gate"),
+    [
+        ("swla", "restart", "context"),
+        ("linear-normalized", "checkpoint", "context"),
+        ("titans", "restart", "context"),
+        ("swla", "checkpoint", "token"),
+    ],
+)
+def test_ssc_of_all_segments_is_grm(memory, mode, gate):
+    """Equation 16 with top_k >= N: two ways of dispatch, one read."""
+    case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some", gate=gate)
+    same(case.where(aggregation="grm"), case)
+
+
+@pytest.mark.parametrize(("memory", "mode"), [("linear", "checkpoint"), ("dla", "restart")])
+def test_grm_without_a_connector_is_the_mean(memory, mode):
+    case = make_case(memory, "grm", state_init_mode=mode)
+    case = case._replace(u=np.zeros_like(case.u))
+    same(case, case._replace(u=None).where(aggregation="mean"))
+
+
+@pytest.mark.parametrize("memory", ["linear", "linear-elu"])
+def test_residual_reads_of_restarted_matrices_are_one_linear_attention(memory):
+    """Equation 7 without decay, from zero: the sum over segments is the sum over tokens."""
+    case = make_case(memory, "residual", state_init_mode="restart", mask="some")
+    case = case._replace(
+        initial=(np.zeros_like(case.initial[0]),),
+        coefficients=case.coefficients._replace(retention=np.ones((2, 13, 2))),
+    )
+    whole = case.where(aggregation="none", segment_size=13)
+    same(case, whole, gates=False, cache=False)
+    same(whole, case, gates=False, cache=False)
+
+
+def test_checkpoint_segments_carry_one_stream():
+    """Without reads of the cache, where segments are cut changes no matrix memory."""
+    for memory in ("linear", "swla"):
+        case = make_case(memory, "none", mask="some")
+        same(case, case.where(segment_size=13), gates=False, cache=False)
+
+
+@pytest.mark.parametrize("memory", ["linear", "linear-normalized", "swla"])
+def test_chunks_do_not_matter_to_matrix_memories(memory):
+    """Their gradient does not depend on the memory (section 2, chunks)."""
+    case = make_case(memory, "grm", chunk_size=1)
+    same(case, case.where(chunk_size=4))
+
+
+def test_one_matrix_under_the_dot_loss_is_linear_attention():
+    """Section 2: `dla` of depth 1 is `linear`."""
+    case = make_case(DLAConfig(depth=1, residual=False, inner_clip=None), "grm")
+    same(case, case.where(memory=LinearConfig()), cache=False)
+
+
+def test_one_matrix_under_the_l2_loss_is_the_delta_rule_with_momentum():
+    """Equations 34 and 35, and the sign that descends: written out for one head."""
+    memory = TitansConfig(depth=1, residual=False, inner_clip=None)
+    case = make_case(memory, "none", tokens=6, batch=1, heads=1, chunk_size=1)
+    eta, alpha, beta = (x[0, :, 0] for x in case.coefficients[:3])
+    w, s, outputs = case.initial[0][0], 0.0, []
+    for t in range(6):
+        k, v = case.k[0, t, 0], case.v[0, t, 0]
+        s = beta[t] * s - eta[t] * 2 * np.outer(w @ k - v, k)
+        w = alpha[t] * w + s
+        outputs.append(w @ case.q[0, t, 0])
+    result = run(case)
+    assert_close(np.asarray(result.output)[0, :, 0], np.array(outputs), EXACT)
+    assert_close(np.asarray(result.cache.state.momentum[0])[0, 0], s, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode"),
+    [
+        ("linear", "ssc", "restart"),
+        ("swla", "grm", "checkpoint"),
+        ("dla", "soup", "restart"),
+        ("titans", "residual", "restart"),
+        ("titans", "ssc", "checkpoint"),
+    ],
+)
+def test_no_token_sees_a_later_one(memory, aggregation, mode):
+    """A change of token t, in the middle of a chunk, leaves every bit before it as it was."""
+    case, t = make_case(memory, aggregation, state_init_mode=mode, ssc_top_k=1), 7
+    rng = np.random.default_rng(1)
+    later = spread(np.arange(13) >= t, np.empty((1, 13)))[None]
+    other = case.each(lambda x: np.where(spread(later, x), x * rng.uniform(0.2, 0.9, x.shape), x))
+    before, after = run(case), run(other)
+    np.testing.assert_array_equal(before.output[:, :t], after.output[:, :t])
+    np.testing.assert_array_equal(before.gates[:, :t], after.gates[:, :t])
+    assert np.abs(np.asarray(before.output - after.output))[:, t:].max(axis=(0, 2, 3)).min() > 1e-4
+
+
+@pytest.mark.parametrize("memory", ["linear", "swla", *DEEP])
+def test_two_queries_read_different_values_after_one_write(memory):
+    """A memory of zeros would read the same for every query, for ever (section 2)."""
+    case = make_case(memory, "none", tokens=1)
+    first, second = run(case).output, run(case._replace(q=-case.q[:, :, ::-1])).output
+    residual = case.q + case.q[:, :, ::-1] if case.v.shape == case.q.shape else 0.0
+    for difference in (first - second, np.asarray(first - second) - residual):
+        assert np.abs(np.asarray(difference)).max() > 1e-2
+
+
+@pytest.mark.parametrize("memory", DEEP)
+def test_one_write_lowers_the_inner_loss(memory):
+    """Equations 30 and 34, with the sign that descends: the value is closer to what k reads."""
+    case = make_case(memory, "none", tokens=1, batch=4)
+    step = np.full((4, 1, 2), 0.02)
+    keep = case.coefficients._replace(retention=np.ones_like(step))
+    case = case._replace(q=case.k)
+    losses = []
+    for eta in (0.0 * step, step):
+        y = np.asarray(run(case._replace(coefficients=keep._replace(step=eta))).output)
+        dot = case.config.memory.objective == "dot"
+        losses.append(-(y * case.v).sum(-1) if dot else ((y - case.v) ** 2).sum(-1))
+    assert (losses[1] < losses[0]).all()
+
+
+@pytest.mark.parametrize("memory", ["dla", "titans-norm"])
+def test_clipped_writes_are_bounded(memory):
+    """||W_t|| <= ||W_0|| + t·c·η/(1-β), however large the values (section 2, bounded writes)."""
+    case = make_case(memory, "none", tokens=12, segment_size=12)
+    case = case._replace(v=1e6 * case.v)
+    coefficients = case.coefficients._replace(retention=np.ones((2, 12, 2)))
+    result = run(case._replace(coefficients=coefficients))
+    momentum = 0.0 if coefficients.momentum is None else coefficients.momentum.max()
+    most = 12 * case.config.memory.inner_clip * coefficients.step.max() / (1 - momentum)
+    for start, end in zip(case.initial, result.cache.state.weights, strict=True):
+        norms = np.linalg.norm(np.asarray(end), axis=(-2, -1))
+        assert (norms <= np.linalg.norm(start, axis=(-2, -1)) + most).all()
+        assert (norms > 0.01 * most).any()
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode"), [("swla", "grm", "checkpoint"), ("titans", "ssc", "restart")]
+)
+def test_masked_tokens_change_nothing(memory, aggregation, mode):
+    """NaN at masked tokens reaches no output and no gradient; their outputs and gates are zero."""
+    case = make_case(memory, aggregation, state_init_mode=mode, mask="segment")
+    junk = case.each(lambda x: np.where(spread(case.mask, x), x, np.nan))
+    function = jax.jit(
+        jax.value_and_grad(
+            lambda x: (lambda r: (jnp.sum(jnp.sin(r.output)), r))(call(x, case)), has_aux=True
+        )
+    )
+    clean, spoilt = function(arrays(case)), function(arrays(junk))
+    for left, right in zip(jax.tree.leaves(clean), jax.tree.leaves(spoilt), strict=True):
+        np.testing.assert_array_equal(left, right)
+        assert np.isfinite(np.asarray(right)).all()
+    (_, result), grads = spoilt
+    assert not np.asarray(result.output)[~case.mask].any()
+    assert not np.asarray(result.gates)[~case.mask].any()
+    for name in "qkv":
+        assert not np.asarray(grads[name])[~case.mask].any()
+    recurrent = run(junk, "recurrent")
+    assert_close(recurrent.output, result.output, EXACT)
+
+
+@pytest.mark.parametrize("memory", ["swla", "titans"])
+def test_a_sequence_of_masked_tokens_leaves_the_start(memory):
+    case = make_case(memory, "grm")._replace(mask=np.zeros((2, 13), bool))
+    for method in ("chunked", "recurrent"):
+        result = run(case, method)
+        assert not np.asarray(result.output).any()
+        assert not np.asarray(result.cache.segments.pool).any()
+        assert not np.asarray(result.cache.length).any()
+        for start, end in zip(case.initial, result.cache.state.weights, strict=True):
+            np.testing.assert_array_equal(end, np.broadcast_to(start, end.shape))

@@ -1,0 +1,259 @@
+"""Layers and models in streams: caches, their capacity, padding, and where memories are stored."""
+
+from functools import cache as cached
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from helpers.cases import assert_close
+from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core.trees import flatten
+from mc_jax import LanguageModel, MemoryCachingLayer
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+EXACT = 1e-10
+
+
+def layer(memory=None, aggregation="grm", dtype=jnp.float64, **options):
+    """Return a layer, 13 tokens for it, and its methods, compiled, as functions of its arrays."""
+    memory = memory or TitansConfig(expansion=1)
+    options = {"segment_size": 4, "chunk_size": 3, "conv_width": 4} | options
+    config = MCConfig(8, 2, memory, aggregation, **options)
+    module = MemoryCachingLayer(config, rngs=nnx.Rngs(0), param_dtype=dtype)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 8)), dtype)
+    return module, x, compiled(module, "extend"), compiled(module, "forward_with_cache")
+
+
+def compiled(module, method):
+    graphdef, state = nnx.split(module)
+
+    @jax.jit
+    def run(state, *given, **options):
+        return getattr(nnx.merge(graphdef, state), method)(*given, **options)
+
+    def call(*given, **options):
+        return run(state, *given, **options)
+
+    call.programs = run._cache_size
+    return call
+
+
+def test_one_compilation_serves_all_positions():
+    """It cannot raise past the last position, and does not go on in silence."""
+    module, x, extend, forward = layer()
+    cache, outputs = module.init_cache(2, 13), []
+    for token in range(13):
+        y, cache = extend(x[:, token : token + 1], cache)
+        outputs.append(y)
+    assert extend.programs() == 1
+    assert_close(jnp.concatenate(outputs, axis=1), forward(x)[0], EXACT)
+    y, _ = extend(x[:, :1], cache)
+    assert np.isnan(y).all()
+    assert extend.programs() == 1
+    with pytest.raises(ValueError, match="position 13 would go to 14"):
+        module.extend(x[:, :1], cache)
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode"),
+    [(TitansConfig(expansion=1), "grm", "checkpoint"), (SWLAConfig(), "ssc", "restart")],
+    ids=["titans-grm-checkpoint", "swla-ssc-restart"],
+)
+def test_a_sequence_goes_on_as_a_stream(memory, aggregation, mode):
+    """What `forward_with_cache` gives is a cache without room; `grow` makes some."""
+    module, x, extend, forward = layer(memory, aggregation, state_init_mode=mode)
+    head, cache = forward(x[:, :7])
+    with pytest.raises(ValueError, match=r"max_tokens = 7, and position 7 would go to 13"):
+        module.extend(x[:, 7:], cache)
+    tail, cache = extend(x[:, 7:], module.grow(cache, 13))
+    y, expected = forward(x)
+    assert_close(jnp.concatenate([head, tail], axis=1), y, EXACT)
+    assert_close(cache.segments, expected.segments, EXACT, name="segments")
+
+
+def test_growing_keeps_the_content():
+    module, *_ = layer()
+    numbers = np.random.default_rng(0)
+    cache = jax.tree.map(
+        lambda x: jnp.asarray(numbers.integers(1, 9, x.shape), x.dtype), module.init_cache(2, 6)
+    )._replace(limit=jnp.asarray(6, jnp.int32))
+    grown = module.grow(cache, 40)
+    assert grown.stored.length.shape == (2, 10)
+    assert int(grown.limit) == 40
+    for (name, before), (_, after) in zip(flatten(cache), flatten(grown), strict=True):
+        if name != "limit":
+            kept = after[:, : before.shape[1]] if name.startswith("stored") else after
+            np.testing.assert_array_equal(kept, before, err_msg=name)
+    with pytest.raises(ValueError, match="max_tokens = 5: must be >= 40"):
+        module.grow(grown, 5)
+
+
+def test_no_room():
+    module, x, *_ = layer()
+    cache = module.init_cache(2, 8)
+    with pytest.raises(ValueError, match=r"max_tokens = 8, and position 0 would go to 13: grow"):
+        module.extend(x, cache)
+    cache = cache._replace(position=jnp.asarray([8, 3], jnp.int32))
+    with pytest.raises(ValueError, match="position 8 would go to 9"):
+        module.extend(x[:, :1], cache)
+
+
+def test_what_cannot_stream():
+    module, x, *_ = layer(segmentation="logarithmic")
+    with pytest.raises(ValueError, match=r"logarithmic.*'constant'"):
+        module.init_cache(2, 8)
+    other, *_ = layer()
+    with pytest.raises(ValueError, match=r"logarithmic.*'constant'"):
+        module.extend(x[:, :8], other.init_cache(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: m.init_cache(-1, 8), "batch = -1: must be >= 0"),
+        (lambda m, x: m.init_cache(2, 0), "max_tokens = 0: must be >= 1"),
+        (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3"),
+        (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\], b = 2"),
+    ],
+)
+def test_bad_calls(call, message):
+    module, x, *_ = layer()
+    with pytest.raises(ValueError, match=message):
+        call(module, x)
+
+
+def test_a_cache_does_not_change():
+    """Two streams go on from one cache, and the cache is as it was."""
+    module, x, extend, _ = layer(SWLAConfig(), "ssc")
+    _, cache = extend(x[:, :6], module.init_cache(2, 13))
+    before = [np.array(leaf) for _, leaf in flatten(cache)]
+    first, _ = extend(x[:, 6:12], cache)
+    other, _ = extend(-x[:, 6:12], cache)
+    again, _ = extend(x[:, 6:12], cache)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    for (name, leaf), old in zip(flatten(cache), before, strict=True):
+        np.testing.assert_array_equal(leaf, old, err_msg=name)
+
+
+@pytest.mark.parametrize("aggregation", ["none", "residual", "mean"])
+def test_memories_that_are_never_read_alone_are_not_kept(aggregation):
+    module, *_ = layer(LinearConfig(), aggregation)
+    bytes_ = [sum(x.nbytes for _, x in flatten(module.init_cache(1, n))) for n in (64, 65536)]
+    assert bytes_[0] == bytes_[1]
+
+
+# A model's prompts of 5, 9 and 1 tokens, then three tokens for each row.
+PROMPTS, WIDTH = (5, 9, 1), 9
+SIDES = ("left", "right", "both")
+MODELS = {
+    "titans-grm": (TitansConfig(expansion=1), "grm", "checkpoint"),
+    "swla-ssc": (SWLAConfig(), "ssc", "restart"),
+    "linear-mean": (LinearConfig(coefficients="token"), "mean", "checkpoint"),
+    "dla-soup": (DLAConfig(expansion=1), "soup", "restart"),
+}
+
+
+@cached
+def model(name):
+    """Return a model, tokens for it, and two programs: of a whole pass, and of any call."""
+    memory, aggregation, mode = MODELS[name]
+    options = {"segment_size": 4, "chunk_size": 3, "conv_width": 4, "state_init_mode": mode}
+    config = ModelConfig(17, 2, MCConfig(8, 2, memory, aggregation, **options))
+    module = LanguageModel(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    tokens = np.random.default_rng(0).integers(17, size=(3, 12)).astype(np.int32)
+    return module, tokens, compiled(module, "__call__"), compiled(module, "extend")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_rows_are_what_they_are_alone(name):
+    module, tokens, whole, extend = model(name)
+    every = np.ones((3, WIDTH), bool)
+    expected = np.asarray(whole(tokens, np.ones((3, 12), bool)))
+    for side in SIDES:
+        padding = np.ones((3, WIDTH), bool)
+        prompts = np.full((3, WIDTH), 16, np.int32)
+        for row, length in enumerate(PROMPTS):
+            room = WIDTH - length
+            first = {"left": room, "right": 0, "both": room // 2}[side]
+            padding[row, first : first + length] = False
+            prompts[row, first : first + length] = tokens[row, :length]
+        y, cache = extend(prompts, module.init_cache(3, 12), every, padding=padding)
+        for row, length in enumerate(PROMPTS):
+            alone = expected[row, :length]
+            place = f"{side}: prompt {row}"
+            assert_close(np.asarray(y)[row][~padding[row]], alone, EXACT, name=place)
+        assert cache[0].position.tolist() == list(PROMPTS)
+        for step in range(3):
+            # The row's next token; all other places are padding, so that one program serves.
+            at = np.array(PROMPTS) + step
+            padding = np.arange(WIDTH)[None] != np.array([[0], [4], [8]])
+            token = np.where(padding, 16, tokens[np.arange(3), at][:, None]).astype(np.int32)
+            y, cache = extend(token, cache, every, padding=padding)
+            found, alone = np.asarray(y)[~padding], expected[np.arange(3), at]
+            assert_close(found, alone, EXACT, name=f"{side}: step {step}")
+    assert extend.programs() == 1
+
+
+def test_masked_tokens_take_their_positions():
+    """`mask` is the equations' mask, `padding` is not: only the latter moves no segment."""
+    module, tokens, whole, extend = model("titans-grm")
+    mask = np.random.default_rng(3).random((3, 12)) < 0.6
+    cache, outputs = module.init_cache(3, 12), []
+    for part in (slice(0, 5), slice(5, 12)):
+        size = part.stop - part.start
+        padding = np.broadcast_to(np.arange(WIDTH) >= size, (3, WIDTH))
+        here = [np.pad(x[:, part], ((0, 0), (0, WIDTH - size))) for x in (tokens, mask)]
+        y, cache = extend(here[0], cache, here[1], padding=padding)
+        outputs.append(y[:, :size])
+    assert_close(np.concatenate(outputs, axis=1), whole(tokens, mask), EXACT)
+    assert cache[0].position.tolist() == [12] * 3
+
+
+def test_nothing_at_padding_matters():
+    """Where a row has no token, NaN may stand."""
+    module, x, extend, _ = layer(LinearConfig(coefficients="token"), "grm")
+    padding = jnp.asarray(np.arange(13) < np.array([[5], [0]]))
+    poisoned = jnp.where(padding[..., None], jnp.nan, x)
+    y, cache = extend(poisoned, module.init_cache(2, 13), padding=padding)
+    assert not np.asarray(y)[0, :5].any()
+    assert all(np.isfinite(leaf).all() for _, leaf in flatten((y, cache)))
+
+
+def test_cached_memories_may_be_stored_short():
+    """Half the bytes, at the error of their dtype; the online memory stays exact."""
+    module, x, extend, forward = layer(dtype=jnp.float32, conv_width=0)
+    whole, expected = forward(x)
+    for kept in ("bfloat16", "float32"):
+        cache = module.init_cache(2, 13, cache_dtype=kept)
+        assert {str(w.dtype) for w in cache.stored.weights} == {kept}
+        y, cache = extend(x, cache)
+        assert {str(w.dtype) for w in cache.stored.weights} == {kept}
+        error = float(np.sqrt(np.mean((y - whole) ** 2) / np.mean(np.square(whole))))
+        assert error < (1e-2 if kept == "bfloat16" else 1e-5)
+        assert kept == "float32" or error > 1e-6  # it was rounded indeed
+        assert_close(cache.state, expected.state, 1e-5, name="state")
+
+
+@pytest.mark.parametrize("aggregation", ["ssc", "grm"])
+def test_cached_memories_may_lie_in_the_hosts_memory(aggregation):
+    """They give what they give on the device, and stay where they lie."""
+    module, x, extend, _ = layer(aggregation=aggregation)
+
+    def run(place):
+        cache, outputs = module.init_cache(2, 13, cache_device=place), []
+        for start in (0, 3, 6, 9):
+            y, cache = extend(x[:, start : start + 3], cache)
+            outputs.append(y)
+        return np.concatenate(outputs, axis=1), cache
+
+    (near, there), (far, here) = run("device"), run("host")
+    assert_close(far, near, 1e-14, name="output")
+    kinds = [{w.sharding.memory_kind for w in c.stored.weights} for c in (there, here)]
+    assert kinds == [{"device"}, {"pinned_host"}]
+    grown = module.grow(here, 40)
+    assert {w.sharding.memory_kind for w in grown.stored.weights} == {"pinned_host"}
+    assert_close(here.stored, there.stored, 1e-14, name="stored")

@@ -1,0 +1,156 @@
+"""The language model: its parts in NumPy, causality, recomputation, heads, and compute dtypes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import mc_torch
+from helpers.cases import assert_close
+from helpers.layer_oracle import layer_oracle
+from mc_core import LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_core.config import NORM_EPS
+from mc_jax import LanguageModel
+
+LAYER = MCConfig(8, 2, TitansConfig(2, 2), "grm", segment_size=4, chunk_size=3)
+CONFIG = ModelConfig(vocab_size=13, num_layers=2, layer=LAYER)
+TOKENS = np.random.default_rng(0).integers(0, 13, (2, 11)).astype(np.int32)
+
+
+def make_model(dtype: Any = jnp.float64, **options: Any) -> LanguageModel:
+    config = dataclasses.replace(CONFIG, **options)
+    return LanguageModel(config, rngs=nnx.Rngs(0), param_dtype=dtype)
+
+
+def run(model: LanguageModel, tokens: np.ndarray, mask: np.ndarray | None = None) -> jax.Array:
+    graph, state = nnx.split(model)
+    mask = None if mask is None else jnp.asarray(mask)
+    return jax.jit(lambda s, t: nnx.merge(graph, s)(t, mask))(state, jnp.asarray(tokens))
+
+
+def loss_and_grads(model: LanguageModel) -> tuple[jax.Array, Any]:
+    graph, state = nnx.split(model, nnx.Param)
+
+    def loss(state: nnx.State) -> jax.Array:
+        logits = nnx.merge(graph, state)(jnp.asarray(TOKENS))
+        picked = jnp.take_along_axis(logits[:, :-1], jnp.asarray(TOKENS)[:, 1:, None], -1)
+        return jnp.mean(jax.nn.logsumexp(logits[:, :-1], -1) - picked[..., 0])
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(state)
+    return value, nnx.to_pure_dict(grads)
+
+
+@pytest.mark.usefixtures("float64", "strict")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_is_its_blocks_one_after_another(tied):
+    """Pre-norm blocks `x + memory(norm(x))`, `x + ffn(norm(x))`, norm and head."""
+    model = make_model(tie_embeddings=tied, num_layers=2)
+    mask = np.arange(11) < np.array([[11], [7]])
+    p = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + NORM_EPS) * scale
+
+    x = p["embed"]["embedding"][np.where(mask, TOKENS, 0)]  # a masked id is not read
+    for i in range(2):
+        block = p["blocks"][i]
+        x = x + layer_oracle(block["mixer"], LAYER, norm(x, block["mixer_norm"]["scale"]), mask)[0]
+        y = norm(x, block["ffn_norm"]["scale"])
+        gate = y @ block["ffn"]["gate_proj"]["kernel"]
+        hidden = gate / (1 + np.exp(-gate)) * (y @ block["ffn"]["up_proj"]["kernel"])
+        x = x + hidden @ block["ffn"]["down_proj"]["kernel"]
+    head = p["embed"]["embedding"].T if tied else p["head"]["kernel"]
+    assert_close(run(model, TOKENS, mask), norm(x, p["norm"]["scale"]) @ head, 1e-9)
+    assert ("head" in p) != tied
+
+
+@pytest.mark.usefixtures("float64", "strict")
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_logits_at_chosen_places_are_those_of_all_places(framework):
+    """Places may stand in any order, more than once, and differ between rows."""
+    places = np.array([[10, 0, 3], [5, 5, 1]])
+    if framework == "jax":
+        model = make_model(num_layers=1)
+        every = np.asarray(run(model, TOKENS))
+        graph, state = nnx.split(model)
+        some = np.asarray(
+            jax.jit(lambda s, *a: nnx.merge(graph, s)(a[0], None, a[1]))(state, TOKENS, places)
+        )
+    else:
+        config = dataclasses.replace(CONFIG, num_layers=1)
+        mirror = mc_torch.LanguageModel(config, dtype=torch.float64)
+        ids = torch.from_numpy(TOKENS).long()
+        with torch.no_grad():
+            every = mirror(ids).numpy()
+            some = mirror(ids, None, torch.from_numpy(places)).numpy()
+    assert some.shape == (2, 3, 13)
+    np.testing.assert_allclose(some, every[np.arange(2)[:, None], places], rtol=1e-12)
+
+
+@pytest.mark.usefixtures("float64", "strict")
+def test_no_logit_depends_on_a_later_token():
+    model, changed = make_model(), TOKENS.copy()
+    changed[:, 6:] = (changed[:, 6:] + 5) % 13
+    before, after = np.asarray(run(model, TOKENS)), np.asarray(run(model, changed))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before - after)[:, 6:].max(axis=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.usefixtures("float64", "strict")
+def test_recomputation_changes_neither_values_nor_gradients():
+    value, grads = loss_and_grads(make_model(num_layers=1))
+    again, regrads = loss_and_grads(make_model(num_layers=1, remat=True))
+    assert_close((again, regrads), (value, grads), 1e-12)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(np.asarray(leaf)).max() > 1e-9, jax.tree_util.keystr(path)
+
+
+@pytest.mark.usefixtures("float64", "strict")
+def test_inspect_gives_the_logits_and_a_trace_a_block():
+    model = make_model()
+    graph, state = nnx.split(model)
+    logits, traces = jax.jit(lambda s, t: nnx.merge(graph, s).inspect(t))(
+        state, jnp.asarray(TOKENS)
+    )
+    assert_close(logits, run(model, TOKENS), 1e-12)
+    assert len(traces) == 2
+    for trace in traces:
+        assert trace.gates.shape == (2, 11, 2, 4)
+        assert_close(jnp.sum(trace.gates, -1), np.ones((2, 11, 2)), 1e-12)
+
+
+def test_masked_tokens_change_no_other_logit():
+    model, mask = make_model(jnp.float32), np.arange(11) < np.array([[11], [7]])
+    changed = np.where(mask, TOKENS, 3)
+    left, right = (np.asarray(run(model, t, mask)) for t in (TOKENS, changed))
+    np.testing.assert_array_equal(left[mask], right[mask])
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_compute_gives_float32_logits(tied):
+    """Section 8: products in the compute dtype, float32 parameters, gradients and logits."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1)
+    model = LanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    exact = LanguageModel(config, rngs=nnx.Rngs(0))
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {np.dtype(np.float32)}
+    logits = run(model, TOKENS)
+    assert logits.dtype == jnp.float32
+    assert run(exact, TOKENS).dtype == jnp.float32
+    assert_close(logits, run(exact, TOKENS), 0.05)
+    _, grads = loss_and_grads(model) if tied else (None, nnx.state(model))
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
+
+
+def test_one_seed_one_model():
+    config = dataclasses.replace(CONFIG, layer=MCConfig(8, 2, LinearConfig()))
+    models = [LanguageModel(config, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1)]
+    first, again, other = (jax.tree.leaves(nnx.state(m)) for m in models)
+    for x, y in zip(first, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(first, other, strict=True))

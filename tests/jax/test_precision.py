@@ -1,0 +1,158 @@
+"""Section 8: what is computed in which dtype, and how far that is from float64."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from helpers import torch_calls
+from helpers.cases import MAIN, FunctionCase, assert_close, make_case, rms
+from helpers.jax_calls import arrays, call, projected, run
+from mc_core import AttentionConfig, MCConfig, TitansConfig
+from mc_jax import AttentionLayer, MemoryCachingLayer
+
+pytestmark = pytest.mark.usefixtures("strict")
+AGGREGATION = dict(zip(MAIN, ("ssc", "residual", "soup", "grm"), strict=True))
+every_memory = pytest.mark.parametrize("memory", MAIN)
+
+
+def long_case(memory: str, **options: Any) -> FunctionCase:
+    """Draw 128 tokens of width 16, rounded to bfloat16, so that every dtype is given the same."""
+    case = make_case(
+        memory,
+        AGGREGATION[memory],
+        tokens=128,
+        heads=1,
+        width=16,
+        value_width=16,
+        **{"segment_size": 40, "chunk_size": 16, **options},
+    )
+    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
+    case = case._replace(**{n: x for n in "qkvu" if (x := getattr(case, n)) is not None})
+    return case.each(rounded)._replace(initial=tuple(map(rounded, case.initial)))
+
+
+def exact(case: FunctionCase) -> Any:
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, run(case))
+
+
+@every_memory
+@pytest.mark.parametrize("method", ["chunked", "recurrent"])
+def test_float32_is_close_to_float64(memory, method):
+    """2e-6 relative RMS at 128 tokens, outputs and caches; gates and scores included."""
+    case = long_case(memory)
+    result = run(case, method, jnp.float32)
+    expected = exact(case)
+    assert {x.dtype for x in jax.tree.leaves(expected) if x.dtype.kind == "f"} == {np.dtype("f8")}
+    assert_close(result.output, expected.output, 2e-6, name="output")
+    assert_close(result.gates, expected.gates, 2e-6, name="gates")
+    assert_close(result.cache, expected.cache, 2e-6, name="cache")
+
+
+@every_memory
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_float32_is_close_to_float64_where_the_past_is_let_go(memory, framework):
+    """Small factors have large logarithms, and what follows them in a chunk must not suffer."""
+    case = long_case(memory, segment_size=64, chunk_size=64).closing()
+    if framework == "jax":
+        output = run(case, "chunked", jnp.float32).output
+    else:
+        output = torch_calls.run(case, "chunked", torch.float32).output.numpy()
+    assert_close(output, exact(case).output, 2e-6, name="output")
+
+
+@pytest.mark.parametrize("memory", ["swla", "titans"])
+def test_float32_gradients_are_close_to_float64(memory):
+    case = long_case(memory)
+    gradient = jax.jit(jax.grad(lambda x: projected(call(x, case)._replace(cache=()))))
+    single = gradient(arrays(case, jnp.float32))
+    with jax.enable_x64(True):
+        double = jax.tree.map(np.asarray, gradient(arrays(case)))
+    assert_close(single, double, 1e-5)
+
+
+@every_memory
+@pytest.mark.parametrize("method", ["chunked", "recurrent"])
+def test_bfloat16_inputs_keep_a_float32_state(memory, method):
+    """State, gates, pools and scores stay float32; the output has the inputs' dtype."""
+    case = long_case(memory)
+    result = run(case, method, jnp.bfloat16)
+    assert result.output.dtype == jnp.bfloat16
+    for leaf in jax.tree.leaves((result.gates, result.cache)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    expected = exact(case)
+    # Sums of 128 rounded products; gates and pools see rounded inputs only, which were exact.
+    assert_close(result.output.astype(jnp.float32), expected.output, 2e-2, name="output")
+    assert_close(result.gates, expected.gates, 2e-6, name="gates")
+    assert_close(result.cache.segments.pool, expected.cache.segments.pool, 2e-6, name="pools")
+    assert_close(result.cache.segments.weights, expected.cache.segments.weights, 1e-2, name="W")
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("memory", ["linear", "swla"])
+def test_the_recurrence_writes_products_that_are_not_rounded(memory, framework):
+    """A matrix memory's write is a sum of v kᵀ: exact in float32 where v and k are bfloat16."""
+    case = long_case(memory)
+    if framework == "jax":
+        cache = run(case, "recurrent", jnp.bfloat16).cache
+    else:
+        cache = torch_calls.run(case, "recurrent", torch.bfloat16).cache
+    expected = exact(case).cache
+    assert_close(np.asarray(cache.state.weights[0]), expected.state.weights[0], 2e-6)
+
+
+def test_long_sums_do_not_stall_in_bfloat16():
+    """A running sum kept in bfloat16 would stop at 256 ones."""
+    case = make_case("linear", "grm", tokens=1000, heads=1, batch=1, segment_size=1000)
+    ones = case.each(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
+    result = run(ones.where(pooling="sum", chunk_size=64), dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(result.cache.segments.pool, np.full((1, 1, 1, 4), 1000.0))
+    np.testing.assert_array_equal(result.cache.state.weights[0], np.full((1, 1, 3, 4), 1000.0))
+    np.testing.assert_array_equal(result.cache.length, [1000])
+
+
+def test_decay_products_keep_their_precision_over_a_chunk():
+    """Retention near 1 in bfloat16 inputs: coefficients are float32, and so is their product."""
+    case = make_case("linear", "none", tokens=256, segment_size=256, chunk_size=256)
+    case = case._replace(
+        coefficients=case.coefficients._replace(retention=np.full((2, 256, 2), 0.9995))
+    )
+    zero = case._replace(v=np.zeros_like(case.v))
+    result = run(zero, dtype=jnp.bfloat16)
+    expected = case.initial[0].astype(np.float32) * 0.9995**256
+    assert_close(np.asarray(result.cache.state.weights[0])[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (MemoryCachingLayer, MCConfig(16, 2, TitansConfig(), segment_size=8, conv_width=4)),
+        (AttentionLayer, AttentionConfig(16, 2)),
+    ],
+    ids=["memory", "attention"],
+)
+def test_a_layer_without_a_dtype_computes_in_that_of_its_input(kind, config):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 16)), jnp.bfloat16)
+    layers = (kind(config, rngs=nnx.Rngs(0), dtype=dtype) for dtype in (jnp.bfloat16, None))
+    np.testing.assert_array_equal(*(nnx.jit(lambda layer: layer(x))(layer) for layer in layers))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_layer_gives_the_dtype_of_its_input(dtype):
+    config = MCConfig(16, 2, TitansConfig(), segment_size=16, chunk_size=8)
+    layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    whole = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 16)), dtype)
+    forward = partial(nnx.jit, lambda m, x: m.forward_with_cache(x))
+    y, cache = forward()(layer, x)
+    assert y.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {np.dtype("f4"), np.dtype("i4")}
+    expected = forward()(whole, x.astype(jnp.float32))[0]
+    error = rms(np.asarray(y, np.float32) - np.asarray(expected)) / rms(np.asarray(expected))
+    assert error < 3e-2

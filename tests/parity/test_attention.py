@@ -1,0 +1,325 @@
+"""Attention layers of both packages: an independent NumPy softmax, streams, masks and gradients."""
+
+import dataclasses
+from itertools import accumulate, pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import mc_jax
+import mc_torch
+from helpers.cases import assert_close
+from mc_core import AttentionConfig
+from mc_core.config import NORM_EPS
+from mc_core.trees import flatten
+from mc_core.weights import to_torch
+from parity.weights import load_jax, load_torch
+from parity.weights import to_jax as in_jax_layout
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+EXACT = 1e-10
+WINDOWS = {"full": None, "blocks": 3, "band": 7, "itself": 1, "longer": 40}
+CONFIGS = {
+    f"{name}-conv{width}": AttentionConfig(8, 2, window, 100.0, width, norm)
+    for name, window in WINDOWS.items()
+    for width, norm in ((0, "rms"), (3, "none"))
+}
+TOKENS = 13
+PACKAGES = ("jax", "torch")
+EACH = pytest.mark.parametrize("package", PACKAGES)
+
+
+def weights(config: AttentionConfig) -> dict[str, np.ndarray]:
+    """Draw parameters under JAX's names."""
+    rng = np.random.default_rng(3)
+    flat = {f"{name}_proj.kernel": rng.standard_normal((8, 8)) for name in ("q", "k", "v", "out")}
+    if config.conv_width:
+        flat |= {f"{n}_conv.kernel": rng.standard_normal((config.conv_width, 8)) for n in "qkv"}
+    if config.output_norm == "rms":
+        flat["output_norm.scale"] = 1 + 0.3 * rng.standard_normal((2, 4))
+    return flat
+
+
+def build(package: str, config: AttentionConfig) -> Any:
+    if package == "jax":
+        layer = mc_jax.AttentionLayer(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        load_jax(layer, weights(config))
+        return layer
+    layer = mc_torch.AttentionLayer(config, dtype=torch.float64)
+    load_torch(layer, to_torch(weights(config)))
+    return layer
+
+
+def put(package: str, x: np.ndarray | None) -> Any:
+    if x is None:
+        return None
+    return jnp.asarray(x) if package == "jax" else torch.tensor(x)
+
+
+def get(x: Any) -> np.ndarray:
+    return np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
+
+
+def whole(package: str, layer: Any, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    x, mask = put(package, x), put(package, mask)
+    if package == "torch":
+        return get(layer(x, mask))
+    graph, state = nnx.split(layer)
+    return get(jax.jit(lambda s, x: nnx.merge(graph, s)(x, mask))(state, x))
+
+
+def stream(
+    package: str,
+    layer: Any,
+    x: np.ndarray,
+    splits: tuple[int, ...],
+    mask: np.ndarray | None = None,
+    padding: np.ndarray | None = None,
+    **options: Any,
+) -> tuple[np.ndarray, Any]:
+    """Return the outputs of all calls, and the last cache."""
+    cache, outputs, extend = layer.init_cache(len(x), x.shape[1], **options), [], layer.extend
+    if package == "jax":
+        extend = jax.jit(lambda *args, padding: layer.extend(*args, padding=padding))
+    for first, last in pairwise((0, *accumulate(splits))):
+        part, seen, absent = (
+            put(package, None if a is None else a[:, first:last]) for a in (x, mask, padding)
+        )
+        y, cache = extend(part, cache, seen, padding=absent)
+        outputs.append(get(y))
+    return np.concatenate(outputs, axis=1), cache
+
+
+def draw(name: str = "none", rows: int = 2) -> tuple[np.ndarray, np.ndarray | None]:
+    rng = np.random.default_rng(0)
+    x, mask = rng.standard_normal((rows, TOKENS, 8)), rng.random((rows, TOKENS)) < 0.6
+    return x, mask if name == "some" else None
+
+
+def oracle(config: AttentionConfig, x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Token by token; RoPE as the product of complex numbers."""
+    p, (b, t, d), h = weights(config), x.shape, config.num_heads
+    mask = np.ones((b, t), bool) if mask is None else mask
+    x, half = np.where(mask[:, :, None], x, 0.0), d // h // 2
+
+    def heads(name: str) -> np.ndarray:
+        y = x @ p[f"{name}_proj.kernel"]
+        if config.conv_width:
+            kernel, z = p[f"{name}_conv.kernel"], np.zeros_like(y)
+            for i in range(t):
+                for back in range(min(config.conv_width, i + 1)):
+                    z[:, i] += y[:, i - back] * kernel[-1 - back]
+            y = z
+        return y.reshape(b, t, h, -1)
+
+    def turned(y: np.ndarray) -> np.ndarray:
+        angle = np.arange(t)[:, None] * config.rope_base ** (-2 * np.arange(half) / (2 * half))
+        z = (y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    q, k, v, y = turned(heads("q")), turned(heads("k")), heads("v"), np.zeros((b, t, h, d // h))
+    for row, i, head in np.ndindex(b, t, h):
+        if not mask[row, i]:
+            continue
+        first = 0 if config.window is None else max(0, i + 1 - config.window)
+        seen = [j for j in range(first, i + 1) if mask[row, j]]
+        share = np.exp(k[row, seen, head] @ q[row, i, head] / np.sqrt(d // h))
+        y[row, i, head] = share @ v[row, seen, head] / share.sum()
+    if config.output_norm == "rms":
+        y = y / np.sqrt((y * y).mean(-1, keepdims=True) + NORM_EPS) * p["output_norm.scale"]
+    return y.reshape(b, t, d) @ p["out_proj.kernel"]
+
+
+@EACH
+@pytest.mark.parametrize("mask", ["none", "some"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layer_is_softmax_attention(package, name, mask):
+    config, (x, mask) = CONFIGS[name], draw(mask)
+    y = whole(package, build(package, config), x, mask)
+    assert_close(y, oracle(config, x, mask), EXACT)
+    if mask is not None:
+        assert not y[~mask].any()
+
+
+@EACH
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
+def test_any_split_of_a_stream_is_the_whole(package, name):
+    config, (x, mask) = CONFIGS[name], draw("some")
+    layer = build(package, config)
+    for splits in ((5, 1, 1, 5, 1), (1,) * TOKENS):
+        y, _ = stream(package, layer, x, splits, mask)
+        assert_close(y, whole(package, layer, x, mask), EXACT, name=f"{splits}")
+
+
+@EACH
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
+def test_padded_rows_are_what_they_are_alone(package, name):
+    """Rows lack places anywhere, one of them all of a call; NaN may stand there."""
+    config, (x, _) = CONFIGS[name], draw(rows=3)
+    layer, padding = build(package, config), np.random.default_rng(1).random((3, TOKENS)) < 0.4
+    padding[0, :6], padding[1, 6:] = True, True
+    mask = np.random.default_rng(2).random((3, TOKENS)) < 0.7
+    poisoned = np.where(padding[..., None], np.nan, x)
+    y, cache = stream(package, layer, poisoned, (6, 1, 6), mask, padding)
+    for row, absent in enumerate(padding):
+        here = ~absent
+        alone = oracle(config, x[row : row + 1, here], mask[row : row + 1, here])
+        assert_close(y[row, here], alone[0], EXACT, name=f"row {row}")
+    assert not y[padding].any()
+    assert get(cache.position).tolist() == (~padding).sum(1).tolist()
+
+
+@EACH
+def test_a_window_s_cache_is_bounded_and_a_whole_one_grows(package):
+    def held(config: AttentionConfig, tokens: int, **options: Any) -> int:
+        cache = build(package, config).init_cache(2, tokens, **options)
+        return sum(get(x).nbytes for _, x in flatten(cache))
+
+    window, full = CONFIGS["blocks-conv3"], CONFIGS["full-conv3"]
+    assert held(window, 100) == held(window, 10_000) < held(full, 10)
+    assert held(full, 2000) - held(full, 1000) == 2 * 1000 * (2 * 8 * 8 + 1)
+    short = jnp.bfloat16 if package == "jax" else torch.bfloat16
+    cache = build(package, full).init_cache(2, 10, cache_dtype=short)
+    assert cache.keys.dtype == cache.values.dtype == short
+
+
+@EACH
+@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3", "longer-conv3"])
+def test_a_cache_grows_and_refuses_what_it_has_no_room_for(package, name):
+    layer, (x, _) = build(package, CONFIGS[name]), draw()
+    part = put(package, x)
+    first, cache = layer.extend(part[:, :4], layer.init_cache(2, 4))
+    with pytest.raises(ValueError, match=r"max_tokens = 4, and position 4 would go to 5: grow\("):
+        layer.extend(part[:, 4:5], cache)
+    with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, as it is now"):
+        layer.grow(cache, 3)
+    second, cache = layer.extend(part[:, 4:], layer.grow(cache, TOKENS))
+    y = np.concatenate([get(first), get(second)], axis=1)
+    assert_close(y, whole(package, layer, x), EXACT)
+    assert int(cache.limit) == TOKENS
+
+
+@EACH
+def test_what_does_not_fit_is_named(package):
+    layer, (x, _) = build(package, CONFIGS["full-conv0"]), draw()
+    x = put(package, x)
+    for call, message in (
+        (lambda: layer(x[..., :5]), r"x has shape \(2, 13, 5\): must be \[b, t, 8\]"),
+        (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3 as cache"),
+        (lambda: layer.init_cache(-1, 5), "batch = -1: must be >= 0"),
+        (lambda: layer.init_cache(1, 0), "max_tokens = 0: must be >= 1"),
+        (lambda: layer.init_cache(1, 2, cache_device="disk"), "cache_device = 'disk': must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv0", "band-conv3"])
+def test_gradients_are_the_same_in_both(name, streamed):
+    """Of inputs and all parameters, masked and, in a stream, padded tokens among them."""
+    config, (x, mask) = CONFIGS[name], draw("some")
+    cotangent = np.random.default_rng(5).standard_normal(x.shape)
+    padding = np.random.default_rng(6).random((2, TOKENS)) < 0.3
+    padding[0, :8] = True
+
+    def run(layer: Any, x: Any, to: Any) -> Any:
+        if not streamed:
+            return (layer(x, to(mask)) * to(cotangent)).sum()
+        cache, total = layer.init_cache(2, TOKENS), 0.0
+        for here in (slice(0, 8), slice(8, 9), slice(9, TOKENS)):
+            y, cache = layer.extend(
+                x[:, here], cache, to(mask[:, here]), padding=to(padding[:, here])
+            )
+            total = total + (y * to(cotangent[:, here])).sum()
+        return total
+
+    graph, state = nnx.split(build("jax", config), nnx.Param)
+    value, (by_weight, by_x) = jax.jit(
+        jax.value_and_grad(lambda s, x: run(nnx.merge(graph, s), x, jnp.asarray), argnums=(0, 1))
+    )(state, jnp.asarray(x))
+    layer, given = build("torch", config), torch.tensor(x, requires_grad=True)
+    other = run(layer, given, torch.tensor)
+    named = dict(layer.named_parameters())
+    found = torch.autograd.grad(other, [given, *named.values()])
+    assert_close(get(other), value, 1e-9)
+    assert_close(found[0].numpy(), by_x, 1e-9)
+    expected = {
+        ".".join(map(str, path)): np.asarray(leaf[...])
+        for path, leaf in nnx.to_flat_state(by_weight)
+    }
+    flat = dict(zip(named, (g.numpy() for g in found[1:]), strict=True))
+    assert_close(in_jax_layout(flat), expected, 1e-9)
+    assert all(np.abs(g).max() > 1e-6 for g in flat.values())
+
+
+@EACH
+def test_the_softmax_of_bfloat16_compute_is_float32(package):
+    """Section 8: 512 equal weights, each below bfloat16's step beside 1, still add up to 1."""
+    config = AttentionConfig(8, 2, output_norm="none")
+    layer, (dtype, ones) = (
+        build(package, config),
+        {
+            "jax": (jnp.bfloat16, lambda: jnp.ones((1, 512, 8), jnp.bfloat16)),
+            "torch": (torch.bfloat16, lambda: torch.ones(1, 512, 8, dtype=torch.bfloat16)),
+        }[package],
+    )
+    if package == "jax":
+        layer = mc_jax.AttentionLayer(config, rngs=nnx.Rngs(0), dtype=dtype)
+        load_jax(layer, {k: v.astype(np.float32) for k, v in weights(config).items()})
+        y = jax.jit(lambda x: layer(x))(ones())
+    else:
+        y = layer.float()(ones())
+    assert y.dtype == dtype
+    last = np.asarray(jnp.asarray(y, jnp.float32) if package == "jax" else y.float().detach())
+    assert_close(last[0, -1], oracle(config, np.ones((1, 1, 8)), None)[0, 0], 0.01)
+
+
+@EACH
+def test_keys_and_values_may_lie_in_the_hosts_memory(package):
+    (x, mask), layer = draw("some"), build(package, CONFIGS["blocks-conv3"])
+    near, far = (
+        stream(package, layer, x, (4, 1, 8), mask, cache_device=place)
+        for place in ("device", "host")
+    )
+    np.testing.assert_array_equal(near[0], far[0])
+    if package == "jax":
+        assert far[1].keys.sharding.memory_kind == "pinned_host"
+
+
+def test_past_its_limit_a_compiled_stream_is_nan():
+    layer, (x, _) = build("jax", CONFIGS["blocks-conv0"]), draw()
+    extend, cache = jax.jit(lambda x, cache: layer.extend(x, cache)), layer.init_cache(2, 4)
+    for first, room in ((0, True), (3, False)):
+        y, cache = extend(jnp.asarray(x)[:, first : first + 3], cache)
+        assert np.isnan(y).all() != room
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3"])
+def test_one_compiled_torch_program_serves_every_step(name, size):
+    layer, (x, _) = build("torch", CONFIGS[name]), draw()
+    x, cache = torch.tensor(x), layer.init_cache(2, 12)
+    torch._dynamo.reset()
+    run, outputs = torch.compile(layer.extend, fullgraph=True, backend="aot_eager"), []
+    with torch.no_grad():
+        y, cache = run(x[:, :size], cache)
+        outputs.append(y)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for first in range(size, 12, size):
+                y, cache = run(x[:, first : first + size], cache)
+                outputs.append(y)
+            past, _ = run(x[:, :size], cache)
+        assert_close(torch.cat(outputs, 1), layer(x[:, :12]), EXACT)
+    assert past.isnan().all(), "a compiled program cannot raise"
+
+
+def test_the_configuration_reads_back():
+    for config in CONFIGS.values():
+        assert AttentionConfig.from_dict(config.to_dict()) == config
+    assert {dataclasses.replace(CONFIGS["full-conv0"], window=w).slots(9) for w in (None, 9)} == {9}

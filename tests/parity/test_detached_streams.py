@@ -1,0 +1,46 @@
+"""Streams detach cached memories and pooled keys, as whole passes do.
+
+In restart mode the keys and values of a segment reach the next one through its cached memory and
+its pooled key alone.
+"""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import mc_jax
+import mc_torch
+from helpers import jax_calls, torch_calls
+from helpers.cases import make_case
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+
+SEGMENT = 4
+PAIRS = [("linear", "residual"), ("linear", "ssc")]
+
+
+def key_and_value_gradients(package, case):
+    """Return the gradients by k and v of a stream's second segment of outputs."""
+    own = jax_calls if package is mc_jax else torch_calls
+    inputs = own.arrays(case)
+
+    def loss(k, v):
+        cache = package.init_cache(inputs["initial"], case.config, 2, case.tokens)
+        given = inputs | {"k": k, "v": v}
+        output = package.extend(**given, cache=cache, config=case.config).output
+        return (output[:, SEGMENT:] ** 2).sum()
+
+    if package is mc_jax:
+        return jax.jit(jax.grad(loss, (0, 1)))(inputs["k"], inputs["v"])
+    return torch.autograd.grad(loss(inputs["k"], inputs["v"]), (inputs["k"], inputs["v"]))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
+def test_no_gradient_of_a_stream_reaches_a_detached_segment(package, pair):
+    case = make_case(*pair, tokens=2 * SEGMENT, segment_size=SEGMENT, state_init_mode="restart")
+    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    for gradient in map(np.asarray, key_and_value_gradients(package, case)):
+        assert not gradient[:, :SEGMENT].any()
+        assert gradient[:, SEGMENT:].any()

@@ -1,0 +1,225 @@
+"""What `inspect` shows of each write, in both frameworks, against the oracle's states."""
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import mc_jax
+import mc_torch
+import oracle
+from helpers import jax_calls, torch_calls
+from helpers.cases import (
+    MAIN,
+    MASKS,
+    MEMORIES,
+    MODES,
+    Array,
+    FunctionCase,
+    assert_close,
+    make_case,
+    make_mask,
+)
+from helpers.layer_oracle import CONFIGS, layer_oracle, make_layer, parameters
+from mc_core import LinearConfig, MCConfig
+
+pytestmark = pytest.mark.usefixtures("float64", "strict")
+EXACT = 1e-10
+
+
+def inner_of(case: FunctionCase) -> mc_jax.InnerLoop:
+    """Run the oracle's writes token by token, and measure the states before and after each."""
+    config, (b, t, h, _) = case.config, case.q.shape
+    memory, titans = config.memory, config.memory.kind == "titans"
+    lengths = oracle.lengths_of(t, config, case.lengths)
+    found = np.zeros((5, b, t, h))
+
+    def tensors(state: oracle.State) -> list[Array]:
+        normalizer = state.memory.normalizer
+        return [*state.memory.weights, *([] if normalizer is None else [normalizer])]
+
+    def norm(arrays: Any) -> float:
+        return float(np.sqrt(sum((x**2).sum() for x in arrays)))
+
+    for row, head in product(range(b), range(h)):
+        gain = None if case.norm is None else tuple(x[head] for x in case.norm)
+
+        def loss(state: oracle.State, k: Array, v: Array, gain: Any = gain) -> float:
+            if memory.kind in ("dla", "titans"):
+                return oracle.inner_loss(state.memory.weights, k, v, memory, gain)
+            x = oracle.feature(k, memory) if memory.kind == "linear" else k
+            return float(-(state.memory.weights[0] @ x) @ v)
+
+        start = oracle.start(tuple(w[head] for w in case.initial), memory)
+        state, token = start, 0
+        for length in lengths:
+            state = start if config.state_init_mode == "restart" else state
+            for place in range(length):
+                if place % config.chunk_size == 0:
+                    anchor = state.memory.weights
+                before, k, v = state, case.k[row, token, head], case.v[row, token, head]
+                if case.mask is None or case.mask[row, token]:
+                    at = case.coefficients._asdict()
+                    at = {n: x[row, token, head] for n, x in at.items() if x is not None}
+                    state = oracle.write(state, anchor, k, v, oracle.Write(**at), memory, gain)
+                    losses = loss(before, k, v), loss(state, k, v)
+                    found[3:, row, token, head] = losses
+                pairs = zip(tensors(state), tensors(before), strict=True)
+                norms = (
+                    norm(tensors(state)),
+                    norm(state.momentum or ()),
+                    norm(x - y for x, y in pairs),
+                )
+                found[:3, row, token, head] = norms
+                token += 1
+    return mc_jax.InnerLoop(found[0], found[1] if titans else None, *found[2:])
+
+
+@partial(jax.jit, static_argnames="config")
+def inspect_jax(inputs: dict[str, Any], mask: jax.Array | None, config: MCConfig) -> Any:
+    result = mc_jax.memory_caching(**inputs, config=config, mask=mask, inspect=True)
+    return result.output, result.inner
+
+
+def jax_inner(case: FunctionCase, dtype: Any = jnp.float64) -> mc_jax.InnerLoop:
+    mask = None if case.mask is None else jnp.asarray(case.mask)
+    return inspect_jax(jax_calls.arrays(case, dtype), mask, case.config)[1]
+
+
+def torch_inner(case: FunctionCase, dtype: torch.dtype = torch.float64) -> mc_torch.InnerLoop:
+    mask = None if case.mask is None else torch.tensor(case.mask)
+    result = mc_torch.memory_caching(
+        **torch_calls.arrays(case, dtype), config=case.config, mask=mask, inspect=True
+    )
+    assert not any(x.requires_grad for x in torch_calls.leaves(result.inner))
+    return result.inner
+
+
+FRAMEWORKS = pytest.mark.parametrize(
+    ("inspect", "float32"), [(jax_inner, jnp.float32), (torch_inner, torch.float32)],
+    ids=["jax", "torch"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_torch_is_the_oracle(memory):
+    for mode, mask, chunk in product(MODES, MASKS, (1, 3, 5)):
+        case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
+        assert_close(torch_inner(case), inner_of(case), EXACT, name=f"{mode} {mask} {chunk}")
+
+
+# Every memory once; modes, masks and chunks are spread over them.
+@pytest.mark.parametrize(
+    ("memory", "mode", "mask", "chunk"),
+    [
+        (memory, MODES[i % 2], MASKS[1 + i % 4], (1, 3, 5)[i % 3])
+        for i, memory in enumerate(MEMORIES)
+    ],
+)
+def test_jax_is_the_oracle(memory, mode, mask, chunk):
+    case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
+    assert_close(jax_inner(case), inner_of(case), EXACT)
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize("memory", MAIN)
+def test_a_small_step_lowers_the_loss_of_its_own_token(inspect, float32, memory):
+    case = make_case(memory, "none", chunk_size=1)
+    ones = np.ones_like(case.coefficients.step)
+    case = case._replace(
+        coefficients=case.coefficients._replace(
+            step=1e-3 * ones,
+            retention=ones,
+            momentum=None if case.coefficients.momentum is None else 0 * ones,
+            previous=None if case.coefficients.previous is None else 0 * ones,
+        )
+    )
+    inner = inspect(case)
+    assert np.all(np.asarray(inner.loss_after) < np.asarray(inner.loss_before))
+
+
+@FRAMEWORKS
+def test_small_updates_of_a_large_memory_keep_their_digits_in_float32(inspect, float32):
+    """W_t - W_{t-1} is (α - 1) W_{t-1} and next to nothing else."""
+    case = make_case("dla", "none", tokens=8, segment_size=8, chunk_size=8)
+    retention = np.float64(np.float32(1 - 1e-4))
+    ones = np.ones_like(case.coefficients.step)
+    at = case.coefficients._replace(step=1e-9 * ones, retention=retention * ones)
+    case = case._replace(coefficients=at)
+    assert_close(inspect(case, float32).update_norm, inner_of(case).update_norm, 1e-6, 1e-9)
+
+
+@FRAMEWORKS
+def test_the_definition_does_not_inspect(inspect, float32):
+    case = make_case()
+    package, arrays = (
+        (mc_jax, jax_calls.arrays(case)) if inspect is jax_inner
+        else (mc_torch, torch_calls.arrays(case))
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="inspect = True: method = 'recurrent' must be 'chunked'"):
+        package.memory_caching(**arrays, config=case.config, method="recurrent", inspect=True)
+
+
+@pytest.mark.parametrize("name", ["swla", "titans-norm"])
+def test_a_layers_trace_is_that_of_its_own_writes(name, monkeypatch):
+    """What the layer hands to its memory is what the trace is of; masked tokens may hold NaN."""
+    config, seen = CONFIGS[name], []
+    run = oracle.memory_caching
+
+    def spy(*args: Any, mask: Array | None, norm: Any) -> Any:
+        seen.append(FunctionCase(*args[:6], norm, args[6], mask))
+        return run(*args, mask=mask, norm=norm)
+
+    monkeypatch.setattr(oracle, "memory_caching", lambda *a, **o: spy(*a, **o))
+    layer, rng = make_layer(config), np.random.default_rng(0)
+    x, mask = rng.standard_normal((2, 11, 8)), make_mask("some", 2, 11, config, rng)
+    layer_oracle(parameters(layer), config, x, mask)
+    expected = inner_of(seen[0])
+    dirty = jnp.where(jnp.asarray(mask)[:, :, None], x, jnp.nan)
+    _, trace = nnx.jit(lambda layer, x: layer.inspect(x, jnp.asarray(mask)))(layer, dirty)
+    found = {field: getattr(trace, field) for field in expected._fields}
+    assert_close(found, expected._asdict(), EXACT)
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_counts_and_names(package):
+    """Under ssc every token reads `top_k` cached memories, or all that there are."""
+    config = MCConfig(8, 2, LinearConfig(), "ssc", ssc_top_k=2, segment_size=3)
+    x, mask = np.random.default_rng(0).standard_normal((2, 11, 8)), np.arange(11) < [[11], [8]]
+    if package == "jax":
+        layer = mc_jax.MemoryCachingLayer(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+        trace = nnx.jit(lambda m, x: m.inspect(x, jnp.asarray(mask))[1])(layer, jnp.asarray(x))
+    else:
+        layer = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)
+        with torch.no_grad():
+            trace = layer.inspect(torch.tensor(x), torch.tensor(mask))[1]
+    assert trace.router_weights is trace.gates
+    assert trace.momentum_norm is None
+    gates, counts = np.asarray(trace.gates), np.asarray(trace.read_count)
+    np.testing.assert_array_equal(counts, (gates[..., :-1] > 0).sum(1).swapaxes(1, 2))
+    np.testing.assert_array_equal(counts.sum(1), [[3 * 1 + 5 * 2] * 2, [3 * 1 + 2 * 2] * 2])
+
+
+@pytest.mark.parametrize("name", ["linear-learned", "titans"])
+def test_gradients_of_a_trace_are_finite(name):
+    """Roots and logarithms have none at zero: of an empty memory, of an unread one."""
+    layer = mc_jax.MemoryCachingLayer(CONFIGS[name], rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    graph, state = nnx.split(layer)
+    x, mask = jnp.ones((2, 11, 8)), jnp.asarray(np.arange(11) < [[11], [0]])
+
+    @jax.jit
+    @jax.grad
+    def gradient(state: nnx.State) -> jax.Array:
+        leaves = jax.tree.leaves(nnx.merge(graph, state).inspect(x, mask))
+        floating = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum((jnp.sum(x) for x in floating[1:]), jnp.sum(jnp.sin(floating[0])))
+
+    gradients = jax.tree.leaves(gradient(state))
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert any(np.asarray(x).any() for x in gradients)

@@ -1,0 +1,140 @@
+"""`mc_jax` and `mc_torch` are one program: the same files, public names and signatures.
+
+Both are read, not imported: a framework's own base classes and decorators make no difference.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JAX, TORCH = ROOT / "mc_jax", ROOT / "mc_torch"
+JAX_ONLY_FILES = {"sharding.py"}
+FILES = sorted(
+    name for path in JAX.rglob("*.py") if (name := str(path.relative_to(JAX))) not in JAX_ONLY_FILES
+)
+
+# What PyTorch needs beyond: file -> names that `mc_jax` does without.
+TORCH_ONLY = {
+    # JAX has jax.checkpoint, jax.tree.map, scans over stacked arrays, a maximum with a number, and
+    # transforms that need no care.
+    "numerics.py": {
+        "autocasts",
+        "compute_dtype",
+        "is_batched",
+        "is_transformed",
+        "maximum",
+        "remat",
+        "take_along",
+        "tree_map",
+        "unstack",
+        "windows",
+    },
+    # Tools of PyTorch replace linear maps and embeddings, and FSDP hooks `forward` alone.
+    "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
+    # The plan's index arrays lie on a device, and are built outside of a compiled graph.
+    "layout.py": {"Index", "TensorPlan", "make_plan"},
+    "pretrained.py": {"Flat"},
+}
+JAX_ONLY = {
+    "layout.py": {"take_places"},
+    "modules.py": {"Head"},
+    "numerics.py": {"KEPT", "SUM_BLOCK", "keep"},
+    # A tensor on the host has a device, an array there a kind of memory.
+    "host.py": {"HOST", "DEVICE", "KIND"},
+}
+RENAMED = {"__call__": "forward"}
+# Arguments that construct modules: JAX draws from `rngs`, and tells compute from parameter dtype.
+CONSTRUCTION = {"rngs", "param_dtype", "device", "dtype"}
+CONSTRUCTORS = {"__init__", "from_pretrained", "initial_memory", "Linear"}
+
+
+def public(name):
+    return not name.startswith("_") or name in ("__init__", "__call__")
+
+
+def signature(function):
+    """Return argument names with their kind, and which have a default."""
+    a = function.args
+    positional = [*a.posonlyargs, *a.args]
+    defaults = [False] * (len(positional) - len(a.defaults)) + [True] * len(a.defaults)
+    arguments = [(x.arg, "positional", d) for x, d in zip(positional, defaults, strict=True)]
+    arguments += [(x.arg, "all", False) for x in (a.vararg, a.kwarg) if x]
+    arguments += [
+        (x.arg, "keyword", d is not None) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)
+    ]
+    if function.name in CONSTRUCTORS:
+        arguments = [x for x in arguments if x[0] not in CONSTRUCTION]
+    return arguments
+
+
+def members(body):
+    """Return the public names of a module or class: signatures, members, or what they are."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and public(node.name):
+            found[RENAMED.get(node.name, node.name)] = signature(node)
+        elif isinstance(node, ast.ClassDef) and public(node.name):
+            found[node.name] = members(node.body)
+        elif isinstance(node, ast.AnnAssign) and public(node.target.id):
+            found[node.target.id] = "field"
+        elif isinstance(node, ast.Assign):
+            found |= {x.id: "value" for x in node.targets if public(x.id)}
+    return found
+
+
+def read(package, file):
+    return ast.parse((package / file).read_text())
+
+
+def test_the_same_files():
+    assert sorted(str(path.relative_to(TORCH)) for path in TORCH.rglob("*.py")) == FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_same_names_and_signatures(file):
+    jax, torch = (members(read(package, file).body) for package in (JAX, TORCH))
+    extra = torch.keys() - jax.keys(), jax.keys() - torch.keys()
+    assert extra == (TORCH_ONLY.get(file, set()), JAX_ONLY.get(file, set()))
+    both = [name for name in jax if name in torch]
+    assert both == [name for name in torch if name in jax], "another order"
+    for name in both:
+        if (file, name) == ("modules.py", "Linear"):  # a function that makes an `nn.Linear`
+            jax[name] = [x for x in jax[name]["__init__"] if x[0] != "self"]
+        assert torch[name] == jax[name], name
+        if isinstance(jax[name], dict):
+            assert list(torch[name]) == list(jax[name]), f"{name}: another order"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_same_einsums(file):
+    """What is multiplied reads the same in both."""
+
+    def specs(package):
+        strings = (x.value for x in ast.walk(read(package, file)) if isinstance(x, ast.Constant))
+        return {x for x in strings if isinstance(x, str) and "->" in x and " " not in x}
+
+    renamed = {"btd,dh->bth": "btd,hd->bth"}  # a weight is [out, in]
+    # A head, a running sum and a softmax attention, which PyTorch has (JAX's attention rounds to
+    # float32), and a product that XLA is slow at in another form.
+    own = {
+        "btd,ds->bts",
+        "ij,...jk->...ik",
+        "...c,...ci->...ci",
+        "bthk,bshk->bhts",
+        "bhts,bshv->bthv",
+    }
+    assert specs(TORCH) == {renamed.get(spec, spec) for spec in specs(JAX) - own}
+
+
+def test_what_is_imported_by_name():
+    def exported(package):
+        (names,) = (
+            ast.literal_eval(node.value)
+            for node in read(package, "__init__.py").body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+        return names
+
+    assert exported(TORCH) == exported(JAX)

@@ -1,0 +1,25 @@
+"""Sharded models of PyTorch give what unsharded ones give; two gloo processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mc_core
+
+ROOT = Path(mc_core.__file__).parents[1]
+
+
+def test_sharded_models_stream_generate_and_inspect_as_unsharded_ones(tmp_path):
+    """All checks of `fsdp_checks` in one test: most of the time goes into the imports."""
+    command = [sys.executable, ROOT / "tests" / "helpers" / "fsdp_checks.py", tmp_path / "meeting"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "all equal"

@@ -1,0 +1,225 @@
+"""`mc_torch`: both methods against the oracle, and against each other in their gradients.
+
+Nothing is compiled, so that random searches and full products are here; `test_recurrence` compares
+`mc_jax` with the oracle and with gradients of `mc_torch` at fewer cases.
+"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.autograd import gradcheck, gradgradcheck
+
+from helpers.cases import AGGREGATIONS, GATED, GATES, MAIN, MEMORIES, MODES, assert_close, make_case
+from helpers.recurrence_cases import (
+    EDGES,
+    EXACT,
+    GRADIENT,
+    METHODS,
+    TOKEN_GATES,
+    all_pairs,
+    examples,
+    hold_to_oracle,
+    random_cases,
+)
+from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
+from mc_core import MCConfig
+from mc_torch.gates import at_level, gate, gate_densely, scores, spread
+from mc_torch.numerics import tree_map
+
+
+def check(case):
+    results = [run(case, method) for method in METHODS]
+    for result in results:
+        hold_to_oracle(result, case)
+    assert_close(*results, EXACT, name="methods")
+
+
+@given(case=random_cases())
+@settings(examples, max_examples=150)
+def test_both_methods_are_the_oracle(case):
+    """Sections 2 to 5, at lengths that divide nothing."""
+    check(case)
+
+
+@pytest.mark.slow
+@given(case=random_cases())
+@settings(examples, max_examples=600)
+def test_both_methods_are_the_oracle_on_a_large_grid(case):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("memory", "mode"), [("swla", "checkpoint"), ("swla", "restart"), ("titans", "restart")]
+)
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_segments(edge, memory, mode):
+    check(make_case(memory, "grm", state_init_mode=mode, **EDGES[edge]))
+
+
+def test_ties_go_to_the_earlier_segment():
+    """Equation 16: with u = 0 every score is the same."""
+    case = make_case("linear", "ssc", tokens=17, segment_size=3, ssc_top_k=2)
+    case = case._replace(u=np.zeros_like(case.u))
+    check(case)
+    assert (run(case).gates[:, -1] > 0).sum(1).tolist() == [[2, 2, 0, 0, 0, 0, 2]] * 2
+
+
+@pytest.mark.parametrize("memory", MAIN)
+def test_a_past_that_is_let_go(memory):
+    """Retention and momentum of 0 and next to it: values, and gradients by them, too."""
+    case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
+    check(case)
+    assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
+
+
+def check_gradients(memory, aggregation, options):
+    case = make_case(memory, aggregation, **options)
+    results = [gradients(case, method) for method in METHODS]
+    assert_close(*results, GRADIENT, name="gradient")
+    for name in "qkv":
+        assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "options"), all_pairs())
+def test_gradients_of_the_chunked_form_are_those_of_the_recurrence(memory, aggregation, options):
+    """Section 6: q, k, v, u, coefficients, initial, norm; cotangents on the cache, too."""
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+def test_gates_of_the_token_alone(memory, aggregation, mode):
+    """The levels of log-linear attention: both methods, and their gradients."""
+    options = TOKEN_GATES | {"state_init_mode": mode}
+    check(make_case(memory, aggregation, **options))
+    check_gradients(memory, aggregation, options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("aggregation", GATED)
+def test_gates_of_the_token_alone_see_no_key(aggregation, method):
+    """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""
+    case = make_case("linear", aggregation, tokens=9)
+    for gate_ in GATES:
+        own = case.where(gate=gate_)
+        inputs = arrays(own)
+        total = call(inputs, own, method).gates.sin().sum()
+        wanted = inputs["k"], inputs["u"]
+        by_k, by_u = torch.autograd.grad(total, wanted, materialize_grads=True)
+        other = run(own._replace(k=-own.k), method).gates
+        seen = bool(by_k.any()), not torch.equal(run(own, method).gates, other)
+        assert seen == ((True, True) if gate_ == "context" else (False, False)), gate_
+        assert by_u.any()
+
+
+def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
+    case = make_case(
+        "linear", "grm", tokens=8, segment_size=4, chunk_size=2, state_init_mode="restart"
+    )
+    grads = {}
+    for states, context in product((False, True), repeat=2):
+        cut = case.where(detach_cached_states=states, detach_cached_context=context)
+        inputs = arrays(cut)
+        last = call(inputs, cut).output[:, 4:].sin().sum()
+        found = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
+        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in found), strict=True))
+    first = {key: g["k"][:, :4] for key, g in grads.items()}
+    assert np.abs(first[False, False]).max() > 1e-4
+    assert np.abs(first[True, False]).max() > 1e-4  # the pooled keys are left
+    assert np.abs(first[False, True]).max() > 1e-4  # the memories are left
+    assert not first[True, True].any()
+    # In restart mode the values of an earlier segment reach later reads by its memory alone.
+    assert not grads[True, False]["v"][:, :4].any()
+    assert_close(grads[False, True]["v"], grads[False, False]["v"], GRADIENT)
+    for name in "qu":
+        assert_close(grads[True, True][name], grads[False, False][name], GRADIENT, name=name)
+    later = [g["v"][:, 4:] for g in grads.values()]
+    for other in later[1:]:
+        assert_close(other, later[0], GRADIENT, name="v of the online segment")
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation"),
+    [("linear", "grm"), ("linear", "residual"), ("dla", "soup")],
+)
+def test_both_methods_detach_alike(memory, aggregation):
+    case = make_case(memory, aggregation, tokens=9)
+    plain = gradients(case)
+    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    chunked, recurrent = (output_gradient(case, method) for method in METHODS)
+    assert_close(chunked, recurrent, GRADIENT)
+    assert np.abs(chunked[0] - plain["k"]).max() > 1e-4
+
+
+def output_gradient(case, method):
+    inputs = arrays(case)
+    loss = call(inputs, case, method).output.sin().sum()
+    return [x.numpy() for x in torch.autograd.grad(loss, [inputs[name] for name in "kqv"])]
+
+
+# Every memory and every aggregation once; all pairs are among the slow ones.
+DERIVATIVES = (
+    ("linear-normalized", "grm", "checkpoint"),
+    ("swla", "ssc", "restart"),
+    ("dla", "soup", "checkpoint"),
+    ("titans-norm", "grm", "restart"),
+    ("titans-flat", "residual", "checkpoint"),
+)
+
+
+def check_derivatives(memory, aggregation, mode, order):
+    """Finite differences along a random direction, of all inputs at once."""
+    case = make_case(
+        memory, aggregation, tokens=5, batch=1, heads=1, segment_size=2, state_init_mode=mode
+    )
+    inputs = arrays(case)
+    given = leaves(inputs)
+
+    def function(*tensors):
+        rest = iter(tensors)
+        return projected(call({k: _filled(x, rest) for k, x in inputs.items()}, case))
+
+    (gradcheck if order == 1 else gradgradcheck)(function, given, fast_mode=True)
+
+
+def _filled(tree, tensors):
+    return tree_map(lambda _: next(tensors), tree)
+
+
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), DERIVATIVES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_are_slopes(memory, aggregation, mode, order):
+    check_derivatives(memory, aggregation, mode, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "aggregation"), list(product(MEMORIES, AGGREGATIONS)))
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_of_all_pairs(memory, aggregation, order):
+    check_derivatives(memory, aggregation, "checkpoint", order)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12])
+def test_a_level_is_the_number_of_bits_of_an_age(width):
+    u, age = torch.arange(width), torch.arange(-3, 2000)
+    expected = [min(max(x, 0).bit_length(), width - 1) for x in age.tolist()]
+    assert at_level(u, age).tolist() == expected
+
+
+@pytest.mark.parametrize("gated_by", GATES)
+@pytest.mark.parametrize("block", [512, 3])
+def test_gates_of_selected_memories_are_those_of_all(block, gated_by, monkeypatch):
+    """The fast form against `gate_densely`, in one block of tokens and in several."""
+    monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
+    rng = np.random.default_rng(0)
+    u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
+    pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
+    segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
+    config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2, gate=gated_by)
+    weights, selected = gate(u, pools, running, segment, config)
+    assert weights.shape == (2, 7, 3, 3)
+    score = scores(u, pools, running, segment, config)
+    expected = gate_densely(score, segment, config)
+    torch.testing.assert_close(spread(weights, selected, 5), expected)

@@ -1,0 +1,218 @@
+"""A run that is killed, or that cannot write, goes on to the same end, bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.dropout_model import Dropping
+from helpers.interruptions import full_disk, quiet, train_until
+from helpers.tiny_run import COMMAND, mc, write_config
+from mc_core.errors import UserError
+from train.checkpoint import Checkpoints
+from train.config import load_config
+from train.data.corpus import load_corpus
+from train.data.windows import make_batches
+from train.evaluation.run_report import load_report
+from train.metrics import read_rows
+from train.step import build
+
+
+def start(config: Path, *words: str) -> subprocess.Popen:
+    command = [*COMMAND, "train", str(config), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def final(config: Path, *words: str):
+    """Return all arrays of the last checkpoint, its step, and the position of the data."""
+    loaded = load_config(config, words)
+    _, like, _ = build(loaded)
+    corpus = load_corpus(loaded.data, 256)
+    batches = make_batches(corpus.train, loaded.data, loaded.run)
+    with Checkpoints(Path(loaded.run.directory)) as checkpoints:
+        step = checkpoints.latest()
+        state = checkpoints.restore(step, like, batches)
+    arrays = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): array for path, array in arrays}, step, batches.get_state()
+
+
+def assert_same_end(config: Path, *words: str) -> None:
+    whole, whole_step, whole_position = final(config, *words, WHOLE(config))
+    parts, parts_step, parts_position = final(config, *words)
+    assert parts_step == whole_step
+    assert parts_position == whole_position
+    assert parts.keys() == whole.keys()
+    for name, array in whole.items():
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array, parts[name] = jax.random.key_data(array), jax.random.key_data(parts[name])
+        assert np.array_equal(array, parts[name]), name
+
+
+def WHOLE(config: Path) -> str:
+    return f"run.directory={config.parent / 'runs' / 'whole'}"
+
+
+def checkpoint_begins(run: Path) -> bool:
+    return any(run.glob("checkpoints/*tmp*"))
+
+
+def kill_when(process: subprocess.Popen, condition) -> None:
+    """Kill without warning as soon as `condition` holds; fail if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_sigkill_resumes_bit_for_bit(tmp_path, no_pictures):
+    """Killed in the middle of writing a checkpoint and again between two, a run ends the same."""
+    words = ("run.steps=120", "run.save_every=10", "run.log_every=1", "run.validate_every=0")
+    config = write_config(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+
+    def rows() -> int:
+        return len(read_rows(run))
+
+    process = start(config, *words)
+    kill_when(process, lambda: rows() >= 20 and checkpoint_begins(run))
+    killed_at = rows()
+    assert 20 <= killed_at < 120
+    process = start(config, *words)
+    kill_when(process, lambda: killed_at + 15 <= rows() and rows() % 10 > 3)
+    assert killed_at < rows() < 120
+
+    assert "going on from step" in quiet(config, *words)
+    quiet(config, *words, WHOLE(config))
+    assert_same_end(config, *words)
+    assert [row["step"] for row in read_rows(run)] == list(range(1, 121))
+    assert [row["loss"] for row in read_rows(run)] == [
+        row["loss"] for row in read_rows(tmp_path / "runs" / "whole")
+    ]
+
+
+@pytest.mark.slow
+def test_sigkill_at_many_moments(tmp_path):
+    """Killed again and again, at moments drawn by lot, a run still ends the same."""
+    words = ("run.steps=120", "run.save_every=3", "run.log_every=1", "run.keep=1")
+    config = write_config(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    start(config, *words, WHOLE(config)).communicate(timeout=600)
+    times = [row["time"] for row in read_rows(tmp_path / "runs" / "whole")]
+    longest = (times[-1] - times[0]) / 3  # so that a run takes several sittings on any machine
+    moments = random.Random(0)
+    kills = 0
+    while not (run / "report.json").exists():
+        process = start(config, *words)
+        # The rows of the last sitting stay until this one has restored its checkpoint.
+        before = (run / "metrics.jsonl").stat().st_ino if run.exists() else None
+        while process.poll() is None:
+            rows = run / "metrics.jsonl"
+            if rows.exists() and rows.stat().st_ino != before:
+                break
+            time.sleep(0.01)
+        try:
+            _, err = process.communicate(timeout=moments.uniform(0, longest))
+            assert (process.returncode, err) == (0, b"")
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        assert kills < 100
+    assert kills > 1
+    assert_same_end(config, *words)
+
+
+def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
+    """A model with dropout draws the same numbers after a restart."""
+    monkeypatch.setattr("train.step.LanguageModel", Dropping)
+    config = write_config(tmp_path)
+    quiet(config, WHOLE(config))
+    train_until(8, config, monkeypatch)
+    quiet(config)
+    assert_same_end(config)
+    arrays, _, _ = final(config)
+    assert sum(".rest" in name for name in arrays) == 2
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, no_pictures):
+    """The checkpoint before it stays, and with room again the run ends as if nothing had been."""
+    config = write_config(tmp_path)
+    quiet(config, "run.keep=1", WHOLE(config))
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(self, step, *rest):
+        with full_disk(4000 if step == 8 else 2**40):
+            save(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_on_a_full_disk)
+        with pytest.raises(UserError) as error:
+            quiet(config, "run.keep=1")
+    assert "cannot save the checkpoint of step 8 (File too large)" in str(error.value)
+    assert "it goes on from step 4" in str(error.value)
+    with Checkpoints(tmp_path / "runs" / "tiny") as checkpoints:
+        assert checkpoints.latest() == 4
+    quiet(config, "run.keep=1")
+    assert_same_end(config)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd):
+    config = write_config(tmp_path)
+    with full_disk(4000):
+        assert mc(monkeypatch, "train", config) == 2
+    err = capfd.readouterr().err
+    assert "make room" in err
+    assert err.count("\n") == 1
+
+
+def test_curves_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    with full_disk(150):
+        assert mc(monkeypatch, "train", config, "run.log_every=1") == 2
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: File too large" in err
+    assert err.count("\n") == 1
+
+
+def test_a_half_written_row_is_dropped(tmp_path, monkeypatch, no_pictures):
+    config = write_config(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    train_until(8, config, monkeypatch)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    quiet(config)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    losses = [row["step"] for row in map(json.loads, lines) if "loss" in row]
+    assert losses == [3, 6, 9, 12]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+def test_the_report_of_a_finished_run_is_made_up_for(tmp_path, monkeypatch):
+    """Killed after the last checkpoint, a run still ends with its report and trains no more."""
+    config = write_config(tmp_path)
+    quiet(config)
+    run = tmp_path / "runs" / "tiny"
+    report = load_report(run)
+    for name in ("report.json", "curves.png", "router.png"):
+        (run / name).unlink()
+    monkeypatch.setattr(Checkpoints, "save", None)
+    quiet(config)
+    assert load_report(run) == report
+    assert {"report.json", "curves.png", "router.png"} <= {path.name for path in run.iterdir()}
+
+
+def test_old_checkpoints_go(tmp_path, no_pictures):
+    config = write_config(tmp_path)
+    quiet(config, "run.save_every=2", "run.keep=3")
+    kept = {int(path.name) for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()}
+    assert kept == {8, 10, 12}

@@ -1,0 +1,5 @@
+"""The command line `mc`: one module per group of commands."""
+
+from train.cli.app import main
+
+__all__ = ["main"]

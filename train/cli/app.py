@@ -1,0 +1,102 @@
+"""The command `mc`: its groups, and its errors in one line.
+
+Each command imports what it runs: some libraries take seconds to import.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mc_core.errors import NotFiniteError, UserError
+from train.cli.bench import app as bench
+from train.cli.evaluation import evaluate, generate, inspect
+from train.cli.information import segments, variants
+from train.cli.parity import app as parity
+from train.cli.training import sweep, train
+from train.cli.weights import convert
+from train.interrupt import Terminated, sigterm_as_interrupt
+from train.stdio import replace_unencodable
+from train.user_modules import OPTION, import_modules
+
+
+class InterruptedCommandError(Exception):
+    """A command that a signal ended."""
+
+
+class Commands(TyperGroup):
+    """Commands whose interrupts keep their messages, which Typer drops."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of a context."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptedCommandError from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Memory Caching: RNNs with growing memory (arXiv:2602.24281).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def options(
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            OPTION,
+            metavar="MODULE",
+            help="import this module or .py file first, for instance to register a memory; may be "
+            "repeated",
+        ),
+    ] = None,
+) -> None:
+    """Memory Caching: RNNs with growing memory (arXiv:2602.24281)."""
+    import_modules(imports or ())
+
+
+app.add_typer(parity, name="parity")
+app.add_typer(bench, name="bench")
+
+
+for command in (train, sweep, evaluate, inspect, generate, convert, variants, segments):
+    app.command()(command)
+
+# Typer carries its own copy of click; this is the base of its usage errors.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main() -> None:
+    """Run the command; an error that the user can put right is one line and exit code 2."""
+    replace_unencodable()
+    try:
+        with sigterm_as_interrupt():
+            code = app(standalone_mode=False, prog_name="mc")
+    except (UserError, OSError) as error:
+        code = _fail(_describe(error), 2)
+    except UsageError as error:
+        code = _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except NotFiniteError as error:
+        code = _fail(str(error), 1)
+    except InterruptedCommandError as error:
+        signal = error.__cause__
+        code = _fail(str(signal) or "interrupted", 143 if isinstance(signal, Terminated) else 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", 130)
+    sys.exit(code)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _fail(message: str, code: int) -> int:
+    print("mc:", " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,269 @@
+"""`mc bench`. Each command imports what it runs."""
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import START_MODES
+from mc_core.errors import UserError
+from train.cli.options import Aggregation, Kind, output_file
+
+if TYPE_CHECKING:
+    from mc_core.tables import ResultTable
+
+app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+
+Start = StrEnum("Start", list(START_MODES))  # type: ignore[misc]
+Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
+Framework = StrEnum("Framework", ["jax", "torch"])
+Passes = StrEnum("Passes", ["forward", "both"])
+
+Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 compiles alone")]
+Json = Annotated[Path | None, output_file("write everything here")]
+Markdown = Annotated[Path | None, output_file("write the table here")]
+Positive = Annotated[int, typer.Option(min=1)]
+Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
+SPLIT = "over which a batch of jax is split"
+
+WIDTH = 200  # of tables that no terminal shows
+
+
+@app.command()
+def layer(
+    kind: Annotated[list[Kind], typer.Option()] = [Kind("linear")],  # noqa: B006
+    aggregation: Annotated[list[Aggregation], typer.Option()] = [Aggregation("grm")],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=1)] = [1024],  # noqa: B006
+    chunk: Annotated[list[int], typer.Option(min=1)] = [64],  # noqa: B006
+    segment: Annotated[list[int], typer.Option(min=1)] = [64],  # noqa: B006
+    start: Annotated[list[Start], typer.Option()] = [Start("checkpoint")],  # noqa: B006
+    dtype: Annotated[list[Dtype], typer.Option()] = [Dtype.float32],  # noqa: B006
+    framework: Annotated[list[Framework], typer.Option()] = [Framework.jax],  # noqa: B006
+    passes: Annotated[list[Passes], typer.Option()] = [Passes.both],  # noqa: B006
+    devices: Annotated[list[int], typer.Option(min=1, help=SPLIT)] = [1],  # noqa: B006
+    expansion: Annotated[int, typer.Option(min=1, help="hidden width of an MLP, in heads")] = 4,
+    batch: Positive = 2,
+    width: Positive = 256,
+    heads: Positive = 4,
+    seed: Seed = 0,
+    runs: Runs = 10,
+    json: Json = None,
+    markdown: Markdown = None,
+    plot: Annotated[Path | None, output_file("draw a bar a layer here")] = None,
+) -> None:
+    """Time layers: every combination of the options that can be given more than once."""
+    from bench import layer as run
+    from mc_jax.sharding import request
+
+    request(max(devices))
+    made = _grid(locals())
+    report = _plain(run.run, made, runs)
+    _show(report, json, markdown)
+    if plot:
+        run.draw(report, plot)
+
+
+@app.command()
+def scaling(
+    kind: Kind = Kind("linear"),
+    aggregation: Annotated[list[Aggregation], typer.Option()] = [  # noqa: B006
+        Aggregation(name) for name in ("none", "grm", "ssc")
+    ],
+    tokens: Annotated[list[int], typer.Option(min=1)] = [  # noqa: B006
+        1024 << power for power in range(7)
+    ],
+    chunk: Positive = 64,
+    segment: Positive = 64,
+    dtype: Dtype = Dtype.float32,
+    passes: Passes = Passes.both,
+    expansion: Positive = 4,
+    batch: Positive = 1,
+    width: Positive = 256,
+    heads: Positive = 4,
+    seed: Seed = 0,
+    runs: Runs = 10,
+    json: Json = None,
+    markdown: Markdown = None,
+    plot: Annotated[Path | None, output_file("draw the curves here")] = None,
+) -> None:
+    """Time a layer against the number of tokens, and fit the exponents."""
+    from bench import scaling as run
+
+    if not runs:
+        raise UserError("--runs 0: must be >= 1")
+    report = _plain(run.run, _grid(locals()), runs)
+    _show(report, json, markdown)
+    if plot:
+        run.draw(report, plot)
+
+
+@app.command()
+def model(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="as run.devices", show_default="the file's")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1)] = 10,
+    json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Time the training step of a configuration, on random tokens."""
+    from bench import model as run
+    from mc_jax.sharding import request
+    from train.config import TextConfig, load_config
+
+    words = [*(overrides or ()), *([f"run.devices={devices}"] if devices else [])]
+    loaded = load_config(config, words)
+    request(loaded.run.devices)
+    if not isinstance(loaded.data, TextConfig):
+        raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text' to be timed")
+    from train.step import build, token_losses
+
+    _show(run.run(loaded, build, token_losses, runs), json, markdown)
+
+
+@app.command()
+def peers(
+    only: Annotated[
+        list[str] | None, typer.Option(help="comparisons, by name", show_default="all")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of torch's loops", show_default="torch's own")
+    ] = None,
+    devices: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help=SPLIT, show_default="1, and 2 where a CPU has two cores"),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1)] = 10,
+    json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Time this package beside what a user would pick instead."""
+    _need_torch()
+    from bench import peers as run
+    from mc_jax.sharding import request
+    from parity.environment import cores
+
+    request(max(devices or [min(2, len(cores()))]))
+    _show(run.run(only or (), runs, threads, devices or ()), json, markdown)
+
+
+@app.command()
+def memory(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    tokens: Annotated[list[int], typer.Option(min=1)] = [  # noqa: B006
+        1024 << 2 * power for power in range(5)
+    ],
+    cache_dtype: Annotated[
+        Dtype, typer.Option(help="of cached memories, keys and values")
+    ] = Dtype.float32,
+    json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Compare the bytes of a model's cache with those of a KV cache; from the config alone."""
+    from bench import memory as run
+    from train.config import load_config
+
+    model = load_config(config, overrides or ()).model
+    _show(_plain(run.run, model, tokens, str(cache_dtype)), json, markdown)
+
+
+@app.command()
+def decode(
+    kind: Annotated[list[Kind], typer.Option()] = [Kind("linear"), Kind("titans")],  # noqa: B006
+    aggregation: Annotated[list[Aggregation], typer.Option()] = [  # noqa: B006
+        Aggregation(name) for name in AGGREGATIONS if name != "mean"
+    ],
+    context: Annotated[list[int], typer.Option(min=1, help="tokens before")] = [  # noqa: B006
+        1024,
+        8192,
+        65536,
+    ],
+    prompt: Annotated[int, typer.Option(min=0, help="tokens of a prompt; 0 for none")] = 2048,
+    chunk: Positive = 64,
+    segment: Positive = 256,
+    width: Positive = 256,
+    heads: Positive = 4,
+    seed: Seed = 0,
+    runs: Annotated[int, typer.Option(min=1, max=60, help="timed tokens of each")] = 20,
+    devices: Annotated[
+        int, typer.Option(min=1, help="a prompt's heads split over so many, too")
+    ] = 1,
+    json: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Time a token after long contexts, beside attention with a KV cache of the same widths."""
+    from bench import decode as run
+    from mc_jax.sharding import request
+
+    request(devices)
+    kinds, aggregations = map(str, kind), [str(name) for name in aggregation]
+    sizes = {"width": width, "heads": heads, "segment_size": segment, "chunk_size": chunk}
+    configs = [
+        _plain(partial(run.layer, one, other, **sizes)) for one in kinds for other in aggregations
+    ]
+    _show(run.run(configs, context, prompt, runs, seed, devices), json, markdown)
+
+
+def _grid(options: dict[str, Any]) -> Any:
+    from bench.layer import Grid
+
+    plural = {
+        "kind": "kinds",
+        "aggregation": "aggregations",
+        "chunk": "chunks",
+        "segment": "segments",
+        "start": "starts",
+        "dtype": "dtypes",
+        "framework": "frameworks",
+        "tokens": "tokens",
+        "passes": "passes",
+        "devices": "devices",
+    }
+    values: dict[str, Any] = {
+        many: tuple(options[one]) if isinstance(options[one], list) else (options[one],)
+        for one, many in plural.items()
+        if one in options
+    }
+    values = {name: tuple(map(_value, several)) for name, several in values.items()}
+    if "torch" in values.get("frameworks", ()):
+        _need_torch()
+    same = ("expansion", "batch", "width", "heads", "seed")
+    plain: dict[str, Any] = values | {name: options[name] for name in same}
+    return Grid(**plain)
+
+
+def _value(option: Any) -> Any:
+    return str(option) if isinstance(option, StrEnum) else option
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise UserError("torch is not installed: pip install 'memory-caching-jax[torch]'")
+
+
+def _plain(function: Any, *args: Any) -> Any:
+    """Call a function whose ValueErrors are about what the user gave."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _show(report: "ResultTable", json: Path | None, markdown: Path | None) -> None:
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    console.print(report.table())
+    for line in report.footer():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    report.save(json, markdown)

@@ -1,0 +1,151 @@
+"""`mc evaluate`, `mc inspect` and `mc generate`. Each command imports what it runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from train.cli.options import output_file, utf8
+
+
+class CacheDevice(StrEnum):
+    """In whose memory cached memories lie."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+class CacheDtype(StrEnum):
+    """What cached memories are kept in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class TaskName(StrEnum):
+    """What a run is scored on."""
+
+    TEXT = "text"
+    MQAR = "mqar"
+    NIAH = "niah"
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah)",
+            show_default="to twice the run's",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="of a length and depth", show_default="mqar 500, niah 20")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the test examples")] = 0,
+    depths: Annotated[int | None, typer.Option(help="niah: how many", show_default="40")] = None,
+    haystack: Annotated[str | None, typer.Option(help="niah: noise or essay")] = None,
+    value: Annotated[str | None, typer.Option(help="niah: number or uuid")] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a file or folder; text: all of it is scored, in place of the validation text; "
+            "niah: its held-out share is the essay; may be repeated"
+        ),
+    ] = None,
+    json: Annotated[Path | None, output_file("write the numbers here")] = None,
+    markdown: Annotated[Path | None, output_file("write the tables here")] = None,
+    plot: Annotated[
+        Path | None, output_file("mqar and niah: draw the accuracy here, as PNG")
+    ] = None,
+) -> None:
+    """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
+    from train.evaluation.evaluate import EvaluationOptions
+    from train.evaluation.evaluate import evaluate as score
+
+    files = tuple(corpus) if corpus else None
+    options = EvaluationOptions(task, lengths, examples, seed, depths, haystack, value, files)
+    score(run, options, Console(), json_file=json, markdown=markdown, plot=plot)
+
+
+def inspect(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    text: Annotated[Path, typer.Option(help="a file of text")],
+    json: Annotated[
+        Path | None, typer.Option(help="write the numbers to this file, too", dir_okay=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of page and pictures", show_default="RUN/inspect")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="at most so many, from the text's start", show_default="4096")
+    ] = None,
+    needle: Annotated[
+        str | None, typer.Option(help="words of the text: do the gates point at their segment?")
+    ] = None,
+) -> None:
+    """Show what a run's gates weigh and its memories learn, token by token."""
+    from train.evaluation.inspect import inspect as look
+
+    words = None if needle is None else utf8(needle)
+    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
+
+
+def generate(
+    run: Annotated[
+        Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="the text to go on with")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="a file with that text, taken as it is; - is stdin")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='a file of lines {"prompt": "..."}, further keys are kept; - is stdin'),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="the most tokens of a completion")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw from the fewest that have this probability together")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="ends a completion, and is cut off; may be repeated")
+    ] = None,
+    cache_dtype: Annotated[
+        CacheDtype, typer.Option(help="of the cached memories")
+    ] = CacheDtype.FLOAT32,
+    cache_device: Annotated[
+        CacheDevice, typer.Option(help="host: in its memory, whence each step moves what it reads")
+    ] = CacheDevice.DEVICE,
+    batch_size: Annotated[int, typer.Option(help="prompts that go on together")] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="a new file for one JSON object per prompt; resumed after an interrupt"),
+    ] = None,
+) -> None:
+    """Go on with a text, or with many: text to stdout, tokens per second to stderr."""
+    from train.evaluation.generate import GenerationOptions
+    from train.evaluation.generate import run as go_on
+    from train.evaluation.prompts import read_prompts
+
+    options = GenerationOptions(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tuple(map(utf8, stop or ())),
+        cache_dtype,
+        cache_device,
+        batch_size,
+    )
+    given = read_prompts(prompt, prompt_file, prompts)
+    go_on(run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None)

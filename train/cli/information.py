@@ -1,0 +1,56 @@
+"""`mc variants` and `mc segments`: what can be configured, and what it comes to."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mc_core import segment_lengths
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import GATES, MIXERS
+from mc_core.errors import UserError
+from mc_core.memories import MEMORIES
+
+
+class Segmentation(StrEnum):
+    """How tokens are cut into segments."""
+
+    CONSTANT = "constant"
+    LOGARITHMIC = "logarithmic"
+
+
+def variants() -> None:
+    """List the memories and the aggregations, and what each is."""
+    print_variants(Console())
+
+
+def segments(
+    length: Annotated[int, typer.Option(help="number of tokens")],
+    segmentation: Segmentation = Segmentation.CONSTANT,
+    segment_size: Annotated[int, typer.Option(help="tokens of a constant segment")] = 256,
+) -> None:
+    """Print the lengths of the segments that a number of tokens is cut into."""
+    try:
+        lengths = segment_lengths(length, segmentation, segment_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(*lengths, sep=", ")
+
+
+def print_variants(console: Console) -> None:
+    """Print every memory kind, aggregation, gate and mixer with its description."""
+    sections: dict[str, Mapping[str, str]] = {
+        "model.layer.memory.kind": {name: memory.description for name, memory in MEMORIES.items()},
+        "model.layer.aggregation": {name: rule.description for name, rule in AGGREGATIONS.items()},
+        "model.layer.gate": GATES,
+        "model.mixers": {name: mixer.description for name, mixer in MIXERS.items()},
+    }
+    for title, descriptions in sections.items():
+        table = Table(title, "what it is")
+        for name, description in descriptions.items():
+            table.add_row(name, description)
+        console.print(table)
+    console.print(f"{len(MEMORIES) * len(AGGREGATIONS)} variants: each kind with each aggregation")

@@ -1,0 +1,47 @@
+"""`mc train` and `mc sweep`. Each command imports what it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
+    ] = None,
+) -> None:
+    """Train a language model; resume an interrupted run, or extend one by a larger run.steps."""
+    from train.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from mc_jax.sharding import request
+    from train.loop import train as run
+
+    request(loaded.run.devices)
+    run(loaded, Console())
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
+    jobs: Annotated[int, typer.Option(help="runs at a time, each with cores of its own")] = 1,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table here", dir_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="draw what was found here", dir_okay=False, show_default="sweep.png"),
+    ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="results.jsonl of an earlier sweep, to be shown beside this one's"),
+    ] = None,
+) -> None:
+    """Train and test many runs of one task, or go on with a sweep that was interrupted."""
+    from train.sweeps.sweep import sweep as run
+
+    run(config, Console(), jobs=jobs, markdown=markdown, plot=plot, recorded=recorded)

@@ -1,0 +1,48 @@
+"""`mc convert`. The command imports what it runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+class WeightsFormat(StrEnum):
+    """What weights are kept in."""
+
+    RUN = "run"
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+
+
+class SourceFormat(StrEnum):
+    """What weights are read from."""
+
+    RUN = "run"
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    COMMUNITY = "community"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
+    target: Annotated[Path, typer.Argument(help="what to write; must not exist")],
+    source_format: Annotated[
+        SourceFormat | None,
+        typer.Option("--from", help="community: see docs/migration.md", show_default="by the path"),
+    ] = None,
+    target_format: Annotated[
+        WeightsFormat | None, typer.Option("--to", show_default="by the path")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="the YAML file of a run to be written")
+    ] = None,
+) -> None:
+    """Convert weights between a run, a safetensors file and a PyTorch state_dict."""
+    from train.config import load_config
+
+    loaded = None if config is None else load_config(config)
+    from train.convert import convert as run
+
+    run(source, target, source_format, target_format, loaded, Console())

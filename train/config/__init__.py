@@ -1,0 +1,23 @@
+"""The configuration of a run: its schema, and how it is read from YAML and words."""
+
+from train.config.comparison import FREE_KEYS, first_difference
+from train.config.loading import load_config
+from train.config.recall_schema import Length, MQARConfig, NIAHConfig
+from train.config.schema import TASKS, DataConfig, RunConfig, TextConfig, TrainConfig
+from train.config.serialization import from_dict, to_dict
+
+__all__ = [
+    "FREE_KEYS",
+    "TASKS",
+    "DataConfig",
+    "Length",
+    "MQARConfig",
+    "NIAHConfig",
+    "RunConfig",
+    "TextConfig",
+    "TrainConfig",
+    "first_difference",
+    "from_dict",
+    "load_config",
+    "to_dict",
+]

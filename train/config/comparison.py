@@ -1,0 +1,37 @@
+"""Comparison of the configurations of two runs."""
+
+from typing import Any
+
+# Keys that change nothing about the parameters, roundings aside: a checkpoint resumes under other
+# values of them.
+FREE_KEYS = frozenset(
+    f"run.{key}"
+    for key in (
+        "directory",
+        "devices",
+        "log_every",
+        "save_every",
+        "keep",
+        "validate_every",
+        "validate_bytes",
+        "sample_tokens",
+    )
+)
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key that trains another model, with both values, or None."""
+    left, right = _flatten(old), _flatten(new)
+    for key in sorted(left.keys() | right.keys()):
+        if key not in FREE_KEYS and left.get(key) != right.get(key):
+            return key, left.get(key), right.get(key)
+    return None
+
+
+def _flatten(data: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {path: data}
+    items: dict[str, Any] = {}
+    for key, value in data.items():
+        items |= _flatten(value, f"{path}.{key}" if path else key)
+    return items

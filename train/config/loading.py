@@ -1,0 +1,44 @@
+"""Configurations of runs from YAML files and `key=value` words."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mc_core.errors import UserError
+from train.config.schema import TrainConfig
+from train.config.serialization import from_dict
+from train.config.yaml_files import first_line, merge, read_with_bases
+
+TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, the files that its `base` key names, and `key=value` words on top.
+
+    A `base` is looked up beside the file that names it.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed; names it.
+    """
+    defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
+    merged = merge(defaults, read_with_bases(path), path)
+    # A word that replaces a whole memory or task comes before those that say more about it.
+    for word in sorted(overrides, key=lambda word: not TAG.match(word)):
+        if "=" not in word:
+            raise UserError(f"{word}: must have the form key=value")
+        try:
+            merged = merge(merged, OmegaConf.from_dotlist([word]), word)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"{word}: {first_line(error)}") from error
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    try:
+        return from_dict(plain)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

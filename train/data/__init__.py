@@ -1,0 +1,1 @@
+"""Text as training data: documents, tokenizers, separators and windows."""

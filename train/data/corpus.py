@@ -1,0 +1,211 @@
+"""Corpora: documents from files, the split into training and validation text, and their tokens."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mc_core.errors import UserError
+from train.config import TextConfig
+from train.data.round_trip import RoundTrip, check_round_trip
+from train.data.separator import NOTHING, Joined, Separator, choose_separator
+from train.data.tokenizer import Encode, decode_utf8, load_tokenizer, make_encoder, tokenize
+
+STDLIB = "stdlib"
+# Tests are data more than source; the rest of these differs between installations of one version.
+STDLIB_WITHOUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
+STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that is trained on and text that never is.
+
+    Attributes:
+        train: [tokens] the training documents, one after another.
+        validation: the held-out documents, one after another.
+        encode: from text to tokens.
+        documents: number of distinct documents on the two sides.
+        fingerprint: changes when the text on either side does.
+        separator: what stands between documents, on both sides.
+        borders: places in `validation` at which the separator's token stands.
+        tokenizer: of the text; None for bytes.
+    """
+
+    train: np.ndarray
+    validation: bytes
+    encode: Encode
+    documents: tuple[int, int]
+    fingerprint: str
+    separator: Separator = NOTHING
+    borders: tuple[int, ...] = ()
+    tokenizer: Tokenizer | None = None
+
+    def validation_tokens(self, limit: int | None = None) -> np.ndarray:
+        """Return the tokens of the first `limit` bytes of the validation text."""
+        joined = Joined(clip(self.validation, limit), self.borders)
+        return encode_joined(joined, self.separator, self.encode)
+
+    @cached_property
+    def round_trip(self) -> RoundTrip | None:
+        """What decoding gives back of the validation text; None for bytes, which lose nothing."""
+        return round_trip(Joined(self.validation, self.borders), self.tokenizer)
+
+
+def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
+    """Read, split and encode the text.
+
+    Raises:
+        UserError: a file is missing, empty or not text, there is too little of it, or the
+            tokenizer does not fit the model.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, vocab_size)
+    encode, separator = make_encoder(tokenizer), choose_separator(config.separator, tokenizer)
+    documents = distinct(read_documents(config.corpus))
+    train, validation = split(documents, config.validation_fraction, config.window)
+    held_out = separator.join(validation)
+    text = clip(held_out.text, config.validation_bytes)
+    joined = separator.join(train)
+    joined = joined._replace(text=clip(joined.text, config.train_bytes))
+    tokens = encode_joined(joined, separator, encode)
+    if len(tokens) <= config.window:
+        raise UserError(
+            f"data.corpus = {', '.join(config.corpus)}: {len(tokens)} tokens to train on, and "
+            f"data.window = {config.window} needs at least {config.window + 1}: "
+            "give more text or a smaller window"
+        )
+    sums = [hashlib.sha256(part).hexdigest() for part in (tokens.tobytes(), text)]
+    return Corpus(
+        tokens,
+        text,
+        encode,
+        (len(train), len(validation)),
+        "-".join(sums),
+        separator,
+        held_out.borders,
+        tokenizer,
+    )
+
+
+def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.ndarray:
+    """Return the tokens of documents and of the separators between them.
+
+    Where the separator is a token, each document is encoded by itself, as a prompt is. Otherwise
+    the text is encoded in one call: in pieces, tokens would depend on where these begin.
+    """
+    if separator.token is None:
+        return encode(joined.text)
+    first, *others = (encode(part) for part in _parts(joined))
+    border = np.array([separator.token], first.dtype)
+    return np.concatenate([first, *(x for other in others for x in (border, other))])
+
+
+def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
+    """Return what decoding the tokens of a text gives back of it; None for bytes.
+
+    Raises:
+        UserError: the text is not UTF-8, or has no tokens.
+    """
+    if tokenizer is None:
+        return None
+    texts = [decode_utf8(part) for part in _parts(joined)]
+    return check_round_trip(tokenizer, texts, lambda text: tokenize(tokenizer, text).ids)
+
+
+def _parts(joined: Joined) -> list[bytes]:
+    """Return the documents that a separator's token stands between."""
+    size = len(joined.text)
+    places = [0, *(place for place in joined.borders if place < size), size]
+    return [joined.text[start:end] for start, end in pairwise(places)]
+
+
+def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterator[bytes]:
+    """Read every file that the words name; empty files inside folders are left out.
+
+    Args:
+        corpus: files, folders, or the word `stdlib`.
+        option: where the words are from, for error messages.
+
+    Raises:
+        UserError: a word names nothing, an empty file or an empty folder.
+        OSError: a file cannot be read.
+    """
+    for word in corpus:
+        path = Path(word)
+        if word == STDLIB:
+            yield from filter(None, map(Path.read_bytes, stdlib_files()))
+        elif path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if _is_visible_file(file, path)]
+            documents = list(filter(None, map(Path.read_bytes, files)))
+            if not documents:
+                raise UserError(f"{word}: no file with text in this folder: name another")
+            yield from documents
+        elif not path.exists():
+            raise UserError(f"{word}: no such file or folder: correct {option}")
+        else:
+            document = path.read_bytes()
+            if not document:
+                raise UserError(f"{word}: the file is empty: take it out of {option}")
+            yield document
+
+
+def _is_visible_file(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file()
+
+
+def stdlib_files() -> list[Path]:
+    """Return the running Python's standard library, as one version has it everywhere."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [
+        file
+        for file in sorted(root.rglob("*.py"))
+        if not any(
+            part in STDLIB_WITHOUT or part.startswith(STDLIB_WITHOUT_PREFIX)
+            for part in file.relative_to(root).parts
+        )
+    ]
+
+
+def distinct(documents: Iterable[bytes]) -> dict[str, bytes]:
+    """Return each content once, under its SHA-256 and in that order; paths play no part."""
+    return dict(sorted((hashlib.sha256(text).hexdigest(), text) for text in documents))
+
+
+def split(
+    documents: dict[str, bytes], fraction: float, gap: int
+) -> tuple[list[bytes], list[bytes]]:
+    """Cut into training and validation documents.
+
+    A document's side is decided by its SHA-256 alone, so the same content is always on the same
+    side. Where that leaves a side empty, the document nearest to the border changes sides. A
+    single document gives its last `fraction`, and `gap` bytes before that are dropped.
+
+    Args:
+        documents: distinct contents under their SHA-256, in that order.
+        fraction: share of the documents to hold out.
+        gap: bytes between the two parts of a single document.
+    """
+    texts = list(documents.values())
+    if len(texts) == 1:
+        text = texts[0]
+        held_out = text[len(clip(text, len(text) - max(1, round(len(text) * fraction)))) :]
+        return [clip(text, max(0, len(text) - len(held_out) - gap))], [held_out]
+    count = sum(int(digest[:16], 16) < fraction * 2**64 for digest in documents)
+    count = min(max(count, 1), len(texts) - 1)
+    return texts[count:], texts[:count]
+
+
+def clip(text: bytes, limit: int | None) -> bytes:
+    """Return at most `limit` bytes from the start, never half of a UTF-8 character."""
+    if limit is None or len(text) <= limit:
+        return text
+    while limit and text[limit] & 0xC0 == 0x80:
+        limit -= 1
+    return text[:limit]

@@ -1,0 +1,1 @@
+"""Trained models: scores, generated text, inspections and reports."""

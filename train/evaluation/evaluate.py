@@ -1,0 +1,365 @@
+"""`mc evaluate`: bits per byte of text, or recall on test examples by distance and depth."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from mc_core.config import MCConfig, ModelConfig
+from mc_core.errors import UserError
+from mc_core.files import to_bytes, to_json, write_atomic
+from mc_core.footprint import flops_per_token, state_bytes
+from mc_core.segmentation import check_streams
+from mc_core.tables import ResultTable, Row
+from parity.environment import command, machine, result_table
+from train.checkpoint import load_run
+from train.config import TextConfig, TrainConfig
+from train.config.recall_schema import Length, MQARConfig, NIAHConfig
+from train.evaluation.evaluate_text import LoadedRun, TextEvaluation, evaluate_text
+from train.evaluation.recall_plots import draw_depths, draw_recall
+from train.evaluation.score import UNITS, Answers, join, make_answer
+from train.step import Tree, split
+from train.tasks.examples import Draw
+from train.tasks.mqar import make_draws
+from train.tasks.niah import Needles
+
+EXAMPLES = {"mqar": 500, "niah": 20}  # of a cell
+OF_TEXT = ("task", "corpus")
+OF_NEEDLES = ("depths", "haystack", "value", "corpus")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is tested; None takes what the run was trained on, or the task's default.
+
+    Attributes:
+        task: `text`, `mqar` or `niah`.
+        lengths: `tokens:pairs,...` (mqar) or `tokens,...` (niah).
+        examples: of each length and, for niah, each depth.
+        seed: of the test examples; whatever it is, they are none that was trained on.
+        depths: how many (niah).
+        haystack: `noise` or `essay` (niah).
+        value: `number` or `uuid` (niah).
+        corpus: files or folders: the text that is scored, all of it (text), or whose held-out share
+            an `essay` is made of (niah).
+    """
+
+    task: str | None = None
+    lengths: str | None = None
+    examples: int | None = None
+    seed: int = 0
+    depths: int | None = None
+    haystack: str | None = None
+    value: str | None = None
+    corpus: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores with Wilson's 95% interval; plain values.
+
+    A score has accuracy, low, high, right, asked (queries, or needles), and loss.
+
+    Attributes:
+        task: `mqar` or `niah`.
+        data: the task's settings.
+        examples: of a cell.
+        seed: of the test examples.
+        cells: tokens and pairs (mqar), or tokens (niah), and the score.
+        parts: tokens, and distance (mqar: at least so many tokens from key to query, and less than
+            twice as many) or depth (niah: 0 to 1), and the score.
+        size: what the model takes for the longest test examples; see `size_of`.
+    """
+
+    task: str
+    data: dict[str, Any]
+    examples: int
+    seed: int
+    cells: list[dict[str, float]]
+    parts: list[dict[str, float]]
+    size: dict[str, Any]
+    command: str = field(default_factory=command)
+    machine: dict[str, Any] = field(default_factory=machine)
+
+
+def evaluate(
+    directory: Path,
+    options: EvaluationOptions,
+    console: Console,
+    *,
+    json_file: Path | None = None,
+    markdown: Path | None = None,
+    plot: Path | None = None,
+) -> Evaluation | TextEvaluation:
+    """Test a run's last checkpoint, and print and write the results.
+
+    The task `text` scores the run's validation text, or the text of `options.corpus`.
+
+    Raises:
+        UserError: there is no checkpoint, or an option does not fit the run or the task.
+        OSError: a file cannot be read or written.
+    """
+    # The answers of mqar are no text.
+    config, model, step, _ = load_run(directory, needs_text=options.task != MQARConfig.task)
+    task = options.task or config.data.task
+    if task == TextConfig.task:
+        check_text_options(directory, config, options, plot)
+        run = LoadedRun(directory, config, model, step)
+        return evaluate_text(run, options.corpus, console, json_file=json_file, markdown=markdown)
+    data = task_of(config, options)
+    graphdef, params, rest = split(model)
+    found = run_tests(graphdef, params, rest, config, data, options)
+    title = f"{directory.name}, step {step}: {task}"
+    reports = tables(found, title)
+    for report in reports:
+        console.print(report.table())
+    for line in reports[0].footer():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if json_file:
+        content = {"run": str(directory), "step": step} | dataclasses.asdict(found)
+        write_atomic(json_file, to_json(content, indent=1).encode())
+    if markdown:
+        text = "\n".join(report.as_markdown() for report in reports)
+        write_atomic(markdown, to_bytes(text))
+    if plot:
+        draw = draw_recall if task == "mqar" else draw_depths
+        write_atomic(plot, draw(found.cells, found.parts, f"{title}\n{size_line(found.size)}"))
+    return found
+
+
+def check_text_options(
+    directory: Path, config: TrainConfig, options: EvaluationOptions, plot: Path | None
+) -> None:
+    """Check that all options have a meaning for the task `text`, and that the run reads text.
+
+    Raises:
+        UserError: names the first that has none.
+    """
+    if isinstance(config.data, MQARConfig):
+        raise UserError(
+            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: name mqar or "
+            "niah"
+        )
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    defaults = dataclasses.asdict(EvaluationOptions())
+    for name, value in (given | {"plot": plot}).items():
+        if name not in OF_TEXT and value != defaults.get(name):
+            raise UserError(f"--{name}: has no meaning for --task text: name mqar or niah")
+
+
+def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:
+    """Return the settings of the task: the run's own, or the defaults, and the options on top.
+
+    Raises:
+        UserError: an option has no meaning for the task, or a value is not allowed.
+    """
+    task = options.task or config.data.task
+    own = OF_NEEDLES if task == "niah" else ()
+    for name in OF_NEEDLES:
+        if getattr(options, name) is not None and name not in own:
+            raise UserError(f"--{name}: has no meaning for --task {task}")
+    changes = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
+    if options.examples is not None and options.examples < 1:
+        raise UserError(f"--examples = {options.examples}: must be >= 1")
+    try:
+        if config.data.task == task:
+            data = config.data
+        elif task == "mqar":
+            small = ((64, 4), (64, 8), (64, 16))
+            data = MQARConfig(vocab_size=config.model.vocab_size, lengths=small)
+        else:
+            data = _needles_for(config)
+        assert isinstance(data, MQARConfig | NIAHConfig)
+        lengths: Any = _parse(options.lengths, task) if options.lengths else grid(data)
+        data = dataclasses.replace(data, lengths=lengths, **changes)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--task {task}: {error}") from error
+    if options.corpus and isinstance(data, NIAHConfig) and data.haystack != "essay":
+        raise UserError(f"--corpus: has no meaning for --haystack {data.haystack}")
+    return data
+
+
+def _needles_for(config: TrainConfig) -> NIAHConfig:
+    """Return the task for a run on something else: on text, with what that holds out."""
+    if not isinstance(config.data, TextConfig):
+        return NIAHConfig(tokenizer=config.tokenizer)
+    names = ("corpus", "tokenizer", "validation_fraction")
+    return NIAHConfig(**{name: getattr(config.data, name) for name in names})
+
+
+def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int) -> dict[str, Any]:
+    """Return parameters, and what the longest example takes: its tokens, state bytes and FLOPs.
+
+    `state_bytes` is `stream_bytes` after so many `tokens`; `flops_per_token` is of the forward
+    pass, in the mean over them.
+    """
+    tokens = data.max_tokens
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "state_bytes": stream_bytes(config, tokens),
+        "flops_per_token": flops_per_token(config, tokens),
+    }
+
+
+def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
+    """Return the bytes of a stream's cache after so many tokens, None where it cannot stream."""
+    try:
+        for layer in config.block_layers:
+            if isinstance(layer, MCConfig):
+                check_streams(layer)
+    except ValueError:
+        return None
+    return state_bytes(config, tokens)
+
+
+def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
+    """Return the test lengths: those that were trained, and up to twice as long.
+
+    For MQAR all tokens go with all pairs for which there is room, of those that were trained and of
+    twice the most.
+    """
+    if isinstance(data, NIAHConfig):
+        return tuple(sorted({*data.lengths, 2 * max(data.lengths)}))
+    every_tokens, every_pairs = ({size[i] for size in data.lengths} for i in (0, 1))
+    room = data.vocab_size // 2 - 1
+    return tuple(
+        (tokens, pairs)
+        for tokens in sorted({*every_tokens, 2 * max(every_tokens)})
+        for pairs in sorted({*every_pairs, 2 * max(every_pairs)})
+        if 4 * pairs <= tokens and pairs <= room
+    )
+
+
+def _parse(words: str, task: str) -> tuple[Any, ...]:
+    lengths: tuple[Any, ...]
+    try:
+        if task == "niah":
+            lengths = tuple(int(word) for word in words.split(","))
+        else:
+            pairs = (word.split(":") for word in words.split(","))
+            lengths = tuple((int(t), int(p)) for t, p in pairs)
+    except ValueError as error:
+        form = "tokens,tokens,..." if task == "niah" else "tokens:pairs,tokens:pairs,..."
+        raise UserError(f"--lengths {words!r}: must have the form {form}") from error
+    if len(set(lengths)) < len(lengths):
+        raise UserError(f"--lengths {words!r}: must be different")
+    return lengths
+
+
+def run_tests(
+    graphdef: nnx.GraphDef,
+    params: Tree,
+    rest: Tree,
+    config: TrainConfig,
+    data: MQARConfig | NIAHConfig,
+    options: EvaluationOptions,
+) -> Evaluation:
+    """Test a model on the examples that `data` says.
+
+    Raises:
+        UserError: the model or the haystack's text do not fit.
+    """
+    if config.model.vocab_size < data.min_vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size}: --task {data.task} needs "
+            f"{data.min_vocab_size}"
+        )
+    count = options.examples or EXAMPLES[data.task]
+    answer = make_answer(graphdef, config.run.batch_size)
+
+    def ask(draw: Draw) -> Answers:
+        return answer(params, rest, draw, "test", count)
+
+    if isinstance(data, MQARConfig):
+        draws = make_draws(data, data.lengths, options.seed)
+        cells, parts = _by_distance(data.lengths, [ask(draw) for draw in draws])
+    else:
+        needles = Needles(data, config.model.vocab_size, options.seed)
+        answers = [
+            [ask(needles.draw(length, depth)) for depth in range(data.depths)]
+            for length in data.lengths
+        ]
+        cells, parts = _by_depth(data.lengths, answers)
+    settings = dataclasses.asdict(data) | {"lengths": [*data.lengths]}
+    size = size_of(config.model, data, sum(leaf.size for leaf in jax.tree.leaves(params)))
+    return Evaluation(data.task, settings, count, options.seed, cells, parts, size)
+
+
+def _by_distance(lengths: Sequence[Length], answers: list[Answers]) -> tuple[list, list]:
+    cells = [
+        {"tokens": tokens, "pairs": pairs} | one.score().as_dict()
+        for (tokens, pairs), one in zip(lengths, answers, strict=True)
+    ]
+    parts = []
+    for size in sorted({tokens for tokens, _ in lengths}):
+        own = join([one for (t, _), one in zip(lengths, answers, strict=True) if t == size])
+        power = np.log2(np.maximum(own.distances, 1)).astype(int)
+        for exponent in np.unique(power[own.weights > 0]):
+            score = own.score(power == exponent)
+            parts.append({"tokens": size, "distance": 2 ** int(exponent)} | score.as_dict())
+    return cells, parts
+
+
+def _by_depth(lengths: Sequence[int], answers: list[list[Answers]]) -> tuple[list, list]:
+    cells, parts = [], []
+    for length, own in zip(lengths, answers, strict=True):
+        cells.append({"tokens": length} | join(own).score(whole=True).as_dict())
+        for depth, one in enumerate(own):
+            where = depth / max(len(own) - 1, 1)
+            parts.append({"tokens": length, "depth": where} | one.score(whole=True).as_dict())
+    return cells, parts
+
+
+def tables(found: Evaluation, title: str) -> list[ResultTable]:
+    """Return the cells, and the parts with a column for each number of tokens."""
+    unit = UNITS[found.task]
+    rows = [
+        {name: cell[name] for name in ("tokens", "pairs") if name in cell} | _shown(cell, unit)
+        for cell in found.cells
+    ]
+    by = "distance" if found.task == "mqar" else "depth"
+    maps: dict[float, Row] = {}
+    for part in sorted(found.parts, key=lambda part: part[by]):
+        words = (
+            f"{part[by]:.0f} to {2 * part[by] - 1:.0f}" if by == "distance" else f"{part[by]:.0%}"
+        )
+        row = maps.setdefault(part[by], {by: words})
+        interval = f"{100 * part['low']:.0f}-{100 * part['high']:.0f}"
+        row[f"{part['tokens']} tokens"] = f"{100 * part['accuracy']:.3g} ({interval})"
+    notes = [
+        size_line(found.size),
+        f"{found.examples} test examples of a cell, seed {found.seed}",
+        "from, to, and in parentheses: Wilson's 95% interval",
+    ]
+    return [
+        result_table(title, rows, notes),
+        result_table(f"{title}: accuracy % by {by}", [*maps.values()], notes),
+    ]
+
+
+def size_line(size: dict[str, Any]) -> str:
+    """Return the size of a model in words."""
+    state = "it cannot stream"
+    if size["state_bytes"] is not None:
+        state = f"after {size['tokens']:,} tokens a state of {size['state_bytes']:,} bytes"
+    flops = f"{size['flops_per_token'] / 1e3:,.3g} kFLOP a token"
+    return f"{size['parameters']:,} parameters; {state}; {flops}"
+
+
+def _shown(score: dict[str, float], unit: str) -> Row:
+    return {
+        "accuracy %": 100 * score["accuracy"],
+        "from %": 100 * score["low"],
+        "to %": 100 * score["high"],
+        "loss": score["loss"],
+        unit: score["asked"],
+    }

@@ -1,0 +1,232 @@
+"""`mc evaluate` on text: bits per byte of a run's validation text or of any other, by position."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from mc_core.errors import UserError
+from mc_core.files import to_json, write_atomic
+from mc_core.tables import ResultTable
+from mc_jax import LanguageModel
+from parity.environment import command, machine
+from train.config import TextConfig, TrainConfig
+from train.data.corpus import STDLIB, encode_joined, read_documents, round_trip
+from train.data.round_trip import RoundTrip
+from train.data.separator import choose_separator
+from train.data.tokenizer import load_tokenizer, make_encoder
+from train.evaluation.run_report import TextReport
+from train.evaluation.validation import References, make_scorer, references
+from train.loop import evaluate as evaluate_validation
+from train.step import split
+
+
+class LoadedRun(NamedTuple):
+    """A run's last checkpoint."""
+
+    directory: Path
+    config: TrainConfig
+    model: LanguageModel
+    step: int
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """Bits per byte of a text; plain values.
+
+    Attributes:
+        text: `validation`, or the files and folders that were scored.
+        model: memory and aggregation.
+        parameters: of the model.
+        window: tokens; each window starts from nothing.
+        bits_per_byte: over all bytes; separators that are tokens are predicted and have no bytes.
+        bytes: of the text.
+        tokens: of the text, separators included.
+        tokens_per_byte: 1 where a token is a byte.
+        documents: files, or distinct documents of the validation text.
+        sha256: of the text.
+        separator: what stands between documents, in words.
+        round_trip: what decoding the tokens gives back; None for bytes.
+        references: bits per byte of methods that need no model.
+        unit: what a token is: a "byte", or a "token" of a tokenizer.
+        positions: bits per token by position in the window; see `by_position`.
+    """
+
+    text: str | list[str]
+    model: str
+    parameters: int
+    window: int
+    bits_per_byte: float
+    bytes: int
+    tokens: int
+    tokens_per_byte: float
+    documents: int
+    sha256: str
+    separator: str
+    round_trip: RoundTrip | None
+    references: References
+    unit: str
+    positions: list[dict[str, Any]]
+    task: str = TextConfig.task
+    command: str = field(default_factory=command)
+    machine: dict[str, Any] = field(default_factory=machine)
+
+
+def evaluate_text(
+    run: LoadedRun,
+    corpus: tuple[str, ...] | None,
+    console: Console,
+    *,
+    json_file: Path | None = None,
+    markdown: Path | None = None,
+) -> TextEvaluation:
+    """Score a text, and print and write the results.
+
+    Args:
+        run: whose model scores.
+        corpus: files and folders, all of whose text is scored; None = the run's validation text.
+        console: where the results are printed.
+        json_file: where the numbers go.
+        markdown: where the tables go.
+
+    Raises:
+        UserError: the text is missing, or is not the validation text of the run.
+        OSError: a file cannot be read or written.
+    """
+    found = _score_validation(run, console) if corpus is None else score_text(run, corpus)
+    reports = tables(found, f"{run.directory.resolve().name}, step {run.step}: text")
+    if corpus is not None:
+        for report in reports:
+            console.print(report.table())
+        for line in reports[0].footer():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if json_file:
+        content = {"run": str(run.directory), "step": run.step} | to_plain(found)
+        write_atomic(json_file, to_json(content, indent=1).encode())
+    if markdown:
+        write_atomic(markdown, "\n".join(report.as_markdown() for report in reports).encode())
+    return found
+
+
+def score_text(run: LoadedRun, corpus: tuple[str, ...]) -> TextEvaluation:
+    """Score all text of files and folders, in their order, as the validation text is scored.
+
+    Raises:
+        UserError: a file is missing, empty or not text.
+        OSError: a file cannot be read.
+    """
+    config = run.config
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    given = config.data.separator if isinstance(config.data, TextConfig) else None
+    separator = choose_separator(given, tokenizer)
+    documents = list(read_documents(corpus, "--corpus"))
+    joined = separator.join(documents)
+    tokens = encode_joined(joined, separator, make_encoder(tokenizer, "--corpus"))
+    graphdef, params, rest = split(run.model)
+    scored = make_scorer(graphdef, config)(params, rest, tokens, len(joined.text))
+    return TextEvaluation(
+        text=list(corpus),
+        model=config.model.name,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        window=config.data.max_tokens,
+        bits_per_byte=scored.bits_per_byte,
+        bytes=len(joined.text),
+        tokens=len(tokens),
+        tokens_per_byte=len(tokens) / len(joined.text),
+        documents=len(documents),
+        sha256=hashlib.sha256(joined.text).hexdigest(),
+        separator=separator.description,
+        round_trip=round_trip(joined, tokenizer),
+        references=references(joined.text),
+        unit="byte" if tokenizer is None else "token",
+        positions=scored.positions,
+    )
+
+
+def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
+    """Score the run's validation text, and print the report of the run."""
+    data = run.config.data
+    if not isinstance(data, TextConfig):
+        raise UserError(
+            f"{run.directory}: --task text: a run on data.task = {data.task!r} has no validation "
+            "text: name a text with --corpus"
+        )
+    for word in data.corpus:
+        if word != STDLIB and not Path(word).exists():
+            raise UserError(
+                f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "
+                "validation text: bring it back, or name another text with --corpus"
+            )
+    report: TextReport = evaluate_validation(run.directory, console)
+    assert report.validation_tokens is not None
+    assert report.separator is not None
+    return TextEvaluation(
+        text="validation",
+        model=report.model,
+        parameters=report.parameters,
+        window=data.max_tokens,
+        bits_per_byte=report.bits_per_byte,
+        bytes=report.validation_bytes,
+        tokens=report.validation_tokens,
+        tokens_per_byte=report.validation_tokens / report.validation_bytes,
+        documents=report.documents[1],
+        sha256=report.validation_sha256,
+        separator=report.separator,
+        round_trip=report.round_trip,
+        references=report.references,
+        unit=report.unit,
+        positions=report.positions,
+    )
+
+
+def to_plain(found: TextEvaluation) -> dict[str, Any]:
+    """Return plain values; named tuples are mappings."""
+    plain = dataclasses.asdict(found)
+    for name in ("references", "round_trip"):
+        part = getattr(found, name)
+        plain[name] = part and part._asdict()
+    return plain
+
+
+def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
+    """Return the bits per byte of the model and of the references, and the bits by position."""
+    texts = found.text if isinstance(found.text, str) else ", ".join(found.text)
+    several = found.documents > 1
+    notes = [
+        f"text: {texts}; {found.documents:,} document{'s' if several else ''}, {found.bytes:,} "
+        f"bytes, SHA-256 {found.sha256[:12]}",
+        *([f"between documents: {found.separator}"] if several else []),
+        f"{found.tokens:,} tokens, {found.tokens_per_byte:.3g} per byte; windows of "
+        f"{found.window:,} tokens; {found.parameters:,} parameters",
+        "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone",
+    ]
+    if found.round_trip is not None and found.round_trip.warning:
+        notes.append(found.round_trip.warning)
+    named = [(found.model, found.bits_per_byte)]
+    named += zip(("uniform", "order-0", "xz -9"), found.references, strict=True)
+    rows = [
+        {
+            "what": name,
+            "bits/byte": f"{bits:.4f}",
+            "difference": f"{bits - found.bits_per_byte:+.4f}",
+        }
+        for name, bits in sorted(named, key=lambda item: item[1])
+    ]
+    by_position = [
+        {
+            "position": f"{bucket['start']} to {bucket['end'] - 1}",
+            f"bits/{found.unit}": f"{bucket['bits']:.4f}",
+            f"{found.unit}s": bucket["tokens"],
+        }
+        for bucket in found.positions
+    ]
+    note = f"a {found.unit} at position i of its window is predicted from i + 1 of them"
+    reports = [ResultTable(title, rows, notes, found.machine, found.command)]
+    if by_position:
+        name = f"{title}, by position in the window"
+        reports.append(ResultTable(name, by_position, [note], found.machine, found.command))
+    return reports

@@ -1,0 +1,330 @@
+"""Text from a trained model: `mc generate`, and the sample at the end of a run."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from mc_core.errors import NotFiniteError, UserError
+from mc_core.generation import SEEDS, check_sampling
+from mc_jax import LanguageModel, generate
+from train.checkpoint import load_run
+from train.data.tokenizer import load_tokenizer, make_encoder
+from train.data.tokenizer_copy import tokenizer_of_file
+from train.evaluation.completion import Completion, make_decoder, printable
+from train.evaluation.partial_output import OutputRow, Partial
+from train.evaluation.prompts import ADDED, Prompt
+from train.stdio import is_terminal, json_line, print_bytes
+from train.step import split
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a text goes on.
+
+    Attributes:
+        max_tokens: the most tokens of a completion.
+        temperature: 0 is greedy.
+        top_k: as `mc_jax.sample` takes it.
+        top_p: likewise.
+        seed: of all random streams.
+        stops: strings that end a completion, and are cut off.
+        cache_dtype: of the cached memories, `float32` or `bfloat16`.
+        cache_device: where they lie, `device` or `host`.
+        batch_size: prompts that go on together; no completion depends on it.
+
+    Raises:
+        UserError: names the option, its value and what is allowed.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+    cache_dtype: str = "float32"
+    cache_device: str = "device"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        try:
+            check_sampling(self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name in ("max_tokens", "batch_size"):
+            if (number := getattr(self, name)) < 1:
+                raise UserError(f"{name} = {number}: must be >= 1")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed = {self.seed}: must be in 0..{SEEDS - 1}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise UserError(f"{name} = {value}: needs a temperature > 0; 0 is greedy")
+        if "" in self.stops:
+            raise UserError("stop = '': must have a character")
+
+
+@dataclass
+class Speed:
+    """Seconds and tokens of the parts of generation; a completion's first token is the prompt's."""
+
+    compile_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{what} {tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s"
+            for what, tokens, seconds in (
+                ("prompt", self.prompt_tokens, self.prompt_seconds),
+                ("new", self.new_tokens, self.new_seconds),
+            )
+            if tokens
+        ]
+        return "; ".join([f"compiled in {self.compile_seconds:.1f} s", *parts])
+
+
+Show = Callable[[int, str], Any]
+
+
+def complete(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    speed: Speed,
+    *,
+    first_row: int = 0,
+    show: Show = lambda row, text: None,
+    **more: Any,
+) -> list[Completion]:
+    """Go on with one batch of prompts.
+
+    Args:
+        model: what goes on.
+        tokenizer: of the model; None = bytes.
+        prompts: at least one.
+        options: how.
+        speed: is added to.
+        first_row: the number of the first prompt, which its random stream follows from.
+        show: called with the row and its next piece of text.
+        more: further arguments of `mc_jax.generate`.
+
+    Raises:
+        UserError: a prompt without a token or that is no text, or a model that cannot stream.
+        NotFiniteError: the model's logits are not finite.
+    """
+    tokens = [_encode(prompt, tokenizer) for prompt in prompts]
+    began = time.perf_counter()
+    try:
+        steps = generate(
+            model,
+            tokens,
+            options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            rows=range(first_row, first_row + len(prompts)),
+            cache_dtype=options.cache_dtype,
+            cache_device=options.cache_device,
+            **more,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    rows = [
+        Completion(make_decoder(tokenizer, ids), options.max_tokens, options.stops)
+        for ids in (ids.tolist() for ids in tokens)
+    ]
+    marks = [began, time.perf_counter()]
+    for step in steps:
+        new = np.asarray(step).tolist()
+        if len(marks) == 2:
+            marks.append(time.perf_counter())
+        for number, (row, token) in enumerate(zip(rows, new, strict=True)):
+            if row.finish:
+                continue
+            if token < 0:
+                raise NotFiniteError(
+                    f"{prompts[number].name}: the logits after {row.tokens} new tokens "
+                    "are not finite"
+                )
+            if text := row.push(token):
+                show(number, text)
+        if all(row.finish for row in rows):
+            break
+    compiled, read, wrote = np.diff([*marks, time.perf_counter()])
+    speed.compile_seconds += compiled
+    speed.prompt_tokens += sum(map(len, tokens))
+    speed.prompt_seconds += read
+    speed.new_tokens += sum(row.tokens for row in rows) - len(rows)
+    speed.new_seconds += wrote
+    return rows
+
+
+def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tokenizer | None]:
+    """Return a model and its tokenizer, None for bytes.
+
+    Args:
+        source: a run's folder, or a `.safetensors` file of a language model. A file holds no
+            tokenizer; if it does not say that its tokens are bytes, they are where there are 256.
+        tokenizer: `bytes`, or the path of a `tokenizer.json`, which must be the one that the model
+            was trained with; None = as `source` says.
+
+    Raises:
+        UserError: nothing there can be loaded, or its tokens are unknown.
+        OSError: a file cannot be read.
+    """
+    if source.suffix == ".safetensors" and not source.is_dir():
+        try:
+            model = LanguageModel.from_pretrained(source)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        size = model.config.vocab_size
+        return model, load_tokenizer(tokenizer_of_file(source, size, tokenizer), size)
+    if source.is_file():
+        raise UserError(f"{source}: must be a run's folder or a .safetensors file")
+    config, model, *_ = load_run(source, tokenizer)
+    return model, load_tokenizer(config.tokenizer, config.model.vocab_size)
+
+
+def run(
+    source: Path,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    *,
+    tokenizer: str | None,
+    output: Path | None,
+    as_lines: bool,
+) -> Speed:
+    """Continue prompts; text goes to stdout as soon as it is certain, the speed to stderr.
+
+    With an output, the rows of each finished batch go to a partial file, from which a later call
+    with the same arguments resumes; a row depends on its number and not on its batch.
+
+    Args:
+        source: as `load_source` takes it.
+        prompts: as `read_prompts` returns them.
+        options: how.
+        tokenizer: as `load_source` takes it.
+        output: a file for one JSON object per prompt; must not exist.
+        as_lines: print JSON objects, unless they go to `output`, in place of a completion's text.
+
+    Raises:
+        UserError: as `load_source` and `complete`, or `output` cannot be written, is being written
+            by another process, or has a partial file of other settings.
+        OSError: a file cannot be read or written.
+        NotFiniteError: the model's logits are not finite.
+        KeyboardInterrupt: with a message that says which rows are kept.
+    """
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{output}: its folder does not exist")
+    with nullcontext() if output is None else closing(Partial.lock(output)) as lock:
+        if lock is not None:
+            lock.acquire()
+        if output is not None and output.exists():
+            raise UserError(f"{output}: exists: name another --output")
+        model, words = load_source(source, tokenizer)
+        for prompt in prompts:
+            _encode(prompt, words)
+        partial = None
+        if output is not None:
+            partial = Partial(output, _settings(model, words, options), list(map(_key, prompts)))
+            if partial.rows:
+                print(f"resuming {output}: {partial}", file=sys.stderr)
+        speed = _run_batches(model, words, prompts, options, partial, as_lines)
+        if partial is not None:
+            partial.finish()
+    if is_terminal() and not as_lines:
+        print()
+    print(speed, file=sys.stderr)
+    return speed
+
+
+def _run_batches(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    partial: Partial | None,
+    as_lines: bool,
+) -> Speed:
+    """Continue the prompts that have no row in `partial`, and print what comes or keep it there."""
+    speed, terminal = Speed(), is_terminal()
+
+    def show(row: int, text: str) -> None:
+        if not as_lines:
+            print(printable(text) if terminal else text, end="", flush=True)
+
+    done = len(partial.rows) if partial else 0
+    try:
+        for first in range(done, len(prompts), options.batch_size):
+            batch = prompts[first : first + options.batch_size]
+            texts = complete(model, tokenizer, batch, options, speed, first_row=first, show=show)
+            rows = [_to_row(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+            if partial is not None:
+                partial.add(rows)
+            elif as_lines:
+                print_bytes(b"".join(map(json_line, rows)))
+    except KeyboardInterrupt as error:
+        if partial is None:
+            raise
+        message = f"interrupted: {partial}: the same command resumes"
+        raise type(error)(message) from None
+    except NotFiniteError as error:
+        if partial is None:
+            raise
+        raise NotFiniteError(
+            f"{error}: {partial}: the command resumes without that prompt"
+        ) from error
+    return speed
+
+
+def _settings(
+    model: LanguageModel, tokenizer: Tokenizer | None, options: GenerationOptions
+) -> dict[str, Any]:
+    """Return what a row depends on apart from its prompt and its number."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    words = "bytes"
+    if tokenizer is not None:
+        words = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    settings = asdict(options) | {"model": digest.hexdigest(), "tokenizer": words}
+    del settings["batch_size"]
+    return settings
+
+
+def _key(prompt: Prompt) -> str:
+    """Return a hash of a prompt and of its row's further keys."""
+    return hashlib.sha256(json.dumps(prompt.row).encode() + prompt.text).hexdigest()
+
+
+def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
+    if tokenizer is not None:
+        try:
+            prompt.text.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{prompt.name}: {error}: a tokenizer needs UTF-8 text") from error
+    tokens = make_encoder(tokenizer)(prompt.text)
+    if not len(tokens):
+        raise UserError(f"{prompt.name}: the tokenizer finds no token in this prompt")
+    return tokens
+
+
+def _to_row(prompt: Prompt, completion: Completion) -> OutputRow:
+    row = prompt.row or {"prompt": prompt.text.decode(errors="replace")}
+    new = (completion.text, completion.tokens, completion.finish)
+    return row | dict(zip(ADDED, new, strict=True))

@@ -1,0 +1,88 @@
+"""`mc inspect`: look inside of a trained model, token by token."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mc_core.errors import UserError
+from mc_core.files import to_bytes, write_atomic
+from train.evaluation.html_report import make_page
+from train.evaluation.inspection_plots import draw_layer
+from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection, look, to_json
+
+LIMIT = 4096  # tokens, unless the user asks for more
+ROWS = 32  # of a printed table
+
+
+def inspect(
+    directory: Path,
+    path: Path,
+    console: Console,
+    *,
+    json_file: Path | None = None,
+    output: Path | None = None,
+    tokens: int | None = None,
+    needle: str | None = None,
+) -> Inspection:
+    """Run a text through a run's last checkpoint, and write pictures, a page and the numbers.
+
+    Args:
+        directory: the run.
+        path: the text.
+        console: where a table is printed, and where the files are.
+        json_file: where the numbers go, if anywhere.
+        output: folder of `inspect.html` and a `layer-<i>.png` a layer; None = `inspect` in the run.
+        tokens: at most so many from the text's start; None = 4,096.
+        needle: words of the text to whose segment the gates of later tokens should point.
+
+    Raises:
+        UserError: there is no checkpoint, or the text or the needle cannot be used.
+        OSError: a file cannot be read or written.
+    """
+    if tokens is not None and tokens < 1:
+        raise UserError(f"--tokens = {tokens}: must be >= 1")
+    found = look(directory, path, tokens or LIMIT, needle)
+    output = directory / "inspect" if output is None else output
+    output.mkdir(parents=True, exist_ok=True)
+    framed = found.needle.segments if found.needle else ()
+    pictures = [
+        draw_layer(layer, found.lengths, f"layer {number}", found.config.aggregation, framed)
+        for number, layer in zip(found.blocks, found.layers, strict=True)
+    ]
+    numbered = zip(found.blocks, pictures, strict=True)
+    files = {f"layer-{number}.png": picture for number, picture in numbered}
+    files["inspect.html"] = to_bytes(make_page(found, pictures))
+    for name, content in files.items():
+        write_atomic(output / name, content)
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps(to_json(found)) + "\n").encode())
+    print_inspection(console, found)
+    written = [output / "inspect.html", *([] if json_file is None else [json_file])]
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    return found
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    """Print means over tokens, a row a head, and what the gates give to the needle."""
+
+    def say(words: str) -> None:
+        console.print(words, soft_wrap=True, highlight=False)
+
+    def show(names: tuple[str, ...], rows: list[list[str]]) -> None:
+        table = Table("layer", "head", *names)
+        for column in table.columns:
+            column.justify = "right"
+        for row in rows[:ROWS]:
+            table.add_row(*row)
+        console.print(table)
+        if len(rows) > ROWS:
+            say(f"{len(rows) - ROWS} more rows: see the page")
+
+    say(f"{found.summary}; means over tokens")
+    show(COLUMNS, found.rows)
+    if (needle := found.needle) is not None:
+        say(f"weight on the needle's {needle.where}; {needle.uniforms}")
+        show(NEEDLE_COLUMNS, found.needle_rows)
+        say(needle.verdict)

@@ -1,0 +1,103 @@
+"""Pictures of what a layer did with a text, a panel a quantity, as PNG."""
+
+from itertools import product
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mc_core.aggregations import AGGREGATIONS
+from mc_core.files import to_png
+
+WIDTH, LINES = 11.0, 1.5  # inches: of a picture, and the height of a panel of lines
+
+
+def draw_layer(
+    layer: dict[str, np.ndarray],
+    lengths: tuple[int, ...],
+    title: str,
+    aggregation: str,
+    needle: tuple[int, ...] = (),
+) -> bytes:
+    """Draw gates, their entropy, norms and inner losses of a layer, over tokens.
+
+    Args:
+        layer: fields of a `Trace` by name, without the batch's axis.
+        lengths: tokens of each segment.
+        title: what stands above.
+        aggregation: of the model; a sparse one adds a panel with how often each segment is read.
+        needle: segments to be framed.
+    """
+    heads, memories = layer["gates"].shape[1:]
+    lines = {
+        "entropy of\nthe gates (nats)": ("entropy",),
+        "norm of\nthe memory": ("memory_norm",),
+        "norm of\nthe momentum": ("momentum_norm",),
+        "norm of\nthe update": ("update_norm",),
+        "inner loss\n(dotted: before)": ("loss_after", "loss_before"),
+    }
+    lines = {label: names for label, names in lines.items() if names[0] in layer}
+    counts = AGGREGATIONS[aggregation].sparse and memories > 2
+    heights = [min(2.4, 0.4 + 0.14 * memories)] * heads + [LINES] * (len(lines) + counts)
+    figure = Figure(figsize=(WIDTH, 0.6 + sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    panels: list[Axes] = list(grid[:, 0])
+    by_token = panels[: heads + len(lines)]
+    for axes in by_token[1:]:
+        axes.sharex(by_token[0])
+    draw_gates(by_token[:heads], layer["gates"], lengths)
+    for axes, segment in product(by_token[:heads], needle):
+        axes.axhspan(segment - 0.5, segment + 0.5, fill=False, color="red")
+    for axes, (label, names) in zip(by_token[heads:], lines.items(), strict=True):
+        for name, style in zip(names, ("-", ":"), strict=False):
+            for head, values in enumerate(layer[name].T):
+                axes.plot(values, style, color=f"C{head % 10}", linewidth=0.9, label=f"head {head}")
+        _mark_segments(axes, lengths, "0.8")
+        axes.set_ylabel(label, fontsize="small")
+    if heads <= 10:
+        by_token[heads].legend(ncols=heads, fontsize="x-small", loc="upper left")
+    by_token[-1].set_xlabel("token")
+    if counts:
+        draw_choices(panels[-1], layer["read_count"], lengths)
+    figure.suptitle(f"{title}: weight of each memory in each token's read, head by head")
+    return to_png(figure, dpi=110)
+
+
+def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) -> None:
+    """Draw a heat map of gates [t, h, n + 1] a head: memories, the online one on top, by tokens."""
+    memories = gates.shape[-1]
+    # A root scale: among many memories most weights are small.
+    highest = float(np.max(gates, initial=1.0, where=np.isfinite(gates)))
+    scale = PowerNorm(0.5, vmin=0.0, vmax=highest)
+    step = -(-(memories - 1) // 8)
+    ticks = [*range(0, memories - 1, step), memories - 1]
+    names = [*(f"segment {i}" for i in ticks[:-1]), "online"]
+    for head, axes in enumerate(panels):
+        image = axes.imshow(
+            gates[:, head].T, aspect="auto", origin="lower", norm=scale, interpolation="nearest"
+        )
+        _mark_segments(axes, lengths, "white")
+        axes.set_ylabel(f"head {head}")
+        axes.set_yticks(ticks, names, fontsize="x-small")
+    panels[0].figure.colorbar(image, ax=panels, pad=0.01)
+
+
+def draw_choices(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
+    """Draw how often each segment was chosen: counts [n, h] as shares of the tokens after it."""
+    after = sum(lengths) - np.cumsum(lengths)
+    share = counts[:-1] / after[:-1, None]
+    place, heads = np.arange(len(share)), share.shape[1]
+    for head in range(heads):
+        shift = (head + 0.5) / heads - 0.5
+        axes.bar(place + 0.8 * shift, share[:, head], 0.8 / heads, color=f"C{head % 10}")
+    axes.set_ylabel("chosen by this share\nof the tokens after it", fontsize="small")
+    axes.set_xlabel("segment")
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _mark_segments(axes: Axes, lengths: tuple[int, ...], color: str) -> None:
+    for border in np.cumsum(lengths)[:-1]:
+        axes.axvline(border - 0.5, color=color, linewidth=0.5)

@@ -1,0 +1,70 @@
+"""Prompts of `mc generate`: from the command line, a file of text, or a file of JSON lines."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from mc_core.errors import UserError
+from train.evaluation.partial_output import OutputRow
+from train.stdio import read_bytes
+
+ADDED = ("completion", "tokens", "finish")  # keys of an output row that its prompt's row lacks
+
+
+class Prompt(NamedTuple):
+    """A prompt, its name in messages, and the object of its line.
+
+    The object has "prompt" and any further keys, which the output row has, too.
+    """
+
+    name: str
+    text: bytes
+    row: OutputRow | None = None
+
+
+def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:
+    """Return the prompts of `--prompt`, `--prompt-file` or `--prompts`, of which one is given.
+
+    Files, and stdin for the path `-`, are read as UTF-8 in any locale. What is not UTF-8 stays as
+    it is in a text, for models of bytes, and is an error in a file of lines.
+
+    Raises:
+        UserError: none or several are given, one is empty, or a line is not what it must be.
+        OSError: a file cannot be read.
+    """
+    given = [option is not None for option in (text, file, lines)]
+    if sum(given) != 1:
+        raise UserError("give one of --prompt TEXT, --prompt-file FILE, --prompts FILE.jsonl")
+    if text is not None:
+        prompts = [Prompt("--prompt", text.encode("utf-8", "surrogateescape"))]
+    elif file is not None:
+        prompts = [Prompt(str(file), read_bytes(file))]
+    else:
+        assert lines is not None
+        rows = enumerate(read_bytes(lines).splitlines(), 1)
+        prompts = [_read_line(f"{lines}: line {n}", line) for n, line in rows if line.strip()]
+        if not prompts:
+            raise UserError(f"{lines}: no prompt in this file")
+    for prompt in prompts:
+        if not prompt.text:
+            raise UserError(f"{prompt.name}: the prompt is empty: must have a character")
+    return prompts
+
+
+def _read_line(name: str, line: bytes) -> Prompt:
+    try:
+        data = json.loads(line)
+        json.dumps(data, allow_nan=False)
+    except ValueError as error:  # of JSON, of UTF-8, or a number that is not finite
+        raise UserError(f"{name}: {error}") from error
+    if not isinstance(data, dict) or "prompt" not in data:
+        raise UserError(f'{name}: must be an object with the key "prompt"')
+    if not isinstance(data["prompt"], str):
+        raise UserError(f"{name}: prompt = {json.dumps(data['prompt'])}: must be a string")
+    for key in ADDED:
+        if key in data:
+            raise UserError(f'{name}: key "{key}": is one that the output adds: rename it')
+    try:
+        return Prompt(name, data["prompt"].encode(), data)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: {error}") from error

@@ -1,0 +1,55 @@
+"""A short text at the end of a run: how the model goes on with the validation text."""
+
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from mc_core.errors import NotFiniteError, UserError
+from mc_jax import LanguageModel
+from train.config import TrainConfig
+from train.data.corpus import clip
+from train.data.tokenizer import load_tokenizer
+from train.evaluation.completion import printable
+from train.evaluation.generate import GenerationOptions, Speed, complete
+from train.evaluation.prompts import Prompt
+
+PROMPT_BYTES = 256
+
+
+class Sample(NamedTuple):
+    """A prompt and how a model goes on; plain values, saved as JSON."""
+
+    prompt: str
+    text: str
+    note: str  # how it was drawn, or why there is none
+
+
+def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) -> Sample:
+    """Go on with the beginning of the validation text, for `run.sample_tokens` tokens."""
+    options = GenerationOptions(config.run.sample_tokens, temperature=0.8, batch_size=1)
+    # No longer than half of what the model has seen at once; and a whole character at least.
+    text = clip(validation, min(PROMPT_BYTES, max(4, int(config.data.mean_tokens) // 2)))
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    try:
+        # Blocks of one token: one program to compile, where a second would take longer than they.
+        (row,) = complete(model, tokenizer, [Prompt("validation", text)], options, Speed(), block=1)
+    except (UserError, NotFiniteError) as error:
+        return Sample(text.decode(errors="replace"), "", f"no sample: {error}")
+    note = f"{row.tokens} tokens at temperature {options.temperature}, seed {options.seed}"
+    return Sample(text.decode(errors="replace"), row.text, note)
+
+
+def print_sample(console: Console, name: str, sample: Sample) -> None:
+    """Print the prompt and the sample, every line marked."""
+
+    def show(label: str, text: str) -> None:
+        console.print(label, soft_wrap=True, highlight=False, markup=False)
+        lines = "".join(f"| {line}\n" for line in printable(text).split("\n"))
+        console.print(Text(lines), soft_wrap=True, end="")
+
+    if sample.text:
+        show("the validation text begins:", sample.prompt)
+        show(f"{name} goes on ({sample.note}):", sample.text)
+    else:
+        console.print(sample.note, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,113 @@
+"""How many answers are right, and how sure that is."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mc_jax.sharding import split_rows
+from train.step import Tree, answer_losses
+from train.tasks.examples import Draw, Example, stack
+
+Z = 1.959963984540054  # the normal distribution's 97.5% quantile: 95% lie within
+UNITS = {"mqar": "queries", "niah": "needles"}  # what is asked, by task
+
+
+class Score(NamedTuple):
+    """Right ones among those that were asked, and the mean loss in nats a token asked for."""
+
+    right: int
+    asked: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the right ones."""
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the accuracy, as if every question was independent."""
+        return wilson(self.right, self.asked)
+
+    def as_dict(self) -> dict[str, float]:
+        """Return plain values."""
+        low, high = self.interval
+        return {"accuracy": self.accuracy, "low": low, "high": high} | self._asdict()
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval for `right` of `asked` (E. B. Wilson, 1927)."""
+    share, square = right / asked, Z * Z / asked
+    middle = (share + square / 2) / (1 + square)
+    half = Z / (1 + square) * math.sqrt(share * (1 - share) / asked + square / (4 * asked))
+    return middle - half if right else 0.0, middle + half if right < asked else 1.0
+
+
+class Answers(NamedTuple):
+    """What a model made of n examples with p answers each."""
+
+    losses: np.ndarray  # float32 [n, p], nats
+    right: np.ndarray  # bool [n, p]
+    weights: np.ndarray  # [n, p], 0 where a row has fewer than p answers
+    distances: np.ndarray  # int [n, p]: tokens from what was asked for to the question
+
+    def score(self, chosen: np.ndarray | None = None, *, whole: bool = False) -> Score:
+        """Count.
+
+        Args:
+            chosen: bool [n, p], which answers count; None = all.
+            whole: an example is one question, right where all its answers are.
+        """
+        counted = self.weights > 0
+        if chosen is not None:
+            counted &= chosen
+        loss = float(self.losses[counted].mean(dtype=np.float64))
+        if whole:
+            return Score(int((self.right | ~counted).all(1).sum()), len(self.right), loss)
+        return Score(int(self.right[counted].sum()), int(counted.sum()), loss)
+
+
+Answer = Callable[[Tree, Tree, Draw, str, int], Answers]
+
+
+def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
+    """Return the function from parameters, rest, draw, split and number of examples to answers.
+
+    Args:
+        graphdef: the model's structure.
+        rows: examples of one pass.
+    """
+
+    @jax.jit
+    def of_batch(params: Tree, rest: Tree, batch: Example) -> tuple[jax.Array, jax.Array]:
+        losses, right, _ = answer_losses(graphdef, params, rest, batch)
+        return losses, right
+
+    def answer(params: Tree, rest: Tree, draw: Draw, split: str, count: int) -> Answers:
+        parts = []
+        for start in range(0, count, rows):
+            # The last pass repeats its last example: one shape, one compilation.
+            index = np.minimum(start + np.arange(rows), count - 1)
+            batch = stack([draw(split, int(i)) for i in index])
+            losses, right = of_batch(params, rest, split_rows(batch, params))
+            fields = (losses, right, batch.weights, batch.places - batch.origins)
+            parts.append([np.asarray(field)[: count - start] for field in fields])
+        return Answers(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+
+    return answer
+
+
+def join(parts: list[Answers]) -> Answers:
+    """Return all answers, rows with fewer of them filled up with ones that do not count."""
+    width = max(part.right.shape[1] for part in parts)
+
+    def wide(field: np.ndarray) -> np.ndarray:
+        return np.pad(field, ((0, 0), (0, width - field.shape[1])))
+
+    return Answers(
+        *(np.concatenate([wide(x) for x in field]) for field in zip(*parts, strict=True))
+    )

@@ -1,0 +1,145 @@
+"""What a run's model did with a text: gates, memories, inner losses, the needle; plain values."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mc_core import make_plan
+from mc_core.config import MCConfig
+from mc_core.errors import UserError
+from train.checkpoint import load_run
+from train.data.encoded_text import Text, read_text
+from train.evaluation.needle import Needle, find_needle, weigh_needle
+
+LayerTrace = dict[str, np.ndarray]  # the fields of a trace that are there, without the batch's axis
+COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after")
+NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
+
+
+class Inspection(NamedTuple):
+    """What a run's model did with a text."""
+
+    run: str
+    step: int
+    config: MCConfig
+    text: Text
+    lengths: tuple[int, ...]  # tokens of each segment
+    layers: list[LayerTrace]  # of the blocks that have a memory
+    needle: Needle | None
+    blocks: tuple[int, ...]  # the number of each layer's block
+
+    @property
+    def summary(self) -> str:
+        """The run, the text and the segments, in words."""
+        count, total, layer = len(self.text.tokens), self.text.total, self.config
+        part = f"the first {count:,} of {total:,} tokens" if count < total else f"{count:,} tokens"
+        return (
+            f"{self.run} (step {self.step}, {layer.memory.kind} + {layer.aggregation}): {part} in "
+            f"{len(self.lengths)} segments"
+        )
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Layer, head and, under `COLUMNS`, means over tokens."""
+        return [
+            [str(number), str(head), *means(layer, head)]
+            for number, layer in zip(self.blocks, self.layers, strict=True)
+            for head in range(layer["gates"].shape[1])
+        ]
+
+    @property
+    def needle_rows(self) -> list[list[str]]:
+        """What each gate gives to the needle, the largest weight at the text's end first."""
+        if self.needle is None:
+            return []
+        order = np.argsort(-self.needle.last_weight, axis=None, kind="stable")
+        return [needle_row(self.needle, int(place)) for place in order]
+
+
+def look(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
+    """Run the first tokens of a text through a run's model; nothing is written.
+
+    Raises:
+        UserError: there is no checkpoint, no block has a memory, or the text cannot be used.
+    """
+    config, model, step, _ = load_run(directory)
+    layer = config.model.layer
+    if layer not in config.model.block_layers:
+        mixers = list(config.model.mixers)
+        raise UserError(f"{directory}: model.mixers = {mixers}: must have a 'memory' to inspect")
+    text = read_text(path, config).first(tokens)
+    segment = make_plan(len(text.tokens), layer).segment_of
+    place = None if needle is None else find_needle(text, needle, segment, layer.aggregation)
+    _, traces = jax.jit(lambda tokens: model.inspect(tokens))(text.tokens[None])
+    blocks = tuple(block for block, trace in enumerate(traces) if trace is not None)
+    layers = [_without_batch(traces[block]._asdict()) for block in blocks]
+    point = None
+    if needle is not None and place is not None:
+        gates = np.stack([found["gates"] for found in layers])
+        point = weigh_needle(needle, place, gates, segment, layer.aggregation, blocks)
+    lengths = tuple(np.bincount(segment).tolist())
+    return Inspection(directory.resolve().name, step, layer, text, lengths, layers, point, blocks)
+
+
+def to_json(found: Inspection) -> dict[str, Any]:
+    """Return plain values: the fields of `Trace` by layer, without the batch's axis."""
+    result: dict[str, Any] = {
+        "run": found.run,
+        "step": found.step,
+        "layer_config": found.config.to_dict(),
+        "segment_lengths": list(found.lengths),
+        "tokens": found.text.tokens.tolist(),
+        "pieces": list(found.text.pieces),
+        "blocks": list(found.blocks),
+        "layers": [{name: _plain(x) for name, x in layer.items()} for layer in found.layers],
+    }
+    if found.needle is not None:
+        needle = {**vars(found.needle), "verdict": found.needle.verdict}
+        result["needle"] = {
+            name: _plain(x) if isinstance(x, np.ndarray) else x for name, x in needle.items()
+        }
+    return result
+
+
+def means(layer: LayerTrace, head: int) -> list[str]:
+    """Return a head's means over tokens under `COLUMNS`; `cached` is their share of the gates."""
+    gates = layer["gates"][:, head]
+    cached = float(np.mean(gates[:, :-1].sum(-1) / gates.sum(-1)))
+    names = ("memory_norm", "momentum_norm", "update_norm", "loss_before", "loss_after")
+    values = [float(layer[name][:, head].mean()) if name in layer else None for name in names]
+    entropy = float(layer["entropy"][:, head].mean())
+    return ["" if x is None else f"{x:.3g}" for x in (entropy, cached, *values)]
+
+
+def needle_row(needle: Needle, place: int) -> list[str]:
+    """Return layer, head and, under `NEEDLE_COLUMNS`, what the gate at a flat place gives it."""
+    layer, head = np.unravel_index(place, needle.last_weight.shape)
+    return [
+        str(needle.blocks[layer]),
+        str(head),
+        f"{needle.last_weight[layer, head]:.3f}",
+        f"{needle.last_rank[layer, head]} of {needle.cached}",
+        f"{needle.mean_weight[layer, head]:.3f}",
+        f"{needle.first_share[layer, head]:.0%}",
+    ]
+
+
+def _without_batch(trace: dict[str, Any]) -> LayerTrace:
+    by_token = ("token_index", "segment_index", "cached_count")  # these have no batch
+    arrays = {name: np.asarray(x) for name, x in trace.items() if x is not None}
+    return {name: x if name in by_token else x[0] for name, x in arrays.items()}
+
+
+def _plain(x: np.ndarray) -> Any:
+    """Return nested lists; what is not finite, which JSON has no word for, is None."""
+    if x.dtype.kind != "f":
+        return x.tolist()
+    # By way of text a float32 keeps its few digits.
+    short = x if x.dtype == np.float64 else x.astype(str).astype(np.float64)
+    finite = np.isfinite(x)
+    if not finite.all():
+        short = short.astype(object)
+        short[~finite] = None
+    return short.tolist()

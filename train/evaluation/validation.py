@@ -1,0 +1,135 @@
+"""Validation bits per byte, whole and by position in the window, beside references."""
+
+import lzma
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mc_core.errors import UserError
+from mc_jax.sharding import split_rows
+from train.config import TextConfig, TrainConfig
+from train.data.corpus import Corpus, clip
+from train.step import Tree, token_losses
+
+FIRST_EDGE = 16  # the first bucket of positions ends here; each of the others is twice as long
+
+
+class Validation(NamedTuple):
+    """What a validation text costs a model."""
+
+    bits_per_byte: float  # over all bytes
+    bits: np.ndarray  # float64 [window]: sum over the windows of what the token at a position costs
+    tokens: np.ndarray  # int64 [window]: how many tokens that is
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were scored, the first one included, which has no position."""
+        return int(self.tokens.sum()) + 1
+
+    @property
+    def positions(self) -> list[dict[str, Any]]:
+        """The mean bits a token by position; see `by_position`."""
+        return by_position(self.bits, self.tokens)
+
+
+Validate = Callable[[Tree, Tree, int], Validation]
+Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
+
+
+def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Return the mean bits a token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
+
+    The last bucket ends with the window. One without tokens, as of a text shorter than a window, is
+    left out.
+
+    Args:
+        bits: [window], sum of the bits of all tokens at each position.
+        tokens: [window], number of those tokens.
+
+    Returns:
+        for each bucket `start` and `end` (positions in [start, end)), `tokens` and `bits`, the mean
+        over them.
+    """
+    edges = [0, FIRST_EDGE]
+    while edges[-1] < len(bits):
+        edges.append(2 * edges[-1])
+    edges[-1] = len(bits)
+    buckets = []
+    for start, end in pairwise(edges):
+        if count := int(tokens[start:end].sum()):
+            mean = float(bits[start:end].sum()) / count
+            buckets.append({"start": start, "end": end, "tokens": count, "bits": mean})
+    return buckets
+
+
+class References(NamedTuple):
+    """Bits per byte of methods that need no model; each sees the scored bytes only."""
+
+    uniform: float
+    order0: float  # entropy of the byte frequencies, the table of frequencies not counted
+    xz: float  # the size of `xz -9`, container and all
+
+
+def references(text: bytes) -> References:
+    """Measure the references on `text`."""
+    shares = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
+    shares = shares[shares > 0]
+    order0 = float(-(shares * np.log2(shares)).sum())
+    return References(8.0, order0, 8 * len(lzma.compress(text, preset=9)) / len(text))
+
+
+def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus) -> Validate:
+    """Return the function from parameters, rest and a number of bytes to what these cost.
+
+    It scores that many bytes from the start of the validation text, as `make_scorer` says.
+    """
+    assert isinstance(config.data, TextConfig)
+    score = make_scorer(graphdef, config)
+
+    def validate(params: Tree, rest: Tree, limit: int) -> Validation:
+        size = len(clip(corpus.validation, limit))
+        return score(params, rest, corpus.validation_tokens(limit), size)
+
+    return validate
+
+
+def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
+    """Return the function from parameters, rest, tokens and their bytes to what these cost.
+
+    The cost is the bits that the model needs for the tokens, separators between documents
+    included, divided by the number of bytes. Every token is predicted once, from the tokens before
+    it in its window, which starts from nothing; a window's first token is predicted from the last
+    one of the window before. So a token at position i of its window, 0 being the first, is
+    predicted from i + 1 tokens. Before the text's first token there is nothing: it costs
+    log2(vocab_size), and has no position. Windows are as long as the longest training example.
+    """
+    window, rows = config.data.max_tokens, config.run.batch_size
+
+    @jax.jit
+    def nats(params: Tree, rest: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        losses, _ = token_losses(graphdef, params, rest, tokens)
+        return jnp.where(mask, losses, 0.0).sum(0)
+
+    def score(params: Tree, rest: Tree, tokens: np.ndarray, size: int) -> Validation:
+        if not len(tokens):
+            raise UserError("the text to score: the tokenizer finds no token in it")
+        tokens = tokens.astype(np.int32)
+        last = len(tokens) - 1
+        total, counts = np.zeros(window), np.zeros(window, np.int64)
+        for start in range(0, last, rows * window):
+            index = start + np.arange(rows)[:, None] * window + np.arange(window + 1)
+            mask = index[:, 1:] <= last
+            batch = split_rows((tokens[np.minimum(index, last)], mask), params)
+            total += np.asarray(nats(params, rest, *batch))
+            counts += mask.sum(0)
+        bits = total / math.log(2)
+        whole = float(bits.sum()) + math.log2(config.model.vocab_size)
+        return Validation(whole / size, bits, counts)
+
+    return score

@@ -1,0 +1,23 @@
+"""What a row of a sweep is called where people read it."""
+
+import json
+from typing import Any
+
+from train.sweeps.results import RunResult
+
+
+def label(result: RunResult, *without: str) -> str:
+    """Return the values of a row's overrides, but those of some keys.
+
+    Words stand alone; another value says nothing without its key's last word.
+    """
+    given = {key: value for key, value in result["overrides"].items() if key not in without}
+    return " ".join(shown(key, value) for key, value in given.items()) or "base"
+
+
+def shown(key: str, value: Any) -> str:
+    """Return an override as a label has it."""
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return "+".join(words)
+    return f"{key.rpartition('.')[2]}={value if isinstance(value, float) else json.dumps(value)}"

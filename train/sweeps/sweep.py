@@ -1,0 +1,208 @@
+"""A sweep from its file to its table; what is finished is not done again."""
+
+import io
+import math
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mc_core.errors import NotFiniteError
+from mc_core.files import to_bytes, write_atomic
+from mc_core.footprint import flops_per_token
+from mc_jax.sharding import request
+from parity.environment import machine
+from train.checkpoint import load_run
+from train.config import TextConfig
+from train.evaluation.evaluate import EvaluationOptions, run_tests, stream_bytes, task_of
+from train.interrupt import on_interrupt
+from train.loop import train
+from train.step import split
+from train.sweeps import bits_per_byte
+from train.sweeps.accuracy_plot import draw_sweep
+from train.sweeps.plan import SweepPlan
+from train.sweeps.recorded import read_recorded
+from train.sweeps.results import Results, RunResult, is_text
+from train.sweeps.sweep_config import Run, load_sweep, make_runs
+from train.sweeps.table import for_terminal, make_table
+from train.sweeps.workers import Workers, check_jobs, one_thread
+from train.tasks.recall import RecallReport
+
+PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
+MACHINE = ("device", "processor", "cores", "Python")  # of those that a benchmark tells
+
+
+def sweep(
+    path: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    markdown: Path | None = None,
+    plot: Path | None = None,
+    recorded: Path | None = None,
+) -> list[RunResult]:
+    """Train and test all runs of a sweep, or those that are missing; print and draw what they show.
+
+    Every rate is tried with the first seed. The one with the best validation accuracy (of equal
+    ones the lower loss, then the lower rate) is run with the other seeds, and those runs make the
+    row's figures, which come from test examples. All rates' results are kept. On text, the rate
+    with the fewest bits per byte is chosen, and the figures are those of the validation text.
+
+    Args:
+        path: the sweep's YAML file.
+        console: where progress and the table are printed.
+        jobs: runs at a time, each on its share of the cores.
+        markdown: where the table goes, too.
+        plot: where the picture goes; None = `sweep.png` in the sweep's directory.
+        recorded: `results.jsonl` of an earlier sweep, whose accuracy the table shows, too.
+
+    Returns:
+        the results of the runs that make the table.
+
+    Raises:
+        UserError: the sweep, or a run of it, is not allowed; nothing is trained then.
+        OSError: a file cannot be read or written.
+    """
+    check_jobs(jobs)
+    config = load_sweep(path)
+    directory = Path(config.directory)
+    first = make_runs(config)
+    then = read_recorded(recorded, config, first) if recorded else None
+    devices = max(run.config.run.devices for runs in first.values() for run in runs)
+    request(devices)
+    results = Results(directory)
+    for runs in first.values():
+        for run in runs:
+            results.find(run)
+    with one_thread(), SweepPlan(config, first, results) as plan:
+        finish(plan, jobs, console, devices)
+        chosen = plan.table()
+    # A file name need not be text.
+    title = os.fsencode(path.stem).decode(errors="replace")
+    table = make_table(title, chosen, config, recorded=then)
+    short = make_table(title, chosen, config, recorded=then, cells=False)
+    console.print(for_terminal(short))
+    for line in table.footer():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if markdown:
+        write_atomic(markdown, to_bytes(table.as_markdown()))
+    picture = plot or directory / "sweep.png"
+    write_atomic(picture, draw_sweep(title, chosen))
+    console.print(f"results and pictures: {directory}", soft_wrap=True, highlight=False)
+    return chosen
+
+
+def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:
+    """Do what is left of a sweep, and say a line about each run.
+
+    Args:
+        plan: of the runs.
+        jobs: runs at a time.
+        console: where the lines go.
+        devices: the most of any run.
+    """
+    waits = False
+    message = "interrupted: the same command resumes the sweep"
+    with on_interrupt(lambda: message), Workers(jobs, do, devices) as workers:
+        while True:
+            while workers.busy < jobs and (run := plan.take()):
+                workers.start(run)
+            if workers.busy:
+                for result in workers.results():
+                    plan.add(result)
+                    line = f"{plan.progress()}  {describe(result)}"
+                    console.print(line, soft_wrap=True, highlight=False)
+            elif plan.left:
+                if not waits:
+                    console.print(
+                        f"waiting for a run that another process does: {plan.blocked}",
+                        soft_wrap=True,
+                        highlight=False,
+                        markup=False,
+                    )
+                waits = True
+                time.sleep(1.0)
+            else:
+                return
+
+
+def do(run: Run) -> RunResult:
+    """Train and test one run, from its last checkpoint on where it has one.
+
+    A run that meets a NaN or an infinity is a result, too: its `error` says where.
+    """
+    start = time.monotonic()
+    config = run.config
+    tokens = longest(run)
+    result: RunResult = {
+        "row": run.row,
+        "overrides": run.overrides,
+        "seed": run.seed,
+        "rate": run.rate,
+        "task": config.data.task,
+        "width": config.model.layer.d_model,
+        "state_bytes": stream_bytes(config.model, tokens),
+        "flops_per_token": flops_per_token(config.model, tokens),
+        "state_tokens": tokens,
+        "steps": config.run.steps,
+        "fingerprint": run.fingerprint,
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": run_on(),
+    }
+    if run.tokenizer is not None:
+        result["tokenizer"] = run.tokenizer
+    if is_text(result):
+        result |= bits_per_byte.about(config)
+    try:
+        report = train(config, Console(file=io.StringIO()), claimed=True)
+        if not math.isfinite(report.bits_per_byte if is_text(result) else report.score["loss"]):
+            raise NotFiniteError("the validation loss is not finite")
+    except NotFiniteError as error:
+        return result | {"error": str(error), "wall_seconds": time.monotonic() - start}
+    measured = bits_per_byte.outcome(report) if is_text(result) else recall_outcome(run, report)
+    return result | {
+        "parameters": report.parameters,
+        **measured,
+        "trained_tokens": report.tokens,
+        "seconds": report.seconds,
+        "wall_seconds": time.monotonic() - start,
+    }
+
+
+def run_on() -> dict[str, Any]:
+    """Return the machine as a run has it: a worker has a share of its cores."""
+    found = machine()
+    return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
+
+
+def longest(run: Run) -> int:
+    """Return the tokens of a window of text, or of the longest test example."""
+    data = run.config.data
+    if isinstance(data, TextConfig):
+        return data.max_tokens
+    return task_of(run.config, EvaluationOptions(examples=run.examples)).max_tokens
+
+
+def recall_outcome(run: Run, report: RecallReport) -> RunResult:
+    """Return what a run on a recall task was worth on validation and on test examples."""
+    config, model, *_ = load_run(Path(run.config.run.directory))
+    options = EvaluationOptions(examples=run.examples)
+    found = run_tests(*split(model), config, task_of(config, options), options)
+    score = report.score
+    return {"accuracy": score["accuracy"], "loss": score["loss"], "test": found.cells}
+
+
+def describe(result: RunResult) -> str:
+    """Return a line about a run."""
+    name = f"{result['row']} rate={result['rate']:g} seed={result['seed']}"
+    if result.get("error"):
+        return f"{name}: {result['error']}"
+    if is_text(result):
+        return f"{name}: {bits_per_byte.describe(result)}, {result['wall_seconds']:.0f} s"
+    return (
+        f"{name}: validation accuracy {result['accuracy']:.1%}, loss {result['loss']:.3f}, "
+        f"{result['wall_seconds']:.0f} s"
+    )

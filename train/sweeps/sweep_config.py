@@ -1,0 +1,247 @@
+"""What a sweep is: rows of overrides of one configuration, seeds, and rates to choose from."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mc_core.checks import check_keys, check_range, fail
+from mc_core.errors import UserError
+from mc_core.trees import flatten
+from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
+from train.config.yaml_files import read_yaml
+
+KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
+# What a sweep sets by itself.
+OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
+# Settings that leave a fingerprint as it is without them.
+AS_BEFORE = (("model.layer.gate", "context"), ("run.init_optimizer", False))
+Overrides = dict[str, Any]  # dotted key -> value
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep, as its YAML file says.
+
+    Attributes:
+        base: the YAML file of a run, looked up beside the sweep's.
+        directory: where everything goes; `runs/<name of the sweep's file>` unless set.
+        vary: mappings of a dotted key to a list of values; each makes a row of every combination.
+        rows: further rows, overrides as they stand.
+        seeds: of the runs of a row; the first one chooses the rate.
+        rates: learning rates; None = the base's alone.
+        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    base: Path
+    directory: str
+    vary: tuple[dict[str, list[Any]], ...] = ()
+    rows: tuple[Overrides, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] | None = None
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "examples", 1)
+        for options in self.vary:
+            for key, values in options.items():
+                if not isinstance(values, list) or not values:
+                    fail("SweepConfig", f"vary.{key}", values, "a list of values")
+        for key in itertools.chain(*self.vary, *self.rows):
+            if key in OWN:
+                fail("SweepConfig", "vary or rows", key, "no key that seeds, rates, directory set")
+        for name in ("seeds", "rates"):
+            values = getattr(self, name)
+            if values is not None and not (values and len(set(values)) == len(values)):
+                fail("SweepConfig", name, list(values), "a list of different values")
+        # The name of a run's folder has six digits of its rate.
+        if len({f"{rate:g}" for rate in self.rates or ()}) < len(self.rates or ()):
+            fail("SweepConfig", "rates", list(self.rates or ()), "different in six digits")
+
+    def all_rows(self) -> dict[str, Overrides]:
+        """Return the rows' overrides by their names, which are names of folders.
+
+        Raises:
+            ValueError: two rows are the same, or there is none.
+        """
+        rows = [*self.rows]
+        for options in self.vary:
+            for values in itertools.product(*options.values()):
+                rows.append(dict(zip(options, values, strict=True)))
+        rows = rows or [{}]
+        last = [key.rpartition(".")[2] for key in dict.fromkeys(k for row in rows for k in row)]
+        named: dict[str, Overrides] = {}
+        for row in rows:
+            name = row_name(row, {word for word in last if last.count(word) > 1})
+            if name in named:
+                fail("SweepConfig", "vary or rows", name, "different rows")
+            named[name] = row
+        return named
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        row: name of its row.
+        overrides: of the base.
+        seed: of the run.
+        rate: its learning rate.
+        config: all that follows.
+        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
+    """
+
+    row: str
+    overrides: Overrides
+    seed: int
+    rate: float
+    config: TrainConfig
+    examples: int | None
+
+    @property
+    def key(self) -> tuple[str, int, float]:
+        """What tells it from the other runs of a directory."""
+        return self.row, self.seed, self.rate
+
+    @property
+    def name(self) -> str:
+        """How a line names it."""
+        return f"{self.row} rate={self.rate:g} seed={self.seed}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the result would."""
+        settings = {
+            k: v
+            for k, v in flatten(to_dict(self.config))
+            if k not in FREE_KEYS and (k, v) not in AS_BEFORE
+        }
+        text = json.dumps([settings, self.examples], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> str | None:
+        """SHA-256 of its tokenizer file; None for bytes and for tasks without text."""
+        # Imports jax, which a sweep's worker must not do before it has its cores.
+        from train.data.tokenizer_copy import tokenizer_hash
+
+        return tokenizer_hash(self.config)
+
+
+def row_name(overrides: Overrides, ambiguous: Collection[str] = ()) -> str:
+    """Return `kind=titans,aggregation=grm`: the keys' last words, whole keys where ambiguous."""
+    parts = []
+    for key, value in overrides.items():
+        word = key.rpartition(".")[2]
+        shown = value if isinstance(value, str) else json.dumps(value)
+        shown = re.sub(r"[^\w.+-]+", "-", shown).strip("-")
+        parts.append(f"{key if word in ambiguous else word}={shown}")
+    name = ",".join(parts) or "base"
+    if len(name) > 120:
+        name = f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def load_sweep(path: Path) -> SweepConfig:
+    """Read a sweep's YAML file, strictly.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed; names it.
+    """
+    try:
+        data = OmegaConf.to_container(read_yaml(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    try:
+        check_keys("sweep", data, KEYS, ("base",))
+        assert isinstance(data, dict)
+        if not isinstance(data["base"], str):
+            raise ValueError(f"base = {data['base']!r}: must be the name of a YAML file")
+        given = {str(key): value for key, value in data.items()} | {
+            "base": path.parent / data["base"],
+            "directory": data.get("directory", f"runs/{path.stem}"),
+        }
+        if isinstance(given.get("vary"), dict):
+            given["vary"] = [given["vary"]]
+        for name, kind in (("vary", dict), ("rows", dict), ("seeds", int), ("rates", float)):
+            if name in given and (name, given[name]) != ("rates", None):
+                given[name] = _structure(name, given[name], kind)
+        _check("directory", given["directory"], str)
+        if given.get("examples") is not None:
+            _check("examples", given["examples"], int)
+        return SweepConfig(**given)
+    except ValueError as error:
+        text = str(error).removeprefix("SweepConfig.").removeprefix("sweep: ")
+        raise UserError(f"{path}: {text}") from error
+
+
+def _structure(name: str, values: object, kind: type) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} = {values!r}: must be a list")
+    for value in values:
+        _check(name, value, kind)
+    return tuple(float(value) if kind is float else value for value in values)
+
+
+def _check(name: str, value: object, kind: type) -> None:
+    kinds = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        what = {"dict": "mappings of keys", "str": "a word"}.get(kind.__name__, "numbers")
+        raise ValueError(f"{name} = {value!r}: must be {what}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} = {value!r}: must be mappings of dotted keys")
+
+
+def make_run(
+    sweep: SweepConfig, row: str, overrides: Overrides, seed: int, rate: float | None
+) -> Run:
+    """Return a run of a row; its folder is `<directory>/<row>/rate=<rate>,seed=<seed>`.
+
+    Raises:
+        UserError: the base cannot be read, or an override is not allowed.
+    """
+    words = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    words.append(f"run.seed={seed}")
+    if rate is not None:
+        words.append(f"optimizer.learning_rate={rate!r}")
+    rate = load_config(sweep.base, words).optimizer.learning_rate if rate is None else rate
+    folder = Path(sweep.directory, row, f"rate={rate:g},seed={seed}")
+    config = load_config(sweep.base, [*words, f"run.directory={json.dumps(str(folder))}"])
+    if isinstance(config.data, TextConfig) and sweep.examples is not None:
+        raise UserError(f"{sweep.base}: examples = {sweep.examples}: text has none; leave it out")
+    return Run(row, overrides, seed, rate, config, sweep.examples)
+
+
+def make_runs(sweep: SweepConfig) -> dict[str, list[Run]]:
+    """Return, by row, a run of each rate with the first seed.
+
+    Raises:
+        UserError: a configuration is not allowed, or the rows have different tasks.
+    """
+    rates: Sequence[float | None] = sweep.rates or [None]
+    try:
+        rows = sweep.all_rows()
+    except ValueError as error:
+        raise UserError(str(error).removeprefix("SweepConfig.")) from error
+    runs = {
+        row: [make_run(sweep, row, overrides, sweep.seeds[0], rate) for rate in rates]
+        for row, overrides in rows.items()
+    }
+    tasks = sorted({run.config.data.task for own in runs.values() for run in own})
+    if len(tasks) > 1:
+        raise UserError(
+            f"{sweep.base}: data.task = {', '.join(tasks)}: must be the same in all rows"
+        )
+    return runs

@@ -1,0 +1,194 @@
+"""Runs at a time: in this process, or in workers that each have cores of their own.
+
+Nothing here imports jax: a worker keeps to its share of the cores before jax counts them.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from mc_core.errors import UserError
+from parity.environment import cores
+from train.sweeps.results import RunResult
+from train.sweeps.sweep_config import Run
+from train.user_modules import import_from_environment
+
+Work = Callable[[Run], RunResult]
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of jobs that there are no cores for.
+
+    Raises:
+        UserError: `jobs` is less than 1, or more than the cores that this process may use.
+    """
+    if not 1 <= jobs <= len(cores()):
+        raise UserError(f"jobs = {jobs}: must be in [1, {len(cores())}], the number of cores")
+
+
+def shares(jobs: int) -> list[set[int]]:
+    """Return the cores of each worker: all are given, neighbours together."""
+    own = cores()
+    ends = [len(own) * i // jobs for i in range(jobs + 1)]
+    return [set(own[ends[i] : ends[i + 1]]) for i in range(jobs)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have XLA compute with one thread, here and in new processes, unless NPROC is set already.
+
+    XLA on a CPU rounds otherwise with another number of threads, and takes that from the cores that
+    the process may use, so results would depend on the number of jobs. It counts when jax computes
+    for the first time.
+    """
+    before = os.environ.get("NPROC")
+    os.environ.setdefault("NPROC", "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NPROC"]
+
+
+class Workers:
+    """Does runs, one in this process or several in others.
+
+    The others end when this process leaves the `with`, or dies in any way: each waits at a pipe
+    whose other end this process alone holds.
+
+    Args:
+        jobs: runs at a time.
+        work: does a run.
+        devices: as many as JAX is to see of a CPU in the others.
+    """
+
+    def __init__(self, jobs: int, work: Work, devices: int = 1):
+        self._jobs, self._work = jobs, work
+        self._running: dict[Future[RunResult], Run] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            given = context.SimpleQueue()
+            for share in shares(jobs):
+                given.put(share)
+            self._end, self._lifeline = context.Pipe(duplex=False)
+            about = (given, self._end, devices)
+            self._pool = ProcessPoolExecutor(jobs, context, _begin, about)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            if error is not None:
+                self._lifeline.close()
+            self._pool.shutdown(cancel_futures=True)
+            self._lifeline.close()
+            self._end.close()
+
+    @property
+    def busy(self) -> int:
+        """The number of runs that were started and whose results were not taken."""
+        return len(self._running)
+
+    def start(self, run: Run) -> None:
+        """Start a run; in this process, do it."""
+        if self._pool is None:
+            future: Future[RunResult] = Future()
+            future.set_result(self._work(run))
+        else:
+            with _no_interrupt():
+                future = self._pool.submit(_do, self._work, run)
+        self._running[future] = run
+
+    def results(self) -> Iterator[RunResult]:
+        """Wait until a run is done, yield the results of those that are, and raise what failed.
+
+        Raises:
+            UserError: a run failed, or a worker died.
+            OSError: a file could not be read or written.
+        """
+        wait(self._running, return_when=FIRST_COMPLETED)
+        done = [future for future in self._running if future.done()]
+        for future in done:
+            if future.exception() is None:
+                del self._running[future]
+                yield future.result()
+        for future in done:
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    f"jobs = {self._jobs}: a worker died, perhaps for want of memory: "
+                    "the same command goes on, with fewer jobs if need be"
+                )
+            if error is not None:
+                raise error
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Delay Ctrl-C and SIGTERM; processes that are started meanwhile never see Ctrl-C."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handlers: dict[int, Callable[..., Any]] = {}
+    held: list[tuple[Any, ...]] = []
+    # A thread of another library, which does not block it, may still bring it to this one.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda *interrupt: held.append(interrupt))
+    try:
+        yield
+    finally:
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if held:
+            handlers[held[0][0]](*held[0])
+
+
+def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
+    """Give a worker its cores, its devices, and its end when its parent ends."""
+    share = given.get()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, share)
+    # On a GPU the first worker would otherwise take the memory of all.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
+    import_from_environment()
+    if devices > 1:
+        from mc_jax.sharding import request
+
+        request(devices)
+
+
+def _end_with_parent(end: Connection) -> None:
+    try:
+        end.recv()
+    finally:
+        os._exit(1)
+
+
+def _do(work: Work, run: Run) -> RunResult:
+    try:
+        return work(run)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{run.name}: {type(error).__name__}: {error}: --jobs 1 shows where"
+        ) from error

@@ -1,0 +1,102 @@
+"""The initial state of a run that starts from the weights of another."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+from mc_core.errors import UserError
+from mc_core.trees import flatten
+from train.checkpoint import load_state
+from train.config import TrainConfig, to_dict
+from train.data.tokenizer_copy import tokenizer_hash
+from train.step import TrainState
+
+
+def initial_state(config: TrainConfig, state: TrainState, console: Console) -> TrainState:
+    """Return `state` with the parameters of `run.init_from`, and print a line about it.
+
+    With `run.init_optimizer` also AdamW's moments and their step count; the schedule begins at 0.
+    The other run is only read.
+
+    Args:
+        config: of the new run; `run.init_from` is set.
+        state: its state before the first step.
+        console: where the line goes.
+
+    Raises:
+        UserError: there is no checkpoint, or its parameters have other names or shapes.
+    """
+    run = config.run
+    assert run.init_from is not None
+    if Path(run.init_from).resolve() == Path(run.directory).resolve():
+        raise UserError(f"run.init_from = {run.init_from}: must not be this run's own directory")
+    try:
+        source, _, found, step, meta = load_state(Path(run.init_from))
+    except UserError as error:
+        raise UserError(f"run.init_from: {error}") from error
+    differences = _differences(source, config)
+    if (words := _tokens(source, meta.tokenizer)) != (
+        own := _tokens(config, tokenizer_hash(config))
+    ):
+        differences.append(f"its tokens are {words} there and {own} here")
+    if mismatch := _mismatch(found.params, state.params):
+        raise UserError(
+            f"run.init_from = {run.init_from}: is of another architecture: {mismatch}; "
+            f"{'; '.join(differences)}"
+        )
+    what = "parameters"
+    optimizer = state.optimizer
+    if run.init_optimizer:
+        what = "parameters and AdamW's moments"
+        optimizer = restart_schedule(found.optimizer)
+    console.print(
+        f"starting from the {what} of step {step} of {run.init_from}"
+        + (f"; {'; '.join(differences)}" if differences else ""),
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    return TrainState(found.params, optimizer, state.rest)
+
+
+def restart_schedule(state: optax.OptState) -> optax.OptState:
+    """Return an optimiser's state with its schedule at step 0 and all else as it is."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def restart(node: Any) -> Any:
+        return node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node
+
+    return jax.tree.map(restart, state, is_leaf=is_schedule)
+
+
+def _mismatch(old: Any, new: Any) -> str:
+    """Return the first parameter whose name or shape differs, or an empty string."""
+    shapes = [{name: list(leaf.shape) for name, leaf in flatten(tree)} for tree in (old, new)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        there, here = (found.get(name, "missing") for found in shapes)
+        if there != here:
+            return f"{name} is {there} there and {here} here"
+    return ""
+
+
+def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Return the settings of the model that differ, each in words."""
+    settings = [dict(flatten({"model": to_dict(c)["model"]})) for c in (old, new)]
+    return [
+        f"{key} is {settings[0].get(key)} there and {settings[1].get(key)} here"
+        for key in sorted(settings[0].keys() | settings[1].keys())
+        if settings[0].get(key) != settings[1].get(key)
+    ]
+
+
+def _tokens(config: TrainConfig, file_hash: str | None) -> str:
+    """Return what a run's tokens are, in words that are equal where the tokens are."""
+    if file_hash is not None:
+        return f"those of a tokenizer with SHA-256 {file_hash[:12]}"
+    return getattr(config.data, "tokenizer", f"those of the task {config.data.task}")

@@ -11,9 +11,26 @@ from typing import Any
 import numpy as np
 
 
+class ConfigError(ValueError):
+    """A value that a configuration does not allow.
+
+    Attributes:
+        owner: name of the configuration's class.
+        problem: the field, its value and what is allowed.
+    """
+
+    def __init__(self, owner: str, problem: str) -> None:
+        super().__init__(owner, problem)
+        self.owner, self.problem = owner, problem
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return f"{self.owner}.{self.problem}"
+
+
 def fail(owner: str, field: str, value: object, allowed: str) -> typing.NoReturn:
     """Raise the one error that every configuration raises."""
-    raise ValueError(f"{owner}.{field} = {value!r}: must be {allowed}")
+    raise ConfigError(owner, f"{field} = {value!r}: must be {allowed}")
 
 
 def check_types(config: Any) -> None:
@@ -26,19 +43,32 @@ def check_types(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        hint = hints[field.name]
-        union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        options = typing.get_args(hint) if union else (hint,)
-        if not any(_is(value, option) for option in options):
-            fail(owner, field.name, value, f"of type {' or '.join(map(_name, options))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(owner, field.name, value, "finite")
+        if allowed := allowed_type(value, hints[field.name]):
+            fail(owner, field.name, value, allowed)
+
+
+def allowed_type(value: object, hint: Any) -> str | None:
+    """Return what a value of this type hint must be, or None where it is that."""
+    options = hint_options(hint)
+    if not any(_is(value, option) for option in options):
+        return f"of type {' or '.join(map(_name, options))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite"
+    return None
+
+
+def hint_options(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union; of another type hint, itself."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _is(value: object, kind: Any) -> bool:
     if typing.get_origin(kind) is tuple:
         item, _ = typing.get_args(kind)
         return isinstance(value, tuple) and all(_is(x, item) for x in value)
+    if kind is Any:
+        return True
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -169,12 +199,13 @@ def check_fixed(name: str, size: object, fixed: bool) -> None:
 def check_keys(
     owner: str, data: object, allowed: Collection[str], required: Collection[str]
 ) -> None:
-    """Hold a mapping to known keys, all required ones present."""
+    """Refuse unknown and missing keys of a mapping; `owner` = "" for the root of a file."""
     if not isinstance(data, dict):
-        raise ValueError(f"{owner} = {data!r}: must be a mapping")
+        raise ValueError(f"{owner or 'file'} = {data!r}: must be a mapping")
+    start = f"{owner}: " if owner else ""
     for key in data:
         if key not in allowed:
-            raise ValueError(f"{owner}: unknown key {key!r}; allowed are {', '.join(allowed)}")
+            raise ValueError(f"{start}unknown key {key!r}; allowed are {', '.join(allowed)}")
     for key in required:
         if key not in data:
-            raise ValueError(f"{owner}: key {key!r} is missing")
+            raise ValueError(f"{start}key {key!r} is missing")

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
 from mc_core.checks import check_choice, check_range, check_types, fail
-from mc_core.memories import (
-    MEMORIES,
-    LinearConfig,
-    MemoryConfig,
-)
+from mc_core.memories import LinearConfig, MemoryConfig
 from mc_core.plain import Plain
 
 GATES = {
@@ -136,15 +132,6 @@ class MCConfig(Plain):
         """Whether the layer L2-normalizes q and k; by default where the memory asks for it."""
         return self.memory.normalizes_qk if self.qk_norm is None else self.qk_norm == "l2"
 
-    @classmethod
-    def _load(cls, key: str, value: Any) -> Any:
-        if key != "memory" or not isinstance(value, dict):
-            return value
-        kind = value.get("kind")
-        if not isinstance(kind, str) or kind not in MEMORIES:
-            fail("MCConfig", "memory.kind", kind, "one of " + ", ".join(map(repr, MEMORIES)))
-        return MEMORIES[kind].from_dict(value)
-
 
 @dataclass(frozen=True)
 class AttentionConfig(Plain):
@@ -247,14 +234,6 @@ class ModelConfig(Plain):
         """The configuration of each block's mixer."""
         made = {mixer: MIXERS[mixer].configure(self) for mixer in self.mixers}
         return tuple(made[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
-
-    @classmethod
-    def _load(cls, key: str, value: Any) -> Any:
-        if key == "mixers" and isinstance(value, str):
-            return (value,)
-        if key == "mixers" and isinstance(value, list):
-            return tuple(value)
-        return MCConfig.from_dict(value) if key == "layer" and isinstance(value, dict) else value
 
 
 class Mixer(NamedTuple):

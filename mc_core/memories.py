@@ -11,9 +11,10 @@ from itertools import pairwise
 from typing import ClassVar, Self, TypeVar
 
 from mc_core.checks import check_choice, check_range, check_types
-from mc_core.plain import Plain
+from mc_core.plain import Plain, Tag
 
 COEFFICIENTS = ("constant", "head", "token")
+MEMORIES: dict[str, type["MemoryConfig"]] = {}  # by kind
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class MemoryConfig(Plain):
         uses_previous_token: a token's write uses the key and value of the token before it.
         normalizes_qk: q and k are L2-normalized unless the layer says otherwise.
     """
+
+    tag: ClassVar[Tag] = Tag("kind", MEMORIES)
 
     kind: ClassVar[str]
     description: ClassVar[str]
@@ -123,8 +126,6 @@ class MemoryConfig(Plain):
 
 
 M = TypeVar("M", bound=MemoryConfig)
-
-MEMORIES: dict[str, type[MemoryConfig]] = {}  # by kind
 
 
 def register_memory(cls: type[M]) -> type[M]:

@@ -1,24 +1,37 @@
-"""Configurations as plain dictionaries, and back, strictly."""
+"""Strict conversion of configurations to and from plain values, by the dataclasses' type hints.
+
+Supported hints: int, float, str, bool, Path, Any, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
+`dict[str, X]`, dataclasses, and dataclasses with a `Tag`.
+"""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar, get_args, get_type_hints
 
-from mc_core.checks import check_keys, fail
+from mc_core.checks import ConfigError, allowed_type, check_keys, hint_options
+
+C = TypeVar("C")
+
+
+class Tag(NamedTuple):
+    """The key by which plain values name one of several dataclasses; their attribute `tag`.
+
+    Each class has its name as the class attribute `key`. Without the key, a field that allows
+    several classes takes the first.
+    """
+
+    key: str
+    classes: Mapping[str, type]  # by name
+    omitted: str | None = None  # the name that `to_dict` leaves out
 
 
 class Plain:
-    """Strict conversion of a dataclass to and from plain dictionaries."""
-
-    kind: ClassVar[str]
+    """Methods `to_dict` and `from_dict` of a dataclass."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; nested configurations become dictionaries; memories keep `kind`."""
-        out: dict[str, Any] = {"kind": self.kind} if hasattr(self, "kind") else {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            value = list(value) if isinstance(value, tuple) else value
-            out[field.name] = value.to_dict() if isinstance(value, Plain) else value
-        return out
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -27,17 +40,104 @@ class Plain:
         Raises:
             ValueError: an unknown or missing key, or a value that is out of range.
         """
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-        names = [f.name for f in fields]
-        if hasattr(cls, "kind") and isinstance(data, dict) and "kind" in data:
-            if data["kind"] != cls.kind:
-                fail(cls.__name__, "kind", data["kind"], repr(cls.kind))
-            data = {key: value for key, value in data.items() if key != "kind"}
-        check_keys(cls.__name__, data, names, required)
-        return cls(**{key: cls._load(key, value) for key, value in data.items()})
+        return from_dict(cls, data, cls.__name__)
 
-    @classmethod
-    def _load(cls, key: str, value: Any) -> Any:
-        del key
-        return value
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as plain values, preceded by its tag."""
+    tag: Tag | None = getattr(config, "tag", None)
+    name = getattr(config, tag.key) if tag else None
+    out = {} if tag is None or name == tag.omitted else {tag.key: name}
+    fields = dataclasses.fields(config)
+    return out | {field.name: _to_plain(getattr(config, field.name)) for field in fields}
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def from_dict(cls: type[C], data: Any, path: str = "") -> C:
+    """Build a dataclass from `to_dict`'s form.
+
+    Args:
+        cls: the dataclass, or the base class of tagged ones.
+        data: plain values.
+        path: of `data`, for messages; "" for the root of a file.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value that is not allowed; names its path.
+    """
+    return _build((cls,), data, path)
+
+
+def _build(options: tuple[type, ...], data: Any, path: str) -> Any:
+    cls, data = _select(options, data, path)
+    fields = dataclasses.fields(cls)
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    check_keys(path, data, [field.name for field in fields], required)
+    hints = get_type_hints(cls)
+    values = {key: _load(hints[key], value, _join(path, key)) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        if isinstance(error, ConfigError) and error.owner == cls.__name__:
+            raise ValueError(_join(path, error.problem)) from error
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _select(options: tuple[type, ...], data: Any, path: str) -> tuple[type, Any]:
+    """Return the dataclass that `data` names, and `data` without the tag."""
+    tag: Tag | None = getattr(options[0], "tag", None)
+    if tag is None or not isinstance(data, dict):
+        return options[0], data
+    first = getattr(options[0], tag.key, None)  # None for a base class
+    classes = {name: cls for name, cls in tag.classes.items() if issubclass(cls, options)}
+    classes |= {first: options[0]} if first else {}
+    name = data.get(tag.key, first)
+    if name not in list(classes):
+        allowed = ("one of " if len(classes) > 1 else "") + ", ".join(map(repr, classes))
+        _refuse(_join(path, tag.key), name, allowed)
+    return classes[name], {key: value for key, value in data.items() if key != tag.key}
+
+
+def _load(hint: Any, value: Any, path: str) -> Any:
+    options = hint_options(hint)
+    if value is None and type(None) in options:
+        return None
+    option, items = options[0], get_args(options[0])
+    if dataclasses.is_dataclass(option):
+        return _build(tuple(x for x in options if x is not type(None)), value, path)
+    kind = getattr(option, "__origin__", option)
+    if kind is tuple:
+        return _load_tuple(items, value, path)
+    if kind is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            _refuse(path, value, "a mapping with text keys")
+        return {key: _load(items[1], item, _join(path, key)) for key, item in value.items()}
+    if option is Path and isinstance(value, str):
+        return Path(value)
+    if allowed := "the path of a file" if option is Path else allowed_type(value, hint):
+        _refuse(path, value, allowed)
+    return float(value) if option is float else value
+
+
+def _load_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and items[0] is str:
+        value = [value]
+    many = items[-1] is ...
+    if not isinstance(value, list) or not (many or len(value) == len(items)):
+        a_list = "a list" if many else f"a list of {len(items)} values"
+        _refuse(path, value, "text or a list of text" if items[0] is str else a_list)
+    hints = items[:1] * len(value) if many else items
+    pairs = zip(hints, value, strict=True)
+    return tuple(_load(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(pairs))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _refuse(path: str, value: object, allowed: str) -> NoReturn:
+    raise ValueError(f"{path} = {value!r}: must be {allowed}")

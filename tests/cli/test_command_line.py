@@ -175,7 +175,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, word, message):
     ("key", "value", "message"),
     [
         ("model", [1, 2], "tiny.yaml: model = [1, 2]: must be a mapping"),
-        ("data", [1], "tiny.yaml: data must be a mapping of keys"),
+        ("data", [1], "tiny.yaml: data = [1]: must be a mapping"),
         ("run", [1], "tiny.yaml: has a list where a mapping of keys must be"),
         ("run", {"steps": 3, 1: 2, "x": 3}, "tiny.yaml: run: unknown key 1; allowed are "),
     ],

@@ -196,13 +196,17 @@ def test_dictionaries_are_strict():
         (MCConfig, [1], "MCConfig = [1]: must be a mapping"),
         (MCConfig, {**LAYER, "memory": {"kind": "lstm"}}, "MCConfig.memory.kind = 'lstm': must be"),
         (MCConfig, {**LAYER, "memory": {}}, "MCConfig.memory.kind = None: must be one of 'linear'"),
-        (MCConfig, {**LAYER, "memory": {**memory, "rate": 1}}, "TitansConfig: unknown key 'rate'"),
-        (MCConfig, {**LAYER, "memory": {**memory, "depth": 0}}, "TitansConfig.depth = 0: must be"),
-        (MCConfig, {**LAYER, "memory": "titans"}, "MCConfig.memory = 'titans': must be of type"),
+        (
+            MCConfig,
+            {**LAYER, "memory": {**memory, "rate": 1}},
+            "MCConfig.memory: unknown key 'rate'",
+        ),
+        (MCConfig, {**LAYER, "memory": {**memory, "depth": 0}}, "MCConfig.memory.depth = 0: must"),
+        (MCConfig, {**LAYER, "memory": "titans"}, "MCConfig.memory = 'titans': must be a mapping"),
         (MCConfig, {**LAYER, "kind": "linear"}, "MCConfig: unknown key 'kind'"),
         (DLAConfig, memory, "DLAConfig.kind = 'titans': must be 'dla'"),
         (LinearConfig, {"depth": 2}, "LinearConfig: unknown key 'depth'"),
-        (ModelConfig, {**MODEL, "layer": {"d_model": 8}}, "MCConfig: key 'num_heads' is missing"),
+        (ModelConfig, {**MODEL, "layer": {"d_model": 8}}, "ModelConfig.layer: key 'num_heads' is"),
         (ModelConfig, {"layer": LAYER}, "ModelConfig: key 'vocab_size' is missing"),
     ]
     for cls, data, message in wrong:

@@ -156,8 +156,8 @@ def test_the_command_trains_and_reports(tmp_path, monkeypatch, capsys):
     [
         ("data.task=quiz", "data.task = 'quiz': must be one of 'text', 'mqar', 'niah'"),
         ("data.task=[1]", "data.task = [1]: must be one of"),
-        ("data.lengths=7", "data.lengths = 7: must be a list of [tokens, pairs]"),
-        ("data.lengths=[[8]]", "data.lengths = [[8]]: must be a list of [tokens, pairs]"),
+        ("data.lengths=7", "data.lengths = 7: must be a list"),
+        ("data.lengths=[[8]]", "data.lengths[0] = [8]: must be a list of 2 values"),
         ("data.lengths=[[8, 3]]", "data.lengths = [8, 3]: must be [tokens, pairs] with"),
         ("data.vocab_size=300", "model.vocab_size = 256: must be >= data.vocab_size = 300"),
         ("data.random_non_queries=1", "data.random_non_queries = 1: must be of type bool"),

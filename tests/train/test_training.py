@@ -270,13 +270,13 @@ def test_the_commands_of_the_readme_load(monkeypatch):
         ("run.devices=null", "run.devices = None: must be of type int"),
         ("run.stesp=1", "run: unknown key 'stesp'; allowed are steps, "),
         ("runs.steps=1", "unknown key 'runs'; allowed are data, model, run, optimizer"),
-        ("run=3", "run must be a mapping of keys"),
+        ("run=3", "run = 3: must be a mapping"),
         ("run.dtype=half", "run.dtype = 'half': must be one of 'float32', 'bfloat16'"),
         ("optimizer.learning_rate=x", "optimizer.learning_rate = 'x': must be of type float"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate = inf: must be finite"),
         ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0: must be in [0.0, 1.0)"),
         ("optimizer.warmup_steps=12", "optimizer.warmup_steps = 12: must be < run.steps = 12"),
-        ("data.corpus=3", "data.corpus = 3: must be a path, the word stdlib, or a list of them"),
+        ("data.corpus=3", "data.corpus = 3: must be text or a list of text"),
         ("data.corpus=[]", "data.corpus = []: must be at least one file or folder"),
         ("model.vocab_size=255", "model.vocab_size = 255: must be >= 256 for bytes"),
         ("model.layer.size=1", "model.layer: unknown key 'size'; allowed are d_model, "),
@@ -306,7 +306,7 @@ def test_configuration_files_that_cannot_be_read(tmp_path):
         ("circle.yaml", "base: circle.yaml\n", "leads back"),
         ("lost.yaml", "base: nowhere.yaml\n", "nowhere.yaml: No such file"),
         ("number.yaml", "base: 3\n", "must be the name of a YAML file"),
-        ("short.yaml", "data: {corpus: x}\n", "model: key is missing"),
+        ("short.yaml", "data: {corpus: x}\n", "key 'model' is missing"),
     ):
         if text:
             (tmp_path / name).write_text(text)

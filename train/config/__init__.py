@@ -1,10 +1,10 @@
 """The configuration of a run: its schema, and how it is read from YAML and words."""
 
+from mc_core.plain import to_dict
 from train.config.comparison import FREE_KEYS, first_difference
 from train.config.loading import load_config
-from train.config.recall_schema import Length, MQARConfig, NIAHConfig
-from train.config.schema import TASKS, DataConfig, RunConfig, TextConfig, TrainConfig
-from train.config.serialization import from_dict, to_dict
+from train.config.recall_schema import TASKS, Length, MQARConfig, NIAHConfig
+from train.config.schema import DataConfig, RunConfig, TextConfig, TrainConfig, from_dict
 
 __all__ = [
     "FREE_KEYS",

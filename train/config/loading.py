@@ -9,9 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mc_core.errors import UserError
-from train.config.schema import TrainConfig
-from train.config.serialization import from_dict
-from train.config.yaml_files import first_line, merge, read_with_bases
+from train.config.schema import TrainConfig, from_dict
+from train.config.yaml_files import first_line, merge, read_with_bases, to_plain
 
 TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
 
@@ -35,10 +34,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"{word}: {first_line(error)}") from error
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
-    try:
-        return from_dict(plain)
+        return from_dict(to_plain(merged, path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

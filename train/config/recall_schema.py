@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mc_core.checks import check_choice, check_range, fail
+from mc_core.plain import Tag
 
 Length = tuple[int, int]
+TASKS: dict[str, type] = {}  # configurations of `data`, by `data.task`
+# Runs on text keep no `task` in their checkpoints.
+TAG = Tag("task", TASKS, omitted="text")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class MQARConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
+    tag: ClassVar[Tag] = TAG
     task: ClassVar[str] = "mqar"
 
     vocab_size: int = 8192
@@ -94,6 +99,7 @@ class NIAHConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
+    tag: ClassVar[Tag] = TAG
     task: ClassVar[str] = "niah"
 
     haystack: str = "noise"

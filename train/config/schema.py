@@ -1,13 +1,14 @@
 """The configuration of a run: frozen dataclasses that check their values."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mc_core import ModelConfig
+from mc_core import ModelConfig, plain
 from mc_core.checks import check_choice, check_range, fail
 from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig
-from train.config.recall_schema import MQARConfig, NIAHConfig
+from mc_core.plain import Tag
+from train.config.recall_schema import TAG, TASKS, MQARConfig, NIAHConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TextConfig:
         train_bytes: at most so much text is trained on; None for all of it.
     """
 
+    tag: ClassVar[Tag] = TAG
     task: ClassVar[str] = "text"
 
     corpus: tuple[str, ...]
@@ -65,9 +67,7 @@ class TextConfig:
 
 
 DataConfig = TextConfig | MQARConfig | NIAHConfig
-TASKS: dict[str, type[DataConfig]] = {
-    config.task: config for config in (TextConfig, MQARConfig, NIAHConfig)
-}
+TASKS.update({config.task: config for config in (TextConfig, MQARConfig, NIAHConfig)})
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,11 @@ class TrainConfig:
             reason = (
                 f"data.vocab_size = {least}" if self.data.task == "mqar" else f"{least} for bytes"
             )
-            fail("ModelConfig", "vocab_size", self.model.vocab_size, f">= {reason}")
+            fail("TrainConfig", "model.vocab_size", self.model.vocab_size, f">= {reason}")
         warmup = self.optimizer.warmup_steps
         if warmup >= self.run.steps:
-            fail("OptimizerConfig", "warmup_steps", warmup, f"< run.steps = {self.run.steps}")
+            allowed = f"< run.steps = {self.run.steps}"
+            fail("TrainConfig", "optimizer.warmup_steps", warmup, allowed)
 
     @property
     def tokenizer(self) -> str:
@@ -160,3 +161,12 @@ class TrainConfig:
         if isinstance(self.data, MQARConfig):
             raise UserError(f"{self.run.directory}: a run on data.task = 'mqar' knows no text")
         return self.data.tokenizer
+
+
+def from_dict(data: Any) -> TrainConfig:
+    """Build from `to_dict`'s form, strictly.
+
+    Raises:
+        ValueError: one line with the key's path, its value and what is allowed.
+    """
+    return plain.from_dict(TrainConfig, data)

@@ -70,6 +70,20 @@ def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
     return merged
 
 
+def to_plain(config: DictConfig, path: Path) -> dict[str, Any]:
+    """Return plain values, `${...}` replaced by what it refers to.
+
+    Raises:
+        UserError: a reference cannot be resolved; says that of `path`.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
 def _select(config: DictConfig, key: str, default: str | None = None) -> Any:
     """Return the value at a dotted key; the default, too, where the way there is no mapping."""
     try:

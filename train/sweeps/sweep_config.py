@@ -5,21 +5,18 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from mc_core.checks import check_keys, check_range, fail
+from mc_core.checks import ConfigError, check_range, fail
 from mc_core.errors import UserError
+from mc_core.plain import from_dict
 from mc_core.trees import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
-from train.config.yaml_files import read_yaml
+from train.config.yaml_files import read_yaml, to_plain
 
-KEYS = ("base", "directory", "vary", "rows", "seeds", "rates", "examples")
 # What a sweep sets by itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
 # Settings that leave a fingerprint as it is without them.
@@ -46,7 +43,7 @@ class SweepConfig:
 
     base: Path
     directory: str
-    vary: tuple[dict[str, list[Any]], ...] = ()
+    vary: tuple[dict[str, Any], ...] = ()
     rows: tuple[Overrides, ...] = ()
     seeds: tuple[int, ...] = (0,)
     rates: tuple[float, ...] | None = None
@@ -160,48 +157,14 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises:
         UserError: the file cannot be read, or a key or value is not allowed; names it.
     """
+    data = to_plain(read_yaml(path), path)
+    if isinstance(data.get("vary"), dict):
+        data["vary"] = [data["vary"]]
     try:
-        data = OmegaConf.to_container(read_yaml(path), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    try:
-        check_keys("sweep", data, KEYS, ("base",))
-        assert isinstance(data, dict)
-        if not isinstance(data["base"], str):
-            raise ValueError(f"base = {data['base']!r}: must be the name of a YAML file")
-        given = {str(key): value for key, value in data.items()} | {
-            "base": path.parent / data["base"],
-            "directory": data.get("directory", f"runs/{path.stem}"),
-        }
-        if isinstance(given.get("vary"), dict):
-            given["vary"] = [given["vary"]]
-        for name, kind in (("vary", dict), ("rows", dict), ("seeds", int), ("rates", float)):
-            if name in given and (name, given[name]) != ("rates", None):
-                given[name] = _structure(name, given[name], kind)
-        _check("directory", given["directory"], str)
-        if given.get("examples") is not None:
-            _check("examples", given["examples"], int)
-        return SweepConfig(**given)
+        sweep = from_dict(SweepConfig, {"directory": f"runs/{path.stem}"} | data)
     except ValueError as error:
-        text = str(error).removeprefix("SweepConfig.").removeprefix("sweep: ")
-        raise UserError(f"{path}: {text}") from error
-
-
-def _structure(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, list):
-        raise ValueError(f"{name} = {values!r}: must be a list")
-    for value in values:
-        _check(name, value, kind)
-    return tuple(float(value) if kind is float else value for value in values)
-
-
-def _check(name: str, value: object, kind: type) -> None:
-    kinds = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        what = {"dict": "mappings of keys", "str": "a word"}.get(kind.__name__, "numbers")
-        raise ValueError(f"{name} = {value!r}: must be {what}")
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} = {value!r}: must be mappings of dotted keys")
+        raise UserError(f"{path}: {error}") from error
+    return replace(sweep, base=path.parent / sweep.base)
 
 
 def make_run(
@@ -233,8 +196,8 @@ def make_runs(sweep: SweepConfig) -> dict[str, list[Run]]:
     rates: Sequence[float | None] = sweep.rates or [None]
     try:
         rows = sweep.all_rows()
-    except ValueError as error:
-        raise UserError(str(error).removeprefix("SweepConfig.")) from error
+    except ConfigError as error:
+        raise UserError(error.problem) from error
     runs = {
         row: [make_run(sweep, row, overrides, sweep.seeds[0], rate) for rate in rates]
         for row, overrides in rows.items()

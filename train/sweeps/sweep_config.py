@@ -19,8 +19,6 @@ from train.config.yaml_files import read_yaml, to_plain
 
 # What a sweep sets by itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
-# Settings that leave a fingerprint as it is without them.
-AS_BEFORE = (("model.layer.gate", "context"), ("run.init_optimizer", False))
 Overrides = dict[str, Any]  # dotted key -> value
 
 
@@ -120,11 +118,7 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the result would."""
-        settings = {
-            k: v
-            for k, v in flatten(to_dict(self.config))
-            if k not in FREE_KEYS and (k, v) not in AS_BEFORE
-        }
+        settings = {k: v for k, v in flatten(to_dict(self.config)) if k not in FREE_KEYS}
         text = json.dumps([settings, self.examples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -27,68 +27,41 @@ TOLERANCE = 1e-4  # relative RMS of outputs and gradients in float32, where the 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Subjects that do the same work; the first is what the others are held against.
+    """Subjects that do the same work; the others are compared with the first.
 
     Attributes:
         build: compiles the subjects; those of JAX for each number of devices.
-        goals: subject, on however many devices -> the ratio to reach.
-        at_most: whether the goal bounds the subject's time from above by that of the first one on
-            as many devices; else it is how many times faster than the first one the subject is.
-        equal: whether all compute the same, so that their outputs are compared too.
+        relative_time: report a subject's time per token, relative to that of the first subject on
+            as many devices; otherwise report how many times faster than the first subject it is.
+        equal: all compute the same, so their outputs are compared too.
     """
 
     build: Callable[[Sequence[int]], list[Subject]]
-    goals: dict[str, float]
-    at_most: bool = False
+    relative_time: bool = False
     equal: bool = False
 
 
 def comparisons() -> dict[str, Comparison]:
     """Return every comparison by its name."""
     found = {
-        f"linear-{tokens}": Comparison(
-            partial(_published, "linear", tokens, (64,)),
-            goals,
-            equal=True,
-        )
-        for tokens, goals in (
-            (1024, {"mc_jax chunk 64": 40.0, "mc_torch chunk 64": 20.0}),
-            (4096, {"mc_jax chunk 64": 150.0}),
-        )
+        f"linear-{tokens}": Comparison(partial(_published, "linear", tokens, (64,)), equal=True)
+        for tokens in (1024, 4096)
     }
-    found["titans-1024"] = Comparison(
-        partial(_published, "titans", 1024, (1, 16)),
-        {"mc_jax chunk 1": 6.0, "mc_jax chunk 16": 30.0},
-    )
-    for chunk, goal in ((16, 2.0), (64, 1.0)):
-        found[f"base-titans-{chunk}"] = Comparison(
-            partial(_titans_pytorch, chunk),
-            {"mc_jax": goal},
-        )
-    for kind, goal in (("linear", 2.2), ("titans", 1.6)):
+    found["titans-1024"] = Comparison(partial(_published, "titans", 1024, (1, 16)))
+    for chunk in (16, 64):
+        found[f"base-titans-{chunk}"] = Comparison(partial(_titans_pytorch, chunk))
+    for kind in ("linear", "titans"):
         found[f"ssc-{kind}"] = Comparison(
-            partial(_against_none, kind, "ssc", 4096),
-            {f"{kind} + ssc": goal},
-            at_most=True,
+            partial(_against_none, kind, "ssc", 4096), relative_time=True
         )
-        found[f"length-{kind}"] = Comparison(
-            partial(_lengths, kind),
-            {"16,384 tokens": 1 / 0.9},
-            at_most=True,
-        )
+        found[f"length-{kind}"] = Comparison(partial(_lengths, kind), relative_time=True)
     for tokens in (1024, 4096):
-        found[f"attention-{tokens}"] = Comparison(
-            partial(_attention, tokens),
-            {},
-        )
+        found[f"attention-{tokens}"] = Comparison(partial(_attention, tokens))
     if torch.cuda.is_available():
         for kind in ("linear", "gla"):
-            found[f"fla-{kind}"] = Comparison(
-                partial(_flash_linear, kind),
-                {},
-            )
+            found[f"fla-{kind}"] = Comparison(partial(_flash_linear, kind))
         for tokens in (4096, 32768):
-            found[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens), {})
+            found[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens))
     return found
 
 
@@ -148,7 +121,9 @@ def measure(
     made = _first_two(subjects[0]) if comparison.equal else None
     rows = []
     for subject in subjects:
-        alike = (s for s in subjects if not comparison.at_most or s.devices == subject.devices)
+        alike = (
+            s for s in subjects if not comparison.relative_time or s.devices == subject.devices
+        )
         reference = next(alike)
         timing, base = times[subject.name], times[reference.name]
         cells: Row = {
@@ -163,15 +138,11 @@ def measure(
         }
         if subject is not reference:
             wall, processor = ratio(base, timing)
-            if comparison.at_most:
+            if comparison.relative_time:
                 share = reference.tokens / subject.tokens
                 wall, processor = share / wall, share / processor
-            kind = "times its time" if comparison.at_most else "times faster"
+            kind = "times its time" if comparison.relative_time else "times faster"
             cells |= {kind: wall, f"{kind} (processor)": processor}
-            for goal, value in comparison.goals.items():
-                if subject.name == named(goal, subject.devices):
-                    sign = "<=" if comparison.at_most else ">="
-                    cells["goal"] = f"{sign} {value:.3g}"
             if made is not None:
                 cells["error"] = f"{_distance(made, _first_two(subject)):.0e}"
         cells["compile s"] = subject.compile_s

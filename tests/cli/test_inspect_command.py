@@ -21,7 +21,7 @@ from train.evaluation.needle import find_needle, weigh_needle
 from train.evaluation.traces import look, to_json
 
 WORDS = "the code is 4711 — naïve <b>text</b> & more\nwhat was the code, then?\n"
-SHARED = ("token_index", "segment_index", "cached_count")
+DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,16 @@ def test_the_numbers_are_the_models_own(inspected):
     traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])[1]
     for layer, trace in zip(found["layers"], traces, strict=True):
         fields = {name: x for name, x in trace._asdict().items() if x is not None}
+        lengths = fields.pop("segment_length")[0].tolist()
+        assert lengths == found["segment_lengths"][: len(lengths)]
+        counts = np.repeat(range(len(found["segment_lengths"])), found["segment_lengths"])
+        assert fields.pop("segment_index").tolist() == counts.tolist()
+        assert fields.pop("cached_count").tolist() == counts.tolist()
+        assert fields.pop("token_index").tolist() == list(range(len(tokens)))
         assert layer.keys() == fields.keys()
         assert "momentum_norm" not in layer
         for name, x in fields.items():
-            expected = np.asarray(x if name in SHARED else x[0])
+            expected = np.asarray(x[0])
             np.testing.assert_array_equal(np.asarray(layer[name], expected.dtype), expected)
 
 

@@ -15,6 +15,8 @@ from train.evaluation.needle import Needle, find_needle, weigh_needle
 
 LayerTrace = dict[str, np.ndarray]  # the fields of a trace that are there, without the batch's axis
 COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after")
+# Fields of a trace that follow from `segment_lengths`, as no token is masked.
+DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
 
 
@@ -84,7 +86,7 @@ def look(directory: Path, path: Path, tokens: int, needle: str | None = None) ->
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
-    """Return plain values: the fields of `Trace` by layer, without the batch's axis."""
+    """Return plain values: the fields of `Trace` by layer, without the batch axis and `DERIVED`."""
     result: dict[str, Any] = {
         "run": found.run,
         "step": found.step,
@@ -93,12 +95,17 @@ def to_json(found: Inspection) -> dict[str, Any]:
         "tokens": found.text.tokens.tolist(),
         "pieces": list(found.text.pieces),
         "blocks": list(found.blocks),
-        "layers": [{name: _plain(x) for name, x in layer.items()} for layer in found.layers],
+        "layers": [
+            {name: _plain(x) for name, x in layer.items() if name not in DERIVED}
+            for layer in found.layers
+        ],
     }
     if found.needle is not None:
         needle = {**vars(found.needle), "verdict": found.needle.verdict}
         result["needle"] = {
-            name: _plain(x) if isinstance(x, np.ndarray) else x for name, x in needle.items()
+            name: _plain(x) if isinstance(x, np.ndarray) else x
+            for name, x in needle.items()
+            if name != "blocks"
         }
     return result
 

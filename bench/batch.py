@@ -1,4 +1,4 @@
-"""The numbers that every subject of a comparison is given."""
+"""Random inputs of all benchmarks."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most: its own large product and its own copy, measured."""
+"""Measured ceilings of the machine: a large matrix product and a large copy."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ COPIED_BY_ACCELERATOR = 1 << 30  # takes long enough to hide the launch
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of XLA on the default device: the best of the runs, which other work slows least."""
+    """Rates of XLA on the default device: the best of several runs."""
 
     matmul: float  # floating-point operations per second
     copy: float  # bytes per second, read and written
 
     def of(self, devices: int) -> "Ceilings":
-        """Return the rates of so many devices; those of a CPU have its cores and memory in common,
-        and one large product or copy has all of them already.
+        """Return the rates of `count` devices; CPU devices share cores and memory, so theirs are
+        those of one.
         """
         if jax.default_backend() == "cpu":
             return self
@@ -29,14 +29,12 @@ class Ceilings:
         return dataclasses.replace(self, **rates)
 
     def share(self, flops: float, seconds: float) -> float:
-        """Return the share of the product's rate that so many operations in so long a time are."""
+        """Return the achieved share of the product's rate."""
         return flops / seconds / self.matmul
 
 
 def side() -> int:
-    """Return the side of the square matrices whose product is timed: large enough to fill the
-    default device.
-    """
+    """Return the side of the timed square matrices, large enough to fill the default device."""
     return 2048 if jax.default_backend() == "cpu" else 8192
 
 

@@ -1,6 +1,6 @@
 """Operations of a program, counted in its jaxpr.
 
-The compiler's own count takes a loop's body once, however often it runs.
+The compiler's own count takes a loop's body once, regardless of the number of iterations.
 """
 
 import math
@@ -13,8 +13,8 @@ import jax
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
     """Return the floating-point operations of all matrix products that `function(*args)` takes.
 
-    A product of contracted length k and an output of n numbers is 2 n k; a scan's body counts as
-    often as it runs; of two branches the dearer one counts. Elementwise work does not count.
+    A product of contracted length k and an output of n numbers is 2 n k; a scan's body counts once
+    per iteration; of two branches the more expensive one counts. Elementwise work does not count.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 

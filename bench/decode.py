@@ -1,4 +1,4 @@
-"""`mc bench decode`: time and bytes of a token after a long context, beside attention's."""
+"""`mc bench decode`: time and bytes per token after a long context, compared with attention."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,8 +20,8 @@ from mc_jax import Cache, MemoryCachingLayer
 from mc_jax.sharding import local, split_heads
 from parity.environment import result_table
 
-ROOM = 128  # tokens after the context for which there is room: more than are run
-PREFILLS = 5  # timed runs of a prompt, and of as many single steps
+CAPACITY = 128  # tokens after the context that fit the cache: more than are run
+PREFILLS = 5  # timed runs of a prompt in one call and in single steps
 ATTENTION = "attention"
 
 
@@ -42,15 +42,15 @@ def run(
     seed: int,
     devices: int = 1,
 ) -> ResultTable:
-    """Time one token of every layer after every context, a prompt, and what short storage costs.
+    """Time one token of every layer after every context, a prompt, and compact cache formats.
 
     Args:
         configs: layers of one width.
-        contexts: tokens that came before.
+        contexts: lengths of the context.
         prompt: tokens of a prompt, in one call and in single steps; 0 for none.
         runs: timed tokens of each.
         seed: of parameters and memories.
-        devices: over which a prompt's heads are split, once more beside one device.
+        devices: a prompt is also timed with its heads split over them.
 
     Raises:
         UserError: there are fewer devices, or the heads cannot be split over them.
@@ -58,7 +58,7 @@ def run(
     places = local(devices, "--devices")
     if configs and configs[0].num_heads % devices:
         raise UserError(f"--devices {devices}: must divide --heads {configs[0].num_heads}")
-    notes = ["one stream, float32; memories at random: what a step costs does not depend on them"]
+    notes = ["one stream, float32; random memories, which do not change the cost of a step"]
     notes.append(STEADY)
     rows = compare(configs, contexts, runs, seed)
     for config in configs if prompt else ():
@@ -85,18 +85,18 @@ def run(
 def compare(
     configs: Sequence[MCConfig], contexts: Sequence[int], runs: int, seed: int
 ) -> list[Row]:
-    """Time one token of every layer after every context, in turn, beside attention.
+    """Time one token of every layer and of attention after every context, alternating.
 
-    The memories are random: what a step costs does not depend on what they hold.
+    The memories are random; the cost of a step does not depend on their values.
 
     Args:
         configs: layers of one width.
-        contexts: tokens that came before.
+        contexts: lengths of the context.
         runs: timed tokens of each.
         seed: of parameters and memories.
 
     Returns:
-        a row for each context and layer, plain values.
+        one row per context and layer, plain values.
     """
     rows = []
     for context in contexts:
@@ -115,10 +115,10 @@ def compare_prefill(
     devices: Sequence[jax.Device] = (),
     runs: int = PREFILLS,
 ) -> Row:
-    """Time a prompt in one call and as single steps, in turn; ratios are medians of the turns'.
+    """Time a prompt in one call and as single steps, alternating; ratios are medians over turns.
 
-    Steps follow each other without a wait, as they may where the next token is known. They run on
-    one device; with several `devices` the call is timed once more with its heads split over them.
+    Steps are dispatched without waiting, as for known tokens. They run on one device; with several
+    `devices` the call is also timed with its heads split over them.
     """
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
@@ -164,7 +164,7 @@ def compare_prefill(
 
 
 def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[Row]:
-    """Return what it costs to keep cached memories short, or on the host: the output's error."""
+    """Return bytes and output error of cached memories in bfloat16 or on the host."""
     layer, _, _ = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
     exact, rows = None, []
@@ -229,7 +229,7 @@ def _build(config: MCConfig, seed: int) -> tuple[MemoryCachingLayer, Any, Any]:
 
 def _layer(config: MCConfig, context: int, seed: int) -> Decoder:
     layer, graphdef, state = _build(config, seed)
-    cache = layer.init_cache(1, context + ROOM)
+    cache = layer.init_cache(1, context + CAPACITY)
     held = sum(leaf.nbytes for _, leaf in flatten(cache))
     weights = tuple(
         0.1 * jax.random.normal(jax.random.key(seed), w.shape) for w in cache.stored.weights
@@ -254,7 +254,7 @@ def _attention(config: MCConfig, context: int, seed: int) -> Decoder:
     d, h, width = config.d_model, config.num_heads, config.head_dim
     keys = jax.random.split(jax.random.key(seed), 6)
     weights = [jax.random.normal(key, (d, d)) * d**-0.5 for key in keys[:4]]
-    shape = (1, context + ROOM, h, width)
+    shape = (1, context + CAPACITY, h, width)
     kv = tuple(jax.random.normal(key, shape) for key in keys[4:])
 
     @partial(jax.jit, donate_argnums=2)

@@ -1,4 +1,4 @@
-"""Words for subjects that run on several devices."""
+"""Names and notes of subjects on several devices."""
 
 ABOUT = (
     "devices: the batch is split over them; of a CPU, one device runs a batch of small products on "
@@ -7,5 +7,5 @@ ABOUT = (
 
 
 def named(name: str, devices: int) -> str:
-    """Return a subject's name that tells its devices, where they are several."""
+    """Return a subject's name, with the number of devices if there are several."""
     return name if devices == 1 else f"{name}, {devices} devices"

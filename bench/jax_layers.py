@@ -18,7 +18,7 @@ from mc_jax.sharding import count, local, replicate, split_rows
 
 
 def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
-    """Return a float32 layer, drawn from the seed or with PyTorch-layout weights put in."""
+    """Return a float32 layer, drawn from the seed or with weights in PyTorch's layout."""
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed))
     if flat is not None:
         set_weights(layer, to_jax(flat))
@@ -44,10 +44,10 @@ def subject(
         rows: sequences of the batch.
         tokens: tokens of each.
         dtype: compute dtype; parameters are float32.
-        backward: whether gradients are taken.
+        backward: compute gradients.
         flat: weights in PyTorch's layout, instead of drawn ones.
         seed: of the parameters and of the batch.
-        name: what a table calls it.
+        name: in tables.
         devices: local devices over which the batch is split.
 
     Raises:
@@ -74,7 +74,7 @@ def compiled_subject(
 ) -> Subject:
     """Compile a function and return it as a subject with its compile time, flops and bytes.
 
-    Its devices are those of its arguments.
+    It runs on the devices of its arguments.
     """
     devices = count(args)
     start = time.perf_counter(), time.process_time()
@@ -94,7 +94,7 @@ def compiled_subject(
         compile_s=end[0] - start[0],
         compile_processor_s=end[1] - start[1],
         flops=count_flops(function, *args),
-        bytes=held * devices,  # the compiler tells those of one device; all run the same program
+        bytes=held * devices,  # the compiler's count is per device; all run the same program
         devices=devices,
         dtype=dtype,
     )

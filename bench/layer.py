@@ -1,4 +1,4 @@
-"""`mc bench layer`: milliseconds, tokens a second and bytes of layers, against the ceilings."""
+"""`mc bench layer`: time, tokens per second and bytes of layers, with the machine's ceilings."""
 
 import dataclasses
 import itertools
@@ -62,11 +62,11 @@ def make_config(
 
 
 def run(grid: Grid, runs: int) -> ResultTable:
-    """Compile and time the grid, all subjects in turn, and the ceilings of each dtype.
+    """Compile and time the grid, all subjects alternating, and the ceilings of each dtype.
 
     Args:
-        grid: what is measured.
-        runs: timed runs of each; 0 compiles alone, and reports bytes and compile times.
+        grid: of the layers.
+        runs: timed runs of each; 0 only compiles, and reports bytes and compile times.
     """
     subjects = build(grid)
     times = alternate({name: s.run for name, s in subjects.items()}, runs) if runs else {}
@@ -120,7 +120,7 @@ def build(grid: Grid) -> dict[str, Subject]:
 
 
 def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> Row:
-    """Return a subject's cells; `floor ms` is its products at the machine's own rate."""
+    """Return a subject's cells; `floor ms` is the time of its products at the machine's rate."""
     cells: Row = {"layer": subject.name}
     if ceilings:
         ceilings = ceilings.of(subject.devices)
@@ -138,7 +138,7 @@ def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> R
     if subject.bytes:
         cells["MiB"] = subject.bytes / 2**20
         if ceilings and timing:
-            # Everything that is held is written and read once at the least.
+            # All bytes are written and read at least once.
             cells["of copy"] = f"{2 * subject.bytes / timing.median / ceilings.copy:.0%}"
     cells["compile s"] = subject.compile_s
     cells["compile processor s"] = subject.compile_processor_s

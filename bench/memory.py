@@ -1,4 +1,4 @@
-"""`mc bench memory`: bytes of a model's cache beside those of a KV cache, from the config alone."""
+"""`mc bench memory`: bytes of a model's cache compared with a KV cache, from the config."""
 
 from collections.abc import Sequence
 
@@ -51,12 +51,12 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTa
 
 
 def warnings(layer: MCConfig) -> list[str]:
-    """Say where cached memories are larger than the keys and values of their tokens."""
+    """Return warnings where cached memories are larger than the keys and values of their tokens."""
     if not outgrows_kv(layer):
         return []
     enough = memory_size(layer) // (2 * layer.d_model) + 1
     return [
         f"warning: a cached {layer.memory.kind} memory is larger than the keys and values of its "
         f"segment at segment_size = {layer.segment_size}: this cache outgrows a KV cache at any "
-        f"length; it is the smaller one from segment_size = {enough} on"
+        f"length; it is smaller from segment_size = {enough}"
     ]

@@ -1,4 +1,4 @@
-"""`mc bench model`: the training step of a configuration, and its share of the machine's rate."""
+"""`mc bench model`: a configuration's training step and its share of the matmul rate."""
 
 import time
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def run(
     row: Row = {
         "model": config.model.name,
         "parameters": f"{parameters:,}",
-        "ms a step": 1e3 * timing.median,
+        "ms per step": 1e3 * timing.median,
         "spread": f"{timing.spread:.0%}",
         "processor ms": 1e3 * timing.processor_median,
         "tokens/s": trained / timing.median,
@@ -71,7 +71,7 @@ def run(
         "compile s": compile_s,
     }
     notes = [
-        f"{run.accumulation} × {run.batch_size} × {window} tokens a step, {run.dtype}",
+        f"{run.accumulation} × {run.batch_size} × {window} tokens per step, {run.dtype}",
         f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
         f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {side():,}² matrices",
     ]

@@ -1,4 +1,4 @@
-"""`mc bench peers`: this package beside what a user would pick instead, in one alternating run."""
+"""`mc bench peers`: this package compared with alternatives, in alternating runs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from parity.environment import cores, result_table
 
 ROWS = 2  # sequences of a batch
 WIDTH, HEADS, SEGMENT = 256, 4, 64
-TOLERANCE = 1e-4  # relative RMS of outputs and gradients in float32, where the maths is equal
+TOLERANCE = 1e-4  # relative RMS of outputs and gradients in float32, for equal mathematics
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Comparison:
         build: compiles the subjects; those of JAX for each number of devices.
         relative_time: report a subject's time per token, relative to that of the first subject on
             as many devices; otherwise report how many times faster than the first subject it is.
-        equal: all compute the same, so their outputs are compared too.
+        equal: all compute the same function; their outputs are compared too.
     """
 
     build: Callable[[Sequence[int]], list[Subject]]
@@ -66,7 +66,7 @@ def comparisons() -> dict[str, Comparison]:
 
 
 def default_devices() -> tuple[int, ...]:
-    """Return one, and two where JAX sees two devices on two cores: torch uses both by itself."""
+    """Return 1, and 2 where JAX has two devices on two cores, which torch uses by default."""
     both = jax.default_backend() == "cpu" and min(len(cores()), jax.local_device_count(), ROWS) >= 2
     return (1, 2) if both else (1,)
 
@@ -83,7 +83,8 @@ def run(
         names: of `comparisons()`; all if empty.
         runs: timed runs of each subject.
         threads: of torch's own loops; None = its default.
-        devices: over how many the batch of JAX's subjects is split; empty = `default_devices()`.
+        devices: numbers of devices over which the batch of JAX's subjects is split; empty =
+            `default_devices()`.
 
     Raises:
         UserError: a name is unknown, a peer is not installed, or the devices do not fit.
@@ -103,8 +104,8 @@ def run(
     notes = [
         f"torch: {torch.get_num_threads()} threads",
         "times faster: the median of the turns' ratios, by the wall clock and by processor time",
-        "titans-pytorch takes all gradients of a batch at the first weights, and one step a chunk: "
-        "less work than a causal write of every token",
+        "titans-pytorch takes all gradients of a batch at the first weights, and one step per "
+        "chunk: less work than a causal write of every token",
         STEADY,
     ]
     if max(devices) > 1:
@@ -115,7 +116,7 @@ def run(
 def measure(
     name: str, comparison: Comparison, runs: int, devices: Sequence[int] = (1,)
 ) -> list[Row]:
-    """Time a comparison's subjects in turn; one row each."""
+    """Time a comparison's subjects, alternating; one row each."""
     subjects = comparison.build(devices)
     times = alternate({s.name: s.run for s in subjects}, runs, warmup=1)
     made = _first_two(subjects[0]) if comparison.equal else None

@@ -1,4 +1,4 @@
-"""What a user would pick instead, as subjects on the same batch; each imports its own package."""
+"""Alternatives to this package as subjects on the same batch; each imports its own package."""
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +45,7 @@ def published(
 
     Returns:
         The subject; our configuration of the same layer; its weights in PyTorch's layout, None
-        where its maths cannot be ours (a zero initial memory with biases).
+        where its mathematics differs (a zero initial memory with biases).
     """
     need("memory-caching")
     import memory_caching as theirs

@@ -1,4 +1,4 @@
-"""`mc bench scaling`: cost against tokens, with the fitted exponent and a log-log picture."""
+"""`mc bench scaling`: cost against tokens, with fitted exponents and a log-log plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from parity.environment import result_table
 def run(grid: Grid, runs: int) -> ResultTable:
     """Time one kind and chunk under each aggregation at every length.
 
-    A length is compiled, timed and let go before the next; the aggregations of a length alternate.
+    Each length is compiled, timed and released before the next; aggregations alternate.
     """
     kind, chunk, segment = grid.kinds[0], grid.chunks[0], grid.segments[0]
     rows: list[Row] = []
@@ -57,7 +57,7 @@ def run(grid: Grid, runs: int) -> ResultTable:
 
 
 def time_column() -> str:
-    """Return the column whose growth is fitted and drawn.
+    """Return the column to fit and draw.
 
     On a CPU that is processor time, which other work on the machine does not change; on an
     accelerator processor time is that of the host.

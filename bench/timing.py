@@ -1,4 +1,4 @@
-"""Timings that can be compared: whole runs, alternating, after warm-up; compile time apart."""
+"""Comparable timings: whole runs, alternating, after warm-up; compile time is separate."""
 
 import gc
 import statistics
@@ -9,8 +9,8 @@ from typing import Any
 
 QUICK = 1.0  # seconds: a subject that takes less has an untimed run before each timed one
 STEADY = (
-    f"a subject that takes less than {QUICK:g} s runs twice a turn, and the second run is timed: "
-    "it finds its own data in the cores' caches, as a training step does"
+    f"a subject that takes less than {QUICK:g} s runs twice per turn, and the second run is timed: "
+    "its data are in the cores' caches, as in a training step"
 )
 
 
@@ -19,15 +19,14 @@ class Subject:
     """Something that can be timed.
 
     Attributes:
-        name: what a table calls it.
-        run: does the work once, waits for it, and returns what it made.
+        name: in tables.
+        run: does the work once, waits for it, and returns its result.
         tokens: tokens that a run works on.
         compile_s: seconds of tracing and compilation, before the first run; None if there is none.
         compile_processor_s: the same in processor time, summed over threads.
         flops: operations of a run as the compiler or an operation counter counts them.
-        bytes: the most bytes that a run holds at once, arguments and results included, on all of
-            its devices together.
-        devices: over how many the batch is split.
+        bytes: peak bytes of a run, including arguments and results, summed over its devices.
+        devices: number of devices over which the batch is split.
         dtype: of the computation.
     """
 
@@ -46,7 +45,7 @@ class Subject:
 class Timing:
     """The steady runs of a subject, in the order in which they were made.
 
-    On a machine that has other work a wall clock measures that work, too; processor time does not.
+    Other work on the machine changes wall-clock time but not processor time.
     """
 
     seconds: tuple[float, ...] = field(repr=False)  # of the wall clock
@@ -64,7 +63,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, as a share of the median."""
+        """Half the interquartile range, as a share of the median."""
         if len(self.seconds) < 2:
             return float("nan")
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -74,16 +73,16 @@ class Timing:
 def alternate(
     subjects: Mapping[str, Callable[[], Any]], runs: int = 10, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Time subjects in turn, so that whatever else the machine does falls on all alike.
+    """Time subjects alternately, so that other work on the machine affects all alike.
 
     A timed run is a steady one. A subject whose last warm-up run took less than `QUICK` seconds
-    runs once untimed in each turn before it is timed: else it would begin with the others' data in
-    the cores' caches. Longer runs fill them themselves, at no cost that shows.
+    runs once untimed in each turn before it is timed: otherwise the cores' caches would hold data
+    of the other subjects. For longer runs the effect is negligible.
 
     Args:
         subjects: name -> a function that does the work once and waits for it.
         runs: timed runs of each.
-        warmup: runs of each before that, which do not count; without any, all is timed at once.
+        warmup: untimed runs of each before; with 0, all runs are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     processor: dict[str, list[float]] = {name: [] for name in subjects}
@@ -105,10 +104,10 @@ def alternate(
 
 
 def ratio(of: Timing, to: Timing) -> tuple[float, float]:
-    """Return how many times `of` takes as long as `to`: by the wall clock, and in processor time.
+    """Return the ratio of the times of `of` and `to`: wall-clock and processor time.
 
-    Each is the median over the turns' own ratios: a turn's runs follow each other, so a change of
-    the machine's load falls out of their ratio.
+    Each is the median of the ratios per turn: a turn's runs are consecutive, so the machine's load
+    cancels.
     """
     return (
         statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True)),

@@ -14,7 +14,7 @@ from parity.weights import load_torch
 
 
 def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> MemoryCachingLayer:
-    """Return a float32 layer, drawn from the seed or with weights put in."""
+    """Return a float32 layer, drawn from the seed or with given weights."""
     torch.manual_seed(seed)
     layer = MemoryCachingLayer(config, device=device())
     if flat is not None:
@@ -23,7 +23,7 @@ def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> MemoryCa
 
 
 def device() -> str:
-    """Return where torch's subjects run."""
+    """Return the device of torch's subjects."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -59,12 +59,12 @@ def module_subject(
     """Return a function of tokens [b, t, d] as a subject: output, and the gradients of all.
 
     Args:
-        name: what a table calls it.
+        name: in tables.
         function: the layer.
-        parameters: what gradients are taken of, beside the tokens; what has none gives None.
+        parameters: get gradients, as do the tokens; None where a parameter has none.
         x: [b, t, d].
         cotangent: [b, t, d]; None for the output alone.
-        count: whether to run once under torch's operation counter, and for the bytes of a GPU.
+        count: count operations with torch's counter, and the bytes on a GPU.
     """
     x = x.clone().requires_grad_(cotangent is not None)
     wanted = [x, *(p for p in parameters if p.requires_grad)]

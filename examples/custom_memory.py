@@ -1,10 +1,10 @@
-"""A memory of your own in one file: the delta rule with decay, for both frameworks.
+"""A custom memory in one file: the delta rule with decay, for both frameworks.
 
     W_t = α_t W_{t-1} - η_t (W k_t - v_t) k_tᵀ        y = W_t q
 
-The gradient of `||W k - v||² / 2` is taken at the memory W that the token's chunk began with; with
-`chunk_size=1` that is W_{t-1}. Everything else follows: both methods, all aggregations, streaming,
-inspection, training, parity.
+The gradient of `||W k - v||² / 2` is taken at the memory W at the start of the token's chunk; with
+`chunk_size=1` that is W_{t-1}. Everything else is derived: both methods, all aggregations,
+streaming, inspection, training, parity.
 
     mc --import examples/custom_memory.py train configs/demo.yaml \
         model.layer.memory.kind=decayed_delta model.layer.chunk_size=8

@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 
 
 def read_text() -> torch.Tensor:
-    """Return the standard library's source files, one after another, as bytes."""
+    """Return the concatenated source files of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
     files = (f for f in sorted(root.rglob("*.py")) if not skipped & set(f.relative_to(root).parts))
@@ -39,7 +39,7 @@ def read_text() -> torch.Tensor:
 
 
 def main() -> None:
-    """Train, and print the loss in bits a byte."""
+    """Train, and print the loss in bits per byte."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
@@ -72,7 +72,7 @@ def main() -> None:
         schedule.step()
         if step % 10 == 0 or step == args.steps:
             seconds = time.perf_counter() - start
-            print(f"step {step}: {loss.item() / math.log(2):.3f} bits a byte, {seconds:.0f} s")
+            print(f"step {step}: {loss.item() / math.log(2):.3f} bits per byte, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What joins the two frameworks: weights, their conversion, and the proof that they agree."""
+"""Weights, conversion and comparison of the two frameworks."""

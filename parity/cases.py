@@ -1,4 +1,4 @@
-"""What is compared: a case as data, with its random inputs."""
+"""Cases of the comparison as data, and their random inputs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class Case:
         mask: one of `MASKS`.
         lengths: explicit segment lengths, for the function.
         splits: tokens of the calls that together stream the sequence; None = one whole pass.
-        padding: rows of a layer's or model's stream lack some places altogether.
+        padding: rows of a layer's or model's stream have padding.
         dtype: float64, float32, or bfloat16 compute over float32 parameters.
-        ties: all segments have the same keys, so that the router's scores are equal.
-        drawn: the parameters are drawn for the comparison, else they are the model's own.
-        new_tokens: a model goes on with the tokens for so many, greedily; 0 = it does not.
+        ties: all segments have the same keys, so the gates' scores are equal.
+        drawn: the parameters are drawn for the comparison; otherwise they are the model's.
+        new_tokens: tokens to generate greedily; 0 for none.
         seed: of inputs, parameters and cotangents.
     """
 
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the case is: the kind and the aggregation, then all that is not the default."""
+        """Name of the case: kind, aggregation, and all fields that are not the default."""
         layer = self.layer
         words = [f"{layer.memory.kind}+{layer.aggregation}"]
         words.append(self.method if self.level == "function" else self.level)
@@ -91,7 +91,7 @@ class Case:
         return dataclasses.replace(self, **fields)
 
 
-# Fields of a layer that have their own word in a case's name, or are the same all over a grid.
+# Fields of a layer that have their own word in a case's name, or are constant in a grid.
 _NAMED_FIELDS = (
     "d_model",
     "num_heads",
@@ -126,7 +126,7 @@ class FunctionInputs(NamedTuple):
     norm: tuple[Any, Any] | None  # each [h, v]
 
     def at(self, tokens: slice) -> "FunctionInputs":
-        """Take some of the tokens."""
+        """Return the inputs of some tokens."""
         q, k, v, u = (None if x is None else x[:, tokens] for x in self[:4])
         coefficients = {name: x[:, tokens] for name, x in self.coefficients.items()}
         return self._replace(q=q, k=k, v=v, u=u, coefficients=coefficients)
@@ -149,9 +149,9 @@ class Inputs(NamedTuple):
 
 
 def draw(case: Case) -> Inputs:
-    """Draw the inputs of a case, of the magnitudes that a trained layer meets.
+    """Draw the inputs of a case, with the magnitudes of a trained layer.
 
-    They are exact in the case's dtype, so that a float64 run may be fed with the same numbers.
+    They are exact in the case's dtype, so a float64 run gets the same numbers.
     """
     rng = np.random.default_rng(case.seed)
     mask = _mask(case, rng)

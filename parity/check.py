@@ -1,4 +1,4 @@
-"""Run cases on both sides and compare: what `mc parity check` does."""
+"""`mc parity check`: run cases in both frameworks and compare."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ WORKERS = 2  # XLA compiles one case while Python traces the next
 def check(
     cases: Iterable[Case], device: str = "cpu", weights: Flat | None = None
 ) -> Iterator[Outcome]:
-    """Compare cases, and yield their outcomes in order as they are ready.
+    """Compare cases, and yield their outcomes in order.
 
     Args:
         cases: the cases.
@@ -42,9 +42,9 @@ def check_case(case: Case, device: str = "cpu", weights: Flat | None = None) -> 
 
 
 def _rounded(case: Case, inputs: Inputs, weights: Flat, device: str) -> tuple[Difference, ...]:
-    """Compare a bfloat16 case; where its one draw is over a limit, three draws together decide.
+    """Compare a bfloat16 case; if one draw exceeds a limit, three draws together decide.
 
-    The limit is itself a distance of rounded numbers, and of a few numbers it scatters.
+    The limit is itself a distance of rounded numbers, which scatters for few numbers.
     """
     allowed = tolerance("float32", device, case.tokens)
     runs = [_run_rounded(case, inputs, weights, device)]

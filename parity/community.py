@@ -1,9 +1,9 @@
 """Layers of `memory-caching` 0.1.0 (PyPI, PyTorch) as layers of this package.
 
-Tables name every field of its configuration and every parameter; what this package cannot compute
-is an error. `linear` and `swla` layers convert whole. `dla` and `titans` layers have no parameters
-for their memories, which start at zero and carry biases; with an initial memory that is not zero
-they agree as long as those biases are held at zero. `docs/migration.md` shows both packages.
+Tables name every field of its configuration and every parameter; fields that this package cannot
+compute are errors. `linear` and `swla` layers convert completely. `dla` and `titans` layers have no
+parameters for their memories, which start at zero and carry biases; with a nonzero initial memory
+they agree as long as those biases are zero. `docs/migration.md` shows both packages.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ PARAMETERS = {
     "q_proj.weight": "q_proj.weight",
     "k_proj.weight": "k_proj.weight",
     "v_proj.weight": "v_proj.weight",
-    "u_proj.weight": "u_proj.weight",  # ours has it only where it is read
+    "u_proj.weight": "u_proj.weight",  # ours has it only where it is used
     "o_proj.weight": "out_proj.weight",
 }
 # Fields that mean the same under the same name.
@@ -50,7 +50,7 @@ SAME = (
     "detach_cached_states",
     "detach_cached_context",
 )
-# Its memories can all be mixed, so that the fallback for others is never taken.
+# All its memories can be mixed, so its fallback for others is never used.
 WITHOUT_EFFECT = ("allow_output_mixture_fallback",)
 BACKENDS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -83,17 +83,17 @@ def from_community(
     """Return the configuration and the parameters of the layer that computes the same.
 
     Args:
-        config: the layer's `MCConfig`, or what `dataclasses.asdict` makes of it. `backend` and the
-            part of that name must be those of the layer's backend object, which alone counts there.
+        config: the layer's `MCConfig` or its `dataclasses.asdict`. `backend` and the part of that
+            name must be those of the layer's backend object, which decides there.
         state_dict: the layer's.
         initial: the memory that `dla` and `titans` start at, first layer first, each
-            [h, out, in]; their own is zero, from which no memory of ours can learn.
+            [h, out, in]; theirs is zero, from which no memory here can learn.
 
     Returns:
         Our configuration, and our parameters in PyTorch's layout: see `load_torch` and `to_jax`.
 
     Raises:
-        ValueError: names the field that has no equal here, or lists the parameters that do not fit.
+        ValueError: names the field without an equivalent, or lists the parameters that do not fit.
     """
     fields = config if isinstance(config, dict) else dataclasses.asdict(config)
     ours = map_config(fields)
@@ -111,7 +111,7 @@ def map_config(fields: dict[str, Any]) -> MCConfig:
     """Return our configuration of a layer; `fields` as `dataclasses.asdict` gives them.
 
     Raises:
-        ValueError: names the field that has no equal here.
+        ValueError: names the field without an equivalent.
     """
     check_keys("config", fields, FIELDS, FIELDS)
     kind = fields["backend"]
@@ -174,9 +174,9 @@ def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> F
         dims = [width, *[width * memory.expansion] * (memory.depth - 1), width]
         if not initial:
             raise ValueError(
-                f"config.backend = {memory.kind!r}: starts at a zero memory, whose reads ignore "
+                f"config.backend = {memory.kind!r}: starts at a zero memory, so reads ignore "
                 "the query, and writes biases, which no memory here has: only 'linear' and 'swla' "
-                "convert whole"
+                "convert completely"
             )
     given = {f"initial.{layer}": tensor for layer, tensor in enumerate(initial)}
     wanted = {
@@ -190,14 +190,14 @@ def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> F
 
 
 def community_format(report: Callable[[str], object]) -> Format:
-    """Return the format of a layer of the package, saved in its own terms.
+    """Return the format of a saved layer of the package.
 
     The file is `torch.save({"config": dataclasses.asdict(layer.config), "state_dict":
     layer.state_dict()}, path)` of a `linear` or `swla` layer, and nothing else. Where the package
     is installed, reading compares its own layer's outputs with ours in float64.
 
     Args:
-        report: is given a line that says how near the outputs are.
+        report: called with a line about the difference of the outputs.
     """
 
     def read(path: Path) -> Weights:
@@ -225,7 +225,7 @@ def community_format(report: Callable[[str], object]) -> Format:
 
 def _write(path: Path, config: Config, flat: Flat) -> None:
     del config, flat
-    raise ValueError(f"{path}: the format of {PACKAGE} is only read")
+    raise ValueError(f"{path}: the format of {PACKAGE} can only be read")
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -234,7 +234,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     check_keys("file", loaded, keys, keys)
     tensors = loaded["state_dict"]
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError("file: state_dict holds something else than tensors")
+        raise ValueError("file: state_dict must hold only tensors")
     return loaded["config"], strip_prefixes(tensors, path, PARAMETERS.__contains__)
 
 

@@ -1,4 +1,4 @@
-"""How far two runs are from each other, leaf by leaf, and how far they may be."""
+"""Distance of two runs, leaf by leaf, and its limits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from parity.cases import Case
 from parity.leaves import GRADIENT, Leaf, Leaves
 
 FLOOR = 1e-3  # smallest RMS that an error is relative to: a reference may be zero
-SMALL = 16  # elements below which the RMS of rounding errors is a matter of luck
-LONG = 128  # tokens from which float32's rounding errors are granted more room
+SMALL = 16  # elements below which the RMS of rounding errors scatters
+LONG = 128  # tokens from which float32's limits grow
 
 
 class Tolerance(NamedTuple):
@@ -39,7 +39,7 @@ class Difference:
         limit: the largest error allowed.
         maximum: largest difference of an element, relative to the largest element or `FLOOR`.
         cosine: of the angle between the two; 1 where both vanish.
-        problem: what else is wrong: a missing leaf, a shape, a dtype, NaNs.
+        problem: another difference: a missing leaf, a shape, a dtype, NaNs.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the two agree."""
+        """True if the two agree."""
         return not self.problem and self.error <= self.limit
 
     @property
     def severity(self) -> float:
-        """The share of the limit that is used up."""
+        """Error as a share of the limit."""
         if self.problem:
             return float("inf")
         return self.error / self.limit if self.limit else float(self.error > 0)
 
     def describe(self) -> str:
-        """Say what differs, on one line."""
+        """Return the difference on one line."""
         if self.problem:
             return f"{self.name}: {self.problem}"
         sign = "<=" if self.ok else ">"
@@ -79,12 +79,12 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether all leaves agree."""
+        """True if all leaves agree."""
         return all(leaf.ok for leaf in self.differences)
 
     @property
     def worst(self) -> Difference:
-        """The leaf that is nearest to its limit, or farthest beyond."""
+        """The leaf with the largest share of its limit."""
         return max(self.differences, key=lambda leaf: leaf.severity)
 
     @property
@@ -94,14 +94,14 @@ class Outcome:
 
 
 def tolerance(dtype: str, device: str, tokens: int) -> Tolerance:
-    """Return what a dtype allows; float32's part grows with the length."""
+    """Return the limits of a dtype; those of float32 grow with the length."""
     base = TOLERANCES[dtype, device]
     growth = max(1.0, tokens / LONG) if dtype == "float32" else 1.0
     return Tolerance(*(limit * growth for limit in base))
 
 
 def compare(actual: Leaves, expected: Leaves, allowed: Tolerance) -> tuple[Difference, ...]:
-    """Hold a run to another one that should be equal up to rounding."""
+    """Compare two runs that should be equal up to rounding."""
     return tuple(
         difference(name, left, right, _limit(name, allowed))
         for name, left, right in _paired(actual, expected)
@@ -115,9 +115,9 @@ def compare_rounded(
     expected_exact: Leaves,
     rounded: Tolerance,
 ) -> tuple[Difference, ...]:
-    """Hold two bfloat16 runs to each other.
+    """Compare two bfloat16 runs.
 
-    They may be as far apart as twice the distance of either to its own float64 run, of the nearer
+    Their distance may be twice the distance of either to its own float64 run, of the nearer
     one where the leaf has `SMALL` elements; leaves that are computed in float32 throughout, to
     float32's `rounded`.
     """

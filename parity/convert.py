@@ -1,4 +1,4 @@
-"""Conversion of weights from file to file; nothing appears unless it proves itself."""
+"""Verified conversion of weights from file to file."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 8
 
 
 class Proof(NamedTuple):
-    """How a conversion proved itself."""
+    """Result of verifying a conversion."""
 
     parameters: int  # arrays, all bit-equal on both sides
     dtype: str
@@ -43,7 +43,7 @@ def convert(
 ) -> Proof:
     """Write the weights of `source` to `target`.
 
-    The target is written beside its place and read back. Its parameters must be bit-equal to the
+    The target is written to a temporary path and read back. Its parameters must be bit-equal to the
     source's. One framework computes with the source's, the other with the target's; only if both
     give the same output in float64 is the target renamed into its place.
 
@@ -52,17 +52,17 @@ def convert(
         target: must not exist.
         read: format of the source.
         write: format of the target.
-        config: of a source that does not have its own; else it must be the same.
+        config: of a source that does not have its own; otherwise it must be the same.
 
     Raises:
-        ValueError: one of the two is not what it must be, or the proof fails: says what is wrong,
-            of the parameters all that is.
+        ValueError: source or target is not valid, or the verification fails; lists all parameters
+            that differ.
         OSError: a file cannot be read or written.
     """
     if os.path.lexists(target):
-        raise ValueError(f"{target}: is there already; move it, or name another target")
+        raise ValueError(f"{target}: exists; move it, or name another target")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent}: no such folder; make it, or name another target")
+        raise ValueError(f"{target.parent}: no such folder; create it, or name another target")
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if read.name == write.name:
@@ -101,7 +101,7 @@ def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
     Args:
         config: of a layer or a language model.
         weights: its parameters, in either layout and any dtype.
-        framework: "jax" or "torch": which computes.
+        framework: "jax" or "torch".
 
     Returns:
         [b, t, d] of a layer, [b, t, vocab_size] of a language model.
@@ -121,9 +121,9 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def shortened(config: Config) -> Config:
-    """Return the configuration with segments and chunks so short that the fixed batch has several.
+    """Return the configuration with short segments and chunks, several in the fixed batch.
 
-    Then every parameter takes part in the outputs.
+    Then every parameter affects the outputs.
     """
     if isinstance(config, ModelConfig):
         layer = shortened(config.layer)
@@ -152,14 +152,14 @@ def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
         x = jnp.asarray(inputs)
         if not _is_model(config):
             return np.asarray(_run(*nnx.split(module), x))
-        # Block by block: those of one structure are compiled once, however many there are.
+        # Block by block: those of one structure are compiled once, for any number.
         x = module.embed(x)
         for block in module.blocks:
             x = _run(*nnx.split(block), x)
         return np.asarray(module._logits(x))
 
 
-# Compiled once and run once: XLA's optimisations would take most of the time.
+# Compiled and run once: XLA's optimisations would take most of the time.
 @partial(jax.jit, static_argnums=0, compiler_options=quick_compile())
 def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state)(inputs)
@@ -174,7 +174,7 @@ def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray
 
 
 def _widened(flat: Flat, wanted: dict[str, Leaf]) -> Flat:
-    """Return float64; a fault names the parameters as they were."""
+    """Return float64; errors name the original parameters."""
     dtype = one_dtype(leaves(flat))
     check_leaves(leaves(flat), {name: leaf._replace(dtype=dtype) for name, leaf in wanted.items()})
     return {name: array.astype(np.float64) for name, array in flat.items()}
@@ -187,7 +187,7 @@ def _is_model(config: Config) -> bool:
 def _agreed(source: Path, own: Config | None, given: Config | None) -> Config:
     config = own or given
     if config is None:
-        raise ValueError(f"{source}: has no configuration in it: needs --config")
+        raise ValueError(f"{source}: has no configuration: needs --config")
     if given is not None:
         left, right = _values(config.to_dict()), _values(given.to_dict())
         wrong = [
@@ -217,7 +217,7 @@ def _check_equal(target: Path, given: Weights, written: Weights, config: Config)
     ]
     if wrong or written.config != config:
         what = ", ".join(wrong) or "configuration"
-        raise ValueError(f"{target}: not written: reading it back gave another {what}")
+        raise ValueError(f"{target}: not written: reading it back gave a different {what}")
 
 
 def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:

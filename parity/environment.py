@@ -17,19 +17,18 @@ from mc_core.tables import ResultTable, Row
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
 SETTINGS = ("GLIBC_TUNABLES", "NPROC", "OMP_NUM_THREADS")
-FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax whose XLA may be without the flag
+FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax with an XLA that may lack the flag
 
 
-# XLA leaves out roundings to bfloat16 between the operations that it fuses. A comparison needs each
-# program as it is written.
+# XLA omits roundings to bfloat16 between fused operations. A comparison needs them.
 AS_WRITTEN: dict[str, bool | int] = {"xla_allow_excess_precision": False}
 
 
 def quick_compile() -> dict[str, bool | int]:
     """Return the options under which XLA compiles tiny programs about five times faster.
 
-    Its compiler takes nearly all of their time, and its optimisations nearly all of that. XLA ends
-    the process at an option that it does not know.
+    Compilation takes nearly all of their time, mostly in optimisations. XLA aborts at unknown
+    options.
     """
     options: dict[str, bool | int] = {
         "xla_backend_optimization_level": 0,
@@ -41,7 +40,7 @@ def quick_compile() -> dict[str, bool | int]:
 
 
 def flags(options: dict[str, bool | int]) -> str:
-    """Return options as XLA_FLAGS has them; a user's own flags come last: they win."""
+    """Return options in the form of XLA_FLAGS; the user's flags come last and win."""
     words = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     return " ".join((*words, os.environ.get("XLA_FLAGS", "")))
 
@@ -61,11 +60,11 @@ EXTRAS = {
 
 
 class MissingError(RuntimeError):
-    """Something that the check needs is not there."""
+    """A package or device that the check needs is missing."""
 
 
 def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -> None:
-    """Make both frameworks ready for a comparison on a device, `cpu` or `cuda`.
+    """Prepare both frameworks for a comparison on a device, `cpu` or `cuda`.
 
     Raises:
         MissingError: a package is not installed, or a framework does not see the device.
@@ -78,7 +77,7 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
     if "jax" not in sys.modules:
         options = AS_WRITTEN
         if device == "cpu":
-            # Each program is compiled in one thread, while another is traced.
+            # One program is compiled in a thread while another is traced.
             options = options | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ["XLA_FLAGS"] = flags(options)
@@ -95,18 +94,18 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
         raise MissingError(
             "jax sees no CUDA device: pip install 'memory-caching-jax[cuda]', or --device cpu"
         ) from error
-    # Both would round the factors of float32 products to TF32.
+    # Both frameworks would round the factors of float32 products to TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
     torch.set_float32_matmul_precision("highest")
 
 
 def result_table(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> ResultTable:
-    """Return a table that names this machine and the command that was given."""
+    """Return a table with notes on this machine and the command."""
     return ResultTable(title, rows, notes, machine(), command())
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores and load, and the versions of what is installed."""
+    """Return the processor, its cores and load, and the installed versions."""
     import jax
 
     device = jax.devices()[0]
@@ -133,7 +132,7 @@ def cores() -> list[int]:
 
 
 def command() -> str:
-    """Return the command that was given, with what the environment changes about its speed."""
+    """Return the command, with environment variables that change its speed."""
     settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     return shlex.join([*settings, "mc", *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""The check checked: faults planted in `mc_torch`, one at a time, each to be caught in its leaf."""
+"""Test of the check: faults planted in `mc_torch`, one at a time, each to be caught in its leaf."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from parity.cases import Case, draw
 from parity.compare import Difference, Outcome, compare, tolerance
 from parity.grids import case
 
-# What is put in place of a function, made of the function itself.
+# Replaces a function; called with the original.
 Substitute = Callable[[Any], Any]
 
 LINEAR = case(LinearConfig(), "grm", mask="some")
@@ -40,13 +40,13 @@ STATE = "cache.stored.weights.0"
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake, and where it must show.
+    """A fault, and the leaf where it must show.
 
     Attributes:
-        name: what is wrong.
-        case: a case that meets it.
-        leaf: the first leaf, in forward order, that it touches.
-        places: dotted names, `module:attribute`, and what is put there.
+        name: of the fault.
+        case: affected by the fault.
+        leaf: the first affected leaf, in forward order.
+        places: dotted names, `module:attribute`, and their replacements.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the check said about a fault; without a fault, about the case as it is."""
+    """Result of the check for a fault; without a fault, for the unchanged case."""
 
     fault: Fault | None
     case: Case
@@ -65,13 +65,13 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether the check said what it should."""
+        """True if the result is as expected."""
         wanted = self.fault.leaf if self.fault else None
         return wanted == (self.first.name if self.first else None)
 
 
 def selftest() -> Iterator[Finding]:
-    """Compare each case as it is, then with each of its faults in `mc_torch`."""
+    """Compare each unchanged case, then with each of its faults in `mc_torch`."""
     for subject in SUBJECTS:
         inputs, weights = draw(subject), run_jax.parameters(subject)
         expected = run_jax.run(subject, inputs, weights)
@@ -84,7 +84,7 @@ def selftest() -> Iterator[Finding]:
 
 
 def planted(fault: Fault | None) -> ExitStack:
-    """Return a context in which `mc_torch` has a fault."""
+    """Return a context with a fault in `mc_torch`."""
     stack = ExitStack()
     for place, substitute in (fault.places if fault else {}).items():
         owner, _, attribute = place.rpartition(".")
@@ -95,7 +95,7 @@ def planted(fault: Fault | None) -> ExitStack:
 
 
 def table(findings: list[Finding]) -> Table:
-    """Return the faults, where each was expected, and where the check saw it first."""
+    """Return a table of the faults, the expected leaf, and the first leaf that differs."""
     made = Table("planted in mc_torch", "case", "must show in", "seen first in", "caught")
     for finding in findings:
         fault, first = finding.fault, finding.first

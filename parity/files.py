@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and a PyTorch `state_dict` beside its configuration."""
+"""Files of weights: safetensors, and a PyTorch `state_dict` with its configuration."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Config = MCConfig | ModelConfig
 class Weights(NamedTuple):
     """The parameters of a module, in the layout of one framework."""
 
-    config: Config | None  # None: the file does not say
+    config: Config | None  # None: not in the file
     flat: Flat
     framework: str  # "jax" or "torch"
 
@@ -36,12 +36,12 @@ class Weights(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A way to keep weights; both functions raise ValueError or OSError with the path in it."""
+    """A file format of weights; both functions raise ValueError or OSError with the path in it."""
 
     name: str
-    framework: str  # whose layout the weights have
+    framework: str  # layout of the weights
     read: Callable[[Path], Weights]
-    write: Callable[[Path, Config, Flat], None]  # the weights are in the format's layout
+    write: Callable[[Path, Config, Flat], None]  # takes weights in the format's layout
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -57,15 +57,15 @@ def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | N
     path.touch()
     mode = path.stat().st_mode
     save_file(flat, path, metadata=to_metadata(config, tokenizer))
-    path.chmod(mode)  # the library gives its owner alone the right to read it
+    path.chmod(mode)  # the library makes it readable only for its owner
     _sync(path)
 
 
 def read_state_dict(path: Path) -> Weights:
     """Read a file that `write_state_dict` wrote, or a `state_dict` that has no configuration.
 
-    The latter may be bare, or a part of a training loop's checkpoint. Prefixes that wrappers put
-    into names are removed, with a line in the log.
+    The latter may be bare, or a part of a training loop's checkpoint. Prefixes that wrappers add
+    to names are removed, with a line in the log.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -93,7 +93,7 @@ STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
 
 
 def _is_described(loaded: dict[str, Any]) -> bool:
-    """Whether a file is one of `write_state_dict`, if of another version or damaged."""
+    """Return True for a file of `write_state_dict`, also of another version or damaged."""
     others = loaded.keys() - {"state_dict"}
     alone = bool(others) and others <= {"version", "module", "config"}
     return "state_dict" in loaded and ("version" in loaded or alone)

@@ -1,4 +1,4 @@
-"""Named arrays: what a run gives, flattened in forward order, in NumPy, whatever framework ran."""
+"""Named arrays of a run in forward order, in NumPy for both frameworks."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ class Leaf(NamedTuple):
     dtype: str  # as the framework computed it: "float32", "int32", ...
 
 
-GRADIENT = "gradient"  # what the names of gradients begin with
+GRADIENT = "gradient"  # prefix of the names of gradients
 
 Leaves = dict[str, Leaf]  # in forward order
 
 
 def stack(runs: Iterable[Leaves]) -> Leaves:
-    """Put the leaves of runs that differ in their numbers alone side by side, to be judged as one.
+    """Stack the leaves of runs that differ only in their numbers, to compare them as one.
 
     A leaf that some run lacks, or has in another shape or dtype, is that of the first run.
     """
@@ -38,14 +38,14 @@ def _alike(one: Leaf, other: Leaf) -> bool:
 
 
 def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Draw the random cotangent of a leaf: the same for both frameworks, another for each name."""
+    """Draw the random cotangent of a leaf: the same in both frameworks, different for each name."""
     return np.random.default_rng([seed, crc32(name.encode())]).standard_normal(shape)
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives, in the order in which it comes about; None where it does not.
+    """Results of a forward pass, in forward order; None where it has none.
 
-    Gradients are taken of all but a model's trace.
+    All but a model's trace get gradients.
     """
 
     cache: Any  # of functions, layers and streams

@@ -1,4 +1,4 @@
-"""What a check shows: a table for people, JSON for programs, Markdown for pages."""
+"""Report of a check: a table, JSON and Markdown."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ FRAMEWORKS = ("jax", "flax", "torch")
 
 
 def row(outcome: Outcome) -> tuple[str, ...]:
-    """Return the cells of a case: the leaf that is nearest to its limit, and the verdict."""
+    """Return the cells of a case: the leaf with the largest share of its limit, and the verdict."""
     worst = outcome.worst
     return (
         outcome.case.name,
@@ -62,7 +62,7 @@ def summary(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
 
 
 def as_json(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
-    """Return every leaf of every case, and what ran."""
+    """Return every leaf of every case, and the environment."""
     data = {
         "ok": all(outcome.ok for outcome in outcomes),
         "device": device,

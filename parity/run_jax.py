@@ -24,14 +24,14 @@ from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dty
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, jax_weights
 
-# Where the biases of learned coefficients are drawn around: small steps, memories that last.
+# Centres of the biases of learned coefficients: small steps, high retention.
 _BIASES = {"step": -2.0, "newest": 0.0, "previous": 0.0, "momentum": 1.0, "retention": 2.0}
 
 
 def parameters(case: Case) -> Flat:
     """Return the parameters of a case's module, float64, under JAX's names; none of a function.
 
-    Drawn ones are nowhere at the zeros and ones of a fresh module, which could hide a fault.
+    Drawn parameters avoid the zeros and ones of a fresh module, which could hide a fault.
     """
     if case.level == "function":
         return {}
@@ -96,7 +96,7 @@ def _name(path: Any) -> str:
 def run(
     case: Case, inputs: Inputs, weights: Flat, dtype: str | None = None, device: str = "cpu"
 ) -> Leaves:
-    """Run a case forward and backward; or go on with its tokens, where it says so.
+    """Run a case forward and backward, or generate `new_tokens`.
 
     Args:
         case: the case.
@@ -163,7 +163,7 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
         trace = module.inspect(tokens, mask)[1]
         return Forward(None, jax.lax.stop_gradient(trace), None, module(tokens, mask))
-    # What `forward_with_cache` and `inspect` show, in one pass: two would double the compile time.
+    # `forward_with_cache` and `inspect` in one pass: two would double the compile time.
     output, result = module._run(given["x"], mask, case.lengths, inspect=True)
     plan = make_plan(case.tokens, case.layer, case.lengths)
     trace = make_trace(result.gates, result.cache.segments, result.inner, plan)

@@ -32,7 +32,7 @@ def build(case: Case, dtype: str, device: str) -> Any:
 def run(
     case: Case, inputs: Inputs, weights: Flat, dtype: str | None = None, device: str = "cpu"
 ) -> Leaves:
-    """Run a case forward and backward; or go on with its tokens, where it says so.
+    """Run a case forward and backward, or generate `new_tokens`.
 
     Args:
         case: the case.
@@ -52,7 +52,7 @@ def run(
     if module is not None and case.new_tokens:
         new = generate(module, inputs.prompts, case.new_tokens)
         return {"new_tokens": _leaf(torch.stack(list(new)).int())}  # ids are int64 in PyTorch
-    # A layer computes in the dtype of its input, a model, whose input are ids, in autocast's.
+    # A layer computes in the dtype of its input, a model, with ids as input, in autocast's.
     casts = dtype == "bfloat16" and case.level == "model"
     with torch.autocast(device, torch.bfloat16) if casts else nullcontext():
         result = _forward(case, given, inputs, module, device)

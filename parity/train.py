@@ -1,7 +1,7 @@
-"""Train the same model in both frameworks, step by step: what `mc parity train` does.
+"""`mc parity train`: train the same model in both frameworks, step by step.
 
-Float64, the same first weights and batches. Optax is handed in as the trainer sets it up, and is
-held to torch.optim here.
+Float64, the same first weights and batches. Optax is passed in as the trainer sets it up, and is
+compared with torch.optim.
 """
 
 import io
@@ -57,20 +57,20 @@ class Step:
 
     @property
     def ok(self) -> bool:
-        """Whether both are within `TOLERANCE`."""
+        """True if both are within `TOLERANCE`."""
         return all(x <= TOLERANCE for x in self.differences)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Both trainings, and how far apart the parameters are at their end."""
+    """Both trainings, and the difference of the final parameters."""
 
     steps: tuple[Step, ...]
     parameters: tuple[Difference, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether losses, norms and parameters agree."""
+        """True if losses, norms and parameters agree."""
         return all(step.ok for step in self.steps) and all(x.ok for x in self.parameters)
 
 
@@ -86,19 +86,18 @@ def train(
     """Train on random batches, and compare.
 
     Args:
-        optax_of: from a configuration and a number of steps to the optimiser of the JAX side.
+        optax_of: function from a configuration and a number of steps to the JAX optimiser.
         config: of the model.
         optimizer: of both sides.
-        steps: how many are compared.
-        run_steps: of the run whose first `steps` these are: its schedule is as long. Where there
-            are fewer than `steps`, the schedule has `steps`.
+        steps: number of compared steps.
+        run_steps: length of the learning-rate schedule; at least `steps` are used.
         tokens: length of the sequences.
         seed: of weights and batches.
     """
     case = Case(config, "model", tokens=tokens, batch=BATCH, seed=seed)
     weights = run_jax.parameters(case)
     rng = np.random.default_rng(seed)
-    # A few batches again and again, so that there is something to learn.
+    # A few repeated batches, so that the loss decreases.
     batches = rng.integers(config.vocab_size, size=(4, BATCH, tokens + 1))
     batches = batches[np.arange(steps) % len(batches)]
     run_steps = max(run_steps, steps)
@@ -236,7 +235,7 @@ def draw(training: Training, path: Path) -> bytes:
     numbers = [step.number for step in training.steps]
     for side, name, line in ((0, "JAX", "-"), (1, "PyTorch", "--")):
         losses.plot(numbers, [step.loss[side] for step in training.steps], line, label=name)
-    losses.set(title="loss (nats a token)", xlabel="step")
+    losses.set(title="loss (nats per token)", xlabel="step")
     for kind, name in enumerate(("loss", "gradient norm")):
         values = [max(step.differences[kind], 1e-17) for step in training.steps]
         apart.semilogy(numbers, values, label=name)

@@ -13,7 +13,7 @@ def main(command: Sequence[str] = ()) -> None:
     """Run the command; a library that is not installed is one line and exit code 2.
 
     Args:
-        command: words that stand before those of the command line, such as a group's name.
+        command: words placed before the command line's own, such as a group's name.
     """
     _log_to_stderr()
     try:

@@ -23,11 +23,11 @@ from train.step import TrainState, build
 
 
 class Meta(NamedTuple):
-    """What a checkpoint says about itself; plain values, saved as JSON."""
+    """Description of a checkpoint: plain values, saved as JSON."""
 
     config: dict[str, Any]
     fingerprint: str  # of the data
-    seconds: float  # of training, over all sittings
+    seconds: float  # of training, over all sessions
     grown: Sequence[Sequence[int]] = ()  # [step, run.steps from there on], where run.steps grew
     tokenizer: str | None = None  # SHA-256 of the tokenizer file, of which the run keeps a copy
 
@@ -35,8 +35,8 @@ class Meta(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint is written beside its place and renamed into it, so a process that dies at any
-    moment leaves whole checkpoints only. Older ones go after the new one is in place.
+    A checkpoint is written to a temporary folder and then renamed, so an interrupted process leaves
+    complete checkpoints only. Older ones are deleted afterwards.
     """
 
     def __init__(self, run: Path, keep: int | None = None):
@@ -72,7 +72,7 @@ class Checkpoints:
         return self._manager.latest_step() if self.directory.is_dir() else None
 
     def meta(self, step: int) -> Meta:
-        """Return what the checkpoint of a step says about itself.
+        """Return the description of a step's checkpoint.
 
         Raises:
             UserError: it cannot be read, or is of another version.
@@ -100,12 +100,12 @@ class Checkpoints:
         last = self.latest() or 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _check_room(self.directory, state)
+            _check_disk_space(self.directory, state)
             self._manager.save(step, args=args, force=True)
         except Exception as error:  # storage fails as OSError, ValueError, groups of them, ...
             raise UserError(
                 f"{self.run}: cannot save the checkpoint of step {step} ({_reason(error)}); "
-                f"make room and run the same command: it goes on from step {last}"
+                f"free disk space and run the same command: it resumes from step {last}"
             ) from error
 
     def restore(
@@ -138,14 +138,14 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
 
     Args:
         directory: of the run.
-        saved: what the checkpoint says about itself.
-        now: the same of the run that is to continue.
-        may_grow: whether `run.steps` may be larger than it was; otherwise it must never have grown.
+        saved: the checkpoint's description.
+        now: the description of the run that is to continue.
+        may_grow: `run.steps` may be larger than it was; otherwise it must never have grown.
 
     Raises:
         UserError: names the first key that differs.
     """
-    # By way of the configuration, so that a key that is newer than the checkpoint has its default.
+    # Through the configuration, so that a key newer than the checkpoint has its default.
     before = _with_free_values(to_dict(_config_of(directory, saved)), saved, now)
     old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
     if may_grow:
@@ -178,8 +178,8 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
         )
     if saved.grown and not may_grow:
         raise UserError(
-            f"{directory} holds a checkpoint of a run whose run.steps grew at step "
-            f"{saved.grown[0][0]}: its learning rates were others than those of this config; "
+            f"{directory} holds a checkpoint of a run that was extended at step "
+            f"{saved.grown[0][0]}: its learning rates differ from those of this config; "
             "delete it, or set another directory"
         )
 
@@ -188,7 +188,7 @@ def _with_free_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[st
     """Return a checkpoint's configuration with the new values of keys that may differ.
 
     The same tokenizer may have another path. A checkpoint from before `data.separator` does not
-    say which it had: whether it is the same follows from the text.
+    name its separator: the text's fingerprint decides.
     """
     data = dict(before["data"])
     if saved.tokenizer is not None and saved.tokenizer == now.tokenizer:
@@ -238,7 +238,7 @@ def load_run(
 
 
 def run_tokenizer(directory: Path) -> str | None:
-    """Return what a run's tokens are: `bytes`, the SHA-256 of a tokenizer file, or None.
+    """Return a run's kind of tokens: `bytes`, the SHA-256 of a tokenizer file, or None.
 
     Raises:
         UserError: its last checkpoint cannot be read.
@@ -264,7 +264,7 @@ def _with_old_defaults(config: Any) -> Any:
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or data.get("task", TextConfig.task) != TextConfig.task:
         return config
-    # Documents stood one after another with nothing between them.
+    # Documents were concatenated without a separator.
     return config | {"data": {"separator": ""} | data}
 
 
@@ -275,13 +275,13 @@ def _other_version(directory: Path, error: Exception) -> UserError:
     )
 
 
-def _check_room(directory: Path, state: TrainState) -> None:
-    """Take the room that a checkpoint may need, and give it back.
+def _check_disk_space(directory: Path, state: TrainState) -> None:
+    """Check that the disk has space for a checkpoint.
 
-    Orbax writes from many threads; out of room in the middle of it, each prints its own traceback.
+    Orbax writes from many threads; on a full disk each prints its own traceback.
 
     Raises:
-        OSError: there is not enough.
+        OSError: it has not.
     """
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if hasattr(os, "posix_fallocate"):

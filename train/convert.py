@@ -1,6 +1,6 @@
-"""Weights from a run's last checkpoint into a file, from a file into a new run, and between files.
+"""Conversion of weights between runs and files.
 
-Needs both frameworks: each conversion proves itself in both.
+Needs both frameworks: each conversion is verified in both.
 """
 
 from functools import partial
@@ -40,19 +40,19 @@ def convert(
     config: TrainConfig | None,
     console: Console,
 ) -> between.Proof:
-    """Convert, and print how the conversion proved itself.
+    """Convert weights, and print the result of the verification.
 
     Args:
         source: a run, or a file of weights.
         target: must not exist.
         source_format: `run`, `safetensors` or `torch`; None = by the path.
         target_format: likewise.
-        config: what a new run trains; also says what a bare `state_dict` is of.
-        console: where the proof is printed.
+        config: of a new run; also the model of a bare `state_dict`.
+        console: where the verification is printed.
 
     Raises:
-        UserError: a path, a format, the weights or the configuration are not what they must be, or
-            the proof fails; nothing is written then.
+        UserError: a path, a format, the weights or the configuration are not valid, or the
+            verification fails; nothing is written then.
         OSError: a file cannot be read or written.
     """
     notes: list[str] = []
@@ -61,7 +61,7 @@ def convert(
     read = formats[source_format or _format_of(source)]
     write = formats[target_format or _format_of(target)]
     if write.name == "run" and config is None:
-        raise UserError(f"{target}: a new run needs --config, which says what it trains on")
+        raise UserError(f"{target}: a new run needs --config")
     named = tokenizer_of(source, read.name)
     if write.name == "safetensors":
         write = write._replace(write=partial(write_safetensors, tokenizer=named))
@@ -87,7 +87,7 @@ def convert(
 
 
 def tokenizer_of(source: Path, source_format: str) -> str | None:
-    """Return what a source's tokens are: `bytes`, the SHA-256 of a tokenizer file, or not known."""
+    """Return a source's kind of tokens: `bytes`, the SHA-256 of a tokenizer file, or None."""
     if not source.exists():
         return None
     if source_format == "safetensors":
@@ -99,7 +99,7 @@ def tokenizer_of(source: Path, source_format: str) -> str | None:
 
 
 def run_format(config: TrainConfig | None) -> Format:
-    """Return the format of a run's folder; `config` is that of a run to be written."""
+    """Return the format of a run's folder; `config` is used to write a run."""
 
     def write(path: Path, model: Config, flat: Flat) -> None:
         assert config is not None
@@ -116,7 +116,7 @@ def read_run(path: Path) -> Weights:
 
 
 def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
-    """Write a run that has not trained a step yet, with these parameters."""
+    """Write a run at step 0 with these parameters."""
     task = load_task(config)
     graphdef, state, _ = build(config)
     model = nnx.merge(graphdef, state.params, state.rest)

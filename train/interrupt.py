@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both end a command in the same way, with a line about what is kept."""
+"""Ctrl-C and SIGTERM: both end a command with a line about its saved state."""
 
 import signal
 import threading
@@ -15,7 +15,7 @@ class Terminated(KeyboardInterrupt):
 def sigterm_as_interrupt() -> Iterator[None]:
     """Raise `Terminated` in the main thread at the first SIGTERM; a second one kills.
 
-    A handler of the caller, or a signal that is ignored, is left alone.
+    A handler of the caller, or an ignored signal, is not changed.
     """
 
     def stop(*_: Any) -> None:
@@ -35,7 +35,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
-    """Give an interrupt that has no message the one that `describe` returns."""
+    """Give an interrupt without a message that of `describe`."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Lock files that name their owner: one process at a time writes to a run or an output."""
+"""Lock files that name their owner: only one process writes to a run or an output."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows has no locks
     fcntl = None  # type: ignore[assignment]
 
 from mc_core.errors import UserError
@@ -24,16 +24,16 @@ class LockedError(UserError):
 
 
 class Lock:
-    """An exclusive lock on something that one process at a time may write.
+    """An exclusive lock on a run or an output.
 
-    The operating system locks an open file (`flock`), so a lock ends with its process, however that
-    ends. The file names the owner and is deleted on release: a record that a process of this host
-    left behind is taken over. A record of another host is respected, because hosts that share files
-    do not always share locks. Where the file system has no locks, the record alone counts.
+    The operating system locks an open file (`flock`), so a lock ends with its process. The file
+    names the owner and is deleted on release: a record that a process of this host left behind is
+    taken over. A record of another host is respected, because hosts that share files do not always
+    share locks. Without locks in the file system, the record decides.
 
     Args:
         path: the lock file.
-        subject: what is locked, as messages name it.
+        subject: name of the locked object in messages.
         advice: what to do while another process has the lock.
     """
 
@@ -93,7 +93,7 @@ class Lock:
             self._path.parent.rmdir()
 
     def _open(self) -> tuple[IO[bytes], bool]:
-        """Return the open lock file, and whether the file system can lock it."""
+        """Return the open lock file, and True if the file system can lock it."""
         while True:
             file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
@@ -125,7 +125,7 @@ def _try_lock(file: IO[bytes]) -> bool:
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Return whether an open file is the one at a path, and not one that was deleted."""
+    """Return True if an open file is the one at a path, not a deleted one."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _read(file: IO[bytes]) -> dict[str, Any] | None:
-    """Return the owner's record; None where there is none, or part of one."""
+    """Return the owner's record; None if it is missing or incomplete."""
     file.seek(0)
     try:
         record = json.loads(file.read())
@@ -143,7 +143,7 @@ def _read(file: IO[bytes]) -> dict[str, Any] | None:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Return whether this host has no process of the owner's id."""
+    """Return True if this host has no process with the owner's id."""
     try:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):

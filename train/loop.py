@@ -25,20 +25,19 @@ from train.warm_start import initial_state
 def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> Any:
     """Train, or resume from the last checkpoint, and report; a finished run prints its report.
 
-    `run.steps` may be larger than that of the checkpoint: the schedule then has its new shape from
-    the checkpoint on.
+    `run.steps` may be larger than the checkpoint's: the new schedule applies from there on.
 
     Args:
         config: the run.
         console: where progress and the report are printed.
-        claimed: the caller has locked the run's directory, and `run.steps` must not have grown: as
-            in a sweep, where equal configurations have equal results.
+        claimed: the caller has locked the run's directory, and `run.steps` must not have grown; for
+            sweeps, in which equal configurations have equal results.
 
     Raises:
         UserError: the data, the configuration, the run's directory or the number of devices do not
             allow it, or another process trains in the directory.
-        NotFiniteError: training met a NaN or an infinity; the last checkpoint is from before it.
-        KeyboardInterrupt: with a message that says from which step the run resumes.
+        NotFiniteError: a NaN or an infinity occurred; the last checkpoint is from before it.
+        KeyboardInterrupt: its message names the step from which the run resumes.
     """
     directory = Path(config.run.directory)
     local(config.run.devices, "run.devices")
@@ -46,7 +45,7 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
         if not claimed and directory.is_dir():
             lock.acquire()
         task = load_task(config)
-        # A new directory is created once nothing is known to be wrong.
+        # A new directory is created after all checks.
         if not claimed:
             lock.acquire()
         return _train(config, task, console, may_grow=not claimed)
@@ -86,7 +85,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
             state = checkpoints.restore(start, state, batches)
-            console.print(f"going on from step {start} of {run.steps}: {directory}", soft_wrap=True)
+            console.print(f"resuming from step {start} of {run.steps}: {directory}", soft_wrap=True)
             if len(meta.grown) > len(saved.grown):
                 old_steps = saved.config["run"]["steps"]
                 line = describe_growth(config.optimizer, start, old_steps, run.steps)
@@ -96,7 +95,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             return bool(every) and (step % every == 0 or step == run.steps)
 
         directory.mkdir(parents=True, exist_ok=True)
-        if start < run.steps:  # a report there is of fewer steps
+        if start < run.steps:  # an existing report is of fewer steps
             (directory / FILE).unlink(missing_ok=True)
         with Curves(directory, start) as curves, Progress(console, start, config, meta) as progress:
             for step in range(start + 1, run.steps + 1):
@@ -126,7 +125,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
 
 
 def _grown(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
-    """Return where `run.steps` grew, up to a checkpoint's step that is resumed with `steps`."""
+    """Return the extensions of `run.steps`, up to a checkpoint resumed with `steps`."""
     grows = step > 0 and saved.config["run"]["steps"] < steps
     return [*saved.grown, *([[step, steps]] if grows else [])]
 

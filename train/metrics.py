@@ -1,4 +1,4 @@
-"""The curves of a run: one JSON object a line, and the same for TensorBoard."""
+"""The curves of a run: one JSON object per line, and TensorBoard events."""
 
 import json
 import time
@@ -17,7 +17,7 @@ FILE = "metrics.jsonl"
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run; a last line that was cut off by a kill is left out."""
+    """Return the rows of a run; an incomplete last line is left out."""
     path = run / FILE
     if not path.exists():
         return []
@@ -28,8 +28,8 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 class Curves:
     """Appends rows; rows after `step`, which an interrupted run wrote, are dropped first.
 
-    TensorBoard's events are written anew from the rows, in this thread: the library's own writer
-    thread would swallow a full disk.
+    TensorBoard's events are rewritten from the rows, in this thread: the library's writer thread
+    would not report a full disk.
     """
 
     def __init__(self, run: Path, step: int):
@@ -59,7 +59,7 @@ class Curves:
             try:
                 file.close()
             except OSError:
-                # After a write that failed and was reported, what is left in the buffer fails too.
+                # After a reported failure, the rest of the buffer fails too.
                 if error is None:
                     raise
 
@@ -77,8 +77,8 @@ class Curves:
             self._events.flush()
         except OSError as error:
             raise UserError(
-                f"{self._path}: {error.strerror}: make room and run the same command; "
-                "it goes on from the last checkpoint"
+                f"{self._path}: {error.strerror}: free disk space and run the same command; "
+                "it resumes from the last checkpoint"
             ) from error
 
     def _add(self, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW in Optax, as a configuration says."""
+"""AdamW in Optax from a configuration."""
 
 from typing import Any
 
@@ -11,8 +11,7 @@ from mc_core.optimizer import DECAYED, OptimizerConfig
 def decay_mask(params: Any) -> Any:
     """Return True at the matrices of projections and embeddings, False elsewhere.
 
-    Gains, biases, scales and initial memories are left alone: a memory is written and forgotten by
-    its own recurrence.
+    Gains, biases, scales and initial memories do not decay: a memory has its own retention.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: path[-1].key in DECAYED and leaf.ndim >= 2, params
@@ -47,7 +46,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def describe_growth(config: OptimizerConfig, step: int, old: int, new: int) -> str:
-    """Return a line about the learning rates of a run whose `run.steps` grew.
+    """Return a line about the learning rates of an extended run.
 
     Args:
         config: of the optimiser.

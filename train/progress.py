@@ -1,4 +1,4 @@
-"""How far and how fast a run is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, otherwise regular lines."""
 
 import time
 from types import TracebackType
@@ -16,10 +16,10 @@ class Progress:
     """Shows step, loss, tokens per second and time left.
 
     Args:
-        console: where to.
-        start: steps done in earlier sittings.
+        console: output.
+        start: steps done in earlier sessions.
         config: the run.
-        meta: tells the training time of earlier sittings.
+        meta: has the training time of earlier sessions.
     """
 
     def __init__(self, console: Console, start: int, config: TrainConfig, meta: Meta):
@@ -58,18 +58,18 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Training time so far, over all sittings."""
+        """Training time so far, over all sessions."""
         return time.monotonic() - self._began
 
     def step(self, step: int, loss: float) -> None:
-        """Note that a step is done."""
+        """Record a finished step."""
         self._bar.update(self._task, completed=step, loss=loss)
-        # The first step of a sitting compiles: it counts only where it is a row of its own.
+        # The first step of a session compiles: it counts only if it is a row of its own.
         if step == self._start + 1 < self._steps and step % self._log_every:
             self._mark = step, time.monotonic()
 
     def row(self, step: int, loss: float) -> float:
-        """Show, and return, the tokens per second since the last row, all work included."""
+        """Show and return the tokens per second since the last row, including all work."""
         now = time.monotonic()
         speed = (step - self._mark[0]) * self._tokens_per_step / (now - self._mark[1])
         self._mark = step, now

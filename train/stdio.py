@@ -8,9 +8,9 @@ from typing import Any
 
 
 def replace_unencodable() -> None:
-    """Have stdout and stderr replace characters that their encoding lacks, not raise."""
+    """Make stdout and stderr replace characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
-        # Python has stderr write escapes such as \xe9, which do not raise.
+        # By default stderr writes escapes such as \xe9, which do not raise.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
@@ -44,5 +44,5 @@ def read_bytes(path: Path) -> bytes:
 
 
 def is_terminal() -> bool:
-    """Return whether stdout is a terminal."""
+    """Return True if stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()

@@ -20,17 +20,17 @@ Tree = Any  # nested dictionaries of arrays
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, apart from the data's position."""
+    """State that a step changes, apart from the data's position."""
 
     params: Tree  # float32
     optimizer: optax.OptState
-    rest: Tree  # what is no parameter: the model's random streams and their counts
+    rest: Tree  # other state: the model's random streams and their counts
 
 
 class Metrics(NamedTuple):
-    """What a step reports: float32 scalars, and booleans."""
+    """Metrics of a step: float32 scalars and booleans."""
 
-    loss: jax.Array  # nats a token that is predicted, mean over the batch
+    loss: jax.Array  # nats per predicted token, mean over the batch
     grad_norm: jax.Array  # before clipping
     all_finite: jax.Array
     finite: dict[str, Tree]  # "gradient" and "parameter": True where a tensor is finite
@@ -52,7 +52,7 @@ def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """Return structure, parameters and rest; `nnx.merge` puts them together again."""
+    """Return structure, parameters and rest; `nnx.merge` is the inverse."""
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
 
@@ -77,9 +77,9 @@ def cross_entropy(
 
 
 def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Example) -> Any:
-    """Return losses [b, p], in nats, whether each answer is right, bool [b, p], and the new rest.
+    """Return losses [b, p] in nats, correctness of the answers, bool [b, p], and the new rest.
 
-    An answer is right where its label's logit is the highest; no other places have logits.
+    An answer is right where its label's logit is the highest; other positions have no logits.
     """
     model = nnx.merge(graphdef, params, rest)
     logits = model(batch.tokens, None, batch.places).astype(jnp.float32)
@@ -91,7 +91,7 @@ def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) ->
     """Return the mean over the tokens, or the answers, that are predicted, and the new rest."""
     if isinstance(batch, Example):
         losses, _, rest = answer_losses(graphdef, params, rest, batch)
-        # Nothing at an answer without weight counts, NaN included.
+        # Answers of weight 0 do not count, NaN included.
         total = jnp.where(batch.weights > 0, losses * batch.weights, 0).sum()
         return total / batch.weights.sum(), rest
     losses, rest = token_losses(graphdef, params, rest, batch)

@@ -1,4 +1,4 @@
-"""Modules of the user's own, such as one that registers a memory: `mc --import FILE ...`."""
+"""User modules, for instance one that registers a memory: `mc --import FILE ...`."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from mc_core.errors import UserError
 
 OPTION = "--import"
-VARIABLE = "MC_IMPORT"  # names, separated as a path's folders are; worker processes inherit it
+VARIABLE = "MC_IMPORT"  # names, separated like the folders of PATH; worker processes inherit it
 
 
 def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -32,7 +32,7 @@ def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, or `.py` files by path, here and in processes started from here.
+    """Import modules by name, or `.py` files by path, in this process and its child processes.
 
     Raises:
         UserError: one cannot be imported.
@@ -45,7 +45,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def import_from_environment() -> None:
-    """Import what `MC_IMPORT` names.
+    """Import the modules in `MC_IMPORT`.
 
     Raises:
         UserError: one cannot be imported.

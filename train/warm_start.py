@@ -1,4 +1,4 @@
-"""The initial state of a run that starts from the weights of another."""
+"""Initial state from the weights of another run."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     """Return `state` with the parameters of `run.init_from`, and print a line about it.
 
     With `run.init_optimizer` also AdamW's moments and their step count; the schedule begins at 0.
-    The other run is only read.
+    The other run is not changed.
 
     Args:
         config: of the new run; `run.init_from` is set.
         state: its state before the first step.
-        console: where the line goes.
+        console: output.
 
     Raises:
         UserError: there is no checkpoint, or its parameters have other names or shapes.
@@ -64,7 +64,7 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
 
 
 def restart_schedule(state: optax.OptState) -> optax.OptState:
-    """Return an optimiser's state with its schedule at step 0 and all else as it is."""
+    """Return an optimiser's state with its schedule at step 0."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -76,7 +76,7 @@ def restart_schedule(state: optax.OptState) -> optax.OptState:
 
 
 def _mismatch(old: Any, new: Any) -> str:
-    """Return the first parameter whose name or shape differs, or an empty string."""
+    """Return the first parameter with another name or shape, or an empty string."""
     shapes = [{name: list(leaf.shape) for name, leaf in flatten(tree)} for tree in (old, new)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         there, here = (found.get(name, "missing") for found in shapes)
@@ -96,7 +96,7 @@ def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 def _tokens(config: TrainConfig, file_hash: str | None) -> str:
-    """Return what a run's tokens are, in words that are equal where the tokens are."""
+    """Return a description of a run's tokens; equal for equal tokens."""
     if file_hash is not None:
         return f"those of a tokenizer with SHA-256 {file_hash[:12]}"
     return getattr(config.data, "tokenizer", f"those of the task {config.data.task}")

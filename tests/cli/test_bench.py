@@ -1,4 +1,4 @@
-"""`mc bench`: what it counts, computes and writes. Nothing here is timed against a limit."""
+"""`mc bench`: counts, timings and outputs; no test depends on speed."""
 
 import functools
 import itertools
@@ -60,7 +60,7 @@ class Clock:
             monkeypatch.setattr(f"bench.timing.time.{name}", lambda: self.now)
 
     def work(self, *seconds):
-        """Return a function that takes so many seconds when it is called first, second, ..."""
+        """Return a function that takes `seconds[i]` in call i."""
         left = list(seconds)
 
         def run():
@@ -69,7 +69,7 @@ class Clock:
         return run
 
 
-def test_subjects_take_turns_and_warm_up(monkeypatch):
+def test_subjects_alternate_after_warmup(monkeypatch):
     """Compilation and the first runs do not count; a quick subject settles in every turn."""
     clock, calls = Clock(monkeypatch), []
     works = {"a": clock.work(50, 0.9, 0.7, 0.5, 0.7, 0.5), "b": clock.work(60, 1.5, 2.0, 3.0)}
@@ -81,14 +81,14 @@ def test_subjects_take_turns_and_warm_up(monkeypatch):
     assert times["b"].seconds == pytest.approx((2.0, 3.0))
 
 
-def test_a_ratio_is_that_of_the_turns():
+def test_ratio_is_the_median_over_turns():
     slow = Timing(seconds=(4.0, 40.0, 6.0), processor=(2.0, 2.0, 2.0))
     fast = Timing(seconds=(2.0, 10.0, 3.0), processor=(1.0, 0.5, 1.0))
     assert ratio(slow, fast) == (2.0, 2.0)
     assert slow.median == 6.0
 
 
-def test_a_scan_counts_as_often_as_it_runs():
+def test_scan_counts_every_iteration():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
     assert count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
 
@@ -99,7 +99,7 @@ def test_a_scan_counts_as_often_as_it_runs():
     assert count_flops(jax.jit(loop), a, b) == 7 * 2 * 3 * 4 * 5
 
 
-def test_of_two_branches_the_dearer_one_counts():
+def test_more_expensive_branch_counts():
     a = jnp.ones((4, 4))
     chosen = lambda a: jax.lax.cond(a[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, a)  # noqa: E731
     assert count_flops(chosen, a) == 2 * 2 * 4**3
@@ -124,12 +124,12 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("case", OPERATIONS, ids="+".join)
-def test_operations_have_not_grown(case):
+def test_operations_do_not_increase(case):
     assert flops(*case, 64) <= OPERATIONS[case]
 
 
 @pytest.mark.parametrize("kind", ["linear", "titans"])
-def test_ssc_grows_with_tokens_and_not_with_segments(kind):
+def test_ssc_operations_are_linear_in_tokens(kind):
     """Scores aside: one product of width k a pair, which no gradient passes."""
     scores = lambda t: 2 * 2 * t * (t // 8) * 4  # noqa: E731  flops, heads, pairs, k
     long, short = (flops(kind, "ssc", t) - scores(t) for t in (1024, 512))
@@ -138,7 +138,7 @@ def test_ssc_grows_with_tokens_and_not_with_segments(kind):
 
 @pytest.mark.parametrize("kind", ["dla", "titans"])
 @pytest.mark.parametrize("aggregation", ["grm", "soup"])
-def test_a_dense_read_takes_half_of_the_masked_square(kind, aggregation):
+def test_dense_reads_take_half_of_all_pairs(kind, aggregation):
     n, t, h, k = 16, 128, 2, 4
     widths = [k, *[2 * k] * (MEMORIES[kind].depth - 1), k]
     one = sum(2 * into * out for into, out in itertools.pairwise(widths))
@@ -149,7 +149,7 @@ def test_a_dense_read_takes_half_of_the_masked_square(kind, aggregation):
     assert dense < 0.6 * square
 
 
-def test_mlp_memories_outgrow_keys_and_values_below_four_head_widths():
+def test_mlp_memory_is_larger_than_kv_below_four_head_widths():
     """An MLP of expansion 4 takes 4k/S of what the keys and values of S tokens take."""
     for segment, warned in ((128, True), (1024, False)):
         layer = MCConfig(1536, 16, memory=TitansConfig(), segment_size=segment)
@@ -167,7 +167,7 @@ def test_exponents_are_fitted_in_logarithms():
     np.testing.assert_allclose(found, (1.5, 2.0))
 
 
-def test_a_report_has_its_command_machine_and_empty_cells():
+def test_report_has_command_machine_and_empty_cells():
     rows = [{"name": "a|b", "ms": 1234.5, "none": None}, {"name": "c", "error": 0.00123}]
     report = ResultTable("Title", rows, ("a note",), {"cores": 2}, "mc bench layer")
     assert report.columns == ["name", "ms", "error"]
@@ -178,7 +178,7 @@ def test_a_report_has_its_command_machine_and_empty_cells():
     assert json.loads(report.as_json())["rows"][0]["ms"] == 1234.5
 
 
-def test_layers_are_measured_and_written(monkeypatch, tmp_path, capsys):
+def test_layer_command_writes_results(monkeypatch, tmp_path, capsys):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown")}
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--batch", 1, "--runs", 0]
     for name, path in files.items():
@@ -196,7 +196,7 @@ def test_layers_are_measured_and_written(monkeypatch, tmp_path, capsys):
     assert "| jax swla+grm t=8" in files["markdown"].read_text()
 
 
-def test_a_batch_split_over_devices_is_the_same_work():
+def test_batch_split_over_devices_is_equal_work():
     """Outputs, gradients and operations are those of one device; each of two has half the rows."""
     config = MCConfig(8, 2, memory=TitansConfig(expansion=1), segment_size=4, chunk_size=2)
     one, two = peers._jax(config, 12, "mc_jax", (1, 2))
@@ -210,7 +210,7 @@ def test_a_batch_split_over_devices_is_the_same_work():
     assert peers._distance(peers._first_two(one), peers._first_two(two)) < 1e-5
 
 
-def test_bytes_are_those_of_all_devices():
+def test_bytes_are_summed_over_devices():
     held, x = jnp.ones((1, 256)), jnp.ones((4, 256))
     one = jax_layers.compiled_subject("", jnp.add, (held, x), 1)
     held = replicate(held, jax.local_devices()[:2])
@@ -233,7 +233,7 @@ def test_peers_are_compared_with_subjects_on_as_many_devices(monkeypatch):
         assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
 
 
-def test_devices_of_layers_and_models(monkeypatch, tmp_path, capsys):
+def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
     jax.devices()  # the command would ask for two, and there are four
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--runs", 0]
     file = tmp_path / "out.json"
@@ -255,7 +255,7 @@ def test_devices_of_layers_and_models(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_ceilings_of_devices(monkeypatch):
+def test_ceilings_per_device_count(monkeypatch):
     """A large product has all cores of a CPU; a GPU has rates of its own."""
     one = Ceilings(100.0, 10.0)
     assert one.of(2) == one
@@ -264,7 +264,7 @@ def test_ceilings_of_devices(monkeypatch):
     assert peers.default_devices() == (1,)
 
 
-def test_each_dtype_has_ceilings_of_its_own(monkeypatch):
+def test_ceilings_per_dtype(monkeypatch):
     rates = {"float32": Ceilings(1e9, 1e9), "bfloat16": Ceilings(4e9, 1e9)}
     monkeypatch.setattr("bench.layer.measure", lambda dtype: rates[dtype])
     both = {"dtypes": tuple(rates), "frameworks": ("jax", "torch"), "passes": ("forward",)}
@@ -276,7 +276,7 @@ def test_each_dtype_has_ceilings_of_its_own(monkeypatch):
     assert "float32 1 GFLOP/s, 1.0 GB/s; bfloat16 4 GFLOP/s" in report.notes[0]
 
 
-def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
+def test_scaling_command_writes_plot(monkeypatch, tmp_path):
     options = ["--tokens", 8, "--tokens", 16, "--segment", 4, "--width", 8, "--heads", 2]
     plot = tmp_path / "curves.png"
     words = ["bench", "scaling", "--aggregation", "none", "--runs", 1, "--plot", plot, *options]
@@ -303,7 +303,7 @@ def test_lengths_are_measured_and_drawn(monkeypatch, tmp_path):
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
-def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, words, message):
+def test_invalid_benchmarks_are_one_line_errors(monkeypatch, capsys, words, message):
     assert mc(monkeypatch, "bench", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("mc: ")
@@ -311,14 +311,14 @@ def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, words, message
     assert error.count("\n") == 1
 
 
-def test_peers_that_differ_are_not_reported():
+def test_peers_with_different_outputs_are_refused():
     one, other = np.ones(3), np.ones(3) + 1e-7
     assert peers._distance([one, one], [one, other]) < 1e-6
     with pytest.raises(UserError, match="outputs differ by 1e\\+00"):
         peers._distance([one, one], [one, 2 * one])
 
 
-def test_layers_of_both_start_modes_stand_side_by_side():
+def test_layer_table_compares_start_modes():
     grid = layer.Grid(tokens=(8,), chunks=(4,), segments=(4,), starts=("checkpoint", "restart"),
                       width=8, heads=2)  # fmt: skip
     names = list(layer.build(grid))

@@ -1,4 +1,4 @@
-"""The commands that measure: what they say, not how fast it was."""
+"""Tables of `mc bench memory` and `mc bench decode`."""
 
 import json
 
@@ -12,7 +12,7 @@ from helpers.tiny_run import TINY, mc, write_config
 from mc_jax.sharding import split_heads
 
 
-def test_memory(tmp_path, monkeypatch, capsys):
+def test_memory_table(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "bench", "memory", path, "--json", tmp_path / "m.json") == 0
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
@@ -23,16 +23,16 @@ def test_memory(tmp_path, monkeypatch, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_memory_warns_of_memories_that_outgrow_kv(tmp_path, monkeypatch, capsys):
+def test_memory_warns_if_larger_than_kv(tmp_path, monkeypatch, capsys):
     layer = TINY["model"]["layer"] | {"memory": {"kind": "titans"}, "segment_size": 16}
     path = write_config(tmp_path, model=TINY["model"] | {"layer": layer})
     assert mc(monkeypatch, "bench", "memory", path, "--tokens", 4096) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: a cached titans memory is larger" in out
-    assert "from segment_size = 17 on" in out
+    assert "smaller from segment_size = 17" in out
 
 
-def test_memory_of_what_cannot_stream(tmp_path, monkeypatch, capsys):
+def test_memory_refuses_models_that_cannot_stream(tmp_path, monkeypatch, capsys):
     layer = TINY["model"]["layer"] | {"segmentation": "logarithmic"}
     path = write_config(tmp_path, model=TINY["model"] | {"layer": layer})
     assert mc(monkeypatch, "bench", "memory", path) == 2
@@ -40,7 +40,7 @@ def test_memory_of_what_cannot_stream(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_decode(tmp_path, monkeypatch, capsys):
+def test_decode_table(tmp_path, monkeypatch, capsys):
     words = "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --context 64 --runs 2"
     words += " --kind linear --aggregation grm --aggregation none --prompt 12"
     files = {"json": tmp_path / "d.json", "markdown": tmp_path / "d.md"}
@@ -58,13 +58,13 @@ def test_decode(tmp_path, monkeypatch, capsys):
     assert "linear + grm" in capsys.readouterr().out
 
 
-def test_a_prompt_is_its_single_steps():
+def test_prompt_equals_single_steps():
     config = decode.layer("titans", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
     assert decode.compare_prefill(config, 14, 0)["difference"] < 1e-5
 
 
 @pytest.mark.slow
-def test_a_prompt_on_two_devices_is_its_single_steps(tmp_path, monkeypatch):
+def test_prompt_on_two_devices_equals_single_steps(tmp_path, monkeypatch):
     words = (
         "--width 8 --heads 2 --segment 4 --chunk 2 --context 16 --runs 1 --prompt 12 --devices 2"
     )
@@ -82,7 +82,7 @@ def test_a_prompt_on_two_devices_is_its_single_steps(tmp_path, monkeypatch):
     assert len(sharding.device_set) == 2
 
 
-def test_what_short_storage_costs():
+def test_cost_of_bfloat16_cache():
     config = decode.layer("linear", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
     exact, short, far = decode.compare_storage(config, 14, 0)
     assert exact["relative_error"] == 0
@@ -93,6 +93,6 @@ def test_what_short_storage_costs():
 @pytest.mark.parametrize(
     "word", ["--width 9", "--context 0", "--runs 0", "--kind square", "--devices 3"]
 )
-def test_bad_options(monkeypatch, capsys, word):
+def test_invalid_decode_options_are_refused(monkeypatch, capsys, word):
     assert mc(monkeypatch, "bench", "decode", *word.split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What a person types and sees; bad input is one line, exit code 2, and nothing lost."""
+"""The command line: output, and one-line errors with exit code 2."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     return config
 
 
-def test_a_run_says_how_far_it_is_and_ends_with_a_table(finished):
+def test_run_prints_progress_and_a_table(finished):
     out = (finished.parent / "stdout.txt").read_text()
     assert "step 3/12  loss " in out
     assert "tokens/s" in out
@@ -38,7 +38,7 @@ def test_a_run_says_how_far_it_is_and_ends_with_a_table(finished):
     for words in ("tiny (linear + grm)", "uniform", "order-0", "xz -9", "bits/byte"):
         assert words in out
     assert "beats uniform by" in out
-    assert "behind xz -9 by" in out
+    assert "worse than xz -9 by" in out
     run = finished.parent / "runs" / "tiny"
     for name in ("curves.png", "router.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -52,7 +52,7 @@ def test_a_run_says_how_far_it_is_and_ends_with_a_table(finished):
     assert any((run / "tensorboard").glob("*.tfevents.*"))
 
 
-def test_a_finished_run_prints_its_report_again(finished, monkeypatch, capsys):
+def test_finished_run_prints_its_report(finished, monkeypatch, capsys):
     before = snapshot(finished.parent / "runs")
     assert mc(monkeypatch, "train", finished) == 0
     out = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_finished_run_prints_its_report_again(finished, monkeypatch, capsys):
     assert snapshot(finished.parent / "runs") == before
 
 
-def test_evaluate_scores_the_checkpoint_again(finished, monkeypatch, capsys):
+def test_evaluate_matches_the_report(finished, monkeypatch, capsys):
     run = finished.parent / "runs" / "tiny"
     assert mc(monkeypatch, "evaluate", run) == 0
     out = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_evaluate_scores_the_checkpoint_again(finished, monkeypatch, capsys):
     assert "tiny (linear + grm)" in out
 
 
-def test_runs_on_the_same_bytes_share_a_table(finished, no_pictures, monkeypatch, capsys):
+def test_runs_on_equal_text_share_a_table(finished, no_pictures, monkeypatch, capsys):
     run = finished.parent / "runs"
     words = [f"run.directory={run / 'twin'}", "model.layer.aggregation=none"]
     assert mc(monkeypatch, "train", finished, *words) == 0
@@ -85,11 +85,11 @@ def test_runs_on_the_same_bytes_share_a_table(finished, no_pictures, monkeypatch
         ("model.layer.segment_size=4", "model.layer.segment_size was 8 and is 4"),
     ],
 )
-def test_a_checkpoint_of_another_config(finished, monkeypatch, capsys, word, message):
+def test_checkpoint_of_another_config_is_refused(finished, monkeypatch, capsys, word, message):
     fails(finished, monkeypatch, capsys, message, "train", finished, word)
 
 
-def test_a_checkpoint_of_other_text(finished, monkeypatch, capsys):
+def test_checkpoint_of_other_text_is_refused(finished, monkeypatch, capsys):
     document = finished.parent / "text" / "0.txt"
     text = document.read_bytes()
     document.write_text("changed")
@@ -99,12 +99,12 @@ def test_a_checkpoint_of_other_text(finished, monkeypatch, capsys):
         document.write_bytes(text)
 
 
-def test_keys_that_train_nothing_else_may_change(finished, monkeypatch):
+def test_keys_without_effect_on_training_may_change(finished, monkeypatch):
     assert mc(monkeypatch, "train", finished, "run.keep=5", "run.log_every=1") == 0
 
 
-def test_neighbours_that_cannot_be_read_are_left_out(copied, monkeypatch):
-    """A finished run must not fail by what others left beside it."""
+def test_unreadable_neighbour_reports_are_skipped(copied, monkeypatch):
+    """A finished run must not fail because of other folders."""
     report = load_report(copied)
     contents = {"good": (copied / "report.json").read_bytes(), "cut": b"{", "binary": b"\xff"}
     for name, content in (contents | {"secret": b"{}"}).items():
@@ -129,7 +129,7 @@ def copied(finished, tmp_path):
 
 
 @pytest.mark.parametrize("of_config", [True, False])
-def test_a_checkpoint_of_another_version(finished, copied, monkeypatch, capsys, of_config):
+def test_checkpoint_of_another_version_is_refused(finished, copied, monkeypatch, capsys, of_config):
     """A key of its configuration, or of what it says about itself, is unknown today."""
     file = copied / "checkpoints" / "12" / "meta" / "metadata"
     meta = json.loads(file.read_text())
@@ -139,13 +139,13 @@ def test_a_checkpoint_of_another_version(finished, copied, monkeypatch, capsys, 
     fails(finished, monkeypatch, capsys, message, "evaluate", copied)
 
 
-def test_a_damaged_checkpoint(finished, copied, monkeypatch, capsys):
+def test_damaged_checkpoint_is_named(finished, copied, monkeypatch, capsys):
     (copied / "checkpoints" / "12" / "meta" / "metadata").unlink()
     fails(finished, monkeypatch, capsys, "12: cannot be read", "evaluate", copied)
 
 
 @pytest.mark.parametrize("path", [".", "/", ".."])
-def test_a_folder_is_no_file_to_write(path):
+def test_folder_is_not_overwritten(path):
     with pytest.raises(OSError, match=r"directory|busy") as refused:
         write_atomic(Path(path), b"")
     assert refused.value.filename == path
@@ -164,7 +164,7 @@ def test_a_folder_is_no_file_to_write(path):
         ("steps", "must have the form key=value"),
     ],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, word, message):
+def test_invalid_input_is_a_one_line_error(tmp_path, monkeypatch, capsys, word, message):
     config = write_config(tmp_path)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("a short text")
@@ -176,11 +176,11 @@ def test_bad_input(tmp_path, monkeypatch, capsys, word, message):
     [
         ("model", [1, 2], "tiny.yaml: model = [1, 2]: must be a mapping"),
         ("data", [1], "tiny.yaml: data = [1]: must be a mapping"),
-        ("run", [1], "tiny.yaml: has a list where a mapping of keys must be"),
+        ("run", [1], "tiny.yaml: has a list in place of a mapping of keys"),
         ("run", {"steps": 3, 1: 2, "x": 3}, "tiny.yaml: run: unknown key 1; allowed are "),
     ],
 )
-def test_sections_that_are_no_mappings_of_words(tmp_path, monkeypatch, capsys, key, value, message):
+def test_sections_must_be_mappings(tmp_path, monkeypatch, capsys, key, value, message):
     config = write_config(tmp_path, **{key: value})
     fails(config, monkeypatch, capsys, message, "train", config)
 
@@ -198,7 +198,7 @@ def test_sections_that_are_no_mappings_of_words(tmp_path, monkeypatch, capsys, k
         ([], "Missing command"),
     ],
 )
-def test_bad_commands(tmp_path, monkeypatch, capsys, words, message):
+def test_invalid_commands_are_refused(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     assert mc(monkeypatch, *words) == 2
     err = capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_bad_commands(tmp_path, monkeypatch, capsys, words, message):
 
 
 @pytest.mark.parametrize("package", ["typer", "jax"])
-def test_a_library_that_is_not_installed(package):
+def test_missing_library_is_named(package):
     code = f"import sys; sys.modules['{package}'] = None; from train.__main__ import main; main()"
     command = [sys.executable, "-c", code, "train", "configs/demo.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -217,7 +217,7 @@ def test_a_library_that_is_not_installed(package):
     )
 
 
-def test_a_nan_stops_the_run_and_names_step_and_tensor(tmp_path, monkeypatch, capsys):
+def test_nan_stops_the_run_and_names_the_tensor(tmp_path, monkeypatch, capsys):
     """Parameters of about 1e38 overflow the next loss; the checkpoint before stays the last."""
     config = write_config(tmp_path)
     words = ["optimizer.learning_rate=1e38", "optimizer.weight_decay=0.0", "run.save_every=1"]
@@ -231,13 +231,13 @@ def test_a_nan_stops_the_run_and_names_step_and_tensor(tmp_path, monkeypatch, ca
     assert [path.name for path in checkpoints.iterdir()] == ["1"]
 
 
-def test_segments(monkeypatch, capsys):
+def test_segments_command(monkeypatch, capsys):
     assert mc(monkeypatch, "segments", "--length", 37, "--segmentation", "logarithmic") == 0
     assert mc(monkeypatch, "segments", "--length", 37, "--segment-size", 16) == 0
     assert capsys.readouterr().out == "32, 4, 1\n16, 16, 5\n"
 
 
-def test_variants(monkeypatch, capsys):
+def test_variants_command(monkeypatch, capsys):
     from mc_core.aggregations import AGGREGATIONS
     from mc_core.config import GATES, MIXERS
     from mc_core.memories import MEMORIES

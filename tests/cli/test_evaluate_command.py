@@ -1,4 +1,4 @@
-"""`mc evaluate` on recall tasks: what is asked, how it is counted, and what it writes."""
+"""`mc evaluate` on recall tasks: examples, scores and output files."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_model_answers(runs, tmp_path, monkeypatch):
+def test_trained_model_answers(runs, tmp_path, monkeypatch):
     """Without a stand-in: the last, incomplete pass counts each example once."""
     path = tmp_path / "x.json"
     words = ("--lengths", "8:2", "--examples", 5, "--json", path)
@@ -100,7 +100,7 @@ def test_the_model_answers(runs, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["cells"] == json.loads(first)["cells"]
 
 
-def test_json_has_null_for_a_loss_that_is_not_finite(runs, tmp_path, monkeypatch):
+def test_nonfinite_loss_is_null_in_json(runs, tmp_path, monkeypatch):
     one = subject.Answers(*(np.full((1, 1), x) for x in (np.nan, False, 1.0, 2)))
     monkeypatch.setattr(subject, "make_answer", lambda graphdef, rows: lambda *asked: one)
     path = tmp_path / "x.json"
@@ -109,7 +109,7 @@ def test_json_has_null_for_a_loss_that_is_not_finite(runs, tmp_path, monkeypatch
         assert cell["loss"] is None
 
 
-def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkeypatch, capsys):
+def test_model_size_is_at_longest_test_examples(runs, tmp_path, monkeypatch, capsys):
     path, markdown = tmp_path / "x.json", tmp_path / "x.md"
     words = ("--lengths", "24:2,40:2", "--examples", 2, "--json", path, "--markdown", markdown)
     assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
@@ -125,7 +125,7 @@ def test_a_model_is_measured_at_the_longest_test_examples(runs, tmp_path, monkey
         assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
 
 
-def test_a_model_that_cannot_stream_has_no_state():
+def test_model_that_cannot_stream_has_no_state():
     """Logarithmic cuts depend on the total length."""
     layer = TINY["model"]["layer"] | {"segmentation": "logarithmic"}
     config = from_dict(TINY | {"data": MQAR, "model": TINY["model"] | {"layer": layer}})
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_stream_has_no_state():
     assert subject.size_line(size).startswith("7 parameters; it cannot stream; ")
 
 
-def test_help_says_what_an_option_is_without_being_named(monkeypatch, capsys):
+def test_help_shows_default_values(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert mc(monkeypatch, "evaluate", "--help") == 0
     plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
@@ -143,11 +143,11 @@ def test_help_says_what_an_option_is_without_being_named(monkeypatch, capsys):
         assert f"[default: ({words})]" in out
 
 
-def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path):
+def test_essay_is_held_out_text(tmp_path):
     """A run on text has trained on the rest of it; files have words of their own."""
     config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
     corpus = tuple(config.data.corpus)
-    essay = subject.Options(task="niah", haystack="essay")
+    essay = subject.EvaluationOptions(task="niah", haystack="essay")
     data = subject.task_of(config, essay)
     assert (data.corpus, data.validation_fraction, data.haystack) == (corpus, 0.3, "essay")
     assert corpus != NIAHConfig().corpus
@@ -155,7 +155,7 @@ def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path):
     assert data.corpus == ("a.txt", "b")
 
 
-def test_needles_in_files_that_the_user_names(runs, tmp_path, monkeypatch, capsys):
+def test_needles_in_given_files(runs, tmp_path, monkeypatch, capsys):
     seen = []
 
     def look(example, places):
@@ -174,7 +174,7 @@ def test_needles_in_files_that_the_user_names(runs, tmp_path, monkeypatch, capsy
     fails(runs["niah"], monkeypatch, capsys, message, "evaluate", run_of(runs["niah"]), *words)
 
 
-def test_the_grid_reaches_twice_the_trained_lengths():
+def test_default_lengths_reach_twice_the_trained():
     trained = MQARConfig(64, ((16, 2), (32, 8)))
     assert subject.grid(trained) == (
         (16, 2), (32, 2), (32, 8), (64, 2), (64, 8), (64, 16),
@@ -196,7 +196,7 @@ def test_the_grid_reaches_twice_the_trained_lengths():
         ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
         ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),
         ("mqar", ["--task", "niah"], "knows no text"),
-        ("mqar", ["--task", "text"], "name mqar or niah"),
+        ("mqar", ["--task", "text"], "use mqar or niah"),
         ("mqar", ["--task", "quiz"], "'--task'"),
         ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),
         ("niah", ["--lengths", "30"], "data.lengths = 30: must be > "),
@@ -206,15 +206,15 @@ def test_the_grid_reaches_twice_the_trained_lengths():
         ("niah", ["--value", "word"], "value = 'word': must be one of 'number', 'uuid'"),
     ],
 )
-def test_bad_options(runs, monkeypatch, capsys, name, words, message):
+def test_invalid_evaluate_task_options_are_refused(runs, monkeypatch, capsys, name, words, message):
     fails(runs[name], monkeypatch, capsys, message, "evaluate", run_of(runs[name]), *words)
 
 
-def test_a_run_on_text_answers_too(tmp_path, monkeypatch, capsys):
+def test_text_run_answers_recall_tasks(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     assert mc(monkeypatch, "train", config, "run.steps=3") == 0
     run = tmp_path / "runs" / "tiny"
     words = ("--task", "mqar", "--lengths", "16:2", "--examples", 2)
     assert mc(monkeypatch, "evaluate", run, *words) == 0
     assert "queries" in capsys.readouterr().out
-    fails(config, monkeypatch, capsys, "name mqar or niah", "evaluate", run, "--examples", 3)
+    fails(config, monkeypatch, capsys, "use mqar or niah", "evaluate", run, "--examples", 3)

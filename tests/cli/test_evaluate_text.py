@@ -1,4 +1,4 @@
-"""`mc evaluate` on text: the validation text or any other, in numbers and tables."""
+"""`mc evaluate` on text: validation text or other text, numbers and tables."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def text(tmp_path):
     return path
 
 
-def test_any_text_has_bits_per_byte(run, text, tmp_path, monkeypatch, capsys):
+def test_bits_per_byte_of_other_text(run, text, tmp_path, monkeypatch, capsys):
     """The whole text counts, in JSON, in Markdown and on the console."""
     files = [tmp_path / "x.json", tmp_path / "x.md"]
     options = ("--corpus", text, "--json", files[0], "--markdown", files[1])
@@ -93,7 +93,7 @@ def test_any_text_has_bits_per_byte(run, text, tmp_path, monkeypatch, capsys):
     assert "between documents" not in out
 
 
-def test_files_and_folders_are_scored_in_their_order(run, text, tmp_path, monkeypatch, capsys):
+def test_files_and_folders_are_scored_in_order(run, text, tmp_path, monkeypatch, capsys):
     """A copy counts as often as it is named; documents are apart as in the run's text."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_files_and_folders_are_scored_in_their_order(run, text, tmp_path, monkey
     assert "between documents: a newline" in capsys.readouterr().out
 
 
-def test_the_validation_text_is_written_too(run, tmp_path, monkeypatch, capsys):
+def test_validation_text_results_are_written(run, tmp_path, monkeypatch, capsys):
     files = [tmp_path / "x.json", tmp_path / "x.md"]
     options = ("--json", files[0], "--markdown", files[1])
     assert mc(monkeypatch, "evaluate", run, *options) == 0
@@ -122,8 +122,8 @@ def test_the_validation_text_is_written_too(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("end", [(), ("</s>",)])
-def test_a_run_with_a_tokenizer_scores_its_tokens(text, tmp_path, monkeypatch, capsys, end):
-    """What decoding does not give back is said; a token between documents has no bytes."""
+def test_tokenized_run_scores_its_tokens(text, tmp_path, monkeypatch, capsys, end):
+    """Lossy decoding is reported; a separator token has no bytes."""
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens([*end])
@@ -145,7 +145,7 @@ def test_a_run_with_a_tokenizer_scores_its_tokens(text, tmp_path, monkeypatch, c
     assert ("</s>" if end else "a newline") in found["separator"]
 
 
-def test_a_moved_run_without_its_corpus_scores_other_texts(text, tmp_path, monkeypatch, capsys):
+def test_moved_run_scores_other_text_without_its_corpus(text, tmp_path, monkeypatch, capsys):
     """Recall tasks need no corpus either."""
     run = make_run(tmp_path / "made")
     moved = Path(shutil.move(run, tmp_path / "moved"))
@@ -159,7 +159,7 @@ def test_a_moved_run_without_its_corpus_scores_other_texts(text, tmp_path, monke
     assert mc(monkeypatch, "evaluate", "moved", *mqar) == 0
 
 
-def test_a_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
+def test_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
     run, path = make_run(tmp_path / "made", data=NIAH), tmp_path / "x.json"
     options = ("--task", "text", "--corpus", text, "--json", path)
     assert mc(monkeypatch, "evaluate", run, *options) == 0
@@ -167,11 +167,11 @@ def test_a_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
     assert found["window"] == 300
     bits = cost(np.frombuffer(data, np.uint8), 256) / len(data)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
-    message = "a run on data.task = 'niah' has no validation text: name a text with --corpus"
+    message = "a run on data.task = 'niah' has no validation text: give a text with --corpus"
     fails(text, monkeypatch, capsys, message, "evaluate", run, "--task", "text")
 
 
-def test_a_run_on_no_text_scores_none(text, tmp_path, monkeypatch, capsys):
+def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "made", data=MQAR)
     message = "a run on data.task = 'mqar' knows no text"
     words = ("evaluate", run, "--task", "text", "--corpus", text)
@@ -189,12 +189,12 @@ def test_a_run_on_no_text_scores_none(text, tmp_path, monkeypatch, capsys):
         {"value": "uuid"},
     ],
 )
-def test_options_without_a_meaning_are_named(tmp_path, options):
+def test_options_without_meaning_are_refused(tmp_path, options):
     from train.evaluation.evaluate import check_text_options
 
     config = load_config(write_config(tmp_path))
     name = next(iter(options))
-    with pytest.raises(UserError, match=f"^--{name}: has no meaning for --task text: name mqar or"):
+    with pytest.raises(UserError, match=f"^--{name}: has no meaning for --task text: use mqar or"):
         check_text_options(tmp_path, config, EvaluationOptions(**options), None)
     check_text_options(tmp_path, config, EvaluationOptions("text", corpus=("x",)), None)
 
@@ -209,14 +209,14 @@ def test_options_without_a_meaning_are_named(tmp_path, options):
         (["--corpus", "{folder}/.x"], ".x: the file is empty: take it out of --corpus"),
     ],
 )
-def test_bad_options_are_named(run, tmp_path, monkeypatch, capsys, words, message):
+def test_invalid_evaluate_options_are_named(run, tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / ".x").touch()
     given = [word.format(folder=tmp_path) for word in words]
     message = message.format(folder=tmp_path)
     fails(run.parent / "tiny.yaml", monkeypatch, capsys, message, "evaluate", run, *given)
 
 
-def test_a_text_that_a_tokenizer_cannot_take_is_named(text, tmp_path, monkeypatch, capsys):
+def test_text_that_cannot_be_tokenized_is_named(text, tmp_path, monkeypatch, capsys):
     words("a").save(str(tmp_path / "t.json"))
     keys = (f"data.tokenizer={tmp_path / 't.json'}", "data.window=2")
     run = make_run(tmp_path / "made", *keys)
@@ -228,7 +228,7 @@ def test_a_text_that_a_tokenizer_cannot_take_is_named(text, tmp_path, monkeypatc
         fails(text, monkeypatch, capsys, message, "evaluate", run, "--corpus", text)
 
 
-def test_a_text_of_one_byte_has_no_position(run, tmp_path, monkeypatch):
+def test_text_of_one_byte_has_no_position(run, tmp_path, monkeypatch):
     file, path = tmp_path / "one.txt", tmp_path / "x.json"
     file.write_bytes(b"a")
     options = ("--corpus", file, "--json", path, "--markdown", tmp_path / "x.md")

@@ -1,4 +1,4 @@
-"""`mc generate` and the sample at a run's end; text that comes token by token."""
+"""`mc generate`, the sample at the end of a run, and streaming decoders."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ SAMPLED = ["--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--seed", 3]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that has been trained to its end, with what it printed beside its configuration."""
+    """A finished run; its output is saved next to its configuration."""
     config = write_config(tmp_path_factory.mktemp("generate"))
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -41,11 +41,11 @@ def run(tmp_path_factory):
     return config.parent / "runs" / "tiny"
 
 
-def test_a_run_ends_with_a_sample_and_a_finished_one_shows_it_again(run, monkeypatch, capsys):
+def test_run_ends_with_a_sample(run, monkeypatch, capsys):
     config = run.parents[1] / "tiny.yaml"
     out = (run.parents[1] / "stdout.txt").read_text()
     sample = load_report(run).sample
-    prompt, _, text = out.partition("tiny goes on (30 tokens at temperature 0.8, seed 0):\n")
+    prompt, _, text = out.partition("tiny continues (30 tokens at temperature 0.8, seed 0):\n")
     assert text == "".join(f"| {line}\n" for line in printable(sample.text).split("\n"))
     assert sample.prompt in prompt
     assert prompt.count("the validation text begins:") == 1
@@ -58,7 +58,7 @@ def test_a_run_ends_with_a_sample_and_a_finished_one_shows_it_again(run, monkeyp
     assert again == sample
 
 
-def test_greedy_text_is_that_of_the_model(run, monkeypatch, capsys):
+def test_greedy_text_matches_the_model(run, monkeypatch, capsys):
     assert mc(monkeypatch, "generate", run, "--prompt", "the memory é", "--max-tokens", 12) == 0
     out, err = capsys.readouterr()
     steps = list(generate(load_run(run)[1], [np.frombuffer("the memory é".encode(), np.uint8)], 12))
@@ -73,7 +73,7 @@ def completion(monkeypatch, capsys, *words: object) -> str:
     return capsys.readouterr().out
 
 
-def test_a_seed_is_a_text_and_a_stop_string_cuts_it_off(run, tmp_path, monkeypatch, capsys):
+def test_seed_determines_text_and_stop_string_ends_it(run, tmp_path, monkeypatch, capsys):
     prompt = tmp_path / "prompt.txt"
     prompt.write_bytes(b"a long \xff text\n")  # bytes need no UTF-8, and none are stripped
     words = [run, "--prompt-file", prompt, "--max-tokens", 40, *SAMPLED]
@@ -91,7 +91,7 @@ def test_a_seed_is_a_text_and_a_stop_string_cuts_it_off(run, tmp_path, monkeypat
     assert 14 <= row["tokens"] < 40
 
 
-def test_lines_of_prompts(run, tmp_path, monkeypatch, capsys):
+def test_prompt_lines(run, tmp_path, monkeypatch, capsys):
     """A line's completion depends neither on the other lines nor on the size of batches."""
     prompts, texts = tmp_path / "prompts.jsonl", ["the memory", "é", "a token reads\n"]
     prompts.write_text("".join(f"{json.dumps({'prompt': text})}\n\n" for text in texts))
@@ -108,7 +108,7 @@ def test_lines_of_prompts(run, tmp_path, monkeypatch, capsys):
     assert output.read_text() == whole
 
 
-def test_a_file_of_weights_goes_on_as_its_run(run, tmp_path, monkeypatch, capsys):
+def test_weight_file_generates_like_its_run(run, tmp_path, monkeypatch, capsys):
     config, model, *_ = load_run(run)
     path = tmp_path / "model.safetensors"
     write_safetensors(path, config.model, to_torch(jax_weights(model)))
@@ -134,7 +134,7 @@ def test_a_file_of_weights_goes_on_as_its_run(run, tmp_path, monkeypatch, capsys
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens = 0: must be >= 1"),
         (["--prompt", "a", "--batch-size", "0"], "batch_size = 0: must be >= 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: must be finite and >= 0"),
-        (["--prompt", "a", "--top-k", "3"], "top_k = 3: needs a temperature > 0"),
+        (["--prompt", "a", "--top-k", "3"], "top_k = 3: needs temperature > 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "top_p = 1.5: must be in"),
         (["--prompt", "a", "--seed", "-1"], "seed = -1: must be in 0..4294967295"),
         (["--prompt", "a", "--stop", ""], "stop = '': must have a character"),
@@ -144,7 +144,7 @@ def test_a_file_of_weights_goes_on_as_its_run(run, tmp_path, monkeypatch, capsys
         (["--prompt", "a", "--tokenizer", "{folder}/no.json"], "data.tokenizer = "),
     ],
 )
-def test_bad_input(run, tmp_path, monkeypatch, capsys, words, message):
+def test_invalid_generate_options_are_refused(run, tmp_path, monkeypatch, capsys, words, message):
     """One line, exit code 2, and nothing on stdout."""
     good = '{"prompt": "a"}\n'
     files = {
@@ -170,7 +170,7 @@ def test_bad_input(run, tmp_path, monkeypatch, capsys, words, message):
         ("tiny.yaml", "tiny.yaml: must be a run's folder or a .safetensors file"),
     ],
 )
-def test_bad_sources(run, monkeypatch, capsys, source, message):
+def test_invalid_sources_are_refused(run, monkeypatch, capsys, source, message):
     config = run.parents[1] / "tiny.yaml"
     source = config.parent / source
     fails(config, monkeypatch, capsys, message, "generate", source, "--prompt", "a")
@@ -182,7 +182,7 @@ def make_model(vocab_size: int = 256, **options: str) -> LanguageModel:
     return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
-def test_a_file_of_other_tokens_needs_a_tokenizer(tmp_path, words):
+def test_weight_file_needs_its_tokenizer(tmp_path, words):
     model, path = make_model(300), tmp_path / "model.safetensors"
     write_safetensors(path, model.config, to_torch(jax_weights(model)))
     with pytest.raises(UserError, match="has 300 tokens, and does not say which: name the tok"):
@@ -193,7 +193,7 @@ def test_a_file_of_other_tokens_needs_a_tokenizer(tmp_path, words):
     assert load_source(path, "bytes")[1] is None
 
 
-def test_segments_that_cannot_stream_are_named(tmp_path):
+def test_models_that_cannot_stream_are_refused(tmp_path):
     model = make_model(segmentation="logarithmic")
     with pytest.raises(UserError, match="segmentation = 'logarithmic'"):
         complete(model, None, [Prompt("x", b"a")], GenerationOptions(), Speed())
@@ -203,7 +203,7 @@ def test_segments_that_cannot_stream_are_named(tmp_path):
     assert sample.note.startswith("no sample: segmentation = 'logarithmic'")
 
 
-def test_logits_that_are_not_finite_stop_it():
+def test_nonfinite_logits_stop_generation():
     model = make_model()
     model.norm.scale.set_value(jnp.full_like(model.norm.scale[...], jnp.nan))
     with pytest.raises(NotFiniteError, match="--prompt: the logits after 0 new tokens are not"):
@@ -222,7 +222,7 @@ def words() -> Tokenizer:
     return tokenizer
 
 
-def test_a_tokenizer_decodes_what_its_model_says(words):
+def test_tokenizer_decodes_completions(words):
     """The pieces that are shown make up the text, which is that of all tokens at once."""
     model, shown = make_model(words.get_vocab_size()), []
     options = GenerationOptions(40, temperature=3.0, seed=1)
@@ -259,12 +259,12 @@ def pieces(decoder: object, tokens: list[int], *stops: str, limit: int | None = 
         (b"a\xe2\x82", ["a", "", "\ufffd"]),
     ],
 )
-def test_bytes_wait_for_a_whole_character(text, expected):
+def test_bytes_decode_whole_characters(text, expected):
     assert pieces(ByteDecoder(), list(text)) == [*expected, "length"]
     assert ByteDecoder().push(256) == "\ufffd"
 
 
-def test_tokens_wait_for_a_whole_character(words):
+def test_tokens_decode_whole_characters(words):
     tokens = words.encode("th é 漢").ids
     assert pieces(WordDecoder(words, [5, 6]), tokens) == [
         *("th", " ", "", "é", " ", "", "", "漢"),
@@ -284,22 +284,22 @@ def test_tokens_wait_for_a_whole_character(words):
         ("aé!", ["é"], ["a", "", "", "stop"]),
     ],
 )
-def test_a_stop_string_is_held_back_until_it_is_whole(text, stops, expected):
+def test_stop_string_prefix_is_buffered(text, stops, expected):
     assert pieces(ByteDecoder(), list(text.encode()), *stops) == expected
 
 
-def test_a_terminal_obeys_no_text():
+def test_control_characters_are_replaced():
     assert printable("a\x1b[31m\n\té\x07") == "a\ufffd[31m\n\té\ufffd"
 
 
-def test_prompts_are_taken_as_they_are(tmp_path):
+def test_prompts_are_not_modified(tmp_path):
     file = tmp_path / "p"
     file.write_bytes(b" \n\xff")
     assert read_prompts(None, file, None) == [Prompt(str(file), b" \n\xff")]
     assert read_prompts("\udcff", None, None) == [Prompt("--prompt", b"\xff")]
 
 
-def test_reports_without_a_sample_are_read(run, tmp_path):
+def test_reports_without_sample_are_read(run, tmp_path):
     report = load_report(run)
     data = json.loads((run / "report.json").read_text())
     del data["sample"]

@@ -1,4 +1,4 @@
-"""`mc generate --output` keeps the rows that are finished, and resumes after them."""
+"""`mc generate --output`: finished rows are saved, and interrupted outputs resume."""
 
 import io
 import json
@@ -129,7 +129,7 @@ def drawn(run, tmp_path_factory) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys, number, code):
+def test_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys, number, code):
     """As if nothing had been: the draws of a row follow from its number."""
     prompts = write_prompts(tmp_path, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -142,7 +142,7 @@ def test_an_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys
         signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert out == ""
-    message = f"2 of 4 rows are kept in {partial}"
+    message = f"2 of 4 rows are saved in {partial}"
     assert err == f"mc: interrupted: {message}: the same command resumes\n"
     assert not output.exists()
     assert partial.read_bytes().count(b"\n") == 3
@@ -154,7 +154,7 @@ def test_an_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
 
 
-def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, fake, monkeypatch, capsys):
+def test_nonfinite_logits_keep_finished_rows(run, prompts, fake, monkeypatch, capsys):
     """The prompt is named; without it the output resumes and is that of the prompts there are."""
 
     def fail():
@@ -164,7 +164,7 @@ def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, fake, mo
         stop_before(patch, 2, fail)
         assert mc(patch, *words(run, prompts)) == 1
     err = capsys.readouterr().err
-    assert "prompts.jsonl: line 3: the logits are not finite: 2 of 5 rows are kept in " in err
+    assert "prompts.jsonl: line 3: the logits are not finite: 2 of 5 rows are saved in " in err
     assert err.count("\n") == 1
     lines = prompts.read_text().splitlines(keepends=True)
     prompts.write_text("".join(lines[:2] + lines[3:]) + line({"prompt": "and a line"}))
@@ -180,14 +180,14 @@ def test_logits_that_are_not_finite_leave_the_rows_before(run, prompts, fake, mo
 @pytest.mark.parametrize(
     ("keep", "rows", "size"), [(3, 2, 2), (3, 2, 1), (2, 1, 2), (1, 0, 2), (0, 0, 2)]
 )
-def test_a_half_written_line_is_dropped(
+def test_incomplete_line_is_dropped(
     run, prompts, partial, whole, fake, monkeypatch, capsys, keep, rows, size
 ):
     """With batches of the same size or of another."""
     lines = partial.read_bytes().splitlines(keepends=True)
     partial.write_bytes(b"".join([*lines, b'{"key": "ab"'][: keep + 1])[:-1])
     assert mc(monkeypatch, *words(run, prompts, "out.jsonl", "--batch-size", size)) == 0
-    assert (f": {rows} of 5 rows are kept" in capsys.readouterr().err) == bool(rows)
+    assert (f": {rows} of 5 rows are saved" in capsys.readouterr().err) == bool(rows)
     assert (prompts.parent / "out.jsonl").read_bytes() == whole
 
 
@@ -230,7 +230,7 @@ def test_rows_of_other_settings_are_not_reused(
     assert not (prompts.parent / "out.jsonl").exists()
 
 
-def test_two_processes_do_not_write_one_output(run, prompts, monkeypatch, capsys):
+def test_output_is_locked(run, prompts, monkeypatch, capsys):
     from train.evaluation.partial_output import Partial
 
     output = prompts.parent / "out.jsonl"
@@ -243,7 +243,7 @@ def test_two_processes_do_not_write_one_output(run, prompts, monkeypatch, capsys
         assert not output.exists()
 
 
-def test_a_full_disk_leaves_the_rows_before(tmp_path):
+def test_full_disk_keeps_finished_rows(tmp_path):
     from train.evaluation.partial_output import Partial
 
     settings, keys = {"seed": 0}, ["a", "b", "c"]
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_the_rows_before(tmp_path):
     assert not partial.path.exists()
 
 
-def test_further_keys_of_a_row_are_handed_through(run, fake, tmp_path, monkeypatch, capsys):
+def test_other_keys_are_copied_to_the_output(run, fake, tmp_path, monkeypatch, capsys):
     rows = [
         {"id": 7, "prompt": TEXTS[0], "tags": ["é", None, {"x": 1.5}]},
         {"prompt": TEXTS[1], "s": "\ud800"},
@@ -287,15 +287,15 @@ def test_further_keys_of_a_row_are_handed_through(run, fake, tmp_path, monkeypat
         ('{"id": 1}', 'line 1: must be an object with the key "prompt"'),
     ],
 )
-def test_keys_that_cannot_be_handed_through(tmp_path, text, message):
+def test_reserved_keys_are_refused(tmp_path, text, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        generate.read_prompts(None, None, path)
+        read_prompts(None, None, path)
 
 
-def test_prompts_come_from_stdin(monkeypatch):
+def test_prompts_are_read_from_stdin(monkeypatch):
     data = io.BytesIO('{"prompt": "é"}\n'.encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data, encoding="ascii"))
-    (prompt,) = generate.read_prompts(None, None, Path("-"))
+    (prompt,) = read_prompts(None, None, Path("-"))
     assert prompt.text == "é".encode()

@@ -1,4 +1,4 @@
-"""The GPU report: its steps are commands that exist, and its page says how each one ended."""
+"""The GPU report: valid commands, time limits and the outcome of each step."""
 
 import json
 from dataclasses import replace
@@ -51,7 +51,7 @@ STEP = replace(STEPS[0], name="one", title="One", limit=50, together=False)
 SMALL = "bench layer --tokens 32 --width 16 --heads 2 --chunk 16 --segment 16 --runs 0"
 
 
-def test_a_failed_step_does_not_stop_the_next_one(run, tmp_path):
+def test_failed_step_does_not_stop_the_report(run, tmp_path):
     wrong = replace(STEP, tiny="bench layer --heads 3")
     made = run(wrong, replace(STEP, name="two", title="Two", tiny=SMALL))
     assert made.code == 1
@@ -62,12 +62,12 @@ def test_a_failed_step_does_not_stop_the_next_one(run, tmp_path):
     assert str(tmp_path) not in made.page
 
 
-def test_a_step_is_stopped_at_its_limit(run):
+def test_step_stops_at_its_limit(run):
     made = run(replace(STEP, limit=2, tiny="bench peers --only linear-4096"))
     assert made.code == 1
     assert made.data["one"]["status"] == "stopped"
 
 
-def test_no_step_starts_with_too_little_time(run):
+def test_step_needs_the_least_time(run):
     made = run(replace(STEP, tiny=SMALL), budget=0.5)
     assert made.data["one"]["status"] == "left out"

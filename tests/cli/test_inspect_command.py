@@ -1,4 +1,4 @@
-"""`mc inspect`: what it writes is what the model's one real path gave."""
+"""`mc inspect`: its output equals the model's own trace."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of three steps, an ssc model of two layers, with a text beside it."""
+    """The folder of a run of three steps, an ssc model of two layers, and a text."""
     folder = tmp_path_factory.mktemp("inspect")
     model = TINY["model"] | {"num_layers": 2}
     model["layer"] = model["layer"] | {"aggregation": "ssc", "ssc_top_k": 1}
@@ -49,7 +49,7 @@ def inspected(run):
 
 @pytest.fixture(scope="module")
 def found(run):
-    """What the run's model did with 20 tokens."""
+    """The inspection of 20 tokens."""
     return look(run, run.parents[1] / "text.txt", 20)
 
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
         self.inside = self.inside and tag == "span"
 
 
-def test_the_page_holds_pictures_and_text_and_needs_no_network(inspected):
+def test_page_is_self_contained(inspected):
     page = (inspected / "inspect" / "inspect.html").read_text()
     parsed = Page(page)
     pictures = [(inspected / "inspect" / f"layer-{i}.png").read_bytes() for i in range(2)]
@@ -94,7 +94,7 @@ def test_the_page_holds_pictures_and_text_and_needs_no_network(inspected):
     assert names == {"inspect.html", "layer-0.png", "layer-1.png"}  # and no temporary ones
 
 
-def test_the_numbers_are_the_models_own(inspected):
+def test_json_equals_model_inspect(inspected):
     """The file's numbers are those of `LanguageModel.inspect`, field by field, to the bit."""
     found = json.loads((inspected / "numbers.json").read_text())
     _, model, step, _ = load_run(inspected)
@@ -117,7 +117,7 @@ def test_the_numbers_are_the_models_own(inspected):
             np.testing.assert_array_equal(np.asarray(layer[name], expected.dtype), expected)
 
 
-def test_the_needles_weight_is_the_gate_on_its_segment(inspected):
+def test_needle_weight_is_the_gate_on_its_segment(inspected):
     """Segments have 8 tokens; 4711 are tokens 12 to 15, in segment 1."""
     found = json.loads((inspected / "numbers.json").read_text())
     needle = found["needle"]
@@ -128,7 +128,7 @@ def test_the_needles_weight_is_the_gate_on_its_segment(inspected):
     assert needle["last_uniform"] == 1 / (needle["cached"] + 1)
 
 
-def test_what_is_printed(inspected, tmp_path, monkeypatch, capsys):
+def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
     words = ["--text", inspected.parents[1] / "text.txt", "--tokens", 20, "--output", tmp_path]
     assert mc(monkeypatch, "inspect", inspected, *words) == 0
     out = capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_what_is_printed(inspected, tmp_path, monkeypatch, capsys):
         (["{run}", "--text", "{text}", "--output", "{empty}"], "empty.txt: File exists"),
     ],
 )
-def test_bad_input(run, tmp_path, monkeypatch, capsys, words, message):
+def test_invalid_inspect_options_are_refused(run, tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "empty.txt").touch()
     places = {"run": run, "text": run.parents[1] / "text.txt", "empty": tmp_path / "empty.txt"}
     assert mc(monkeypatch, "inspect", *(word.format(**places) for word in words)) == 2
@@ -184,7 +184,7 @@ def weighed(last: list[float], aggregation: str = "grm", words: str = "cd"):
     return weigh_needle(words, tokens, gates, segment, aggregation)
 
 
-def test_a_gate_that_points_and_gates_that_do_not():
+def test_needle_verdicts():
     found = weighed([0.1, 0.6, 0.1, 0, 0.2])
     assert found.verdict.startswith("yes: at the last token 1 of 1 gates point at segment 1; ")
     assert (found.cached, found.last_uniform, found.last_rank.item()) == (3, 0.25, 1)
@@ -202,10 +202,10 @@ def test_a_gate_that_points_and_gates_that_do_not():
 def test_equal_weights_rank_last_and_residual_gates_are_shares():
     found = weighed([1, 1, 1, 0, 1], "residual")
     assert (found.last_weight.item(), found.last_rank.item()) == (0.25, 3)
-    assert found.verdict.startswith("no: this aggregation weighs all memories alike; ")
+    assert found.verdict.startswith("no: this aggregation weights all memories alike; ")
 
 
-def test_a_needle_across_two_segments_counts_in_both():
+def test_needle_across_segments_counts_in_both():
     found = weighed([0.1, 0.6, 0.1, 0, 0.2], words="bc")
     assert (found.tokens, found.segments, found.where) == ((1, 2), (0, 1), "segments 0, 1")
     assert found.last_weight.item() == pytest.approx(0.7)
@@ -213,12 +213,12 @@ def test_a_needle_across_two_segments_counts_in_both():
     assert found.mean_uniform == pytest.approx((2 / 3 + 2 / 4) / 2)
 
 
-def test_without_a_cache_there_is_nothing_to_point_with():
+def test_needle_needs_cached_memories():
     with pytest.raises(UserError, match="aggregation = 'none' reads no cached memory"):
         weighed([0, 0, 0, 0, 1], "none")
 
 
-def test_tokens_of_a_tokenizer(tmp_path):
+def test_inspection_of_tokenized_text(tmp_path):
     """Pieces together are the text, up to what follows its last token; a needle is found in it."""
     vocabulary = {"?": 0, "ab": 1, "47": 2, "11": 3, "é": 4}
     words = Tokenizer(models.WordPiece(vocabulary | {"##11": 5}, unk_token="?"))
@@ -240,7 +240,7 @@ def test_tokens_of_a_tokenizer(tmp_path):
         read_text(path, loaded)
 
 
-def test_a_text_cannot_add_to_the_page(found):
+def test_page_escapes_the_text(found):
     """A token of many letters may be a whole tag."""
     pieces = ("<script>&amp;</script>", '"<!--', *found.text.pieces[2:])
     page = make_page(found._replace(text=replace(found.text, pieces=pieces)), [])
@@ -248,8 +248,8 @@ def test_a_text_cannot_add_to_the_page(found):
     assert "script" not in Page(page).tags
 
 
-def test_a_model_that_broke_down_can_be_inspected(found):
-    """What is not finite is null in JSON, and does not stop pictures and page."""
+def test_nonfinite_model_can_be_inspected(found):
+    """Values that are not finite are null in JSON; plots and page are still written."""
     layer = {name: x.copy() for name, x in found.layers[0].items()}
     for name, x in layer.items():
         if x.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""Text is printed in any encoding; files and JSON lines are UTF-8 in all of them."""
+"""Text is printed in any encoding; files and JSON lines are UTF-8."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def command(monkeypatch, encoding: str, *words: object) -> tuple[int, bytes, byt
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run in a directory with such a name, whose sample has such text."""
+    """A finished run in a directory with such a name, and with such text in its sample."""
     folder = tmp_path_factory.mktemp("encoding")
     config = write_config(folder)
     directory = folder / "runs" / "é漢"
@@ -134,7 +134,7 @@ def test_tables_of_a_sweep_are_printed(tmp_path, monkeypatch, encoding, name):
 
 
 @pytest.mark.parametrize("words", [["variants"], ["--help"], ["generate", "--help"]])
-def test_words_of_the_command_itself_are_printed(monkeypatch, words):
+def test_command_messages_are_printed(monkeypatch, words):
     monkeypatch.setattr(LinearConfig, "description", TEXT)
     code, out, err = command(monkeypatch, "ascii", *words)
     assert (code, err) == (0, b"")
@@ -158,7 +158,7 @@ def test_errors_name_files_in_any_encoding(tmp_path, monkeypatch, encoding):
         (["generate", "--prompts", "{folder}/latin.jsonl"], "latin.jsonl: line 1: 'utf-8' codec"),
     ],
 )
-def test_words_that_are_not_utf8_are_one_line(run, tmp_path, monkeypatch, words, message):
+def test_arguments_must_be_utf8(run, tmp_path, monkeypatch, words, message):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     before = snapshot(run)
     name, *rest = (word.format(folder=tmp_path) for word in words)
@@ -169,7 +169,7 @@ def test_words_that_are_not_utf8_are_one_line(run, tmp_path, monkeypatch, words,
     assert snapshot(run) == before
 
 
-def test_words_of_the_command_line_are_utf8_in_any_locale(monkeypatch):
+def test_arguments_are_utf8_in_any_locale(monkeypatch):
     """In an ASCII locale Python shows the bytes of é as two surrogates."""
     from train.cli.options import utf8
     from train.evaluation.prompts import read_prompts
@@ -179,7 +179,7 @@ def test_words_of_the_command_line_are_utf8_in_any_locale(monkeypatch):
     assert utf8("\udcc3\udca9") == utf8("é") == "é"
 
 
-def test_a_closed_stdout_is_no_error(run, completions, monkeypatch):
+def test_closed_stdout_is_not_an_error(run, completions, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "argv", ["mc", "generate", str(run), "--prompt", "a"])
     with pytest.raises(SystemExit) as stop:

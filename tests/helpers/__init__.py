@@ -1,1 +1,1 @@
-"""What several test files share: inputs, references, runs and commands."""
+"""Shared inputs, references, runs and commands of the tests."""

@@ -1,4 +1,4 @@
-"""What stands in for a run in a worker; nothing here imports jax, so that workers start quickly."""
+"""Substitute for a run in a worker; nothing here imports jax, so workers start quickly."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ from train.sweeps.workers import Workers
 def look_around(run: Run) -> dict:
     """Return what a worker is given; some rows fail, and `meets` waits for another worker."""
     if run.row == "x=user":
-        raise UserError("no room")
+        raise UserError("no space")
     if run.row == "x=bug":
-        raise ZeroDivisionError("no room")
+        raise ZeroDivisionError("no space")
     if run.row == "x=dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if run.row.startswith("x=meets"):

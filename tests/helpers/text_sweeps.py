@@ -6,7 +6,7 @@ from train.sweeps.sweep_config import SweepConfig
 
 
 def result(row: str, seed: int, *bits: float, cacheless: bool = False, **keys: object) -> dict:
-    """A result whose two buckets, of equal size, cost so many bits."""
+    """A result with two buckets of equal size and the given bits."""
     buckets = [
         {"start": start, "end": end, "tokens": 100, "bits": value}
         for start, end, value in zip((0, 16), (16, 32), bits, strict=True)

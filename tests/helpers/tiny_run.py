@@ -35,7 +35,7 @@ TINY = {
 }
 
 
-# The command in a process of its own, whose runs end without pictures: they take long.
+# The command in a separate process, without plots, which take long.
 COMMAND = (
     sys.executable,
     "-c",
@@ -64,7 +64,7 @@ def write_config(folder: Path, **keys: object) -> Path:
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs end without pictures, which take longer than a tiny training."""
+    """Disable plots, which take longer than a tiny training."""
     for name in ("text.draw_curves", "text.draw_gates", "recall.draw_curves"):
         monkeypatch.setattr(f"train.tasks.{name}", lambda *_: None)
 
@@ -84,7 +84,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def fails(config: Path, monkeypatch, capsys, message: str, *words: object) -> None:
-    """Hold a command to exit code 2, one line on stderr, and no change to any file."""
+    """Check a command's exit code 2, one line on stderr, and unchanged files."""
     before = snapshot(config.parent)
     assert mc(monkeypatch, *words) == 2
     err = capsys.readouterr().err

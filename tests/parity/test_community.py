@@ -275,7 +275,10 @@ def part(kind, **changes):
         (part("dla", inner_update_mode="stopgrad"), "dla.inner_update_mode = 'stopgrad'"),
         (part("titans", update_convention="paper"), "titans.update_convention = 'paper'"),
         (part("titans", memory_width=6), "titans.memory_width = 6: must be a multiple of the head"),
-        (fields("dla"), "'dla': starts at a zero memory.* only 'linear' and 'swla' convert whole"),
+        (
+            fields("dla"),
+            "'dla': starts at a zero memory.* only 'linear' and 'swla' convert completely",
+        ),
     ],
 )
 def test_what_cannot_be_mapped_is_named(given, message):
@@ -328,7 +331,7 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, monkeypatch
     for source, message in {
         save(tmp_path / "dla.pt", "dla"): "dla.pt: config.backend = 'dla': starts at a zero memory",
         save(tmp_path / "extra.pt", step=1): "extra.pt: file: unknown key 'step'",
-        save(tmp_path / "text.pt", state_dict={"a": "b"}): "state_dict holds something else",
+        save(tmp_path / "text.pt", state_dict={"a": "b"}): "state_dict must hold only",
         Path(__file__): "test_community.py: ",
     }.items():
         assert mc(monkeypatch, "convert", "--from", "community", source, target) == 2

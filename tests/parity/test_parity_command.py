@@ -315,7 +315,7 @@ def test_a_missing_framework_is_one_line(package):
         (("check", "--kind", "attention"), "'attention' is not one of 'linear', 'swla'"),
         (("check", "--dtype", "float16"), "'float16' is not one of"),
         (("check", "--device", "cuda"), "sees no CUDA device"),
-        (("check", "--tokens", "7"), "--tokens is for your own model"),
+        (("check", "--tokens", "7"), "--tokens: needs --config or --checkpoint"),
         (("check", "--config", "none.yaml"), "none.yaml: No such file"),
         (("check", "--checkpoint", "none.zip"), "must be a run's folder, or a file that ends"),
         (("train", "--config", "none.yaml"), "none.yaml: No such file"),

@@ -130,7 +130,7 @@ def test_another_value_leaves_no_file(saved, tmp_path):
         STATE_DICT.write(path, config, {**flat, "norm.scale": last})
 
     target = tmp_path / "target.pt"
-    with pytest.raises(ValueError, match=r"reading it back gave another norm\.scale"):
+    with pytest.raises(ValueError, match=r"reading it back gave a different norm\.scale"):
         convert(saved("tied"), target, SAFETENSORS, STATE_DICT._replace(write=write))
     assert list(tmp_path.iterdir()) == [tmp_path / "tied.safetensors"]
 
@@ -278,7 +278,7 @@ def test_the_command_prints_its_proof(run, tmp_path, monkeypatch, capsys):
 def test_a_bare_state_dict_needs_a_configuration(tiny, tmp_path):
     bare, target = tmp_path / "bare.pt", tmp_path / "model.safetensors"
     torch.save(mc_torch.LanguageModel(tiny.model).state_dict(), bare)
-    with pytest.raises(ValueError, match="has no configuration in it: needs --config"):
+    with pytest.raises(ValueError, match="has no configuration: needs --config"):
         convert(bare, target, STATE_DICT, SAFETENSORS)
     convert(bare, target, STATE_DICT, SAFETENSORS, tiny.model)
     assert mc_jax.LanguageModel.from_pretrained(target).config == tiny.model
@@ -300,7 +300,7 @@ def test_training_goes_on_from_converted_weights(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("train.loop.Curves.write", stop)
     assert mc(monkeypatch, "train", path, f"run.directory={target}", "run.log_every=1") == 130
-    assert "going on from step 0 of 12" in capsys.readouterr().out
+    assert "resuming from step 0 of 12" in capsys.readouterr().out
     assert rows[0]["loss"] == pytest.approx(np.log(256), abs=1e-5)
 
 
@@ -329,7 +329,7 @@ def test_the_command_says_what_is_wrong_on_one_line(
         (yaml, out): "tiny.yaml: unknown format",
         (model, out, "--from", "onnx"): "'onnx' is not one of 'run', 'safetensors', 'torch'",
         (model, tmp_path / "copy.pt"): "model.pt: is of the format torch already; copy it",
-        (model, layer): "linear.safetensors: is there already",
+        (model, layer): "linear.safetensors: exists; move it",
         (model, tmp_path / "no" / "x.safetensors"): "no: no such folder",
         (text, out): "text.pt: ",
         (model, out, "--from", "safetensors"): "model.pt: ",

@@ -1,4 +1,4 @@
-"""The text: what is read, how it is split, and in which order windows come."""
+"""Text data: files, split, and order of the windows."""
 
 import hashlib
 from pathlib import Path
@@ -28,7 +28,7 @@ fractions = st.floats(0.01, 0.99)
 
 
 @given(texts, fractions)
-def test_split_never_leaks(documents, fraction):
+def test_split_does_not_leak(documents, fraction):
     """Every distinct document is on exactly one side, and no side is empty."""
     kept = distinct(documents)
     if len(kept) < 2:
@@ -41,7 +41,7 @@ def test_split_never_leaks(documents, fraction):
 
 
 @given(texts, texts, fractions)
-def test_a_document_stays_on_its_side(documents, others, fraction):
+def test_split_of_a_document_is_stable(documents, others, fraction):
     """The side follows from the content: order, copies and other documents do not move it."""
     train, validation = (
         split(distinct(documents), fraction, 4) if len(set(documents)) > 1 else ([], [])
@@ -64,7 +64,7 @@ def test_the_held_out_share_is_the_fraction():
     assert 150 < len(validation) < 250
 
 
-def test_a_copy_under_another_name_does_not_leak(tmp_path):
+def test_copy_under_another_name_does_not_leak(tmp_path):
     folder = write_documents(tmp_path / "text")
     config = TextConfig(corpus=(str(folder),), window=16, validation_fraction=0.3)
     before = load_corpus(config, 256)
@@ -78,7 +78,7 @@ def test_a_copy_under_another_name_does_not_leak(tmp_path):
         assert held_out != (file.read_bytes() in train)
 
 
-def test_a_single_file_gives_its_end_after_a_gap(tmp_path):
+def test_single_file_is_split_with_a_gap(tmp_path):
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(128)) * 8)
     corpus = load_corpus(TextConfig(corpus=(str(path),), window=24, validation_fraction=0.1), 256)
@@ -87,7 +87,7 @@ def test_a_single_file_gives_its_end_after_a_gap(tmp_path):
     assert corpus.train.tobytes() == text[: 1024 - 102 - 24]
 
 
-def test_the_fingerprint_follows_the_text(tmp_path):
+def test_fingerprint_depends_on_the_text(tmp_path):
     folder = write_documents(tmp_path / "text")
     config = TextConfig(corpus=(str(folder),), window=16)
     before = load_corpus(config, 256).fingerprint
@@ -95,14 +95,14 @@ def test_the_fingerprint_follows_the_text(tmp_path):
     assert load_corpus(config, 256).fingerprint != before
 
 
-def test_stdlib_is_source_without_tests():
+def test_stdlib_corpus_excludes_tests():
     files = stdlib_files()
     assert files == sorted(files)
     assert {"json", "asyncio"} <= {file.parent.name for file in files}
     assert not any(STDLIB_WITHOUT & set(file.parts[-3:-1]) for file in files)
 
 
-def test_limits_cut_both_sides(tmp_path):
+def test_limits_apply_to_both_splits(tmp_path):
     folder = write_documents(tmp_path / "text")
     config = TextConfig(
         corpus=(str(folder),), window=16, train_bytes=100, validation_bytes=50,
@@ -136,7 +136,7 @@ def _batches(seed=0, accumulation=2, batch_size=3):
     return make_batches(np.arange(4 * 30 + 1), data, run)
 
 
-def test_an_epoch_visits_every_window_once_in_its_own_order():
+def test_epoch_visits_every_window_once_in_new_order():
     batches = _batches()
     epochs = [[next(batches)[..., 0].ravel() for _ in range(5)] for _ in range(2)]
     first, second = (np.concatenate(epoch) // 4 for epoch in epochs)
@@ -146,14 +146,14 @@ def test_an_epoch_visits_every_window_once_in_its_own_order():
     assert next(batches).shape == (2, 3, 5)
 
 
-def test_the_order_follows_from_the_seed():
+def test_order_depends_on_the_seed():
     same, again, other = (next(_batches(seed)) for seed in (1, 1, 2))
     assert np.array_equal(same, again)
     assert not np.array_equal(same, other)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 7, 23])
-def test_position_resumes(taken):
+def test_window_position_resumes(taken):
     batches = _batches()
     for _ in range(taken):
         next(batches)
@@ -164,7 +164,7 @@ def test_position_resumes(taken):
     assert np.array_equal(expected, [next(fresh) for _ in range(8)])
 
 
-def test_tokenizer_file(tmp_path, tokenizer):
+def test_tokenizer_file_encodes_the_corpus(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text("the memory reads the text " * 40)
     corpus = load_corpus(TextConfig(corpus=(str(path),), tokenizer=tokenizer, window=8), 4)
@@ -190,7 +190,7 @@ def test_tokenizer_must_fit_the_model(tmp_path, tokenizer):
         ({"the": 0}, r"data\.tokenizer: cannot encode the text: .*UNK"),
     ],
 )
-def test_tokenizers_that_cannot_encode(tmp_path, vocabulary, message):
+def test_tokenizers_that_cannot_encode_are_refused(tmp_path, vocabulary, message):
     """Without the unknown token the library raises a bare Exception at the first other word."""
     path, file = tmp_path / "text.txt", tmp_path / "tokenizer.json"
     path.write_text("the memory " * 40)
@@ -199,7 +199,7 @@ def test_tokenizers_that_cannot_encode(tmp_path, vocabulary, message):
         load_corpus(TextConfig(corpus=(str(path),), tokenizer=str(file), window=8), 4)
 
 
-def test_folders_are_read_below_and_hidden_files_are_not(tmp_path):
+def test_folders_are_read_recursively_without_hidden_files(tmp_path):
     (tmp_path / "a" / ".git").mkdir(parents=True)
     (tmp_path / "a" / ".git" / "x").write_text("hidden")
     (tmp_path / "a" / "b.txt").write_text("seen")

@@ -1,4 +1,4 @@
-"""A run on several devices is the run on one, and goes on where the other one stopped."""
+"""Data parallelism: several devices match one, and checkpoints move between them."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def assert_equal_rows(one, other, tolerance):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", CASES)
-def test_two_devices_train_as_one(case, tmp_path, monkeypatch):
+def test_two_devices_match_one(case, tmp_path, monkeypatch):
     """Losses, gradients' norms, validation and report are equal; each device has half the rows."""
     seen = []
 
@@ -94,7 +94,7 @@ def test_two_devices_train_as_one(case, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_checkpoints_go_on_with_other_devices(before, after, tmp_path, monkeypatch):
+def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monkeypatch):
     run = {"directory": str(tmp_path / "runs" / "tiny"), "batch_size": 4, "save_every": 4}
     config = write_config(tmp_path, run=TINY["run"] | run | {"devices": before, "log_every": 1})
     whole, expected, _ = run_on(1, config)
@@ -102,7 +102,7 @@ def test_checkpoints_go_on_with_other_devices(before, after, tmp_path, monkeypat
     again = load_config(config, [f"run.devices={after}"])
     console = Console(file=io.StringIO())
     train(again, console)
-    assert "going on from step 4" in console.file.getvalue()
+    assert "resuming from step 4" in console.file.getvalue()
     rows = read_rows(tmp_path / "runs" / "tiny")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert_equal_rows(whole, rows, 1e-4)
@@ -110,7 +110,7 @@ def test_checkpoints_go_on_with_other_devices(before, after, tmp_path, monkeypat
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_the_command_makes_devices_of_a_cpu(tmp_path):
+def test_command_creates_cpu_devices(tmp_path):
     """In a process of its own: this one has four."""
     config = write_config(tmp_path)
     words = ["run.steps=3", "run.devices=2", "run.log_every=1", "run.validate_every=0"]
@@ -121,7 +121,7 @@ def test_the_command_makes_devices_of_a_cpu(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny")] == [1, 2, 3]
 
 
-def test_a_sweep_asks_for_the_devices_of_its_runs(tmp_path, monkeypatch):
+def test_sweep_requests_devices_of_its_runs(tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
@@ -141,7 +141,7 @@ def test_a_sweep_asks_for_the_devices_of_its_runs(tmp_path, monkeypatch):
         sweep(path, Console(file=io.StringIO()))
 
 
-def test_more_devices_than_there_are_is_told_before_any_work(tmp_path):
+def test_too_many_devices_are_refused_early(tmp_path):
     words = ["run.devices=8", "run.batch_size=8", "data.corpus=nowhere"]
     config = load_config(write_config(tmp_path), words)
     message = r"run.devices = 8: must be <= 4, the number of CPU devices that JAX sees"
@@ -150,7 +150,7 @@ def test_more_devices_than_there_are_is_told_before_any_work(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_device_changes_nothing():
+def test_one_device_is_the_default():
     state, batch = {"w": jax.numpy.ones(2)}, np.ones((4, 2))
     alone = replicate(state, jax.local_devices()[:1])
     assert alone is state

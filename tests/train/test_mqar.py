@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the law of its examples, and what a batch holds."""
+"""Multi-query associative recall: distribution of examples and batches."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ lengths = st.integers(1, 12).flatmap(lambda n: st.tuples(st.integers(4 * n, 6 * 
 
 
 @given(lengths, st.integers(26, 90), st.booleans(), st.integers(0, 2**32), st.sampled_from(SPLITS))
-def test_every_query_asks_for_a_pair_of_the_context(length, vocab_size, random, index, split):
+def test_every_query_has_its_pair_in_context(length, vocab_size, random, index, split):
     config = MQARConfig(vocab_size, (length,), random_non_queries=random)
     tokens, pairs = length
     example = make_draw(config, length, seed=3)(split, index)
@@ -38,7 +38,7 @@ def test_every_query_asks_for_a_pair_of_the_context(length, vocab_size, random, 
     assert random or not rest.any()
 
 
-def test_other_places_hold_random_tokens():
+def test_other_positions_hold_random_tokens():
     config = MQARConfig(64, ((256, 2),))
     rest = make_draw(config, (256, 2), 0)("train", 0).tokens[4:]
     assert len(set(rest)) > 50
@@ -56,7 +56,7 @@ def test_gaps_follow_the_power_law():
     assert ((seen - count * law) ** 2 / (count * law)).sum() < 44.3
 
 
-def test_later_gaps_follow_the_law_among_those_left():
+def test_later_gaps_follow_the_law_without_replacement():
     """Without replacement: the second of 2 is y with sum over x != y of p(x) p(y) / (1 - p(x))."""
     length, count = (16, 2), 4000
     draw = make_draw(MQARConfig(64, (length,)), length, seed=1)
@@ -77,7 +77,7 @@ def batches(batch_size: int, accumulation: int = 1, seed: int = 5):
     return make_batches(DRAWS, CONFIG.examples, run)
 
 
-def test_an_example_is_the_same_in_every_batch_and_order():
+def test_examples_do_not_depend_on_batch_or_order():
     wanted = {draw("train", i).tokens.tobytes() for draw in DRAWS for i in range(24)}
     assert len(wanted) == 48
     for batch_size, accumulation, seed in ((3, 1, 5), (4, 2, 6), (12, 2, 7)):
@@ -88,7 +88,7 @@ def test_an_example_is_the_same_in_every_batch_and_order():
         assert set(rows) == wanted
 
 
-def test_every_batch_is_full():
+def test_batches_are_full():
     """Also where an epoch ends within a batch."""
     made = batches(5)
     drawn = [next(made).tokens for _ in range(2 * 24)]
@@ -97,14 +97,14 @@ def test_every_batch_is_full():
     assert {(rows == row).all(1).sum() for row in rows} == {5}
 
 
-def test_lengths_come_in_turn():
+def test_lengths_alternate():
     made = batches(3, accumulation=2)
     shapes = [(one.tokens.shape, one.places.shape) for one in (next(made) for _ in range(4))]
     assert shapes == [((2, 3, 16), (2, 3, 2)), ((2, 3, 24), (2, 3, 4))] * 2
 
 
-def test_lengths_of_the_same_tokens_share_a_shape():
-    """What is added counts nothing; what is asked stays."""
+def test_equal_lengths_share_a_shape():
+    """Padding has weight 0; the queries are unchanged."""
     lengths = ((24, 2), (24, 4), (16, 2))
     wide = make_draws(CONFIG, lengths, 5)
     for length, draw, slots in zip(lengths, wide, (4, 4, 2), strict=True):
@@ -126,14 +126,14 @@ def test_splits_and_seeds_share_no_example():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_an_epoch_has_an_order_of_its_own():
+def test_epochs_have_different_orders():
     made = batches(24)
     epochs = [next(made).tokens.tobytes() for _ in range(4)]
     assert len({epochs[0], epochs[2]}) == len({epochs[1], epochs[3]}) == 2
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 16, 23])
-def test_position_resumes(taken):
+def test_data_position_resumes(taken):
     made = batches(3)
     for _ in range(taken):
         next(made)

@@ -1,4 +1,4 @@
-"""Needles in haystacks: where the needle stands, what is asked, and how long it all is."""
+"""Needles in haystacks: position, answer and length."""
 
 import re
 
@@ -28,7 +28,7 @@ def text_of(example) -> str:
     st.integers(0, 39),
     st.integers(0, 2**31),
 )
-def test_the_needle_stands_at_its_depth_and_its_value_is_asked(value, length, depth, index):
+def test_needle_is_at_its_depth_and_its_value_is_the_answer(value, length, depth, index):
     draw = Needles(NIAHConfig(value=value), 256, seed=1).draw(length, depth)
     example = draw("test", index)
     text = text_of(example)
@@ -42,22 +42,22 @@ def test_the_needle_stands_at_its_depth_and_its_value_is_asked(value, length, de
     assert bytes(example.labels.astype(np.uint8)).decode() == f" {told}"
     assert example.weights.all()
     assert example.places.tolist() == list(range(length - 1 - len(told), length))
-    room = length - len(found[0]) - len(question) - len(told)
+    size = length - len(found[0]) - len(question) - len(told)
     assert set(example.origins) == {found.start()}
-    assert abs(found.start() - room * depth / 39) <= LONGEST / 2
-    assert found.start() == (0 if depth == 0 else room if depth == 39 else found.start())
+    assert abs(found.start() - size * depth / 39) <= LONGEST / 2
+    assert found.start() == (0 if depth == 0 else size if depth == 39 else found.start())
     hay = text[: found.start()] + text[found.end() : text.index(question)]
     assert hay in "".join(NOISE) * 30
 
 
-def test_depths_are_drawn_where_none_is_given():
+def test_depth_is_random_by_default():
     draw = Needles(NIAHConfig(depths=4), 256, seed=0).draw(600)
     places = {int(draw("train", i).origins[0]) for i in range(200)}
     near = {round(3 * place / 470) for place in places}
     assert near == {0, 1, 2, 3}
 
 
-def test_an_example_is_its_own():
+def test_examples_are_independent():
     """The same split and index give the same example, others give others."""
     needles = [Needles(NIAHConfig(), 256, seed) for seed in (0, 0, 1)]
     drawn = [
@@ -71,7 +71,7 @@ def test_an_example_is_its_own():
     assert len(set(drawn)) == 24
 
 
-def test_essays_are_the_files_text_and_never_the_held_out_one(tmp_path):
+def test_essays_exclude_held_out_text(tmp_path):
     folder = write_documents(tmp_path / "text")
     config = NIAHConfig("essay", corpus=(str(folder),), validation_fraction=0.3, depths=3)
     needles = Needles(config, 256, seed=0)
@@ -90,7 +90,7 @@ def test_essays_are_the_files_text_and_never_the_held_out_one(tmp_path):
     assert not sides[0] & (sides[1] | sides[2])
 
 
-def test_a_tokenizer_keeps_the_length_and_pads_the_answer(tmp_path):
+def test_tokenizer_keeps_length_and_pads_answers(tmp_path):
     words = [*"0123456789", "magic", "number", "for", "is", "It", "[UNK]"]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -124,7 +124,7 @@ def test_impossible_tasks_are_refused(options, message):
         NIAHConfig(**options)
 
 
-def test_lengths_without_room_are_refused():
+def test_too_short_lengths_are_refused():
     with pytest.raises(UserError, match=r"data\.lengths = 100: must be > \d+, the tokens of"):
         Needles(NIAHConfig(), 256, 0).draw(100)
 
@@ -133,7 +133,7 @@ def test_lengths_without_room_are_refused():
     ("letters", "message"),
     [("abcdefghijklmnopqrstuvwxyz ", "must have tokens for '7777777'"), ("#", "for 'The river")],
 )
-def test_a_tokenizer_must_have_tokens_for_haystack_and_answer(tmp_path, letters, message):
+def test_tokenizer_must_encode_haystack_and_answer(tmp_path, letters, message):
     """One without an unknown token leaves out what it does not know."""
     file = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [])).save(str(file))

@@ -1,4 +1,4 @@
-"""Loss by position in the window: the buckets, what is counted into them, and the report."""
+"""Loss by position in the window: buckets and report."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def spans(buckets: list[dict]) -> list[tuple[int, int]]:
     return [(bucket["start"], bucket["end"]) for bucket in buckets]
 
 
-def test_buckets_hold_the_means_of_their_positions():
+def test_buckets_are_means_over_positions():
     """Losses of 3 windows of 40 tokens, the last with 20: bits and counts by hand."""
     losses = np.array([np.arange(40.0), np.arange(40.0) ** 2, np.full(40, 7.0)])
     real = np.arange(40) < np.array([[40], [40], [20]])
@@ -49,21 +49,21 @@ def test_buckets_hold_the_means_of_their_positions():
         (600, [(0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 600)]),
     ],
 )
-def test_edges_double_to_the_end_of_the_window(window, expected):
+def test_bucket_edges_double_up_to_the_window(window, expected):
     ones = np.ones(window)
     assert spans(subject.by_position(3 * ones, ones)) == expected
 
 
-def test_buckets_without_tokens_are_left_out():
+def test_empty_buckets_are_left_out():
     tokens = (np.arange(64) < 20).astype(int)
     assert spans(subject.by_position(1.0 * tokens, tokens)) == [(0, 16), (16, 32)]
 
 
 @pytest.mark.parametrize("count", [501, 321, 322])
-def test_a_position_is_the_number_of_tokens_before_it(monkeypatch, count):
+def test_position_counts_previous_tokens(monkeypatch, count):
     """Token i of the text, its first apart, stands once, at position (i - 1) mod window.
 
-    The stand-in's loss of token i is i bits, whatever its place in the array: an overlap, a gap or
+    The stand-in's loss of token i is i bits, at any place in the array: an overlap, a gap or
     a shift of the windows gives other sums.
     """
     window = 40
@@ -96,7 +96,7 @@ def quiet(config, *words: str):
     return train(load_config(config, words), Console(file=io.StringIO()))
 
 
-def test_the_report_holds_the_positions(tmp_path, monkeypatch, capsys):
+def test_report_has_positions(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     report = quiet(config, "data.window=40")
     run = tmp_path / "runs" / "tiny"
@@ -118,7 +118,7 @@ def test_the_report_holds_the_positions(tmp_path, monkeypatch, capsys):
     assert "bits/byte" in table
 
 
-def test_an_older_report_is_made_anew(tmp_path):
+def test_report_without_positions_is_rebuilt(tmp_path):
     config = write_config(tmp_path)
     report = quiet(config)
     path = tmp_path / "runs" / "tiny" / "report.json"
@@ -130,7 +130,7 @@ def test_an_older_report_is_made_anew(tmp_path):
     assert load_report(path.parent) == report
 
 
-def test_the_unit_is_the_token_of_a_tokenizer(tmp_path, tokenizer):
+def test_unit_is_the_tokenizers_token(tmp_path, tokenizer):
     config = write_config(tmp_path)
     report = quiet(config, "run.steps=3", f"data.tokenizer={tokenizer}")
     assert report.unit == "token"

@@ -1,4 +1,4 @@
-"""Recall tasks in training: what a step computes, what a run leaves, and how it goes on."""
+"""Recall tasks in training: loss, report and resumption."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ def tiny(data: dict = MQAR, **run: object):
 
 
 @pytest.mark.parametrize("data", [MQAR, NIAH])
-def test_the_loss_is_that_of_the_full_logits_at_the_answers(data):
+def test_loss_matches_full_logits_at_the_answers(data):
     config = tiny(data)
     graphdef, state, _ = build(config)
     batch = jax.tree.map(lambda x: x[0], next(load_task(config).batches()))
@@ -53,7 +53,7 @@ def test_the_loss_is_that_of_the_full_logits_at_the_answers(data):
     assert float(mean) == pytest.approx((expected * weights).sum() / weights.sum(), rel=1e-5)
 
 
-def test_no_other_logit_is_computed():
+def test_logits_are_computed_only_at_answers():
     """No array of the step is as large as the logits of every token would be."""
     config = tiny(MQAR | {"vocab_size": 250, "lengths": [[64, 2]]})
     graphdef, state, _ = build(config)
@@ -64,7 +64,7 @@ def test_no_other_logit_is_computed():
     assert not any(shape.endswith(",256") and "64" in shape.split(",") for shape in shapes)
 
 
-def test_overfits_a_small_set():
+def test_model_overfits_a_small_set():
     """Eight examples by heart: every query right."""
     data = MQAR | {"vocab_size": 16, "lengths": [[12, 3]], "examples": 8, "power": 1.0}
     config = tiny(data, steps=120, batch_size=8)
@@ -83,7 +83,7 @@ def test_overfits_a_small_set():
     assert right.all()
 
 
-def test_microbatches_are_one_batch():
+def test_microbatches_equal_one_batch():
     config = tiny(accumulation=2)
     _, state, step = build(config)
     batch = next(load_task(config).batches())
@@ -100,7 +100,7 @@ def quiet(config: Path, *words: str):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("data", [MQAR, pytest.param(NIAH, marks=pytest.mark.slow)])
-def test_a_run_that_was_cut_off_ends_the_same(tmp_path, monkeypatch, data):
+def test_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, data):
     """Parameters, optimiser, curves and report, bit for bit; batches of two lengths in turn."""
     config = write(tmp_path, data, log_every=1, save_every=5, validate_every=5)
     whole = quiet(config, f"run.directory={tmp_path / 'whole'}")
@@ -130,7 +130,7 @@ def test_a_run_that_was_cut_off_ends_the_same(tmp_path, monkeypatch, data):
     assert quiet(config) == report
 
 
-def test_the_command_trains_and_reports(tmp_path, monkeypatch, capsys):
+def test_command_trains_and_reports(tmp_path, monkeypatch, capsys):
     config = write(tmp_path)
     assert mc(monkeypatch, "train", config) == 0
     out = capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_configuration_errors_name_the_key(tmp_path, word, message):
         load_config(path, [word])
 
 
-def test_another_task_replaces_the_data(tmp_path):
+def test_another_task_replaces_the_data_section(tmp_path):
     text = write_config(tmp_path)
     assert load_config(text, ["data.task=text"]).data.window == 16
     assert load_config(text, ["data.task=niah"]).data.lengths == (512,)
@@ -184,13 +184,13 @@ def test_another_task_replaces_the_data(tmp_path):
     assert from_dict(json.loads(json.dumps(to_dict(loaded)))) == loaded
 
 
-def test_text_goes_without_saying(tmp_path):
+def test_text_task_is_omitted_from_checkpoints(tmp_path):
     """Checkpoints that were written before there were other tasks are of the same run."""
     assert "task" not in to_dict(load_config(write_config(tmp_path)))["data"]
 
 
 @pytest.mark.parametrize(("right", "asked"), [(0, 10), (3, 10), (10, 10), (1, 1), (700, 1000)])
-def test_wilson_holds_the_shares_that_the_count_does_not_reject(right, asked):
+def test_wilson_interval_solves_its_equation(right, asked):
     """Its ends solve |share - p| = z sqrt(p (1 - p) / n), or are 0 or 1."""
     low, high = wilson(right, asked)
     share = right / asked
@@ -203,7 +203,7 @@ def test_wilson_holds_the_shares_that_the_count_does_not_reject(right, asked):
     assert (high == 1.0) == (right == asked)
 
 
-def test_answers_are_counted_one_by_one_or_all_of_an_example():
+def test_answers_are_counted_singly_or_per_example():
     right = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 1]], bool)
     weights = np.array([[1, 1, 0], [1, 1, 1], [1, 1, 1.0]])
     answers = Answers(np.ones((3, 3)), right, weights, np.arange(9).reshape(3, 3))
@@ -212,7 +212,7 @@ def test_answers_are_counted_one_by_one_or_all_of_an_example():
     assert answers.score(answers.distances < 4)[:2] == (3, 3)
 
 
-def test_answers_are_to_the_examples_of_the_split():
+def test_answers_come_from_the_requested_split():
     """Each of them once, though the last pass is not full."""
     config = tiny()
     graphdef, state, _ = build(config)

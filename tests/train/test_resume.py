@@ -1,4 +1,4 @@
-"""A run that is killed, or that cannot write, goes on to the same end, bit for bit."""
+"""Interrupted runs, and runs that cannot write, resume bit-exactly."""
 
 import json
 import random
@@ -74,7 +74,7 @@ def kill_when(process: subprocess.Popen, condition) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_sigkill_resumes_bit_for_bit(tmp_path, no_pictures):
+def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
     """Killed in the middle of writing a checkpoint and again between two, a run ends the same."""
     words = ("run.steps=120", "run.save_every=10", "run.log_every=1", "run.validate_every=0")
     config = write_config(tmp_path)
@@ -91,7 +91,7 @@ def test_sigkill_resumes_bit_for_bit(tmp_path, no_pictures):
     kill_when(process, lambda: killed_at + 15 <= rows() and rows() % 10 > 3)
     assert killed_at < rows() < 120
 
-    assert "going on from step" in quiet(config, *words)
+    assert "resuming from step" in quiet(config, *words)
     quiet(config, *words, WHOLE(config))
     assert_same_end(config, *words)
     assert [row["step"] for row in read_rows(run)] == list(range(1, 121))
@@ -101,7 +101,7 @@ def test_sigkill_resumes_bit_for_bit(tmp_path, no_pictures):
 
 
 @pytest.mark.slow
-def test_sigkill_at_many_moments(tmp_path):
+def test_sigkill_at_random_times_resumes(tmp_path):
     """Killed again and again, at moments drawn by lot, a run still ends the same."""
     words = ("run.steps=120", "run.save_every=3", "run.log_every=1", "run.keep=1")
     config = write_config(tmp_path)
@@ -144,8 +144,8 @@ def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
     assert sum(".rest" in name for name in arrays) == 2
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, no_pictures):
-    """The checkpoint before it stays, and with room again the run ends as if nothing had been."""
+def test_full_disk_keeps_checkpoints(tmp_path, monkeypatch, no_pictures):
+    """The checkpoint before it stays, and with free disk space the run resumes bit-exactly."""
     config = write_config(tmp_path)
     quiet(config, "run.keep=1", WHOLE(config))
     save = Checkpoints.save
@@ -159,23 +159,23 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, no_pictures):
         with pytest.raises(UserError) as error:
             quiet(config, "run.keep=1")
     assert "cannot save the checkpoint of step 8 (File too large)" in str(error.value)
-    assert "it goes on from step 4" in str(error.value)
+    assert "it resumes from step 4" in str(error.value)
     with Checkpoints(tmp_path / "runs" / "tiny") as checkpoints:
         assert checkpoints.latest() == 4
     quiet(config, "run.keep=1")
     assert_same_end(config)
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd):
+def test_full_disk_is_a_one_line_error(tmp_path, monkeypatch, capfd):
     config = write_config(tmp_path)
     with full_disk(4000):
         assert mc(monkeypatch, "train", config) == 2
     err = capfd.readouterr().err
-    assert "make room" in err
+    assert "free disk space" in err
     assert err.count("\n") == 1
 
 
-def test_curves_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+def test_unwritable_curves_are_a_one_line_error(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     with full_disk(150):
         assert mc(monkeypatch, "train", config, "run.log_every=1") == 2
@@ -184,7 +184,7 @@ def test_curves_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsy
     assert err.count("\n") == 1
 
 
-def test_a_half_written_row_is_dropped(tmp_path, monkeypatch, no_pictures):
+def test_incomplete_row_is_dropped(tmp_path, monkeypatch, no_pictures):
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
     train_until(8, config, monkeypatch)
@@ -197,7 +197,7 @@ def test_a_half_written_row_is_dropped(tmp_path, monkeypatch, no_pictures):
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-def test_the_report_of_a_finished_run_is_made_up_for(tmp_path, monkeypatch):
+def test_missing_report_of_finished_run_is_written(tmp_path, monkeypatch):
     """Killed after the last checkpoint, a run still ends with its report and trains no more."""
     config = write_config(tmp_path)
     quiet(config)
@@ -211,7 +211,7 @@ def test_the_report_of_a_finished_run_is_made_up_for(tmp_path, monkeypatch):
     assert {"report.json", "curves.png", "router.png"} <= {path.name for path in run.iterdir()}
 
 
-def test_old_checkpoints_go(tmp_path, no_pictures):
+def test_old_checkpoints_are_deleted(tmp_path, no_pictures):
     config = write_config(tmp_path)
     quiet(config, "run.save_every=2", "run.keep=3")
     kept = {int(path.name) for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()}

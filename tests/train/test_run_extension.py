@@ -1,4 +1,4 @@
-"""A finished run trains further, and a new run starts from the weights of another."""
+"""Extended runs, and new runs from the weights of another."""
 
 import io
 import json
@@ -133,7 +133,7 @@ def flat(state) -> dict[str, np.ndarray]:
     }
 
 
-def test_a_run_that_grew_is_the_longer_run_where_the_rate_is_constant(tmp_path, one_program):
+def test_extended_run_equals_longer_run_at_constant_rate(tmp_path, one_program):
     """Parameters, optimiser, data and curves continue bit for bit."""
     path = write_config(tmp_path)
     other = f"run.directory={tmp_path / 'runs' / 'whole'}"
@@ -153,7 +153,7 @@ def test_a_run_that_grew_is_the_longer_run_where_the_rate_is_constant(tmp_path, 
     assert report.steps == load_report(tmp_path / "runs" / "tiny").steps == 12
 
 
-def test_the_new_shape_of_the_schedule_is_one_line(grown):
+def test_schedule_change_is_printed(grown):
     path, out = grown
     optimizer = load_config(path).optimizer
     old, new = (make_schedule(optimizer, steps) for steps in (6, 12))
@@ -166,7 +166,7 @@ def test_the_new_shape_of_the_schedule_is_one_line(grown):
     assert "grows" not in run(path, *TWELVE)[1]
 
 
-def test_a_run_that_grew_is_finished_once_its_own_report_is_there(path, monkeypatch):
+def test_extended_run_needs_its_own_report(path, monkeypatch):
     """The report of fewer steps is neither printed as the last one nor shown to other runs."""
     directory = path.parent / "runs" / "tiny"
     stale = (directory / "report.json").read_bytes()
@@ -192,7 +192,7 @@ def test_a_run_that_grew_is_finished_once_its_own_report_is_there(path, monkeypa
         (("run.steps=12", "optimizer.beta1=0.8"), "optimizer.beta1 was 0.9 and is 0.8"),
     ],
 )
-def test_steps_may_grow_and_nothing_else_may_change(path, monkeypatch, capsys, words, message):
+def test_only_steps_may_change(path, monkeypatch, capsys, words, message):
     before = snapshot(path.parent)
     assert mc(monkeypatch, "train", path, *SIX, *words) == 2
     err = capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_steps_may_grow_and_nothing_else_may_change(path, monkeypatch, capsys, w
     assert snapshot(path.parent) == before
 
 
-def test_a_run_that_grew_cannot_go_back_and_is_scored(grown, monkeypatch, capsys):
+def test_extended_run_cannot_shrink(grown, monkeypatch, capsys):
     path, _ = grown
     assert mc(monkeypatch, "train", path, *SIX) == 2
     assert "may grow but not shrink" in capsys.readouterr().err
@@ -212,16 +212,16 @@ def test_a_run_that_grew_cannot_go_back_and_is_scored(grown, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("is_grown", "message"),
-    [(False, "run.steps was 6 and is 12"), (True, "whose run.steps grew at step 6")],
+    [(False, "run.steps was 6 and is 12"), (True, "extended at step 6")],
 )
-def test_a_sweep_takes_no_run_whose_steps_grew(path, grown, is_grown, message):
+def test_sweep_refuses_extended_runs(path, grown, is_grown, message):
     """Its learning rates are not those that its configuration says."""
     config = load_config(grown[0] if is_grown else path, TWELVE)
     with pytest.raises(UserError, match=message):
         train(config, Console(file=io.StringIO()), claimed=True)
 
 
-def test_a_checkpoint_from_before_these_keys_continues(path):
+def test_older_checkpoint_resumes(path):
     file = path.parent / "runs" / "tiny" / "checkpoints" / "6" / "meta" / "metadata"
     meta = json.loads(file.read_text())
     del meta["grown"], meta["config"]["run"]["init_from"], meta["config"]["run"]["init_optimizer"]
@@ -253,7 +253,7 @@ def first_state(path: Path, monkeypatch, *words: str) -> tuple[dict[str, np.ndar
 
 
 @pytest.mark.parametrize("optimizer", ["false", "true"])
-def test_a_run_starts_from_the_weights_of_another(path, monkeypatch, optimizer):
+def test_init_from_copies_weights(path, monkeypatch, optimizer):
     """Which is left as it is. The schedule starts anew, with the optimiser's state and without."""
     before = snapshot(path.parent)
     words = new(path, f"run.init_optimizer={optimizer}", "run.seed=1")
@@ -271,7 +271,7 @@ def test_a_run_starts_from_the_weights_of_another(path, monkeypatch, optimizer):
     assert [int(found[name]) for name in schedule] == [6 if optimizer == "true" else 0, 0]
 
 
-def test_an_interrupted_new_run_does_not_need_the_other_again(path, one_program):
+def test_resumed_run_does_not_need_init_from(path, one_program):
     words = new(path, "run.init_optimizer=true")
     run(path, *words)
     rates = [row["learning_rate"] for row in read_rows(path.parent / "runs" / "new")]
@@ -281,12 +281,12 @@ def test_an_interrupted_new_run_does_not_need_the_other_again(path, one_program)
     shutil.rmtree(path.parent / "runs" / "new" / "checkpoints" / "6")
     shutil.rmtree(path.parent / "runs" / "tiny")
     _, out = run(path, *words)
-    assert "going on from step 3 of 6" in out
+    assert "resuming from step 3 of 6" in out
     for name, array in arrays(path, *words).items():
         assert np.array_equal(array, end[name]), name
 
 
-def test_an_interrupted_run_says_where_it_resumes(path, monkeypatch, capsys):
+def test_interrupt_message_names_the_step(path, monkeypatch, capsys):
     """And has no lock any more."""
 
     def stop(curves, step, **values):
@@ -301,7 +301,7 @@ def test_an_interrupted_run_says_where_it_resumes(path, monkeypatch, capsys):
     assert not (directory / ".lock").exists()
 
 
-def test_settings_that_no_parameter_has_may_differ_and_are_named(path, monkeypatch):
+def test_init_from_reports_other_settings(path, monkeypatch):
     _, out = first_state(path, monkeypatch, *new(path, "model.layer.segment_size=4"))
     assert "; model.layer.segment_size is 8 there and 4 here\n" in out
 
@@ -318,7 +318,7 @@ def test_settings_that_no_parameter_has_may_differ_and_are_named(path, monkeypat
         (["run.init_from=3"], "run.init_from = 3: must be of type str"),
     ],
 )
-def test_what_cannot_be_started_from_is_one_line(path, monkeypatch, capsys, words, message):
+def test_invalid_init_from_is_a_one_line_error(path, monkeypatch, capsys, words, message):
     before = snapshot(path.parent)
     words = [word.format(runs=path.parent / "runs") for word in words]
     assert mc(monkeypatch, "train", path, *new(path, *words)) == 2
@@ -329,12 +329,12 @@ def test_what_cannot_be_started_from_is_one_line(path, monkeypatch, capsys, word
     assert not (path.parent / "runs" / "new").exists()
 
 
-def test_a_sweeps_run_that_starts_from_another_has_another_fingerprint(tmp_path):
+def test_init_from_changes_the_fingerprint(tmp_path):
     rows = make_runs(load_sweep(write(tmp_path, rows=[{}, {"run.init_from": "x"}]))).values()
     assert len({runs[0].fingerprint for runs in rows}) == 2
 
 
-def test_restarted_schedules_leave_everything_else():
+def test_schedule_restart_keeps_moments():
     from train.warm_start import restart_schedule
 
     optimizer = optax.adamw(optax.constant_schedule(0.1))

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's directory; its lock names it and ends with it."""
+"""Locks of run directories: one writer at a time."""
 
 import errno
 import io
@@ -60,7 +60,7 @@ def leave_record(directory: Path, pid: int, host: str = HOST) -> Path:
     return file
 
 
-def test_a_second_training_process_is_refused_and_readers_are_not(tmp_path, monkeypatch, capsys):
+def test_lock_excludes_second_trainer_but_not_readers(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     words = ["run.log_every=1", "run.save_every=1"]
     run = tmp_path / "runs" / "tiny"
@@ -89,7 +89,7 @@ def test_a_second_training_process_is_refused_and_readers_are_not(tmp_path, monk
     assert not (run / ".lock").exists()
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
+def test_lock_ends_with_its_process(tmp_path):
     """Even by a kill, which leaves the record; a live owner is named."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     owner = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_process_id_that_is_in_use_again_keeps_nobody_out(tmp_path):
+def test_reused_process_id_does_not_hold_the_lock(tmp_path):
     leave_record(tmp_path, os.getpid())
     with lock_of(tmp_path) as lock:
         lock.acquire()
@@ -116,13 +116,13 @@ def test_a_process_id_that_is_in_use_again_keeps_nobody_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "host": 1}'])
-def test_a_lock_file_without_a_record_is_free(tmp_path, content):
+def test_lock_file_without_record_is_free(tmp_path, content):
     (tmp_path / ".lock").write_text(content)
     with lock_of(tmp_path) as lock:
         lock.acquire()
 
 
-def test_a_record_of_another_host_stays_until_it_is_deleted(tmp_path, monkeypatch, capsys):
+def test_record_of_another_host_holds_until_deleted(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_a_record_of_another_host_stays_until_it_is_deleted(tmp_path, monkeypatc
         lock.acquire()
 
 
-def test_without_locks_in_the_file_system_the_record_counts(tmp_path, monkeypatch):
+def test_record_decides_without_file_system_locks(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -153,7 +153,7 @@ def test_without_locks_in_the_file_system_the_record_counts(tmp_path, monkeypatc
         assert (tmp_path / ".lock").exists()
 
 
-def test_a_lock_file_that_is_deleted_after_it_was_opened_does_not_count(tmp_path, monkeypatch):
+def test_lock_file_deleted_after_opening_is_ignored(tmp_path, monkeypatch):
     from train import lock as module
 
     try_lock, deleted = module._try_lock, []
@@ -170,21 +170,21 @@ def test_a_lock_file_that_is_deleted_after_it_was_opened_does_not_count(tmp_path
         assert f"process {os.getpid()}" in refused(tmp_path)
 
 
-def test_a_directory_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
+def test_read_only_directory_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("train.lock.os.access", lambda path, mode: False)
     with lock_of(tmp_path) as lock:
         lock.acquire()
         assert [*tmp_path.iterdir()] == []
 
 
-def test_a_refused_run_leaves_no_directory(tmp_path, monkeypatch, capsys):
+def test_refused_run_creates_no_directory(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "train", path, "run.init_from=nowhere") == 2
     assert "run.init_from: nowhere: no checkpoint here" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
-def test_a_sweep_and_a_training_process_do_not_share_a_directory(tmp_path, monkeypatch, capsys):
+def test_sweep_and_trainer_exclude_each_other(tmp_path, monkeypatch, capsys):
     """The sweep has the lock from taking a run until its result is added."""
     from train.sweeps.plan import SweepPlan
     from train.sweeps.results import Results

@@ -1,4 +1,4 @@
-"""What the seed of a run decides."""
+"""The seed of a run."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from train.step import build
 
 
 @pytest.mark.parametrize(("other", "same"), [(7, True), (8, False)])
-def test_a_runs_parameters_follow_from_its_seed(other, same):
+def test_seed_determines_initial_parameters(other, same):
     states = [
         build(from_dict(TINY | {"data": {"corpus": "x"}, "run": {"steps": 9, "seed": seed}}))[1]
         for seed in (7, other)

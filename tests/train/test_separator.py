@@ -1,5 +1,4 @@
-"""What stands between documents: text, or a token without bytes; the same in training and in
-validation text, and in the report."""
+"""Separators between documents, in training and in evaluation."""
 
 import json
 
@@ -13,7 +12,7 @@ from mc_core.trees import flatten
 from train.config import TextConfig, from_dict, load_config, to_dict
 from train.data.corpus import load_corpus
 
-# By their SHA-256 two of these are held out, whatever of "", "\r\n", "</s>\n" follows each.
+# By their SHA-256 two of these are held out, also with "", "\r\n" or "</s>\n" after each.
 TEXTS = ("first it was", "held out maybe", "second begins", "and on")
 
 
@@ -51,7 +50,7 @@ def sides(corpus):
     return [t for _, t in found]
 
 
-def test_documents_of_bytes_are_lines_apart(folder):
+def test_newline_separates_documents_of_bytes(folder):
     corpus = load(folder)
     train = sides(corpus)
     held_out = [text for text in TEXTS if text not in train]
@@ -61,7 +60,7 @@ def test_documents_of_bytes_are_lines_apart(folder):
     assert corpus.validation_tokens().tobytes() == corpus.validation
 
 
-def test_no_newline_is_added_to_a_document_that_ends_with_one(folder):
+def test_no_second_newline_is_added(folder):
     for file in folder.iterdir():
         file.write_text(f"{file.read_text()}\r\n")
     corpus = load(folder)
@@ -70,7 +69,7 @@ def test_no_newline_is_added_to_a_document_that_ends_with_one(folder):
 
 
 @pytest.mark.parametrize(("separator", "expected"), [("", ""), ("\n\n", "\n\n"), ("é", "é")])
-def test_a_separator_that_is_given_stands_between_all_documents(folder, separator, expected):
+def test_given_separator_joins_all_documents(folder, separator, expected):
     corpus = load(folder, separator=separator)
     assert corpus.train.tobytes().decode() == expected.join(sides(corpus))
 
@@ -79,7 +78,7 @@ NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_end_of_text_token_stands_between_documents_and_has_no_bytes(folder, tmp_path, name):
+def test_end_of_text_token_joins_documents_without_bytes(folder, tmp_path, name):
     corpus = load(folder, tokenizer=save_tokenizer(tmp_path / "t.json", "<pad>", name))
     for tokens in (corpus.train, corpus.validation_tokens()):
         (border,) = np.flatnonzero(tokens == 257)
@@ -91,7 +90,7 @@ def test_the_end_of_text_token_stands_between_documents_and_has_no_bytes(folder,
     assert name in corpus.separator.description
 
 
-def test_a_document_that_ends_with_its_end_token_has_no_second_one(folder, tmp_path):
+def test_no_second_end_token_is_added(folder, tmp_path):
     for file in folder.iterdir():
         file.write_text(f"{file.read_text()}</s>\n")
     corpus = load(folder, tokenizer=save_tokenizer(tmp_path / "t.json", "</s>"))
@@ -111,7 +110,7 @@ def test_a_document_that_ends_with_its_end_token_has_no_second_one(folder, tmp_p
         (("</s>",), ("the",), "the", "the"),  # a word is text though it is a token
     ],
 )
-def test_which_token_is_recognized(folder, tmp_path, special, vocabulary, separator, expected):
+def test_recognized_end_of_text_tokens(folder, tmp_path, special, vocabulary, separator, expected):
     tokenizer = save_tokenizer(tmp_path / "t.json", *special, vocabulary=vocabulary)
     corpus = load(folder, tokenizer=tokenizer, separator=separator)
     if isinstance(expected, int):
@@ -126,7 +125,7 @@ def test_which_token_is_recognized(folder, tmp_path, special, vocabulary, separa
         ) + len(expected)
 
 
-def test_limits_of_bytes_cut_documents_and_the_tokens_between_them(folder, tmp_path):
+def test_byte_limits_cut_documents_and_separators(folder, tmp_path):
     """A token where the text was cut belongs to no document that is left."""
     tokenizer = save_tokenizer(tmp_path / "t.json", "</s>")
     whole = load(folder, tokenizer=tokenizer)
@@ -140,7 +139,7 @@ def test_limits_of_bytes_cut_documents_and_the_tokens_between_them(folder, tmp_p
     assert len(whole.validation_tokens(border + 2)) == border + 3
 
 
-def test_bits_per_byte_count_the_token_and_not_its_bytes(folder, tmp_path, monkeypatch):
+def test_separator_token_adds_bits_but_no_bytes(folder, tmp_path, monkeypatch):
     """A stand-in model pays 2 bits for every token."""
     from train.evaluation import validation as subject
     from train.step import build
@@ -159,7 +158,7 @@ def test_bits_per_byte_count_the_token_and_not_its_bytes(folder, tmp_path, monke
     assert found.bits_per_byte == pytest.approx((2 * size + 10) / size)
 
 
-def test_a_checkpoint_from_before_the_key_says_what_differs(tmp_path):
+def test_checkpoint_without_separator_key_is_compared_by_text(tmp_path):
     """Its documents had nothing between them; the fingerprint decides whether that is the same."""
     from train.checkpoint import Meta, check_same_run
 
@@ -176,7 +175,7 @@ def test_a_checkpoint_from_before_the_key_says_what_differs(tmp_path):
         check_same_run(tmp_path, now, now._replace(config=spaces))
 
 
-def test_the_key_leaves_fingerprints_of_recorded_sweeps_as_they_are(tmp_path):
+def test_default_separator_is_not_in_fingerprints(tmp_path):
     config = load_config(write_config(tmp_path))
     assert not any("separator" in key for key, _ in flatten(to_dict(config)))
 
@@ -190,11 +189,11 @@ def test_the_key_leaves_fingerprints_of_recorded_sweeps_as_they_are(tmp_path):
         ("data.separator=null", None),
     ],
 )
-def test_the_key_on_the_command_line(tmp_path, word, expected):
+def test_separator_on_the_command_line(tmp_path, word, expected):
     assert load_config(write_config(tmp_path), [word]).data.separator == expected
 
 
-def test_a_separator_is_a_string(tmp_path, monkeypatch, capsys):
+def test_separator_must_be_a_string(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     message = "data.separator = ['SEP']: must be of type str"
     fails(config, monkeypatch, capsys, message, "train", config, "data.separator=[SEP]")
@@ -202,7 +201,7 @@ def test_a_separator_is_a_string(tmp_path, monkeypatch, capsys):
         TextConfig(corpus=("x",), separator="\udcff")
 
 
-def test_the_report_says_what_stands_between_documents(folder, tmp_path, monkeypatch, capsys):
+def test_report_names_the_separator(folder, tmp_path, monkeypatch, capsys):
     """An old run is evaluated as it was trained, without separators."""
     config = write_config(tmp_path)
     words = [f"data.corpus={folder}", "data.window=4", "model.mixers=[attention]"]
@@ -223,7 +222,7 @@ def test_the_report_says_what_stands_between_documents(folder, tmp_path, monkeyp
     assert mc(monkeypatch, "train", config, *words, "data.separator=''") == 0
 
 
-def test_one_document_on_each_side_needs_no_words(tmp_path):
+def test_single_documents_need_no_separator_note(tmp_path):
     from train.evaluation.run_report import TextReport, text_notes
     from train.evaluation.validation import References
 

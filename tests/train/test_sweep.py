@@ -1,4 +1,4 @@
-"""`mc sweep`: which runs there are, which rate is chosen, and that nothing is done twice."""
+"""`mc sweep`: rows, choice of rates, and resumption."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from train.sweeps.table import make_table, score
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_rows_are_all_combinations_and_the_others_as_they_stand(tmp_path):
+def test_rows_are_all_combinations_and_explicit_rows(tmp_path):
     kind, width = "model.layer.memory.kind", "model.layer.d_model"
     path = write(
         tmp_path,
@@ -58,7 +58,7 @@ def test_the_rows_are_all_combinations_and_the_others_as_they_stand(tmp_path):
     assert len({run.config.run.directory for run in every}) == 14
 
 
-def test_names_are_folders_and_differ():
+def test_row_names_are_valid_and_distinct():
     assert row_name({}) == "base"
     assert row_name({"a.x": 1, "b.x": "p/q"}, {"x"}) == "a.x=1,b.x=p-q"
     long = [row_name({f"key{i}": i for i in range(n)}) for n in (30, 31)]
@@ -66,7 +66,7 @@ def test_names_are_folders_and_differ():
     assert max(map(len, long)) <= 120
 
 
-def test_the_best_rate_has_the_best_validation_accuracy():
+def test_best_rate_has_best_validation_accuracy():
     rows = [result(0.1, accuracy=0.6), result(0.01, accuracy=0.7), result(0.02, accuracy=0.7)]
     assert best(rows)["rate"] == 0.01
     rows[2]["loss"] = 0.9
@@ -75,7 +75,7 @@ def test_the_best_rate_has_the_best_validation_accuracy():
     assert best([result(0.1, loss=math.nan), result(1.0, accuracy=0.0)])["rate"] == 1.0
 
 
-def test_a_table_pools_seeds_and_says_how_far_apart_they_are():
+def test_table_pools_seeds_and_shows_their_range():
     config = SweepConfig(Path("x"), "y", seeds=(0, 1), rates=(0.1, 0.2))
     rows = [result(0.1, seed=s, accuracy=a) for s, a in ((0, 0.5), (1, 0.7))]
     failed = result(0.2, row="b", error="step 2: the loss is not finite")
@@ -92,7 +92,7 @@ def test_a_table_pools_seeds_and_says_how_far_apart_they_are():
     assert "best validation accuracy" in table.as_markdown()
 
 
-def test_other_seeds_run_at_the_chosen_rate_alone(tmp_path, monkeypatch, capsys):
+def test_other_seeds_run_only_at_the_chosen_rate(tmp_path, monkeypatch, capsys):
     path = write(
         tmp_path, vary={"model.layer.aggregation": ["none", "grm"]}, rates=[0.1, 0.2], seeds=[5, 6]
     )
@@ -113,7 +113,7 @@ def test_other_seeds_run_at_the_chosen_rate_alone(tmp_path, monkeypatch, capsys)
     assert len(lines) == 6
 
 
-def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     """After a kill in the middle of a line, too; a finished sweep only prints its table."""
     keys = {"vary": {"model.layer.d_model": [8, 16, 32]}, "seeds": [0, 1]}
     path = write(tmp_path, **keys)
@@ -132,7 +132,7 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
     assert none == []
 
 
-def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
+def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("NPROC", raising=False)
     path = write(tmp_path, vary={"model.layer.aggregation": ["none"]})
     markdown, plot = tmp_path / "table.md", tmp_path / "x.png"
@@ -176,18 +176,18 @@ def test_a_sweep_trains_tests_and_draws(tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_damaged_line_of_results_is_named(tmp_path, monkeypatch, capsys):
+def test_damaged_results_line_is_named(tmp_path, monkeypatch, capsys):
     """One without a fingerprint, say: it cannot be told whether it is this sweep's."""
     path, file = write(tmp_path), tmp_path / "sweep" / "results.jsonl"
     file.parent.mkdir()
     file.write_text(json.dumps(result(0.01, row="base")) + "\n")
     assert mc(monkeypatch, "sweep", path) == 2
-    message = f"{file}: line 1 is no result of a run: 'fingerprint': mend or delete it"
+    message = f"{file}: line 1 is not a result of a run: 'fingerprint': correct or delete it"
     assert capsys.readouterr().err == f"mc: {message}\n"
 
 
-def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    """The sweep hands a killed run to the loop, which goes on from its checkpoint."""
+def test_interrupted_run_is_resumed(tmp_path, monkeypatch):
+    """The sweep passes an interrupted run to the loop, which resumes from its checkpoint."""
     path = write(tmp_path)
     (run,) = make_runs(load_sweep(path))["base"]
     asked = []
@@ -203,7 +203,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert read_results(tmp_path / "sweep") == []
 
 
-def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
+def test_nan_run_is_a_failed_result(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, rates=[1e38], rows=[{"optimizer.weight_decay": 0.0}])
     assert mc(monkeypatch, "sweep", path) == 0
     (row,) = read_results(tmp_path / "sweep")
@@ -213,8 +213,8 @@ def test_a_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
-def test_a_validation_loss_that_is_not_finite_fails_the_run(tmp_path, monkeypatch, figure):
-    """What training did not meet, examples that it never saw may show."""
+def test_nonfinite_validation_loss_fails_the_run(tmp_path, monkeypatch, figure):
+    """The loss may be finite in training and not on validation examples."""
     report = SimpleNamespace(score={"accuracy": 1.0, "loss": figure})
     monkeypatch.setattr(subject, "train", lambda config, console, claimed: report)
     assert mc(monkeypatch, "sweep", write(tmp_path)) == 0
@@ -222,7 +222,7 @@ def test_a_validation_loss_that_is_not_finite_fails_the_run(tmp_path, monkeypatc
     assert row["error"] == "the validation loss is not finite"
 
 
-def test_a_line_of_results_is_json_whatever_a_test_cost(tmp_path):
+def test_nonfinite_test_loss_is_null_in_json(tmp_path):
     cell = {"right": 1, "asked": 2, "loss": math.nan}
     Results(tmp_path).add(result(0.1, test=[cell], fingerprint="x"))
     line = (tmp_path / "results.jsonl").read_text()
@@ -256,11 +256,14 @@ def test_a_line_of_results_is_json_whatever_a_test_cost(tmp_path):
         ({"rates": [-1.0]}, "optimizer.learning_rate = -1.0"),
         ({"examples": 0}, "examples = 0: must be >= 1"),
         ({"directory": 3}, "directory = 3: must be of type str"),
-        ({"rows": [{"data.task": "text", "data.corpus": "x"}]}, "examples = 4: text has none"),
+        (
+            {"rows": [{"data.task": "text", "data.corpus": "x"}]},
+            "examples = 4: must be left out for text",
+        ),
         ({"vary": {"data.task": ["mqar", "niah"]}}, "data.task = mqar, niah: must be the same"),
     ],
 )
-def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
+def test_invalid_sweeps_are_refused(tmp_path, monkeypatch, capsys, keys, message):
     path = write(tmp_path, **keys)
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
@@ -269,7 +272,7 @@ def test_bad_sweeps(tmp_path, monkeypatch, capsys, keys, message):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_every_shipped_file_loads_and_sweeps_that_share_a_directory_agree(monkeypatch):
+def test_shipped_configs_load_and_shared_directories_agree(monkeypatch):
     """A name means one run there; else the second sweep would stop at the first one's result."""
     read = functools.cache(read_yaml)  # every run reads its base, and that one's
     monkeypatch.setattr("train.config.yaml_files.read_yaml", lambda path: read(path).copy())
@@ -289,7 +292,7 @@ def test_every_shipped_file_loads_and_sweeps_that_share_a_directory_agree(monkey
     assert {row[0].config.data.task for row in rows[shipped].values()} == {"mqar"}
 
 
-def test_files_that_are_no_sweep(tmp_path):
+def test_unreadable_sweep_files_are_named(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         load_sweep(tmp_path / "nowhere.yaml")
     (tmp_path / "x.yaml").write_text("- 1\n")

@@ -1,4 +1,4 @@
-"""What a sweep shows: labels, FLOPs, what was recorded, and the accuracy_plot."""
+"""Tables and plots of a sweep: labels, FLOPs and recorded results."""
 
 import json
 import re
@@ -45,11 +45,11 @@ def rows_of(path: Path) -> list[dict]:
         ({}, "base"),
     ],
 )  # fmt: skip
-def test_a_number_is_shown_with_its_name(overrides, words):
+def test_labels_show_numbers_with_their_key(overrides, words):
     assert label({"overrides": overrides}) == words
 
 
-def test_flops_have_one_unit_for_all_rows():
+def test_flops_have_a_common_unit():
     few, many = result(0.1, flops_per_token=20_500.0), result(0.1, row="b", flops_per_token=2.5e6)
     (line,) = make_table("t", [few], CONFIG).rows
     assert line["kFLOP"] == 20.5
@@ -58,7 +58,7 @@ def test_flops_have_one_unit_for_all_rows():
     assert "kFLOP" not in make_table("t", [result(0.1)], CONFIG).columns
 
 
-def test_the_first_column_is_uncut_in_a_narrow_terminal(capsys):
+def test_first_column_is_not_truncated(capsys):
     from rich.console import Console
 
     rows = rows_of(CONFIGS / "sweep.yaml")
@@ -75,7 +75,7 @@ def line_of(run, accuracy):
     return json.dumps(result(run.rate, run.seed, accuracy, **own)) + "\n"
 
 
-def test_what_was_recorded_stands_beside(tmp_path, monkeypatch, capsys):
+def test_recorded_accuracy_is_a_column(tmp_path, monkeypatch, capsys):
     """Of a row's recorded runs only those with this sweep's rates and seeds, at the best rate."""
     vary, width = {"vary": {"model.layer.d_model": [8, 16, 32]}}, "d_model"
     larger = load_sweep(write(tmp_path, **vary, rates=[0.1, 0.2, 0.3], seeds=[0, 1, 2]))
@@ -108,7 +108,7 @@ def test_what_was_recorded_stands_beside(tmp_path, monkeypatch, capsys):
     assert recorded.notes[1:] == [f"recorded with another configuration: {width}=8; {width}=16"]
 
 
-def test_a_recorded_run_that_failed_is_an_empty_cell(tmp_path):
+def test_failed_recorded_run_is_an_empty_cell(tmp_path):
     config = load_sweep(write(tmp_path))
     first = make_runs(config)
     (run,) = first["base"]
@@ -120,7 +120,7 @@ def test_a_recorded_run_that_failed_is_an_empty_cell(tmp_path):
     assert recorded.notes == [f"recorded: no such rows are in {file}"]
 
 
-def test_a_table_says_what_its_runs_were_made_with():
+def test_table_names_versions_and_machines():
     """Finished runs stay what they were when a library is upgraded."""
     old, new = ({"jax": number, "flax": "0.1"} for number in ("0.7", "0.8"))
     rows = [result(0.1, versions=old), result(0.1, row="b", versions=new)]
@@ -137,15 +137,15 @@ def test_a_table_says_what_its_runs_were_made_with():
     ("text", "message"),
     [
         (None, "other.jsonl: No such file or directory"),
-        ("{}\n", "other.jsonl: line 1 is no result of a run: 'row'"),
-        ("3\n", "other.jsonl: line 1 is no result of a run: "),
-        ('{"row": [], "seed": 0, "rate": 0.01, "fingerprint": ""}\n', "no result of a run"),
-        ('{"row": "base", "seed": 0, "rate": 0.01}\n', "no result of a run: 'fingerprint': mend"),
+        ("{}\n", "other.jsonl: line 1 is not a result of a run: 'row'"),
+        ("3\n", "other.jsonl: line 1 is not a result of a run: "),
+        ('{"row": [], "seed": 0, "rate": 0.01, "fingerprint": ""}\n', "not a result of a run"),
+        ('{"row": "base", "seed": 0, "rate": 0.01}\n', "result of a run: 'fingerprint': correct"),
         ('{"row": "base", "seed": 0, "rate": 0.01, "fingerprint": ""}\n', "base has no accuracy"),
-        ("\x89PNG\r\n", "other.jsonl: line 1 is no result of a run: "),
+        ("\x89PNG\r\n", "other.jsonl: line 1 is not a result of a run: "),
     ],
 )  # fmt: skip
-def test_bad_recorded_files_stop_before_any_training(tmp_path, monkeypatch, capsys, text, message):
+def test_invalid_recorded_files_stop_before_training(tmp_path, monkeypatch, capsys, text, message):
     file = tmp_path / "other.jsonl"
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
@@ -158,7 +158,7 @@ def test_bad_recorded_files_stop_before_any_training(tmp_path, monkeypatch, caps
     assert not (tmp_path / "sweep").exists()
 
 
-def test_every_row_of_the_shipped_sweep_looks_different():
+def test_rows_of_shipped_sweep_have_distinct_styles():
     looks = [Look.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
     legend = Legend(looks)
     styles = [json.dumps(legend.style(look)) for look in looks]
@@ -171,7 +171,7 @@ def test_every_row_of_the_shipped_sweep_looks_different():
 
 
 @pytest.mark.parametrize("widths", [(8,), (8, 16, 32)])
-def test_pictures_of_one_width_and_of_several(widths):
+def test_plots_of_one_and_several_widths(widths):
     rows = [
         result(0.1, row=f"{row['row']},d_model={width}", width=width, state_bytes=width * 100,
                overrides=row["overrides"] | {"model.layer.d_model": width})
@@ -184,14 +184,14 @@ def test_pictures_of_one_width_and_of_several(widths):
     assert draw_sweep("t", [failed]).startswith(b"\x89PNG")
 
 
-def test_a_picture_says_after_how_many_tokens_a_state_is_measured(monkeypatch):
+def test_plot_names_the_tokens_of_the_state(monkeypatch):
     monkeypatch.setattr(accuracy_plot, "to_png", lambda figure: figure)
     figure = draw_sweep("t", [result(0.1, state_tokens=24), result(0.1, row="b", state_tokens=48)])
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert labels == ["aggregation", "KiB of a stream's state after 48 tokens"]
 
 
-def test_a_row_that_cannot_stream_has_no_state(monkeypatch):
+def test_row_that_cannot_stream_has_no_state(monkeypatch):
     monkeypatch.setattr(accuracy_plot, "to_png", lambda figure: figure)
     rows = [result(0.1), result(0.1, row="b", state_bytes=None)]
     table = make_table("t", rows, CONFIG)
@@ -203,7 +203,7 @@ def test_a_row_that_cannot_stream_has_no_state(monkeypatch):
 
 
 @pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])
-def test_evidence_is_a_slice_of_the_sweep(task, rows):
+def test_evidence_is_a_subset_of_the_sweep(task, rows):
     """By names, so that recorded results are found, and by all that makes a result."""
     folder = ROOT / "configs" / task
     part, whole = (load_sweep(folder / name) for name in ("evidence.yaml", "sweep.yaml"))
@@ -217,7 +217,7 @@ def test_evidence_is_a_slice_of_the_sweep(task, rows):
 
 
 @pytest.mark.parametrize("task", ["mqar", "niah"])
-def test_the_recorded_evidence_has_every_row_of_the_slice(task):
+def test_recorded_results_cover_the_evidence(task):
     config = load_sweep(ROOT / "configs" / task / "evidence.yaml")
     first = make_runs(config)
     recorded = read_recorded(RECORDED / f"{task}.jsonl", config, first)
@@ -237,7 +237,7 @@ def test_the_recorded_evidence_has_every_row_of_the_slice(task):
         ("text/steps", "text_steps"),
     ],
 )
-def test_what_is_recorded_is_what_the_shipped_sweep_would_find(sweep, record):
+def test_recorded_results_match_the_shipped_sweeps(sweep, record):
     """Every run of it, made with the very settings that the file has today."""
     config = load_sweep(ROOT / "configs" / f"{sweep}.yaml")
     found = {key_of(result): result for result in read_file(RECORDED / f"{record}.jsonl")}

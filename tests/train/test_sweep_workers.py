@@ -1,4 +1,4 @@
-"""`mc sweep --jobs`: same results, no run twice, and no process that outlives the sweep."""
+"""`mc sweep --jobs`: equal results, no repeated runs, no orphaned processes."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def collect(workers, runs):
 
 
 @two_cores
-def test_every_worker_has_cores_of_its_own(tmp_path):
+def test_workers_have_disjoint_cores(tmp_path):
     with one_thread(), Workers(2, look_around) as workers:
         found = collect(workers, runs_named(tmp_path, *(f"meets{i}" for i in range(4))))
     assert sorted(row["row"] for row in found) == [f"x=meets{i}" for i in range(4)]
@@ -54,22 +54,22 @@ def test_every_worker_has_cores_of_its_own(tmp_path):
 
 
 @two_cores
-def test_a_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
-    """A worker starts JAX anew, whatever its parent asked for."""
+def test_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
+    """A worker initializes JAX independently of its parent."""
     monkeypatch.setattr("train.sweeps.sweep.do", count_devices)
     path = write(tmp_path, rows=[{"run.devices": 1}, {"run.devices": 2}])
     assert mc(monkeypatch, "sweep", path, "--jobs", 2) == 0
     assert [row["error"] for row in read_results(tmp_path / "sweep")] == ["2 devices"] * 2
 
 
-def test_shares_are_all_cores_and_disjoint(monkeypatch):
+def test_core_shares_partition_all_cores(monkeypatch):
     monkeypatch.setattr("train.sweeps.workers.cores", lambda: [0, 1, 4, 5, 6, 7, 9])
     assert shares(1) == [{0, 1, 4, 5, 6, 7, 9}]
     assert shares(3) == [{0, 1}, {4, 5}, {6, 7, 9}]
     assert all(shares(7))
 
 
-def test_jax_is_not_imported_before_a_worker_has_its_cores():
+def test_worker_sets_cores_before_importing_jax():
     code = "import sys, train.sweeps.workers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -78,12 +78,12 @@ def test_jax_is_not_imported_before_a_worker_has_its_cores():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user", "no room"),
-        ("bug", "x=bug rate=0.1 seed=0: ZeroDivisionError: no room: --jobs 1 shows"),
+        ("user", "no space"),
+        ("bug", "x=bug rate=0.1 seed=0: ZeroDivisionError: no space: --jobs 1 shows"),
         ("dies", "jobs = 2: a worker died"),
     ],
 )
-def test_what_fails_in_a_worker_is_one_line_after_what_is_done(tmp_path, name, message):
+def test_worker_error_is_one_line_after_finished_runs(tmp_path, name, message):
     good, bad = runs_named(tmp_path, "good", name)
     found = []
 
@@ -100,7 +100,7 @@ def test_what_fails_in_a_worker_is_one_line_after_what_is_done(tmp_path, name, m
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 10_000])
-def test_jobs_out_of_range(tmp_path, monkeypatch, capsys, jobs):
+def test_jobs_out_of_range_are_refused(tmp_path, monkeypatch, capsys, jobs):
     path = write(tmp_path)
     assert mc(monkeypatch, "sweep", path, "--jobs", jobs) == 2
     err = capsys.readouterr().err
@@ -120,7 +120,7 @@ def result_of(run: Run, accuracy: float) -> dict:
     }  # fmt: skip
 
 
-def test_a_rows_other_seeds_can_run_once_its_rates_are_known(tmp_path):
+def test_other_seeds_start_after_all_rates(tmp_path):
     keys = {"vary": {"model.layer.d_model": [8, 16]}, "rates": [0.1, 0.2], "seeds": [0, 1]}
     with plan_of(tmp_path, **keys) as plan:
         taken = [plan.take() for _ in range(4)]
@@ -148,7 +148,7 @@ def test_a_rows_other_seeds_can_run_once_its_rates_are_known(tmp_path):
         ]  # fmt: skip
 
 
-def test_two_sweeps_of_one_directory_share_the_work(tmp_path):
+def test_concurrent_sweeps_share_the_work(tmp_path):
     keys = {"vary": {"model.layer.d_model": [8, 16]}}
     with plan_of(tmp_path, **keys) as one, plan_of(tmp_path, **keys) as two:
         first, second = one.take(), two.take()
@@ -164,7 +164,7 @@ def test_two_sweeps_of_one_directory_share_the_work(tmp_path):
     assert len(read_results(tmp_path / "sweep")) == 2
 
 
-def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys):
+def test_sweep_waits_for_a_run_of_another_process(tmp_path, monkeypatch, capsys):
     path = write(tmp_path)
     (run,) = make_runs(load_sweep(path))["base"]
     other = Lock.of_run(Path(run.config.run.directory))
@@ -177,7 +177,7 @@ def test_a_sweep_waits_for_a_run_that_another_does(tmp_path, monkeypatch, capsys
     trained = Trained(monkeypatch, lambda run: 0.5)
     assert mc(monkeypatch, "sweep", path) == 0
     assert len(trained) == 1
-    waiting = f"waiting for a run that another process does: {run.config.run.directory}: in use by"
+    waiting = f"waiting for a run of another process: {run.config.run.directory}: in use by"
     assert f"{waiting} process {os.getpid()} on " in capsys.readouterr().out
 
 
@@ -192,7 +192,7 @@ for seed in range(50):
 """
 
 
-def test_two_processes_append_to_one_file(tmp_path):
+def test_concurrent_appends_keep_all_lines(tmp_path):
     """Behind a line that a kill cut off; no line is lost, none is mixed with another."""
     (tmp_path / "results.jsonl").write_text(
         '{"row": "a", "seed": 0, "rate": 0.1, "fingerprint": ""}\n{"row": "b'
@@ -212,7 +212,7 @@ def without_times(rows):
     return [{key: value for key, value in row.items() if key not in free} for row in rows]
 
 
-def test_a_sweep_computes_with_one_thread(tmp_path, monkeypatch):
+def test_sweep_computes_with_one_thread(tmp_path, monkeypatch):
     """Unless it is told otherwise; what comes after it is left alone."""
     monkeypatch.delenv("NPROC", raising=False)
     seen = []
@@ -242,7 +242,7 @@ def sweep(path: Path, jobs: int, kill_when=None) -> list[dict]:
 
 @two_cores
 @pytest.mark.slow
-def test_results_do_not_depend_on_jobs_nor_on_a_kill(tmp_path):
+def test_results_do_not_depend_on_jobs_or_interrupts(tmp_path):
     """At a size where XLA, with two threads, gives other sums than with one."""
     base = str(ROOT / "configs" / "mqar" / "base.yaml")
     short = {"run.steps": 4, "run.save_every": 1, "optimizer.warmup_steps": 2}
@@ -260,7 +260,7 @@ def test_results_do_not_depend_on_jobs_nor_on_a_kill(tmp_path):
         assert re.findall(r"batch_size=(\d+) \|", table) == ["64", "32", "16"]
 
 
-def test_an_interrupt_that_another_thread_takes_waits_too():
+def test_interrupt_in_another_thread_is_delayed():
     """Of a library's thread, which does not block Ctrl-C: it must not reach a worker's birth."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done, other = threading.Event(), threading.Thread(target=lambda: done.wait(60))
@@ -301,7 +301,7 @@ def processes_of(group: int) -> list[str]:
 @pytest.mark.parametrize(
     ("ending", "begun"), [(signal.SIGINT, 2), (signal.SIGKILL, 2), (signal.SIGINT, 0)]
 )
-def test_no_worker_outlives_the_sweep(tmp_path, ending, begun):
+def test_workers_end_with_the_sweep(tmp_path, ending, begun):
     """Ctrl-C reaches the whole group, perhaps while workers start, a kill the parent alone."""
     path = write(tmp_path, vary={"model.layer.d_model": [8, 16]})
     process = subprocess.Popen(

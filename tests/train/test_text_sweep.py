@@ -1,4 +1,4 @@
-"""`mc sweep` on text: bits per byte, the row without caching, and the shipped sweep."""
+"""`mc sweep` on text: bits per byte, gains, and the shipped sweep."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_best_rate_has_the_fewest_bits():
     assert best([result("a", 0, np.nan, 1.0, rate=0.01), rows[0]])["rate"] == 0.1
 
 
-def test_a_table_has_mean_and_range_and_the_gain_of_equal_seeds():
+def test_table_has_mean_range_and_gain_of_equal_seeds():
     grm, none = make_table("t", ROWS, CONFIG).rows
     assert (grm["bits/byte"], grm["lowest"], grm["highest"]) == ("2.6500", "2.5000", "2.8000")
     assert (none["bits/byte"], none["lowest"], none["highest"]) == ("3.0000", "2.7500", "3.2500")
@@ -67,14 +67,14 @@ def test_a_table_has_mean_and_range_and_the_gain_of_equal_seeds():
     assert none["lowest"] is None
 
 
-def test_gains_are_by_seed_and_position():
+def test_gains_are_per_seed_and_position():
     whole, parts = subject.gains(ROWS[:2], ROWS[2:][::-1])
     np.testing.assert_allclose(whole, [0.25, 0.45])
     np.testing.assert_allclose(parts, [[0.0, 0.5], [0.3, 0.6]])
 
 
-def test_rows_of_one_model_are_told_apart_by_what_differs():
-    """Names stay short: a terminal's table has no room for a folder's name."""
+def test_rows_of_one_model_are_labelled_by_differences():
+    """Names stay short: a folder's name would not fit a terminal's table."""
     many = {"kind": "dla", "data.window": 32}
     rows = by_row(
         [
@@ -92,7 +92,7 @@ def test_rows_of_one_model_are_told_apart_by_what_differs():
     assert subject.models(rows | {"e": [bare]})["e"] == "dla"
 
 
-def test_a_row_is_compared_with_its_own_kind_and_window():
+def test_gain_compares_equal_memory_and_window():
     def row(name, cacheless, window, **overrides):
         return result(
             name, 0, 3.0, 2.0, cacheless=cacheless, state_tokens=window, overrides=overrides
@@ -113,7 +113,7 @@ def test_a_row_is_compared_with_its_own_kind_and_window():
 
 
 class Axes:
-    """What was drawn, by name of the line."""
+    """Data of the plot, by name of the line."""
 
     def __init__(self, monkeypatch):
         self.bands = []
@@ -126,7 +126,7 @@ class Axes:
         monkeypatch.setattr(subject, "_band", band)
 
 
-def test_the_picture_shows_bits_and_what_caching_gains(monkeypatch):
+def test_plot_shows_bits_and_gain(monkeypatch):
     drawn = Axes(monkeypatch)
     failed = {
         "row": "bad", "task": "text", "model": "bad", "cacheless": False, "error": "step 3: ...",
@@ -158,7 +158,7 @@ AGGREGATIONS = {"model.layer.aggregation": ["none", "grm"]}
     ],
     ids=["reads", "reads-windows-rates"],
 )
-def test_a_sweep_trains_scores_and_draws(vary, rates, count, tmp_path, monkeypatch, capsys):
+def test_text_sweep_trains_scores_and_plots(vary, rates, count, tmp_path, monkeypatch, capsys):
     path = write(tmp_path, vary=vary, rates=rates, seeds=[0, 1])
     markdown, plot = tmp_path / "table.md", tmp_path / "x.png"
     assert mc(monkeypatch, "sweep", path, "--markdown", markdown, "--plot", plot) == 0
@@ -188,7 +188,7 @@ def test_a_sweep_trains_scores_and_draws(vary, rates, count, tmp_path, monkeypat
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_text_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
+def test_nan_text_run_is_a_failed_result(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, rates=[1e38], rows=[{"optimizer.weight_decay": 0.0}])
     assert mc(monkeypatch, "sweep", path) == 0
     (row,) = read_results(tmp_path / "sweep")
@@ -196,11 +196,11 @@ def test_a_text_run_that_meets_a_nan_is_a_result(tmp_path, monkeypatch, capsys):
     assert "is not finite" in capsys.readouterr().out
 
 
-def test_bad_text_sweeps(tmp_path, monkeypatch, capsys):
+def test_invalid_text_sweeps_are_refused(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, examples=4)
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
-    assert "examples = 4: text has none" in err
+    assert "examples = 4: must be left out for text" in err
     mixed = write_recall(
         tmp_path,
         vary={"model.layer.d_model": [8]},
@@ -216,7 +216,7 @@ def test_bad_text_sweeps(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_the_shipped_sweep_compares_like_with_like():
+def test_shipped_text_sweep_matches_parameters_and_bytes():
     """Parameters within 2%, the same trained bytes, and each model at both windows."""
     sweep = load_sweep(ROOT / "configs" / "text" / "sweep.yaml")
     configs = [run.config for (run,) in make_runs(sweep).values()]
@@ -240,7 +240,7 @@ def test_the_shipped_sweep_compares_like_with_like():
     assert modes == {(True, "checkpoint"), (False, "restart")}
 
 
-def test_nothing_recorded_stands_beside_text(tmp_path, monkeypatch, capsys):
+def test_recorded_is_refused_for_text(tmp_path, monkeypatch, capsys):
     path = write(tmp_path)
     (tmp_path / "r.jsonl").write_text("")
     assert mc(monkeypatch, "sweep", path, "--recorded", tmp_path / "r.jsonl") == 2

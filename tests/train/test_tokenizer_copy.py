@@ -1,4 +1,4 @@
-"""A run keeps its tokenizer: a copy and its hash, which every command checks."""
+"""A run's copy of its tokenizer and its hash, checked by every command."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def source(run: Path, *tokenizer: str) -> tuple[LanguageModel, Tokenizer]:
 
 
 @pytest.mark.parametrize("change", [edit, Path.unlink])
-def test_a_run_reads_its_own_copy(folder, tmp_path, monkeypatch, change):
+def test_run_reads_its_tokenizer_copy(folder, tmp_path, monkeypatch, change):
     """The file that was named may change, vanish or be out of reach, and the run may move."""
     run, original = folder / "runs" / "tiny", byte_level()
     assert (run / "tokenizer.json").read_bytes() == (folder / "plain.json").read_bytes()
@@ -92,7 +92,7 @@ def test_a_run_reads_its_own_copy(folder, tmp_path, monkeypatch, change):
         (Path.unlink, "tokenizer.json: no such file: it is the run's copy of data.tokenizer = "),
     ],
 )
-def test_a_copy_that_is_not_the_tokenizer_is_refused(folder, monkeypatch, capsys, change, message):
+def test_changed_tokenizer_copy_is_refused(folder, monkeypatch, capsys, change, message):
     from train.data.tokenizer_copy import hash_of
 
     run, text = folder / "runs" / "tiny", folder / "text" / "0.txt"
@@ -122,7 +122,7 @@ def test_another_tokenizer_is_refused(folder, monkeypatch, capsys):
         fails(folder / "tiny.yaml", monkeypatch, capsys, message, *words)
 
 
-def test_a_run_resumes_with_the_same_tokenizer_alone(folder, monkeypatch, capsys):
+def test_run_resumes_only_with_the_same_tokenizer(folder, monkeypatch, capsys):
     """An edited file is refused, with both named; the same file may have another path."""
     config, run = folder / "tiny.yaml", folder / "runs" / "tiny"
     words = [*WORDS, f"run.directory={run}"]
@@ -144,7 +144,7 @@ def test_a_run_resumes_with_the_same_tokenizer_alone(folder, monkeypatch, capsys
     assert mc(monkeypatch, "train", config, *words, kept) == 0
 
 
-def test_a_run_without_a_copy_reads_the_file_that_it_names(folder, monkeypatch, capsys):
+def test_run_without_copy_reads_the_named_file(folder, monkeypatch, capsys):
     run = folder / "runs" / "tiny"
     (run / "tokenizer.json").unlink()
     file = run / "checkpoints" / "3" / "meta" / "metadata"
@@ -158,7 +158,7 @@ def test_a_run_without_a_copy_reads_the_file_that_it_names(folder, monkeypatch, 
     assert source(run, "moved.json")[1].get_vocab() == byte_level().get_vocab()
 
 
-def test_a_file_of_weights_knows_its_tokenizer(folder, tmp_path, monkeypatch, capsys):
+def test_weight_file_has_its_tokenizer_hash(folder, tmp_path, monkeypatch, capsys):
     """`mc convert` writes its hash; another tokenizer, or bytes, is refused, also in a new run."""
     run, path = folder / "runs" / "tiny", tmp_path / "model.safetensors"
     # Whether the outputs are the same is tested elsewhere, and takes seconds.
@@ -199,7 +199,7 @@ def test_bytes_need_no_copy(tmp_path):
             source(what, str(tmp_path / "t.json"))
 
 
-def test_a_sweep_refuses_results_of_another_tokenizer(tmp_path):
+def test_sweep_refuses_results_of_another_tokenizer(tmp_path):
     from train.sweeps.results import Results
     from train.sweeps.sweep_config import SweepConfig, make_runs
 

@@ -1,4 +1,4 @@
-"""Tokenizers: what a file may have stored, what it loses, and the copy that a run keeps."""
+"""Tokenizers: stored settings, losses, and offsets."""
 
 from itertools import combinations
 
@@ -59,7 +59,7 @@ STORED = (
 
 
 @pytest.mark.parametrize("store", STORED)
-def test_settings_stored_in_a_file_change_no_token(tmp_path, store):
+def test_stored_tokenizer_settings_are_disabled(tmp_path, store):
     """Corpus, prompts and inspected texts, and every call with the library's own defaults."""
     path, file, text = (tmp_path / name for name in ("stored.json", "plain.json", "text.txt"))
     tokenizer = byte_level()
@@ -84,7 +84,7 @@ def test_settings_stored_in_a_file_change_no_token(tmp_path, store):
     assert read.spans.tolist() == [list(span) for span in expected.offsets]
 
 
-def test_offsets_cover_blanks_that_a_file_says_to_trim(tmp_path):
+def test_offsets_cover_trimmed_blanks(tmp_path):
     tokenizer = byte_level()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.save(str(tmp_path / "t.json"))
@@ -96,7 +96,7 @@ def test_offsets_cover_blanks_that_a_file_says_to_trim(tmp_path):
     assert read.find("  ").tolist() == [1, 2]
 
 
-def test_ids_between_the_tokens_are_shown_as_no_character(tmp_path):
+def test_unused_ids_decode_to_replacement_character(tmp_path):
     """A vocabulary may have gaps: the model can write an id that stands for nothing."""
     made = Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a"))
     made.save(str(tmp_path / "t.json"))
@@ -116,7 +116,7 @@ def brute_force(one: str, other: str) -> int:
 
 
 @given(st.text("abc", max_size=7), st.text("abc", max_size=9))
-def test_the_longest_common_subsequence(one, other):
+def test_longest_common_subsequence(one, other):
     from train.data.round_trip import common_subsequence
 
     assert common_subsequence(one, other) == brute_force(one, other)
@@ -128,7 +128,7 @@ def lose(tokenizer: Tokenizer, *texts: str):
     return check_round_trip(tokenizer, texts, lambda text: tokenizer.encode(text).ids)
 
 
-def test_a_tokenizer_that_gives_everything_back_loses_nothing():
+def test_lossless_tokenizer_has_no_loss():
     """Carriage returns, a byte order mark and characters of several tokens included."""
     found = lose(byte_level(), "\ufeff" + TEXT, TEXT)
     assert (found.exact, found.lost, found.warning) == (True, 0.0, None)
@@ -138,12 +138,12 @@ def test_a_tokenizer_that_gives_everything_back_loses_nothing():
     assert (found.exact, found.lost, found.warning) == (False, 0.0, None)
 
 
-def test_what_a_tokenizer_loses_is_measured():
+def test_tokenizer_loss_is_measured():
     lower = byte_level()
     lower.normalizer = normalizers.Lowercase()
     found = lose(lower, "The Text is A text. ", "x" * 80)
     assert found.lost == pytest.approx(3 / 100)
-    assert "warning: 3% of the characters are not given back by decoding" in found.warning
+    assert "warning: 3% of the characters are lost in decoding" in found.warning
     assert "cannot be compared" in found.warning
     bare = byte_level()
     bare.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
@@ -155,7 +155,7 @@ def test_what_a_tokenizer_loses_is_measured():
     assert lose(unigram, "a unk a").lost == pytest.approx(3 / 7)
 
 
-def test_a_loss_after_the_sample_is_told():
+def test_loss_after_the_sample_is_reported():
     from train.data.round_trip import SAMPLE
 
     lower = byte_level(merges=False)
@@ -165,7 +165,7 @@ def test_a_loss_after_the_sample_is_told():
     assert found.warning is not None
 
 
-def test_the_report_tells_tokens_per_byte_and_what_is_lost(tmp_path):
+def test_report_has_tokens_per_byte_and_loss(tmp_path):
     from train.data.round_trip import RoundTrip
     from train.evaluation.run_report import TextReport, load_report, save_report, text_notes
     from train.evaluation.validation import References
@@ -182,10 +182,10 @@ def test_the_report_tells_tokens_per_byte_and_what_is_lost(tmp_path):
     assert load_report(tmp_path) == report
 
 
-def test_a_sweep_says_which_rows_lose_text():
+def test_sweep_names_lossy_rows():
     from helpers.text_sweeps import CONFIG, result
     from train.sweeps.table import make_table
 
     rows = [result("a", 0, 3.0, 2.0, lost=0.01), result("b", 0, 3.0, 2.0, lost=0.0)]
     (note,) = (note for note in make_table("t", rows, CONFIG).notes if "drops or changes" in note)
-    assert note.endswith("compare with no other one's: a at 32")
+    assert note.endswith("so its bits/byte are not comparable: a at 32")

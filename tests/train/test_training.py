@@ -1,4 +1,4 @@
-"""The step, the optimiser, the configuration and the evaluation."""
+"""The training step, the optimiser, the configuration and the evaluation."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def built() -> tuple[Any, TrainState, Any]:
     return build(tiny())
 
 
-def test_overfits_a_tiny_batch():
+def test_model_overfits_a_tiny_batch():
     config = tiny(steps=150, batch_size=2)
     config = dataclasses.replace(
         config, optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=5, weight_decay=0.0)
@@ -64,7 +64,7 @@ def test_overfits_a_tiny_batch():
     assert losses[-1] < 0.1
 
 
-def test_accumulation_equals_the_large_batch():
+def test_accumulation_equals_large_batch():
     """The mean over microbatches is the gradient of the whole batch (and so are the parameters)."""
     _, state, step = built()
     tokens = random_tokens(1, 8, 17)
@@ -77,14 +77,14 @@ def test_accumulation_equals_the_large_batch():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
-def test_the_step_consumes_its_state():
+def test_step_donates_its_state():
     _, state, step = built()
     state = copy(state)
     step(state, random_tokens(1, 2, 17))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_step_is_adamw_on_the_mean_loss():
+def test_step_is_adamw_on_mean_loss():
     config = tiny()
     graphdef, state, step = built()
     tokens = random_tokens(1, 2, 17)
@@ -133,7 +133,7 @@ def test_schedule_warms_up_and_ends_at_the_final_fraction():
     assert float(rate(100)) == pytest.approx(0.1)
 
 
-def test_clipping_bounds_the_gradient():
+def test_clipping_bounds_the_gradient_norm():
     gradient = {"kernel": jnp.full((2, 2), 50.0)}
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, warmup_steps=0), 10)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
@@ -141,7 +141,7 @@ def test_clipping_bounds_the_gradient():
 
 
 @pytest.mark.parametrize("kind", ["gradient", "parameter", "loss"])
-def test_a_nan_is_named(kind):
+def test_first_nan_tensor_is_named(kind):
     _, state, step = built()
     _, metrics = step(copy(state), random_tokens(1, 2, 17))
     check_finite(metrics, 1, 0)
@@ -161,7 +161,7 @@ def test_a_nan_is_named(kind):
         check_finite(metrics._replace(all_finite=false, finite=finite), 7, 4)
 
 
-def test_random_streams_go_on_from_step_to_step(monkeypatch):
+def test_random_streams_advance_between_steps(monkeypatch):
     monkeypatch.setattr("train.step.LanguageModel", Dropping)
     _, state, step = build(tiny())
     tokens = random_tokens(3, 2, 17)
@@ -171,7 +171,7 @@ def test_random_streams_go_on_from_step_to_step(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [400, 399, 33, 2])
-def test_bits_per_byte_count_every_byte_once(tmp_path, limit):
+def test_bits_per_byte_score_every_byte_once(tmp_path, limit):
     """Windows scored one by one without padding or batching give the same bits."""
     config = load_config(write_config(tmp_path))
     corpus = load_corpus(config.data, 256)
@@ -190,7 +190,7 @@ def test_bits_per_byte_count_every_byte_once(tmp_path, limit):
     assert (found.bits.sum(), found.tokens.sum()) == pytest.approx((bits - 8.0, limit - 1))
 
 
-def test_references():
+def test_reference_bits_per_byte():
     flat = references(bytes(range(256)) * 8)
     assert flat.uniform == flat.order0 == 8.0
     text = b"ab" * 500
@@ -213,7 +213,7 @@ def test_config_round_trip_and_base(tmp_path):
     assert load_config(twin, ["model.layer.memory.kind=dla"]).model.layer.memory.kind == "dla"
 
 
-def test_mixers_are_one_line_of_a_config(tmp_path):
+def test_config_of_mixers(tmp_path):
     path = write_config(tmp_path)
     twin = tmp_path / "twin.yaml"
     twin.write_text("base: tiny.yaml\nmodel: {mixers: [attention]}\n")
@@ -238,7 +238,7 @@ def test_mixers_are_one_line_of_a_config(tmp_path):
         check_same_run(tmp_path, now._replace(config=old), other)
 
 
-def test_the_directory_follows_the_name_of_the_file(tmp_path):
+def test_default_directory_is_named_after_the_file(tmp_path):
     (tmp_path / "other.yaml").write_text(
         "data: {corpus: x}\nrun: {steps: 200}\n"
         "model: {vocab_size: 256, num_layers: 1, layer: {d_model: 8, num_heads: 1}}\n"
@@ -247,7 +247,7 @@ def test_the_directory_follows_the_name_of_the_file(tmp_path):
     assert load_config(tmp_path / "twin.yaml").run.directory == "runs/twin"
 
 
-def test_the_commands_of_the_readme_load(monkeypatch):
+def test_readme_commands_have_valid_configs(monkeypatch):
     """Each has keys that exist; two of them never share a directory with different settings."""
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"(?m)^.*?\bmc train ([^`|#\n]*\w)", (ROOT / "README.md").read_text())
@@ -298,7 +298,7 @@ def test_configuration_errors_name_the_key(tmp_path, word, message):
     assert "\n" not in str(error.value)
 
 
-def test_configuration_files_that_cannot_be_read(tmp_path):
+def test_unreadable_config_files_are_named(tmp_path):
     for name, text, message in (
         ("missing.yaml", None, "No such file"),
         ("list.yaml", "- 1\n", "must be a mapping"),
@@ -314,7 +314,7 @@ def test_configuration_files_that_cannot_be_read(tmp_path):
             load_config(tmp_path / name)
 
 
-def test_make_train_step_takes_any_optimizer():
+def test_train_step_accepts_any_optimizer():
     graphdef, state, _ = built()
     step = make_train_step(graphdef, optax.sgd(0.0))
     start = copy(state)._replace(optimizer=optax.sgd(0.0).init(state.params))

@@ -1,1 +1,1 @@
-"""Everything that is measured on a GPU, in one report: `make gpu-report`."""
+"""Report of all GPU measurements: `make gpu-report`."""

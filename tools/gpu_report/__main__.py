@@ -37,10 +37,10 @@ class Step:
     Attributes:
         name: unique; names the files.
         title: heading of its section.
-        limit: seconds after which it is stopped.
+        limit: time limit in seconds.
         command: arguments of `mc` without `--json` and `--markdown`.
         tiny: a small command of the same kind, for a CPU.
-        together: whether it is not timed and may run beside other such steps.
+        together: not timed; may run in parallel with other such steps.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
+    """Outcome of a step: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
 
     status: str
     seconds: float
@@ -86,7 +86,7 @@ def load_steps() -> list[Step]:
 
 
 def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome]) -> None:
-    """Write what is there so far as `report.json` and `report.md`.
+    """Write the results so far as `report.json` and `report.md`.
 
     Args:
         out: the folder with each step's own files.
@@ -114,7 +114,7 @@ def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome])
 
 
 def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
-    """Drop what the parity command writes about each array of a case."""
+    """Drop the parity command's entries for single arrays."""
     if "cases" not in result:
         return result
     keys = ("name", "dtype", "ok")
@@ -138,7 +138,7 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            # A step whose files are there was stopped while its process ended.
+            # A step with files was stopped while its process ended.
             status = "done" if (options.out / f"{name}.md").exists() else "stopped"
         outcomes[name] = Outcome(status, time.monotonic() - start)
         print(f"{status:9} {name} {outcomes[name].seconds:.0f} s", flush=True)
@@ -146,7 +146,7 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
 
 
 def _compile(steps: Sequence[Step], options: argparse.Namespace) -> None:
-    """Run every step once at the same time, to fill the caches of compiled programs."""
+    """Run all steps once in parallel, to fill the compilation caches."""
     once = [replace(step, command=f"{step.command} --runs 1") for step in steps]
     limit = time.monotonic() + options.compile
     running = [_start(step, options) for step in once]
@@ -191,11 +191,11 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--compile",
         type=float,
         default=0,
-        help="seconds, on top, in which all timed steps first compile at the same time; kernels "
-        "are then tuned beside other work (default: 0, each step compiles by itself)",
+        help="additional seconds in which all timed steps first compile in parallel; kernels "
+        "are then tuned under load (default: 0, each step compiles by itself)",
     )
     parser.add_argument(
-        "--least", type=float, default=15, help="no step starts with fewer seconds left"
+        "--least", type=float, default=15, help="least remaining seconds to start a step"
     )
     return parser.parse_args(words)
 

@@ -1,4 +1,4 @@
-"""`python -m tools.mutants`: plant every fault of the table, and see that a test fails.
+"""`python -m tools.mutants`: plant every fault of the table; a test must fail.
 
 Exit code 0 only if the tests pass without a fault, every fault applies, and every one is caught.
 """
@@ -62,7 +62,7 @@ def _report(name: str, found: Outcome) -> None:
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", help="names or patterns such as 'jax-*'; default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel mutants (default: 2)")
     parser.add_argument(
         "--full", action="store_true", help="after the expected tests, run the whole quick suite"
     )

@@ -16,14 +16,14 @@ from typing import NamedTuple
 from tools.mutants.table import ROOT, Mutant, find_test_file, join
 
 OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow")
-OWN_TEST = "test_mutants"  # says of every mutated tree that its table does not apply
+OWN_TEST = "test_mutants"  # fails on every mutated tree, as its table does not apply
 CAUGHT, PASSED = "caught", "survived"
-# What else pytest's exit code may mean; nothing of it is a fault that was found.
+# Meaning of pytest's exit codes; only 1 is a caught fault.
 CODES = {0: PASSED, 1: CAUGHT, 2: "does not import", 5: "selects no test"}
 
 
 class Outcome(NamedTuple):
-    """What tests said of a tree.
+    """Result of the tests on a tree.
 
     Attributes:
         status: `caught` (a test failed), `survived` (all passed), or why it is neither.
@@ -40,7 +40,7 @@ Report = Callable[[str, Outcome], None]
 
 
 def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: Report) -> bool:
-    """Run all tests that mutants select on the tree as it is, and report each file's outcome.
+    """Run all selected tests on the unchanged tree, and report each file's outcome.
 
     Returns:
         Whether all passed: only then does a failure mean the fault.
@@ -60,7 +60,7 @@ def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: R
 def run_mutants(
     mutants: Sequence[Mutant], jobs: int, limit: float, full: bool, report: Report
 ) -> dict[str, Outcome]:
-    """Plant each fault in a copy of its own, and report what its tests say as soon as they do."""
+    """Plant each fault in a copy of its own, and report each result as it is ready."""
     with ThreadPoolExecutor(jobs) as pool:
         runs = {pool.submit(run_mutant, mutant, limit, full): mutant.name for mutant in mutants}
         for run in as_completed(runs):
@@ -107,7 +107,7 @@ def run_tests(tree: Path, name: str | None, expression: str | None, limit: float
     if expression is not None:
         command += ["-k", expression]
     environment = {key: x for key, x in os.environ.items() if key != "PYTEST_ADDOPTS"}
-    # The packages of the copy, ahead of those that are installed.
+    # The packages of the copy, before the installed ones.
     environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         run = subprocess.run(

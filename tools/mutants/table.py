@@ -6,7 +6,7 @@ A file maps the name of a mutant to
     file: the source file, relative to the repository
     old: text that occurs exactly once in it
     new: the text that replaces it
-    tests: {test_file: expression}   # what should catch it, in the order in which it is run
+    tests: {test_file: expression}   # tests that should catch it, in order
 
 A test file is named without `.py` and is looked up anywhere under `tests/`. The expression is
 pytest's `-k`; null selects the whole file.
@@ -63,7 +63,7 @@ class Mutant:
                 f"{self.name}: {self.file}: must have exactly one {self.old!r}, has {count}"
             )
         if self.old == self.new:
-            raise ValueError(f"{self.name}: old and new are the same text")
+            raise ValueError(f"{self.name}: old and new are equal")
         return source.replace(self.old, self.new)
 
 

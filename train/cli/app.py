@@ -26,7 +26,7 @@ class InterruptedCommandError(Exception):
 
 
 class Commands(TyperGroup):
-    """Commands whose interrupts keep their messages, which Typer drops."""
+    """Group of commands that keeps the messages of interrupts, which Typer drops."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command of a context."""
@@ -72,7 +72,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
-    """Run the command; an error that the user can put right is one line and exit code 2."""
+    """Run the command; errors of the user's input are one line and exit code 2."""
     replace_unencodable()
     try:
         with sigterm_as_interrupt():

@@ -23,8 +23,8 @@ Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
 
-Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 compiles alone")]
-Json = Annotated[Path | None, output_file("write everything here")]
+Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 only compiles")]
+Json = Annotated[Path | None, output_file("write all numbers here")]
 Markdown = Annotated[Path | None, output_file("write the table here")]
 Positive = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
@@ -53,7 +53,7 @@ def layer(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, output_file("draw a bar a layer here")] = None,
+    plot: Annotated[Path | None, output_file("draw one bar per layer here")] = None,
 ) -> None:
     """Time layers: every combination of the options that can be given more than once."""
     from bench import layer as run
@@ -143,7 +143,7 @@ def peers(
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Time this package beside what a user would pick instead."""
+    """Compare this package with alternatives."""
     _need_torch()
     from bench import peers as run
     from mc_jax.sharding import request
@@ -193,12 +193,12 @@ def decode(
     seed: Seed = 0,
     runs: Annotated[int, typer.Option(min=1, max=60, help="timed tokens of each")] = 20,
     devices: Annotated[
-        int, typer.Option(min=1, help="a prompt's heads split over so many, too")
+        int, typer.Option(min=1, help="also time a prompt with its heads split over N devices")
     ] = 1,
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Time a token after long contexts, beside attention with a KV cache of the same widths."""
+    """Time one token after long contexts, compared with attention and its KV cache."""
     from bench import decode as run
     from mc_jax.sharding import request
 
@@ -251,7 +251,7 @@ def _need_torch() -> None:
 
 
 def _plain(function: Any, *args: Any) -> Any:
-    """Call a function whose ValueErrors are about what the user gave."""
+    """Call a function; its ValueErrors become errors of the user's input."""
     try:
         return function(*args)
     except UserError:

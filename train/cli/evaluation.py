@@ -11,21 +11,21 @@ from train.cli.options import output_file, utf8
 
 
 class CacheDevice(StrEnum):
-    """In whose memory cached memories lie."""
+    """Device of the cached memories."""
 
     DEVICE = "device"
     HOST = "host"
 
 
 class CacheDtype(StrEnum):
-    """What cached memories are kept in."""
+    """Dtype of the cached memories."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
 
 class TaskName(StrEnum):
-    """What a run is scored on."""
+    """Task of a test."""
 
     TEXT = "text"
     MQAR = "mqar"
@@ -46,7 +46,9 @@ def evaluate(
         int | None, typer.Option(help="of a length and depth", show_default="mqar 500, niah 20")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the test examples")] = 0,
-    depths: Annotated[int | None, typer.Option(help="niah: how many", show_default="40")] = None,
+    depths: Annotated[
+        int | None, typer.Option(help="niah: number of depths", show_default="40")
+    ] = None,
     haystack: Annotated[str | None, typer.Option(help="niah: noise or essay")] = None,
     value: Annotated[str | None, typer.Option(help="niah: number or uuid")] = None,
     corpus: Annotated[
@@ -75,19 +77,20 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="a run's directory")],
     text: Annotated[Path, typer.Option(help="a file of text")],
     json: Annotated[
-        Path | None, typer.Option(help="write the numbers to this file, too", dir_okay=False)
+        Path | None, typer.Option(help="write the numbers to this file", dir_okay=False)
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="folder of page and pictures", show_default="RUN/inspect")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="at most so many, from the text's start", show_default="4096")
+        int | None, typer.Option(help="at most N, from the text's start", show_default="4096")
     ] = None,
     needle: Annotated[
-        str | None, typer.Option(help="words of the text: do the gates point at their segment?")
+        str | None,
+        typer.Option(help="words of the text; report the gates' weight on their segment"),
     ] = None,
 ) -> None:
-    """Show what a run's gates weigh and its memories learn, token by token."""
+    """Show the gates, memory norms and inner losses of a run, token by token."""
     from train.evaluation.inspect import inspect as look
 
     words = None if needle is None else utf8(needle)
@@ -98,31 +101,33 @@ def generate(
     run: Annotated[
         Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
     ],
-    prompt: Annotated[str | None, typer.Option(help="the text to go on with")] = None,
+    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="a file with that text, taken as it is; - is stdin")
+        Path | None, typer.Option(help="a file with the text; - is stdin")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='a file of lines {"prompt": "..."}, further keys are kept; - is stdin'),
+        typer.Option(help='a file of lines {"prompt": "..."}, further keys are copied; - is stdin'),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="the most tokens of a completion")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K tokens")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the K most likely tokens")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="draw from the fewest that have this probability together")
+        float | None,
+        typer.Option(help="draw from the most likely tokens up to this total probability"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="ends a completion, and is cut off; may be repeated")
+        list[str] | None,
+        typer.Option(help="stop string, not part of the completion; may be repeated"),
     ] = None,
     cache_dtype: Annotated[
         CacheDtype, typer.Option(help="of the cached memories")
     ] = CacheDtype.FLOAT32,
     cache_device: Annotated[
-        CacheDevice, typer.Option(help="host: in its memory, whence each step moves what it reads")
+        CacheDevice, typer.Option(help="host: in host memory; each step copies what it reads")
     ] = CacheDevice.DEVICE,
-    batch_size: Annotated[int, typer.Option(help="prompts that go on together")] = 8,
+    batch_size: Annotated[int, typer.Option(help="prompts per batch")] = 8,
     tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.json, or bytes", show_default="the run's")
     ] = None,
@@ -131,7 +136,7 @@ def generate(
         typer.Option(help="a new file for one JSON object per prompt; resumed after an interrupt"),
     ] = None,
 ) -> None:
-    """Go on with a text, or with many: text to stdout, tokens per second to stderr."""
+    """Continue one or many prompts: text to stdout, tokens per second to stderr."""
     from train.evaluation.generate import GenerationOptions
     from train.evaluation.generate import run as go_on
     from train.evaluation.prompts import read_prompts

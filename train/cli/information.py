@@ -1,4 +1,4 @@
-"""`mc variants` and `mc segments`: what can be configured, and what it comes to."""
+"""`mc variants` and `mc segments`: the options of a layer, and its segments."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -16,14 +16,14 @@ from mc_core.memories import MEMORIES
 
 
 class Segmentation(StrEnum):
-    """How tokens are cut into segments."""
+    """Segmentation."""
 
     CONSTANT = "constant"
     LOGARITHMIC = "logarithmic"
 
 
 def variants() -> None:
-    """List the memories and the aggregations, and what each is."""
+    """List memories, aggregations, gates and mixers with a description."""
     print_variants(Console())
 
 
@@ -32,7 +32,7 @@ def segments(
     segmentation: Segmentation = Segmentation.CONSTANT,
     segment_size: Annotated[int, typer.Option(help="tokens of a constant segment")] = 256,
 ) -> None:
-    """Print the lengths of the segments that a number of tokens is cut into."""
+    """Print the segment lengths of a sequence."""
     try:
         lengths = segment_lengths(length, segmentation, segment_size)
     except ValueError as error:
@@ -49,7 +49,7 @@ def print_variants(console: Console) -> None:
         "model.mixers": {name: mixer.description for name, mixer in MIXERS.items()},
     }
     for title, descriptions in sections.items():
-        table = Table(title, "what it is")
+        table = Table(title, "description")
         for name, description in descriptions.items():
             table.add_row(name, description)
         console.print(table)

@@ -15,10 +15,10 @@ Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 
 
 def output_file(what: str) -> Any:
-    """Return the option of a file that is written at the end, and refused at the start.
+    """Return the option of an output file, checked before the command runs.
 
     Args:
-        what: its help.
+        what: help text.
     """
     return typer.Option(help=what, dir_okay=False, callback=_check_folder)
 

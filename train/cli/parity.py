@@ -17,7 +17,7 @@ from mc_core.memories import MEMORIES
 from parity.environment import MissingError, prepare
 from train.cli.options import Aggregation, Kind, output_file
 
-app = typer.Typer(help="Prove that mc_jax and mc_torch compute the same.", no_args_is_help=True)
+app = typer.Typer(help="Compare mc_jax with mc_torch.", no_args_is_help=True)
 
 Device = StrEnum("Device", ["cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["float64", "float32", "bfloat16"])
@@ -27,7 +27,7 @@ WIDTH = 160  # of tables that no terminal shows
 
 @app.command()
 def check(
-    full: Annotated[bool, typer.Option("--full/--quick", help="which grid of cases")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="grid of cases")] = False,
     device: Device = Device.cpu,
     dtype: Annotated[
         Dtype | None, typer.Option(help="all cases in one dtype", show_default="the grid's own")
@@ -42,7 +42,9 @@ def check(
     checkpoint: Annotated[
         Path | None, typer.Option(help="a run's folder or a .safetensors file: its weights")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="length for your own model")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="sequence length with --config or --checkpoint")
+    ] = None,
     json: Annotated[Path | None, output_file("write every leaf to this file")] = None,
     markdown: Annotated[Path | None, output_file("write the table to this file")] = None,
 ) -> None:
@@ -65,11 +67,11 @@ def check(
         cases = [case]
     else:
         if tokens:
-            raise UserError("--tokens is for your own model: give --config or --checkpoint too")
+            raise UserError("--tokens: needs --config or --checkpoint")
         cases = [
             case.where(dtype=str(dtype or case.dtype))
             for case in GRIDS["full" if full else "quick"]()
-            # In bfloat16 the likeliest of two near tokens is a matter of rounding.
+            # In bfloat16, rounding decides between two nearly equal logits.
             if not (case.new_tokens and dtype == Dtype.bfloat16)
             and case.layer.memory.kind in (kind or MEMORIES)
             and case.layer.aggregation in (aggregation or AGGREGATIONS)
@@ -96,7 +98,7 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="a run's YAML file", show_default="a small Titans model")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="how many of the run's first steps")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
     plot: Annotated[Path | None, output_file("draw losses and differences here")] = None,
 ) -> None:
@@ -127,7 +129,7 @@ def train(
 
 @app.command()
 def selftest() -> None:
-    """Plant faults in mc_torch, one at a time, and see that the check finds each in its leaf.
+    """Plant faults in mc_torch, one at a time; the check must find each in its leaf.
 
     Exit code 1 where one is missed.
     """
@@ -152,7 +154,7 @@ def _prepare(device: str, *packages: str) -> None:
 
 
 def _plain(function: Any, *args: Any, **options: Any) -> Any:
-    """Call a function whose ValueErrors are about what the user gave."""
+    """Call a function; its ValueErrors become errors of the user's input."""
     try:
         return function(*args, **options)
     except UserError:

@@ -24,7 +24,7 @@ def own_case(
         config: a run's YAML file.
         checkpoint: a run's folder, or a file that `mc convert` wrote.
         dtype: of the computation.
-        tokens: length; None = long enough to read two cached memories, and no multiple of them.
+        tokens: length; None = enough to read two cached memories; not a multiple of the segments.
 
     Raises:
         UserError: a file cannot be used, or the two are of different models.

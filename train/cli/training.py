@@ -28,20 +28,20 @@ def train(
 
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
-    jobs: Annotated[int, typer.Option(help="runs at a time, each with cores of its own")] = 1,
+    jobs: Annotated[int, typer.Option(help="parallel runs; each has its own cores")] = 1,
     markdown: Annotated[
         Path | None, typer.Option(help="write the table here", dir_okay=False)
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="draw what was found here", dir_okay=False, show_default="sweep.png"),
+        typer.Option(help="draw the results here", dir_okay=False, show_default="sweep.png"),
     ] = None,
     recorded: Annotated[
         Path | None,
-        typer.Option(help="results.jsonl of an earlier sweep, to be shown beside this one's"),
+        typer.Option(help="results.jsonl of an earlier sweep; adds a column with its accuracy"),
     ] = None,
 ) -> None:
-    """Train and test many runs of one task, or go on with a sweep that was interrupted."""
+    """Train and test the runs of a sweep, or resume an interrupted sweep."""
     from train.sweeps.sweep import sweep as run
 
     run(config, Console(), jobs=jobs, markdown=markdown, plot=plot, recorded=recorded)

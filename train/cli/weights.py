@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 class WeightsFormat(StrEnum):
-    """What weights are kept in."""
+    """Format of a weight file."""
 
     RUN = "run"
     SAFETENSORS = "safetensors"
@@ -17,7 +17,7 @@ class WeightsFormat(StrEnum):
 
 
 class SourceFormat(StrEnum):
-    """What weights are read from."""
+    """Format of the source."""
 
     RUN = "run"
     SAFETENSORS = "safetensors"
@@ -27,7 +27,7 @@ class SourceFormat(StrEnum):
 
 def convert(
     source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
-    target: Annotated[Path, typer.Argument(help="what to write; must not exist")],
+    target: Annotated[Path, typer.Argument(help="file or folder to write; must not exist")],
     source_format: Annotated[
         SourceFormat | None,
         typer.Option("--from", help="community: see docs/migration.md", show_default="by the path"),
@@ -35,9 +35,7 @@ def convert(
     target_format: Annotated[
         WeightsFormat | None, typer.Option("--to", show_default="by the path")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="the YAML file of a run to be written")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="a run's YAML file, to write a run")] = None,
 ) -> None:
     """Convert weights between a run, a safetensors file and a PyTorch state_dict."""
     from train.config import load_config

@@ -1,4 +1,4 @@
-"""The configuration of a run: its schema, and how it is read from YAML and words."""
+"""The configuration of a run: schema, YAML files and `key=value` overrides."""
 
 from mc_core.plain import to_dict
 from train.config.comparison import FREE_KEYS, first_difference

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Keys that change nothing about the parameters, roundings aside: a checkpoint resumes under other
+# Keys without an effect on the parameters, apart from rounding: a checkpoint resumes under other
 # values of them.
 FREE_KEYS = frozenset(
     f"run.{key}"
@@ -20,7 +20,7 @@ FREE_KEYS = frozenset(
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first key that trains another model, with both values, or None."""
+    """Return the first key that changes the trained model, with both values, or None."""
     left, right = _flatten(old), _flatten(new)
     for key in sorted(left.keys() | right.keys()):
         if key not in FREE_KEYS and left.get(key) != right.get(key):

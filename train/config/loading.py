@@ -18,14 +18,14 @@ TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, the files that its `base` key names, and `key=value` words on top.
 
-    A `base` is looked up beside the file that names it.
+    The path in `base` is relative to the folder of the file.
 
     Raises:
         UserError: the file cannot be read, or a key or value is not allowed; names it.
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
     merged = merge(defaults, read_with_bases(path), path)
-    # A word that replaces a whole memory or task comes before those that say more about it.
+    # Words that replace a memory or task come before words that set its other keys.
     for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")

@@ -1,4 +1,4 @@
-"""What a recall task is, as `data.task` of a run names it; checked once."""
+"""Configurations of the recall tasks, named by `data.task` of a run."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,9 +18,9 @@ class MQARConfig:
 
     Attributes:
         vocab_size: token ids; keys are in the lower half, values in the upper.
-        lengths: (tokens, pairs) of the training examples; batches take them in turn.
-        power: exponent a of the gaps' law, a·x^(a - 1): the smaller, the nearer most queries.
-        random_non_queries: places that hold neither pair nor query are random tokens; otherwise 0.
+        lengths: (tokens, pairs) of the training examples; batches alternate between them.
+        power: exponent a of the gap distribution a·x^(a - 1); small values give short gaps.
+        random_non_queries: other positions than pairs and queries hold random tokens, else 0.
         examples: distinct training examples of each length; an epoch visits each once.
         validation_examples: held-out examples of each length.
 
@@ -49,7 +49,7 @@ class MQARConfig:
             self.check_length(length)
 
     def check_length(self, length: Length) -> None:
-        """Hold (tokens, pairs) to what fits.
+        """Check (tokens, pairs).
 
         Raises:
             ValueError: the queries do not fit into the tokens, or the keys into the vocabulary.
@@ -85,13 +85,14 @@ class NIAHConfig:
     S-NIAH-1 is `noise` and `number`, S-NIAH-2 `essay` and `number`, S-NIAH-3 `essay` and `uuid`.
 
     Attributes:
-        haystack: `noise`, a few sentences over and over, or `essay`, the text of `corpus`.
-        value: what the needle tells: `number`, of 7 digits, or `uuid`.
-        lengths: tokens of the training examples, the answer's included; batches take them in turn.
-        depths: how many depths there are, evenly from the haystack's start to its end.
+        haystack: `noise`, repeated sentences, or `essay`, the text of `corpus`.
+        value: content of the needle: `number`, of 7 digits, or `uuid`.
+        lengths: tokens of the training examples, the answer's included; batches alternate between
+            them.
+        depths: number of depths, evenly spaced from the haystack's start to its end.
         corpus: files, folders, or the word `stdlib`; the haystack of `essay`, at most 4 MiB of it.
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
-        validation_fraction: share of the corpus that only held-out examples are made of.
+        validation_fraction: share of the corpus reserved for held-out examples.
         examples: distinct training examples of each length; an epoch visits each once.
         validation_examples: held-out examples of each length.
 

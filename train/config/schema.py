@@ -13,19 +13,19 @@ from train.config.recall_schema import TAG, TASKS, MQARConfig, NIAHConfig
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text, every token of which is predicted from those before it: what `data` is by default.
+    """Next-token prediction on text; the default task.
 
     Attributes:
         corpus: files, folders, or the word `stdlib` (the running Python's standard library).
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
-        separator: what stands between two documents: text, or the name of one of the tokenizer's
-            special tokens; "" for nothing. None: the tokenizer's end-of-text token, if it has one
-            that `train.data.separator` knows, else a newline where a document does not end with
+        separator: placed between two documents: text, or the name of a special token of the
+            tokenizer; "" for nothing. None: the tokenizer's end-of-text token, if it has one that
+            `train.data.separator` knows; otherwise a newline where a document does not end with
             one.
-        window: tokens that a training example predicts.
-        validation_fraction: share of the documents (or of a single document) that is held out.
-        validation_bytes: at most so much held-out text is scored at the end.
-        train_bytes: at most so much text is trained on; None for all of it.
+        window: predicted tokens per training example.
+        validation_fraction: held-out share of the documents, or of a single document.
+        validation_bytes: limit of the held-out text scored at the end.
+        train_bytes: limit of the training text; None for all of it.
     """
 
     tag: ClassVar[Tag] = TAG
@@ -72,23 +72,23 @@ TASKS.update({config.task: config for config in (TextConfig, MQARConfig, NIAHCon
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, with what, and what is kept.
+    """Length, batches, checkpoints and outputs of a run.
 
     Attributes:
         steps: optimiser steps; may grow when a run is resumed, finished or not.
         batch_size: windows, or examples of a recall task, of a microbatch.
-        accumulation: microbatches of a step; their mean gradient is applied.
+        accumulation: microbatches per step; their mean gradient is applied.
         devices: local devices over which a microbatch is split; all hold the parameters.
-        seed: of the parameters, of the data's order, and of what a recall task draws.
+        seed: of the parameters, the order of the data and the examples of a recall task.
         dtype: compute type, `float32` or `bfloat16`; parameters are float32.
-        directory: where everything goes; `runs/<name of the config file>` unless set.
-        log_every: steps from one row of the curves to the next.
-        save_every: steps from one checkpoint to the next; the last step is always saved.
-        keep: how many checkpoints stay.
-        validate_every: steps from one validation to the next; 0 for the end only.
-        validate_bytes: held-out text that is scored on the way; recall tasks score all examples.
-        sample_tokens: length of the text that the trained model writes at the end; 0 for none.
-        init_from: directory of a run whose last checkpoint gives the initial parameters; None draws
+        directory: of all outputs; `runs/<name of the config file>` unless set.
+        log_every: steps between rows of the curves.
+        save_every: steps between checkpoints; the last step is always saved.
+        keep: number of checkpoints to keep.
+        validate_every: steps between validations; 0 for the end only.
+        validate_bytes: held-out text scored during training; recall tasks score all examples.
+        sample_tokens: length of the sample generated at the end; 0 for none.
+        init_from: directory of a run; its last checkpoint gives the initial parameters. None draws
             them from the seed.
         init_optimizer: also take AdamW's moments and their step count from that checkpoint. The
             schedule, the data and the random streams of the new run begin at step 0 either way.

@@ -1,4 +1,4 @@
-"""YAML files of runs: one, those that its `base` names, and one laid over another."""
+"""YAML files of runs, their `base` files, and merging."""
 
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
-    """Read a YAML file over what its `base` names, which is looked up beside it.
+    """Read a YAML file merged over its `base`, a path relative to the file's folder.
 
     Args:
         path: the file.
-        above: the files whose base it is.
+        above: the files that name it as base, directly or not.
 
     Raises:
-        UserError: a file cannot be read, or a base leads back.
+        UserError: a file cannot be read, or the bases form a cycle.
     """
     if path.resolve() in above:
         raise UserError(f"{path}: base: leads back to this file")
@@ -49,10 +49,10 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
 
 
 def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
-    """Lay `high` over `low`; a memory of another kind, or another task, replaces the whole.
+    """Merge `high` into `low`; another kind of memory or another task replaces the section.
 
     Raises:
-        UserError: they do not fit; says that of `name`, where `high` is from.
+        UserError: they do not fit; the message begins with `name`, the source of `high`.
     """
     kinds = [_select(config, "model.layer.memory.kind") for config in (low, high)]
     if None not in kinds and kinds[0] != kinds[1]:
@@ -65,16 +65,16 @@ def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
     try:
         merged = OmegaConf.merge(low, high)
     except TypeError as error:
-        raise UserError(f"{name}: has a list where a mapping of keys must be") from error
+        raise UserError(f"{name}: has a list in place of a mapping of keys") from error
     assert isinstance(merged, DictConfig)
     return merged
 
 
 def to_plain(config: DictConfig, path: Path) -> dict[str, Any]:
-    """Return plain values, `${...}` replaced by what it refers to.
+    """Return plain values, with `${...}` resolved.
 
     Raises:
-        UserError: a reference cannot be resolved; says that of `path`.
+        UserError: a reference cannot be resolved; names `path`.
     """
     try:
         plain = OmegaConf.to_container(config, resolve=True)
@@ -85,7 +85,7 @@ def to_plain(config: DictConfig, path: Path) -> dict[str, Any]:
 
 
 def _select(config: DictConfig, key: str, default: str | None = None) -> Any:
-    """Return the value at a dotted key; the default, too, where the way there is no mapping."""
+    """Return the value at a dotted key, or the default."""
     try:
         return OmegaConf.select(config, key, default=default)
     except OmegaConfBaseException:

@@ -18,14 +18,14 @@ from train.data.separator import NOTHING, Joined, Separator, choose_separator
 from train.data.tokenizer import Encode, decode_utf8, load_tokenizer, make_encoder, tokenize
 
 STDLIB = "stdlib"
-# Tests are data more than source; the rest of these differs between installations of one version.
+# Tests are mostly data; the other names differ between installations of one version.
 STDLIB_WITHOUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text that is trained on and text that never is.
+    """Training and validation text.
 
     Attributes:
         train: [tokens] the training documents, one after another.
@@ -33,8 +33,8 @@ class Corpus:
         encode: from text to tokens.
         documents: number of distinct documents on the two sides.
         fingerprint: changes when the text on either side does.
-        separator: what stands between documents, on both sides.
-        borders: places in `validation` at which the separator's token stands.
+        separator: between documents, on both sides.
+        borders: positions of the separator's token in `validation`.
         tokenizer: of the text; None for bytes.
     """
 
@@ -54,7 +54,7 @@ class Corpus:
 
     @cached_property
     def round_trip(self) -> RoundTrip | None:
-        """What decoding gives back of the validation text; None for bytes, which lose nothing."""
+        """Round trip of the validation text; None for bytes, which are lossless."""
         return round_trip(Joined(self.validation, self.borders), self.tokenizer)
 
 
@@ -97,7 +97,7 @@ def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.nd
     """Return the tokens of documents and of the separators between them.
 
     Where the separator is a token, each document is encoded by itself, as a prompt is. Otherwise
-    the text is encoded in one call: in pieces, tokens would depend on where these begin.
+    the text is encoded in one call, so that tokens do not depend on how it is split.
     """
     if separator.token is None:
         return encode(joined.text)
@@ -107,7 +107,7 @@ def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.nd
 
 
 def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
-    """Return what decoding the tokens of a text gives back of it; None for bytes.
+    """Return the round trip of a text through the tokenizer; None for bytes.
 
     Raises:
         UserError: the text is not UTF-8, or has no tokens.
@@ -119,18 +119,18 @@ def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
 
 
 def _parts(joined: Joined) -> list[bytes]:
-    """Return the documents that a separator's token stands between."""
+    """Return the documents that a separator's token joins."""
     size = len(joined.text)
     places = [0, *(place for place in joined.borders if place < size), size]
     return [joined.text[start:end] for start, end in pairwise(places)]
 
 
 def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterator[bytes]:
-    """Read every file that the words name; empty files inside folders are left out.
+    """Read the files of a corpus; empty files inside folders are skipped.
 
     Args:
         corpus: files, folders, or the word `stdlib`.
-        option: where the words are from, for error messages.
+        option: source of the corpus, for error messages.
 
     Raises:
         UserError: a word names nothing, an empty file or an empty folder.
@@ -161,7 +161,7 @@ def _is_visible_file(file: Path, folder: Path) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """Return the running Python's standard library, as one version has it everywhere."""
+    """Return the files of the running Python's standard library that every installation has."""
     root = Path(sysconfig.get_path("stdlib"))
     return [
         file
@@ -174,7 +174,7 @@ def stdlib_files() -> list[Path]:
 
 
 def distinct(documents: Iterable[bytes]) -> dict[str, bytes]:
-    """Return each content once, under its SHA-256 and in that order; paths play no part."""
+    """Return each content once, under its SHA-256 and in that order; paths are ignored."""
     return dict(sorted((hashlib.sha256(text).hexdigest(), text) for text in documents))
 
 

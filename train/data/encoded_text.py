@@ -1,4 +1,4 @@
-"""A text as a run's model sees it: its tokens, what each shows, and where each stands."""
+"""A text encoded for a run's model, with the text of each token."""
 
 import codecs
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ class Text:
     Attributes:
         source: the text: bytes where a byte is a token, else characters.
         tokens: int32 [t].
-        spans: [t, 2] where in `source` each token begins and ends.
-        pieces: the words of each token, which together are the text up to the last token's end. A
+        spans: [t, 2] begin and end of each token in `source`.
+        pieces: the text of each token; together they are the text up to the last token's end. A
             character of several tokens is shown by its last byte, or by the first token of a
             tokenizer; the others are empty.
         total: number of tokens in `source`.
@@ -32,7 +32,7 @@ class Text:
     total: int
 
     def first(self, count: int) -> "Text":
-        """Return the text with its first `count` tokens alone; `source` stays whole."""
+        """Return the text with only its first `count` tokens; `source` is unchanged."""
         kept = slice(count)
         return replace(
             self, tokens=self.tokens[kept], spans=self.spans[kept], pieces=self.pieces[kept]
@@ -75,7 +75,7 @@ def read_text(path: Path, config: TrainConfig) -> Text:
     if not encoded.ids:
         raise UserError(f"{path}: {config.tokenizer} makes no token of it: name another")
     ends = np.maximum.accumulate([end for _, end in encoded.offsets])
-    # What a tokenizer skips, such as blanks, goes with the token after it.
+    # Text that a tokenizer skips, such as blanks, belongs to the next token.
     begins = [0, *ends[:-1]]
     pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
     tokens = np.asarray(encoded.ids, np.int32)

@@ -1,4 +1,4 @@
-"""What a tokenizer loses: how much of a text decoding its tokens does not give back."""
+"""Losses of a tokenizer: encode and decode a text, and compare."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ SAMPLE = 16_384  # characters on which a loss is measured
 
 
 class RoundTrip(NamedTuple):
-    """What decoding the tokens of a text gives back; plain values.
+    """Result of encoding and decoding a text; plain values.
 
     Attributes:
         exact: decoding gives the text, nothing added.
-        lost: share of the characters that decoding does not give back in their order.
+        lost: share of the characters that decoding does not return in order.
         sample: characters from the text's start on which `lost` was measured.
     """
 
@@ -24,11 +24,11 @@ class RoundTrip(NamedTuple):
 
     @property
     def warning(self) -> str | None:
-        """One line on what is lost and what that means, or None."""
+        """A warning about a loss, or None."""
         if not self.lost:
             return None
         return (
-            f"warning: {100 * self.lost:.2g}% of the characters are not given back by decoding "
+            f"warning: {100 * self.lost:.2g}% of the characters are lost in decoding "
             f"(of the first {self.sample:,} of the text): the tokenizer drops or changes text, so "
             "its bits per byte cannot be compared with those of bytes or of another tokenizer"
         )
@@ -40,8 +40,8 @@ def check_round_trip(
     """Encode and decode texts.
 
     The whole text is checked; how much is lost is measured on its first `SAMPLE` characters, and
-    is at least one character of the whole where only what follows them is changed. Unknown tokens
-    give nothing back.
+    is at least one character of the whole if only later text changes. Unknown tokens
+    decode to nothing.
 
     Args:
         tokenizer: decodes.
@@ -93,7 +93,7 @@ def _is_subsequence(one: str, other: str) -> bool:
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the token for what the tokenizer does not know."""
+    """Return the id of the tokenizer's unknown token."""
     model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:
         return int(model["unk_id"])

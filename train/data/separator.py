@@ -1,4 +1,4 @@
-"""What stands between two documents of a corpus, and the documents joined by it."""
+"""Separators between the documents of a corpus."""
 
 import re
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]")
 
 
 class Joined(NamedTuple):
-    """Documents, one after another.
+    """Concatenated documents.
 
     Attributes:
-        text: all of them, and between them the separator where it has bytes.
-        borders: places in `text` at which a separator's token stands; empty where it is text.
+        text: the documents, joined by the separator if it has bytes.
+        borders: positions in `text` of a separator's token; empty if it is text.
     """
 
     text: bytes
@@ -36,13 +36,13 @@ class Joined(NamedTuple):
 
 @dataclass(frozen=True)
 class Separator:
-    """What stands between two documents.
+    """Separator between two documents.
 
     Attributes:
         text: bytes, which count as bytes of the text.
-        token: id of a token that stands there in place of bytes; it is predicted and has no bytes.
+        token: id of a token used in place of bytes; it is predicted and has no bytes.
         name: the token's name.
-        if_missing: nothing stands there where the document before already ends with it.
+        if_missing: omitted where the document before already ends with it.
     """
 
     text: bytes = b""
@@ -62,7 +62,7 @@ class Separator:
         return f"{'a newline' if words == NEWLINE else repr(words)}{where}"
 
     def join(self, documents: Sequence[bytes]) -> Joined:
-        """Return the documents with the separator between them; none follows the last one."""
+        """Return the documents joined by the separator."""
         parts: list[bytes] = []
         borders: list[int] = []
         size = 0
@@ -89,8 +89,8 @@ def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separato
     """Return the separator of a run.
 
     Args:
-        given: `data.separator`. None: the tokenizer's end-of-text token, if it has one whose name
-            is in `END_OF_TEXT`; else a newline where a document does not end with one. The name of
+        given: `data.separator`. None: the tokenizer's end-of-text token, if its name is in
+            `END_OF_TEXT`; else a newline where a document does not end with one. The name of
             an added token, or of any token in angle or square brackets, stands for that token. Any
             other string is text.
         tokenizer: of the run; None for bytes.

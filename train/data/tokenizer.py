@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a file, and the functions from text to tokens."""
+"""Tokenizers: loaded from a file, and functions from text to tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +68,7 @@ def read_tokenizer(tokenizer: str) -> bytes | None:
 def make_encoder(tokenizer: Tokenizer | None, option: str = "data.corpus") -> Encode:
     """Return the function from text to tokens; they are bytes where there is no tokenizer.
 
-    `option` says where the text is from, for error messages.
+    `option` is the source of the text, for error messages.
     """
     if tokenizer is None:
         return lambda text: np.frombuffer(text, np.uint8)
@@ -82,7 +82,7 @@ def make_encoder(tokenizer: Tokenizer | None, option: str = "data.corpus") -> En
 
 
 def decode_utf8(text: bytes, option: str = "data.corpus") -> str:
-    """Decode text; `option` says where it is from.
+    """Decode text; `option` is its source.
 
     Raises:
         UserError: it is not UTF-8.
@@ -94,7 +94,7 @@ def decode_utf8(text: bytes, option: str = "data.corpus") -> str:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Return the tokens of a text, and where they are in it.
+    """Return the tokens of a text and their positions.
 
     Raises:
         UserError: the tokenizer knows no token for a part of it.

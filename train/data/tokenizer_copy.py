@@ -1,4 +1,4 @@
-"""A run's own copy of its tokenizer file: written when it starts, and checked when it is read."""
+"""A run's copy of its tokenizer file: written at the start, checked when read."""
 
 import dataclasses
 import hashlib
@@ -49,7 +49,7 @@ def keep_tokenizer(directory: Path, config: TrainConfig) -> None:
 
 
 def prefer_copy(config: TrainConfig, directory: Path) -> TrainConfig:
-    """Return a configuration whose tokenizer is the copy in a run's directory, if there is one."""
+    """Return a configuration with the copy in a run's directory as tokenizer, if there is one."""
     copy = directory / FILE
     if isinstance(config.data, MQARConfig) or config.data.tokenizer == "bytes":
         return config
@@ -61,12 +61,12 @@ def with_kept_tokenizer(
 ) -> TrainConfig:
     """Return a run's configuration with the copy in its directory as the tokenizer.
 
-    A run that keeps no copy reads the file that its configuration names.
+    A run without a copy reads the file that its configuration names.
 
     Args:
         config: of the run.
         directory: of the run, which may have been moved.
-        sha256: of its tokenizer file, as its checkpoint says; None for bytes, and for runs from
+        sha256: of its tokenizer file, from its checkpoint; None for bytes, and for runs from
             before there were copies.
         given: a tokenizer that the user names; it must be the same.
 

@@ -1,4 +1,4 @@
-"""Windows of tokens, and batches of them whose position can be saved."""
+"""Windows of tokens, and batches with a checkpointable position."""
 
 from typing import SupportsIndex
 
@@ -9,7 +9,7 @@ from train.config import RunConfig, TextConfig
 
 
 class Windows(grain.sources.RandomAccessDataSource):
-    """Consecutive windows of `size + 1` tokens; neighbours share one: each is predicted once."""
+    """Consecutive windows of `size + 1` tokens; neighbours share one, so each is predicted once."""
 
     def __init__(self, tokens: np.ndarray, size: int):
         self._tokens = tokens
@@ -26,14 +26,14 @@ class Windows(grain.sources.RandomAccessDataSource):
 def make_batches(tokens: np.ndarray, data: TextConfig, run: RunConfig) -> grain.DatasetIterator:
     """Iterate without end over [accumulation, batch_size, window + 1] int32 batches.
 
-    Every epoch visits all windows once, in an order of its own that follows from the seed.
+    Every epoch visits all windows once, in a new order that depends on the seed.
     Grain's checkpoint handler saves and restores the position.
     """
     windows, rows = Windows(tokens, data.window), run.accumulation * run.batch_size
     return iter(
         grain.MapDataset.source(windows)
         .shuffle(seed=run.seed)
-        # Far beyond any run, and short enough for an index: without a number, one row overflows.
+        # More epochs than any run has; fits an index. None would overflow with one row.
         .repeat(2**48 // len(windows))
         .batch(rows)
         .map(lambda rows: rows.reshape(run.accumulation, run.batch_size, data.window + 1))

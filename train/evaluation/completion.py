@@ -1,4 +1,4 @@
-"""Text as it comes, token by token: whole characters, and an end where a stop string begins."""
+"""Streaming decoders: complete characters per token, and stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,21 +7,21 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-CONTEXT = 8  # tokens of the prompt that a decoder sees: whether a word goes on depends on them
+CONTEXT = 8  # tokens of the prompt that a decoder sees, to join or split words
 
 
 class TextDecoder(Protocol):
-    """Turns tokens into text; keeps what may be the beginning of a character."""
+    """Turns tokens into text; buffers incomplete characters."""
 
     def push(self, token: int) -> str:
         """Return the text that is certain after this token."""
 
     def end(self) -> str:
-        """Return what is left when no token follows; U+FFFD for what is no character."""
+        """Return the buffered text at the end; U+FFFD for invalid characters."""
 
 
 class ByteDecoder:
-    """A token is a byte of UTF-8; ids from 256 on are none, and shown as U+FFFD."""
+    """Tokens are bytes of UTF-8; ids from 256 on are shown as U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -37,7 +37,7 @@ class ByteDecoder:
 
 
 class WordDecoder:
-    """Tokens of a Hugging Face tokenizer; an id that it has no token for is shown as U+FFFD.
+    """Tokens of a Hugging Face tokenizer; an unknown id is shown as U+FFFD.
 
     Args:
         tokenizer: decodes.
@@ -63,23 +63,23 @@ class WordDecoder:
         return text
 
     def end(self) -> str:
-        """Return the text of the tokens that stand for no whole character."""
+        """Return the text of the tokens that form no complete character."""
         held, self._held = self._held, []
         return self._tokenizer.decode(held, skip_special_tokens=False)
 
 
 def make_decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> TextDecoder:
-    """Return the decoder of what follows a prompt; of bytes where there is no tokenizer."""
+    """Return the decoder for a prompt's completion; of bytes without a tokenizer."""
     return ByteDecoder() if tokenizer is None else WordDecoder(tokenizer, prompt)
 
 
 class Completion:
-    """What follows one prompt.
+    """Completion of one prompt.
 
     Attributes:
-        text: so far, without a stop string and what follows it.
-        tokens: how many came, those of a stop string included.
-        finish: None while it goes on; `stop` or `length` at its end.
+        text: so far, up to a stop string.
+        tokens: number of tokens, including a stop string's.
+        finish: None while running; `stop` or `length` at the end.
 
     Args:
         decoder: of its tokens.
@@ -97,7 +97,7 @@ class Completion:
         self._held = ""  # may be the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """Take the next token, and return the text that can be shown now."""
+        """Add the next token, and return the text that can be shown."""
         self.tokens += 1
         held = self._held + self._decoder.push(token)
         last = self.tokens == self._limit
@@ -116,14 +116,14 @@ class Completion:
 
 
 def printable(text: str) -> str:
-    """Replace the control characters that a terminal would obey, but for line feed and tab."""
+    """Replace control characters except line feed and tab."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
 
 
 def _begun(text: str, stops: Sequence[str]) -> int:
-    """Return how many characters at the end of `text` may begin a stop string."""
+    """Return the number of characters at the end of `text` that may begin a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in stops):

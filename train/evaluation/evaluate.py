@@ -36,18 +36,18 @@ OF_NEEDLES = ("depths", "haystack", "value", "corpus")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is tested; None takes what the run was trained on, or the task's default.
+    """Options of a test; None = as the run was trained, or the task's default.
 
     Attributes:
         task: `text`, `mqar` or `niah`.
         lengths: `tokens:pairs,...` (mqar) or `tokens,...` (niah).
         examples: of each length and, for niah, each depth.
-        seed: of the test examples; whatever it is, they are none that was trained on.
-        depths: how many (niah).
+        seed: of the test examples; with any seed they differ from the training examples.
+        depths: number of depths (niah).
         haystack: `noise` or `essay` (niah).
         value: `number` or `uuid` (niah).
-        corpus: files or folders: the text that is scored, all of it (text), or whose held-out share
-            an `essay` is made of (niah).
+        corpus: files or folders. text: all of it is scored; niah: an `essay` is made of its
+            held-out share.
     """
 
     task: str | None = None
@@ -72,9 +72,9 @@ class Evaluation:
         examples: of a cell.
         seed: of the test examples.
         cells: tokens and pairs (mqar), or tokens (niah), and the score.
-        parts: tokens, and distance (mqar: at least so many tokens from key to query, and less than
-            twice as many) or depth (niah: 0 to 1), and the score.
-        size: what the model takes for the longest test examples; see `size_of`.
+        parts: tokens, and distance (mqar: tokens from key to query, from `distance` to less than
+            twice that) or depth (niah: 0 to 1), and the score.
+        size: cost of the model at the longest test examples; see `size_of`.
     """
 
     task: str
@@ -105,7 +105,7 @@ def evaluate(
         UserError: there is no checkpoint, or an option does not fit the run or the task.
         OSError: a file cannot be read or written.
     """
-    # The answers of mqar are no text.
+    # The answers of mqar are not text.
     config, model, step, _ = load_run(directory, needs_text=options.task != MQARConfig.task)
     task = options.task or config.data.task
     if task == TextConfig.task:
@@ -143,14 +143,13 @@ def check_text_options(
     """
     if isinstance(config.data, MQARConfig):
         raise UserError(
-            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: name mqar or "
-            "niah"
+            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: use mqar or niah"
         )
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     defaults = dataclasses.asdict(EvaluationOptions())
     for name, value in (given | {"plot": plot}).items():
         if name not in OF_TEXT and value != defaults.get(name):
-            raise UserError(f"--{name}: has no meaning for --task text: name mqar or niah")
+            raise UserError(f"--{name}: has no meaning for --task text: use mqar or niah")
 
 
 def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:
@@ -188,7 +187,7 @@ def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIA
 
 
 def _needles_for(config: TrainConfig) -> NIAHConfig:
-    """Return the task for a run on something else: on text, with what that holds out."""
+    """Return the task for a run on text, with its held-out text."""
     if not isinstance(config.data, TextConfig):
         return NIAHConfig(tokenizer=config.tokenizer)
     names = ("corpus", "tokenizer", "validation_fraction")
@@ -196,10 +195,10 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
 
 
 def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int) -> dict[str, Any]:
-    """Return parameters, and what the longest example takes: its tokens, state bytes and FLOPs.
+    """Return parameters, and tokens, state bytes and FLOPs of the longest example.
 
-    `state_bytes` is `stream_bytes` after so many `tokens`; `flops_per_token` is of the forward
-    pass, in the mean over them.
+    `state_bytes` is `stream_bytes` after `tokens` tokens; `flops_per_token` is of the forward
+    pass, averaged over them.
     """
     tokens = data.max_tokens
     return {
@@ -211,7 +210,7 @@ def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int)
 
 
 def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
-    """Return the bytes of a stream's cache after so many tokens, None where it cannot stream."""
+    """Return the bytes of a stream's cache after `tokens` tokens; None if it cannot stream."""
     try:
         for layer in config.block_layers:
             if isinstance(layer, MCConfig):
@@ -224,18 +223,18 @@ def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
 def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
     """Return the test lengths: those that were trained, and up to twice as long.
 
-    For MQAR all tokens go with all pairs for which there is room, of those that were trained and of
-    twice the most.
+    For MQAR all lengths are combined with all numbers of pairs that fit: those of training and
+    twice the largest.
     """
     if isinstance(data, NIAHConfig):
         return tuple(sorted({*data.lengths, 2 * max(data.lengths)}))
     every_tokens, every_pairs = ({size[i] for size in data.lengths} for i in (0, 1))
-    room = data.vocab_size // 2 - 1
+    keys = data.vocab_size // 2 - 1
     return tuple(
         (tokens, pairs)
         for tokens in sorted({*every_tokens, 2 * max(every_tokens)})
         for pairs in sorted({*every_pairs, 2 * max(every_pairs)})
-        if 4 * pairs <= tokens and pairs <= room
+        if 4 * pairs <= tokens and pairs <= keys
     )
 
 
@@ -263,7 +262,7 @@ def run_tests(
     data: MQARConfig | NIAHConfig,
     options: EvaluationOptions,
 ) -> Evaluation:
-    """Test a model on the examples that `data` says.
+    """Test a model on the examples of `data`.
 
     Raises:
         UserError: the model or the haystack's text do not fit.
@@ -337,7 +336,7 @@ def tables(found: Evaluation, title: str) -> list[ResultTable]:
         row[f"{part['tokens']} tokens"] = f"{100 * part['accuracy']:.3g} ({interval})"
     notes = [
         size_line(found.size),
-        f"{found.examples} test examples of a cell, seed {found.seed}",
+        f"{found.examples} test examples per cell, seed {found.seed}",
         "from, to, and in parentheses: Wilson's 95% interval",
     ]
     return [
@@ -351,7 +350,7 @@ def size_line(size: dict[str, Any]) -> str:
     state = "it cannot stream"
     if size["state_bytes"] is not None:
         state = f"after {size['tokens']:,} tokens a state of {size['state_bytes']:,} bytes"
-    flops = f"{size['flops_per_token'] / 1e3:,.3g} kFLOP a token"
+    flops = f"{size['flops_per_token'] / 1e3:,.3g} kFLOP per token"
     return f"{size['parameters']:,} parameters; {state}; {flops}"
 
 

@@ -1,4 +1,4 @@
-"""`mc evaluate` on text: bits per byte of a run's validation text or of any other, by position."""
+"""`mc evaluate` on text: bits per byte of the validation text or of other text, by position."""
 
 import dataclasses
 import hashlib
@@ -42,16 +42,16 @@ class TextEvaluation:
         text: `validation`, or the files and folders that were scored.
         model: memory and aggregation.
         parameters: of the model.
-        window: tokens; each window starts from nothing.
+        window: tokens; each window starts with an empty state.
         bits_per_byte: over all bytes; separators that are tokens are predicted and have no bytes.
         bytes: of the text.
         tokens: of the text, separators included.
         tokens_per_byte: 1 where a token is a byte.
         documents: files, or distinct documents of the validation text.
         sha256: of the text.
-        separator: what stands between documents, in words.
-        round_trip: what decoding the tokens gives back; None for bytes.
-        references: bits per byte of methods that need no model.
+        separator: the separator between documents, in words.
+        round_trip: of the tokenizer; None for bytes.
+        references: bits per byte of methods without a model.
         unit: what a token is: a "byte", or a "token" of a tokenizer.
         positions: bits per token by position in the window; see `by_position`.
     """
@@ -87,8 +87,8 @@ def evaluate_text(
     """Score a text, and print and write the results.
 
     Args:
-        run: whose model scores.
-        corpus: files and folders, all of whose text is scored; None = the run's validation text.
+        run: its model scores the text.
+        corpus: files and folders; all of their text is scored; None = the run's validation text.
         console: where the results are printed.
         json_file: where the numbers go.
         markdown: where the tables go.
@@ -113,7 +113,7 @@ def evaluate_text(
 
 
 def score_text(run: LoadedRun, corpus: tuple[str, ...]) -> TextEvaluation:
-    """Score all text of files and folders, in their order, as the validation text is scored.
+    """Score the text of files and folders, in order, as the validation text is scored.
 
     Raises:
         UserError: a file is missing, empty or not text.
@@ -153,7 +153,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
     if not isinstance(data, TextConfig):
         raise UserError(
             f"{run.directory}: --task text: a run on data.task = {data.task!r} has no validation "
-            "text: name a text with --corpus"
+            "text: give a text with --corpus"
         )
     for word in data.corpus:
         if word != STDLIB and not Path(word).exists():
@@ -202,7 +202,7 @@ def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
         *([f"between documents: {found.separator}"] if several else []),
         f"{found.tokens:,} tokens, {found.tokens_per_byte:.3g} per byte; windows of "
         f"{found.window:,} tokens; {found.parameters:,} parameters",
-        "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone",
+        "order-0 (entropy of the byte frequencies) and xz -9 know only these bytes",
     ]
     if found.round_trip is not None and found.round_trip.warning:
         notes.append(found.round_trip.warning)

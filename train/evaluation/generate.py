@@ -29,18 +29,18 @@ from train.step import split
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a text goes on.
+    """Options of generation.
 
     Attributes:
         max_tokens: the most tokens of a completion.
         temperature: 0 is greedy.
-        top_k: as `mc_jax.sample` takes it.
-        top_p: likewise.
+        top_k: as in `mc_jax.sample`.
+        top_p: as in `mc_jax.sample`.
         seed: of all random streams.
         stops: strings that end a completion, and are cut off.
         cache_dtype: of the cached memories, `float32` or `bfloat16`.
-        cache_device: where they lie, `device` or `host`.
-        batch_size: prompts that go on together; no completion depends on it.
+        cache_device: of the cached memories, `device` or `host`.
+        batch_size: prompts per batch; has no effect on a completion.
 
     Raises:
         UserError: names the option, its value and what is allowed.
@@ -68,7 +68,7 @@ class GenerationOptions:
             raise UserError(f"seed = {self.seed}: must be in 0..{SEEDS - 1}")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
-                raise UserError(f"{name} = {value}: needs a temperature > 0; 0 is greedy")
+                raise UserError(f"{name} = {value}: needs temperature > 0; 0 is greedy")
         if "" in self.stops:
             raise UserError("stop = '': must have a character")
 
@@ -109,15 +109,15 @@ def complete(
     show: Show = lambda row, text: None,
     **more: Any,
 ) -> list[Completion]:
-    """Go on with one batch of prompts.
+    """Continue one batch of prompts.
 
     Args:
-        model: what goes on.
+        model: the language model.
         tokenizer: of the model; None = bytes.
         prompts: at least one.
-        options: how.
+        options: of generation.
         speed: is added to.
-        first_row: the number of the first prompt, which its random stream follows from.
+        first_row: the number of the first prompt; seeds its random stream.
         show: called with the row and its next piece of text.
         more: further arguments of `mc_jax.generate`.
 
@@ -178,12 +178,12 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
 
     Args:
         source: a run's folder, or a `.safetensors` file of a language model. A file holds no
-            tokenizer; if it does not say that its tokens are bytes, they are where there are 256.
+            tokenizer; if it does not declare bytes, its tokens are bytes if there are 256.
         tokenizer: `bytes`, or the path of a `tokenizer.json`, which must be the one that the model
-            was trained with; None = as `source` says.
+            was trained with; None = from `source`.
 
     Raises:
-        UserError: nothing there can be loaded, or its tokens are unknown.
+        UserError: it cannot be loaded, or its tokens are unknown.
         OSError: a file cannot be read.
     """
     if source.suffix == ".safetensors" and not source.is_dir():
@@ -211,13 +211,13 @@ def run(
     """Continue prompts; text goes to stdout as soon as it is certain, the speed to stderr.
 
     With an output, the rows of each finished batch go to a partial file, from which a later call
-    with the same arguments resumes; a row depends on its number and not on its batch.
+    with the same arguments resumes; a row depends on its number, not on its batch.
 
     Args:
-        source: as `load_source` takes it.
-        prompts: as `read_prompts` returns them.
-        options: how.
-        tokenizer: as `load_source` takes it.
+        source: see `load_source`.
+        prompts: from `read_prompts`.
+        options: of generation.
+        tokenizer: see `load_source`.
         output: a file for one JSON object per prompt; must not exist.
         as_lines: print JSON objects, unless they go to `output`, in place of a completion's text.
 
@@ -260,7 +260,7 @@ def _run_batches(
     partial: Partial | None,
     as_lines: bool,
 ) -> Speed:
-    """Continue the prompts that have no row in `partial`, and print what comes or keep it there."""
+    """Continue the prompts without a row in `partial`; print the text or save it there."""
     speed, terminal = Speed(), is_terminal()
 
     def show(row: int, text: str) -> None:
@@ -294,7 +294,7 @@ def _run_batches(
 def _settings(
     model: LanguageModel, tokenizer: Tokenizer | None, options: GenerationOptions
 ) -> dict[str, Any]:
-    """Return what a row depends on apart from its prompt and its number."""
+    """Return the settings that a row depends on, apart from its prompt and number."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
         digest.update(jax.tree_util.keystr(path).encode())

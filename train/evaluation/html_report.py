@@ -1,4 +1,4 @@
-"""One HTML page of an inspection: pictures, numbers and the text, readable without a network."""
+"""One HTML page of an inspection: pictures, numbers and the text, self-contained."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection
 
-# The policy forbids a browser to load anything from anywhere.
+# The policy forbids loading any resource.
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -36,7 +36,7 @@ def make_page(found: Inspection, pictures: Sequence[bytes]) -> str:
 
     Args:
         found: the inspection.
-        pictures: a PNG a layer.
+        pictures: one PNG per layer.
     """
     parts = [HEAD.format(title=escape(f"{found.run}: inside")), f"<h1>{escape(found.run)}</h1>"]
     parts.append(f"<p>{escape(found.summary)}.</p>")
@@ -59,8 +59,8 @@ def make_page(found: Inspection, pictures: Sequence[bytes]) -> str:
     parts.append("<h2>The text</h2>")
     parts.append(
         "<p>The darker a token, the larger the share of its gates on cached memories, mean over "
-        "layers and heads; pointing at it shows which memory each layer weighs most. A box ends "
-        "each segment.</p>"
+        "layers and heads; hover for the memory with the largest weight in each layer. A box "
+        "ends each segment.</p>"
     )
     parts.append(f'<div class="text">{_text(found)}</div>\n</body>\n</html>\n')
     return "\n".join(parts)

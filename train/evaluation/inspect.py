@@ -1,4 +1,4 @@
-"""`mc inspect`: look inside of a trained model, token by token."""
+"""`mc inspect`: gates, memory norms and inner losses of a trained model, token by token."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from train.evaluation.html_report import make_page
 from train.evaluation.inspection_plots import draw_layer
 from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection, look, to_json
 
-LIMIT = 4096  # tokens, unless the user asks for more
+LIMIT = 4096  # tokens by default
 ROWS = 32  # of a printed table
 
 
@@ -31,11 +31,11 @@ def inspect(
     Args:
         directory: the run.
         path: the text.
-        console: where a table is printed, and where the files are.
-        json_file: where the numbers go, if anywhere.
-        output: folder of `inspect.html` and a `layer-<i>.png` a layer; None = `inspect` in the run.
-        tokens: at most so many from the text's start; None = 4,096.
-        needle: words of the text to whose segment the gates of later tokens should point.
+        console: where a table and the paths of the files are printed.
+        json_file: output file of the numbers, or None.
+        output: folder of `inspect.html` and `layer-<i>.png`; None = `inspect` in the run.
+        tokens: limit, from the text's start; None = 4,096.
+        needle: words of the text; the gates of later tokens should weight their segment.
 
     Raises:
         UserError: there is no checkpoint, or the text or the needle cannot be used.
@@ -65,7 +65,7 @@ def inspect(
 
 
 def print_inspection(console: Console, found: Inspection) -> None:
-    """Print means over tokens, a row a head, and what the gates give to the needle."""
+    """Print means over tokens, one row per head, and the gates' weight on the needle."""
 
     def say(words: str) -> None:
         console.print(words, soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Pictures of what a layer did with a text, a panel a quantity, as PNG."""
+"""Plots of a layer's trace, one panel per quantity, as PNG."""
 
 from itertools import product
 
@@ -24,9 +24,9 @@ def draw_layer(
     """Draw gates, their entropy, norms and inner losses of a layer, over tokens.
 
     Args:
-        layer: fields of a `Trace` by name, without the batch's axis.
+        layer: fields of a `Trace` by name, without the batch axis.
         lengths: tokens of each segment.
-        title: what stands above.
+        title: of the figure.
         aggregation: of the model; a sparse one adds a panel with how often each segment is read.
         needle: segments to be framed.
     """
@@ -66,7 +66,7 @@ def draw_layer(
 
 
 def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) -> None:
-    """Draw a heat map of gates [t, h, n + 1] a head: memories, the online one on top, by tokens."""
+    """Draw one heat map per head of gates [t, h, n + 1]: tokens by memories, online on top."""
     memories = gates.shape[-1]
     # A root scale: among many memories most weights are small.
     highest = float(np.max(gates, initial=1.0, where=np.isfinite(gates)))
@@ -85,7 +85,7 @@ def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) 
 
 
 def draw_choices(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
-    """Draw how often each segment was chosen: counts [n, h] as shares of the tokens after it."""
+    """Draw the selection counts [n, h] of each segment, as shares of the tokens after it."""
     after = sum(lengths) - np.cumsum(lengths)
     share = counts[:-1] / after[:-1, None]
     place, heads = np.arange(len(share)), share.shape[1]

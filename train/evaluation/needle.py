@@ -1,4 +1,4 @@
-"""Whether the gates point at the segment that holds a needle."""
+"""Weight of the gates on the segment of a needle."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from train.data.encoded_text import Text
 
 @dataclass(frozen=True)
 class Needle:
-    """What tokens after a needle's segment give to it; a weight is a share of a token's gates.
+    """Weight of later tokens on a needle's segment; a weight is a share of a token's gates.
 
     Arrays are [layers, heads]. A rank is among the cached segments, 1 the highest; of equal weights
-    it is the worst, so gates that do not choose rank nothing first.
+    it is the lowest, so uniform gates rank nothing first.
 
     Attributes:
         words: the needle.
@@ -22,12 +22,12 @@ class Needle:
         segments: the segments that they are in; weights are of all of these together.
         cached: memories that the last token could read from the cache.
         last_weight: the last token's weight.
-        last_uniform: what equal weights would give.
+        last_uniform: the same under equal weights.
         last_rank: of the last token's weight.
         mean_weight: mean over the tokens after the needle's segment.
-        mean_uniform: likewise of equal weights.
+        mean_uniform: the same under equal weights.
         first_share: share of those tokens for which the needle ranks first.
-        constant: whether the aggregation weighs all memories alike.
+        constant: the aggregation weights all memories alike.
         blocks: the number of each layer's block.
     """
 
@@ -56,15 +56,15 @@ class Needle:
 
     @property
     def uniforms(self) -> str:
-        """What equal weights would give it, in words."""
+        """Weight of the needle under equal weights, in words."""
         return (
             f"equal weights would give it {self.last_uniform:.3f} at the end, "
-            f"{self.mean_uniform:.3f} in the mean"
+            f"{self.mean_uniform:.3f} on average"
         )
 
     @property
     def verdict(self) -> str:
-        """Say whether the gates point at the needle when the text ends."""
+        """The result at the last token, in words."""
         layer, head = np.unravel_index(np.argmax(self.last_weight), self.last_weight.shape)
         most = (
             f"the largest weight is {self.last_weight[layer, head]:.3f} in layer "
@@ -73,7 +73,7 @@ class Needle:
             f"{self.mean_weight[layer, head]:.3f}"
         )
         if self.constant:
-            return f"no: this aggregation weighs all memories alike; {most}"
+            return f"no: this aggregation weights all memories alike; {most}"
         count, all_ = int(self.pointing.sum()), self.pointing.size
         begin = "yes" if count else "no"
         return f"{begin}: at the last token {count} of {all_} gates point at {self.where}; {most}"
@@ -116,14 +116,14 @@ def weigh_needle(
     aggregation: str,
     blocks: tuple[int, ...] | None = None,
 ) -> Needle:
-    """Measure what the tokens after a needle's segment give to it.
+    """Measure the weight of later tokens on a needle's segment.
 
     Args:
         words: the needle.
         tokens: from `find_needle`.
         gates: [layers, t, h, n + 1], the online memory last.
         segment: [t] each token's segment.
-        aggregation: what the gates are of.
+        aggregation: of the gates.
         blocks: the number of each layer's block; None = 0, 1...
     """
     segments = np.unique(segment[tokens])

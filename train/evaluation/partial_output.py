@@ -1,4 +1,4 @@
-"""Finished rows of an output, kept in a file until all of them are there."""
+"""Partial outputs: finished rows, saved until the output is complete."""
 
 import json
 import os
@@ -15,10 +15,10 @@ OutputRow = dict[str, Any]
 
 
 class Partial:
-    """The rows of `output` that are finished, in `<output>.partial`.
+    """Finished rows of `output`, in `<output>.partial`.
 
     Its first line holds the settings that every row depends on; each other line holds a row and the
-    key of its input. The last line is dropped where a kill cut it off.
+    key of its input. An incomplete last line is dropped.
 
     Args:
         output: the file that the rows become.
@@ -30,7 +30,7 @@ class Partial:
         rows: the finished rows, the first of all.
 
     Raises:
-        UserError: the file holds rows of other settings or inputs, or something else.
+        UserError: the file holds rows of other settings or inputs, or is not valid.
         OSError: it cannot be read.
     """
 
@@ -39,7 +39,7 @@ class Partial:
         self.rows: list[OutputRow] = []
         self._output, self._keys = output, keys
         self._settings = json.loads(json.dumps(settings))
-        self._size = 0  # of the whole lines
+        self._size = 0  # of the complete lines
         if self.path.exists():
             *lines, rest = self.path.read_bytes().split(b"\n")
             self._size = self.path.stat().st_size - len(rest)
@@ -84,11 +84,11 @@ class Partial:
     def __str__(self) -> str:
         if not self.rows:
             return "no row is finished"
-        return f"{len(self.rows)} of {len(self._keys)} rows are kept in {self.path}"
+        return f"{len(self.rows)} of {len(self._keys)} rows are saved in {self.path}"
 
     def _load(self, lines: Sequence[bytes]) -> None:
-        """Take the rows of the whole lines of the file."""
-        advice = f"delete it to begin anew, or name an output other than {self._output}"
+        """Read the rows of the complete lines of the file."""
+        advice = f"delete it to start over, or name an output other than {self._output}"
         try:
             found = [json.loads(line) for line in lines]
             settings = found[0]["settings"] if found else self._settings

@@ -8,7 +8,7 @@ from mc_core.errors import UserError
 from train.evaluation.partial_output import OutputRow
 from train.stdio import read_bytes
 
-ADDED = ("completion", "tokens", "finish")  # keys of an output row that its prompt's row lacks
+ADDED = ("completion", "tokens", "finish")  # keys that an output row adds to its prompt's row
 
 
 class Prompt(NamedTuple):
@@ -25,11 +25,11 @@ class Prompt(NamedTuple):
 def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:
     """Return the prompts of `--prompt`, `--prompt-file` or `--prompts`, of which one is given.
 
-    Files, and stdin for the path `-`, are read as UTF-8 in any locale. What is not UTF-8 stays as
-    it is in a text, for models of bytes, and is an error in a file of lines.
+    Files, and stdin for the path `-`, are read as UTF-8 in any locale. Invalid UTF-8 is
+    passed on in a text, for models of bytes, and is an error in a file of lines.
 
     Raises:
-        UserError: none or several are given, one is empty, or a line is not what it must be.
+        UserError: none or several are given, one is empty, or a line is not valid.
         OSError: a file cannot be read.
     """
     given = [option is not None for option in (text, file, lines)]

@@ -1,4 +1,4 @@
-"""Accuracy as pictures: by pairs and distance, and by depth and length."""
+"""Plots of accuracy: by pairs and distance, and by depth and length."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ Cells = Sequence[dict[str, float]]
 
 
 def draw_recall(cells: Cells, parts: Cells, title: str) -> bytes:
-    """Draw accuracy by number of pairs and by distance, a line for each number of tokens.
+    """Draw accuracy by number of pairs and by distance, one line per number of tokens.
 
     Bars are 95% intervals.
 
     Args:
         cells: with tokens, pairs, accuracy, low, high.
         parts: with tokens, distance, accuracy, low, high.
-        title: what stands above.
+        title: of the figure.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -43,7 +43,7 @@ def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
     Args:
         cells: with tokens; the map's columns.
         parts: with tokens, depth, accuracy.
-        title: what stands above.
+        title: of the figure.
     """
     lengths = [cell["tokens"] for cell in cells]
     depths = sorted({part["depth"] for part in parts})
@@ -64,7 +64,7 @@ def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
 
 
 def plot_scores(axes: Axes, places: Sequence[float], rows: Cells, label: str) -> None:
-    """Draw a line of accuracies with their intervals."""
+    """Draw accuracies with their intervals."""
     middle = np.array([row["accuracy"] for row in rows])
     ends = np.array([[row["low"] for row in rows], [row["high"] for row in rows]])
     axes.errorbar(

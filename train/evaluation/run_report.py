@@ -1,4 +1,4 @@
-"""What a finished run shows: a table, the curves and the router's picture."""
+"""Report of a finished run: table, curves and gates."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ FILE = "report.json"
 
 @dataclass(frozen=True)
 class TextReport:
-    """The outcome of a run; plain values, saved as JSON beside its checkpoints."""
+    """Result of a run; plain values, saved as JSON in its directory."""
 
     name: str
     model: str  # memory and aggregation
@@ -36,16 +36,16 @@ class TextReport:
     validation_sha256: str
     documents: tuple[int, int]  # training, validation
     references: References
-    unit: str  # what a token is: a "byte", or a "token" of a tokenizer
-    positions: list[dict[str, Any]]  # bits a token by position in the window; see `by_position`
+    unit: str  # of a token: a "byte", or a "token" of a tokenizer
+    positions: list[dict[str, Any]]  # bits per token by position in the window; see `by_position`
     sample: Sample | None = None
-    separator: str | None = None  # what stands between documents, in words
+    separator: str | None = None  # the separator between documents, in words
     validation_tokens: int | None = None
     round_trip: RoundTrip | None = None  # of the validation text; None for bytes
 
     @property
     def lossy(self) -> bool:
-        """Whether the tokenizer drops or changes text."""
+        """True if the tokenizer drops or changes text."""
         return self.round_trip is not None and self.round_trip.lost > 0
 
 
@@ -76,9 +76,9 @@ def load_report(run: Path) -> TextReport | None:
 
 
 def siblings(run: Path, report: TextReport) -> list[TextReport]:
-    """Return the reports of finished runs beside this one that were scored on the same bytes.
+    """Return the reports of finished runs in the same folder, scored on the same bytes.
 
-    Those that cannot be read are left out.
+    Unreadable ones are skipped.
     """
     here = run.resolve()
     found = []
@@ -93,14 +93,14 @@ def siblings(run: Path, report: TextReport) -> list[TextReport]:
 
 
 def print_report(console: Console, run: Path, report: TextReport) -> None:
-    """Print the run beside others and the references, best first, and who is ahead.
+    """Print the run, other runs and the references, best first, and a summary.
 
     The loss by position and the run's sample come last.
     """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
         f"are not among the {report.documents[0]} trained on;\n"
-        "order-0 (entropy of the byte frequencies) and xz -9 know these bytes alone"
+        "order-0 (entropy of the byte frequencies) and xz -9 know only these bytes"
     )
     for line in text_notes(report):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -127,7 +127,7 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
 
 
 def text_notes(report: TextReport) -> list[str]:
-    """Return lines on what stands between documents, on the tokenizer, and on what it loses."""
+    """Return notes on the separator, the tokenizer and its losses."""
     notes = data_notes(report.separator, report.documents, report.round_trip)
     if report.unit == "token" and report.validation_tokens is not None:
         rate = report.validation_tokens / report.validation_bytes
@@ -138,7 +138,7 @@ def text_notes(report: TextReport) -> list[str]:
 def data_notes(
     separator: str | None, documents: tuple[int, int], round_trip: RoundTrip | None
 ) -> list[str]:
-    """Return lines on what stands between documents, if there are several, and on what is lost."""
+    """Return notes on the separator, for several documents, and the tokenizer's losses."""
     notes = []
     if separator is not None and max(documents) > 1:
         notes.append(f"between documents: {separator}")
@@ -160,12 +160,12 @@ def print_positions(console: Console, report: TextReport) -> None:
 
 
 def verdict(report: TextReport) -> str:
-    """Say in words which references the model beats, and how far it is from the others."""
+    """Return a sentence that compares the model with the references."""
     parts = []
     for name, bits in zip(("uniform", "order-0", "xz -9"), report.references, strict=True):
         gap = report.bits_per_byte - bits
         share = f"{abs(gap):.3f} bits per byte, {abs(gap) / bits:.0%}"
-        parts.append(f"beats {name} by {share}" if gap < 0 else f"is behind {name} by {share}")
+        parts.append(f"beats {name} by {share}" if gap < 0 else f"is worse than {name} by {share}")
     return f"{report.name}: {report.bits_per_byte:.3f} bits per byte; " + "; ".join(parts)
 
 
@@ -173,7 +173,7 @@ def draw_curves(run: Path) -> None:
     """Draw `curves.png` from the rows of the run."""
     rows = read_rows(run)
     panels = {
-        "loss (nats a token)": "loss",
+        "loss (nats per token)": "loss",
         "validation bits per byte": "validation_bits_per_byte",
         "validation accuracy": "validation_accuracy",
         "gradient norm": "grad_norm",
@@ -194,10 +194,10 @@ def draw_curves(run: Path) -> None:
 
 
 def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...]) -> None:
-    """Draw `router.png`: the weight of each memory in each token's read, a panel a block.
+    """Draw `router.png`: the weight of each memory in each token's read, one panel per block.
 
     Args:
-        run: where to.
+        run: directory to write to.
         gates: by block [t, n + 1], mean over heads: cached segments, the online memory last.
         lengths: tokens of each segment.
     """

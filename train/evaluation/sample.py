@@ -1,4 +1,4 @@
-"""A short text at the end of a run: how the model goes on with the validation text."""
+"""A short text at the end of a run: a continuation of the validation text."""
 
 from typing import NamedTuple
 
@@ -18,21 +18,21 @@ PROMPT_BYTES = 256
 
 
 class Sample(NamedTuple):
-    """A prompt and how a model goes on; plain values, saved as JSON."""
+    """A prompt and its continuation; plain values, saved as JSON."""
 
     prompt: str
     text: str
-    note: str  # how it was drawn, or why there is none
+    note: str  # the options, or the reason why there is none
 
 
 def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) -> Sample:
-    """Go on with the beginning of the validation text, for `run.sample_tokens` tokens."""
+    """Continue the beginning of the validation text by `run.sample_tokens` tokens."""
     options = GenerationOptions(config.run.sample_tokens, temperature=0.8, batch_size=1)
-    # No longer than half of what the model has seen at once; and a whole character at least.
+    # At most half of a training window, and at least one whole character.
     text = clip(validation, min(PROMPT_BYTES, max(4, int(config.data.mean_tokens) // 2)))
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     try:
-        # Blocks of one token: one program to compile, where a second would take longer than they.
+        # Blocks of one token: compiling a second program would take longer.
         (row,) = complete(model, tokenizer, [Prompt("validation", text)], options, Speed(), block=1)
     except (UserError, NotFiniteError) as error:
         return Sample(text.decode(errors="replace"), "", f"no sample: {error}")
@@ -50,6 +50,6 @@ def print_sample(console: Console, name: str, sample: Sample) -> None:
 
     if sample.text:
         show("the validation text begins:", sample.prompt)
-        show(f"{name} goes on ({sample.note}):", sample.text)
+        show(f"{name} continues ({sample.note}):", sample.text)
     else:
         console.print(sample.note, soft_wrap=True, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""How many answers are right, and how sure that is."""
+"""Accuracy and its interval."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile: 95% lie within
-UNITS = {"mqar": "queries", "niah": "needles"}  # what is asked, by task
+UNITS = {"mqar": "queries", "niah": "needles"}  # unit of an answer, by task
 
 
 class Score(NamedTuple):
-    """Right ones among those that were asked, and the mean loss in nats a token asked for."""
+    """Right and asked answers, and their mean loss in nats per token."""
 
     right: int
     asked: int
@@ -48,12 +48,12 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 class Answers(NamedTuple):
-    """What a model made of n examples with p answers each."""
+    """Scores of n examples with p answers each."""
 
     losses: np.ndarray  # float32 [n, p], nats
     right: np.ndarray  # bool [n, p]
     weights: np.ndarray  # [n, p], 0 where a row has fewer than p answers
-    distances: np.ndarray  # int [n, p]: tokens from what was asked for to the question
+    distances: np.ndarray  # int [n, p]: tokens from the value to the query
 
     def score(self, chosen: np.ndarray | None = None, *, whole: bool = False) -> Score:
         """Count.
@@ -102,7 +102,7 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
 
 
 def join(parts: list[Answers]) -> Answers:
-    """Return all answers, rows with fewer of them filled up with ones that do not count."""
+    """Return all answers; shorter rows are padded with answers of weight 0."""
     width = max(part.right.shape[1] for part in parts)
 
     def wide(field: np.ndarray) -> np.ndarray:

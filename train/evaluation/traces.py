@@ -1,4 +1,4 @@
-"""What a run's model did with a text: gates, memories, inner losses, the needle; plain values."""
+"""Inspection of a text: gates, memories, inner losses and the needle; plain values."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,9 @@ from train.checkpoint import load_run
 from train.data.encoded_text import Text, read_text
 from train.evaluation.needle import Needle, find_needle, weigh_needle
 
-LayerTrace = dict[str, np.ndarray]  # the fields of a trace that are there, without the batch's axis
+LayerTrace = dict[
+    str, np.ndarray
+]  # the fields of a trace that are not None, without the batch axis
 COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after")
 # Fields of a trace that follow from `segment_lengths`, as no token is masked.
 DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
@@ -21,7 +23,7 @@ NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
 
 
 class Inspection(NamedTuple):
-    """What a run's model did with a text."""
+    """Traces of a run's model on a text."""
 
     run: str
     step: int
@@ -53,7 +55,7 @@ class Inspection(NamedTuple):
 
     @property
     def needle_rows(self) -> list[list[str]]:
-        """What each gate gives to the needle, the largest weight at the text's end first."""
+        """Weights of the needle, the largest at the text's end first."""
         if self.needle is None:
             return []
         order = np.argsort(-self.needle.last_weight, axis=None, kind="stable")
@@ -121,7 +123,7 @@ def means(layer: LayerTrace, head: int) -> list[str]:
 
 
 def needle_row(needle: Needle, place: int) -> list[str]:
-    """Return layer, head and, under `NEEDLE_COLUMNS`, what the gate at a flat place gives it."""
+    """Return layer, head and, under `NEEDLE_COLUMNS`, the needle's weights at a flat index."""
     layer, head = np.unravel_index(place, needle.last_weight.shape)
     return [
         str(needle.blocks[layer]),
@@ -140,10 +142,10 @@ def _without_batch(trace: dict[str, Any]) -> LayerTrace:
 
 
 def _plain(x: np.ndarray) -> Any:
-    """Return nested lists; what is not finite, which JSON has no word for, is None."""
+    """Return nested lists; values that are not finite, which JSON lacks, are None."""
     if x.dtype.kind != "f":
         return x.tolist()
-    # By way of text a float32 keeps its few digits.
+    # Through text, a float32 keeps its short form.
     short = x if x.dtype == np.float64 else x.astype(str).astype(np.float64)
     finite = np.isfinite(x)
     if not finite.all():

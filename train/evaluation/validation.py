@@ -1,4 +1,4 @@
-"""Validation bits per byte, whole and by position in the window, beside references."""
+"""Validation bits per byte, total and by position in the window, with references."""
 
 import lzma
 import math
@@ -21,11 +21,11 @@ FIRST_EDGE = 16  # the first bucket of positions ends here; each of the others i
 
 
 class Validation(NamedTuple):
-    """What a validation text costs a model."""
+    """Bits of a text under a model."""
 
     bits_per_byte: float  # over all bytes
-    bits: np.ndarray  # float64 [window]: sum over the windows of what the token at a position costs
-    tokens: np.ndarray  # int64 [window]: how many tokens that is
+    bits: np.ndarray  # float64 [window]: bits of the token at a position, summed over windows
+    tokens: np.ndarray  # int64 [window]: number of those tokens
 
     @property
     def num_tokens(self) -> int:
@@ -34,7 +34,7 @@ class Validation(NamedTuple):
 
     @property
     def positions(self) -> list[dict[str, Any]]:
-        """The mean bits a token by position; see `by_position`."""
+        """The mean bits per token by position; see `by_position`."""
         return by_position(self.bits, self.tokens)
 
 
@@ -43,10 +43,9 @@ Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
 
 
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
-    """Return the mean bits a token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
+    """Return the mean bits per token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
 
-    The last bucket ends with the window. One without tokens, as of a text shorter than a window, is
-    left out.
+    The last bucket ends with the window. Empty buckets are left out.
 
     Args:
         bits: [window], sum of the bits of all tokens at each position.
@@ -69,7 +68,7 @@ def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
 
 
 class References(NamedTuple):
-    """Bits per byte of methods that need no model; each sees the scored bytes only."""
+    """Bits per byte of methods without a model; each sees only the scored bytes."""
 
     uniform: float
     order0: float  # entropy of the byte frequencies, the table of frequencies not counted
@@ -85,7 +84,7 @@ def references(text: bytes) -> References:
 
 
 def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus) -> Validate:
-    """Return the function from parameters, rest and a number of bytes to what these cost.
+    """Return the function from parameters, rest and a number of bytes to their bits.
 
     It scores that many bytes from the start of the validation text, as `make_scorer` says.
     """
@@ -100,14 +99,14 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
 
 
 def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
-    """Return the function from parameters, rest, tokens and their bytes to what these cost.
+    """Return the function from parameters, rest, tokens and number of bytes to their bits.
 
-    The cost is the bits that the model needs for the tokens, separators between documents
-    included, divided by the number of bytes. Every token is predicted once, from the tokens before
-    it in its window, which starts from nothing; a window's first token is predicted from the last
-    one of the window before. So a token at position i of its window, 0 being the first, is
-    predicted from i + 1 tokens. Before the text's first token there is nothing: it costs
-    log2(vocab_size), and has no position. Windows are as long as the longest training example.
+    The cost is the bits that the model needs for the tokens, separators between documents included,
+    divided by the number of bytes. Every token is predicted once, from the tokens before it in its
+    window, which starts with an empty state; a window's first token is predicted from the last one
+    of the window before. So a token at position i of its window, 0 being the first, is predicted
+    from i + 1 tokens. The text's first token has no context: it costs log2(vocab_size), and has no
+    position. Windows are as long as the longest training example.
     """
     window, rows = config.data.max_tokens, config.run.batch_size
 

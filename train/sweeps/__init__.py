@@ -1,1 +1,1 @@
-"""`mc sweep`: many runs of one recall task, and what they show together."""
+"""`mc sweep`: runs of one task under several configurations, in one table."""

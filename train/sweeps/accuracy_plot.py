@@ -1,4 +1,4 @@
-"""What a sweep found, as a picture."""
+"""Plots of a sweep's accuracies."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,14 +22,14 @@ MARKERS = "osD^vP*XpHd<>8h"
 COLORS = [*color_sequences["tab10"], *color_sequences["Set2"], *color_sequences["Dark2"]]
 
 
-# Rows that differ in their width alone.
+# Rows that differ only in width.
 Lines = dict["Look", list[tuple[RunResult, dict[str, float]]]]
 
 
 class Look(NamedTuple):
-    """How a row is drawn: a colour a memory, a marker an aggregation, open where states carry on.
+    """Style of a row: colour of the memory, marker of the aggregation, open for carried states.
 
-    What else a row overrides makes another memory.
+    Other overrides count as another memory.
     """
 
     memory: str
@@ -61,12 +61,12 @@ class Legend:
         return {"color": color, "marker": marker, "markerfacecolor": face, "markersize": 6}
 
     def sorted(self, looks: Iterable[Look]) -> list[Look]:
-        """Return looks in the order of the legend: those of one memory together."""
+        """Return looks in the order of the legend: grouped by memory."""
         memories, modes = list(self._colors), list(self._open)
         return sorted(looks, key=lambda look: (memories.index(look.memory), modes.index(look.mode)))
 
     def handles(self) -> Iterator[Line2D]:
-        """Yield an entry for every colour, marker and filling that tells rows apart."""
+        """Yield an entry for every colour, marker and filling that distinguishes rows."""
         plain: dict[str, Any] = {"color": "0.3", "linestyle": ""}
         for word, color in self._colors.items():
             yield Line2D([], [], color=color, linewidth=4, label=word)
@@ -82,7 +82,7 @@ class Legend:
 def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
     """Draw accuracy against width, or aggregation where there is one width, and state bytes.
 
-    Rows that differ in their width alone are a line. Bars are 95% intervals. The picture of text is
+    Rows that differ only in width form a line. Bars are 95% intervals. The picture of text is
     `bits_per_byte.draw_sweep`'s.
     """
     if any(map(is_text, results)):
@@ -115,7 +115,9 @@ def _draw_lines(
     axes: Axes, lines: Lines, legend: Legend, by: str, words: str, unit: int = 1
 ) -> None:
     for look, points in lines.items():
-        points = [point for point in points if point[0][by] is not None]  # a model may not stream
+        points = [
+            point for point in points if point[0][by] is not None
+        ]  # a model that cannot stream
         points.sort(key=lambda point: point[0][by])
         places = [result[by] / unit for result, _ in points]
         _plot(axes, places, [one for _, one in points], legend, look)
@@ -126,7 +128,7 @@ def _draw_lines(
 
 
 def _draw_groups(axes: Axes, lines: Lines, legend: Legend) -> None:
-    """Draw a group an aggregation, side by side in it the memories and their modes."""
+    """Draw one group per aggregation, with the memories and their modes side by side."""
     names = []
     groups = sorted(dict.fromkeys(look.aggregation for look in lines), key=lambda word: not word)
     for place, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""A sweep on text: bits per byte of validation text, whole and by position in the window."""
+"""A sweep on text: bits per byte of validation text, total and by position in the window."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from train.sweeps.labels import shown
 from train.sweeps.results import RunResult, made_with, without_state
 from train.sweeps.sweep_config import SweepConfig
 
-Rows = Mapping[str, Sequence[RunResult]]  # the results of each row, a seed each
+Rows = Mapping[str, Sequence[RunResult]]  # the results of each row, one per seed
 
 RULE = (
-    "rate: of those that were tried with the first seed, the one with the fewest bits per byte "
-    "(of equal ones the lower rate)"
+    "rate: of those tried with the first seed, the one with the fewest bits per byte "
+    "(ties: the lower rate)"
 )
 MEASURE = (
     "bits/byte: of the whole validation text, mean over the seeds; lowest and highest: over the "
@@ -35,14 +35,14 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def about(config: TrainConfig) -> RunResult:
-    """Return what a result on text says about its model, whether the run succeeds or not."""
+    """Return the fields of a result that do not depend on the outcome."""
     model = config.model
     cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
 
 
 def outcome(report: TextReport) -> RunResult:
-    """Return what a run was worth."""
+    """Return the measured fields of a result."""
     names = ("bits_per_byte", "validation_bytes", "validation_sha256", "unit", "positions")
     found = {name: getattr(report, name) for name in names}
     if report.unit == "byte":
@@ -52,12 +52,12 @@ def outcome(report: TextReport) -> RunResult:
 
 
 def describe(result: RunResult) -> str:
-    """Return what a run was worth, in words."""
+    """Return the measured value in words."""
     return f"{result['bits_per_byte']:.4f} bits per byte"
 
 
 def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
-    """Return the runs without caching that a row is compared with, or None.
+    """Return the runs without caching for comparison with a row, or None.
 
     They have the row's window, validation text and tokens; of several such rows, the one that
     shares most overrides is taken, of those the one with the fewest bits. A row without caching has
@@ -79,16 +79,16 @@ def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
 
 
 def _scored(own: Sequence[RunResult]) -> list[Any]:
-    """Return what must be equal where positions are compared: text, window and tokens."""
+    """Return the fields that must be equal to compare positions: text, window and tokens."""
     buckets = [(b["start"], b["end"], b["tokens"]) for b in own[0]["positions"]]
     return [*(own[0][key] for key in ("state_tokens", "validation_sha256", "unit")), buckets]
 
 
 def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray]:
-    """Return by how many bits a row is better than another, seed by seed.
+    """Return the gain of a row over another in bits, per seed.
 
     Returns:
-        bits per byte [s] and bits a token in each bucket of positions [s, buckets], for the seeds
+        bits per byte [s] and bits per token in each bucket of positions [s, buckets], for the seeds
         that both have.
     """
     pairs = [(a, b) for a in own for b in other if a["seed"] == b["seed"]]
@@ -98,14 +98,14 @@ def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndar
 
 
 def bits(own: Sequence[RunResult]) -> np.ndarray:
-    """Return the bits a token [s, buckets] of the runs of a row, by position."""
+    """Return the bits per token [s, buckets] of the runs of a row, by position."""
     return np.array([[bucket["bits"] for bucket in result["positions"]] for result in own])
 
 
 def models(rows: Rows) -> dict[str, str]:
     """Return a name for each row's model, `titans + grm`.
 
-    Rows of one name and one window have the overrides, too, that tell them apart.
+    Rows with the same name and window are distinguished by their overrides.
     """
     same: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for row, own in rows.items():
@@ -128,10 +128,10 @@ def names(rows: Rows) -> dict[str, str]:
 
 
 def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> ResultTable:
-    """Return a line a row: its bits per byte, its gain over no caching, its size and its cost.
+    """Return one line per row: bits per byte, gain over no caching, size and cost.
 
     With `cells` also rate, seeds, parameters, and the bits at each bucket of positions, which makes
-    a wide table; without them a note tells the parameters.
+    a wide table; without them a note gives the parameters.
     """
     good = _good(rows)
     name_of = names(rows)
@@ -153,29 +153,29 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
     notes += [MEASURE, GAIN] if any("gain" in line for line in lines) else [MEASURE]
     every = [result for own in rows.values() for result in own]
     state = f"state: bytes of a cache after one{without_state(every)}"
-    notes.append(f"at: tokens of a window; {state}; FLOPs: a token, forward")
+    notes.append(f"at: tokens of a window; {state}; FLOPs: per token, forward")
     sizes = sorted({own[0]["parameters"] for own in good.values()})
     if sizes:
         notes.append(f"parameters: {sizes[0]:,} to {sizes[-1]:,}")
     if cells:
         units = {own[0]["unit"] for own in good.values()}
         notes.append(
-            f"columns of positions: bits a {' or '.join(sorted(units))} at those positions"
+            f"columns of positions: bits per {' or '.join(sorted(units))} at those positions"
         )
     notes.append(f"runs: {made_with(every)}")
     if len({own[0]["validation_sha256"] for own in good.values()}) > 1:
-        notes.append("the rows were scored on different texts: only gains compare like with like")
+        notes.append("the rows were scored on different texts: only gains are comparable")
     lossy = [name_of[row] for row, own in good.items() if own[0].get("lost")]
     if lossy:
         notes.append(
-            f"the tokenizer drops or changes text, so bits/byte compare with no other one's: "
+            f"the tokenizer drops or changes text, so its bits/byte are not comparable: "
             f"{', '.join(lossy)}"
         )
     return result_table(title, lines, notes)
 
 
 def _good(rows: Rows) -> dict[str, list[RunResult]]:
-    """Return the rows with those of their runs that met no NaN, if there are any."""
+    """Return the rows with their successful runs, if any."""
     good = {row: [result for result in own if not result.get("error")] for row, own in rows.items()}
     return {row: own for row, own in good.items() if own}
 
@@ -205,10 +205,10 @@ def _cost(own: Sequence[RunResult], good: Sequence[RunResult], cells: bool) -> R
 
 
 def draw_sweep(title: str, rows: Rows) -> bytes:
-    """Draw bits by position, and by how many they are fewer than without caching.
+    """Draw bits by position, and the gain over no caching.
 
-    A line a row: the mean over the seeds, in a band from the lowest to the highest. Rows of one
-    model have one colour, those of one window one style.
+    One line per row: the mean over the seeds, with a band from the lowest to the highest. Colours
+    are models, line styles windows.
     """
     good = _good(rows)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -229,8 +229,8 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
             if len(parts):
                 _band(right, place, parts, look, name_of[row])
     units = " or ".join(sorted({own[0]["unit"] for own in good.values()})) or "token"
-    left.set(ylabel=f"bits a {units}", title="validation text")
-    right.set(ylabel=f"bits a {units}", title="fewer than without caching")
+    left.set(ylabel=f"bits per {units}", title="validation text")
+    right.set(ylabel=f"bits per {units}", title="gain over no caching")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -1,4 +1,4 @@
-"""What a row of a sweep is called where people read it."""
+"""Labels of a sweep's rows in tables and plots."""
 
 import json
 from typing import Any
@@ -7,16 +7,16 @@ from train.sweeps.results import RunResult
 
 
 def label(result: RunResult, *without: str) -> str:
-    """Return the values of a row's overrides, but those of some keys.
+    """Return the values of a row's overrides, except for some keys.
 
-    Words stand alone; another value says nothing without its key's last word.
+    Words are shown alone, other values with their key's last word.
     """
     given = {key: value for key, value in result["overrides"].items() if key not in without}
     return " ".join(shown(key, value) for key, value in given.items()) or "base"
 
 
 def shown(key: str, value: Any) -> str:
-    """Return an override as a label has it."""
+    """Return an override as part of a label."""
     words = [value] if isinstance(value, str) else value
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         return "+".join(words)

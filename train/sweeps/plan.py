@@ -1,4 +1,4 @@
-"""Which runs of a sweep are to be done next, and which make its table."""
+"""Order of a sweep's runs, and the choice of rates."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,16 +13,16 @@ from train.sweeps.sweep_config import Run, SweepConfig, make_run
 class SweepPlan:
     """The runs of a sweep: every rate of a row with the first seed, the best with the others.
 
-    The directory of a run that was taken is locked until its result is added, or the `with` is
-    left: of two sweeps that share a directory, one does the run, and the other finds its result.
+    The directory of a run is locked from `take` until its result is added or the `with` ends: if
+    two sweeps share a directory, one does the run, and the other reads its result.
 
     Args:
         config: the sweep.
         first: by row, a run of each rate with the first seed.
-        results: those that there are.
+        results: the existing ones.
 
     Attributes:
-        blocked: why the last call of `take` left a run out that another process has, or None.
+        blocked: message about a run that another process has, from the last `take`, or None.
     """
 
     def __init__(self, config: SweepConfig, first: dict[str, list[Run]], results: Results):
@@ -45,11 +45,11 @@ class SweepPlan:
 
     @property
     def left(self) -> bool:
-        """Whether a run is to be done that is known by now, claimed or not."""
+        """True if a known run has no result yet."""
         return any(self._results.find(run) is None for run in self._known())
 
     def take(self) -> Run | None:
-        """Return the first run that is due and that nobody does, or None."""
+        """Return the first run without result that no process has locked, or None."""
         self._results.refresh()
         self.blocked = None
         for run in self._known():
@@ -61,7 +61,7 @@ class SweepPlan:
             except LockedError as error:
                 self.blocked = error
                 continue
-            # The process that had the lock until now may have added the result.
+            # The previous owner of the lock may have added the result.
             self._results.refresh()
             if self._results.find(run) is None:
                 self._locks[run.key] = lock
@@ -70,7 +70,7 @@ class SweepPlan:
         return None
 
     def add(self, result: RunResult) -> None:
-        """Append the result of a run that was taken.
+        """Append the result of a taken run.
 
         Raises:
             OSError: it cannot be written.
@@ -79,13 +79,13 @@ class SweepPlan:
         self._locks.pop(key_of(result)).close()
 
     def progress(self) -> str:
-        """Return how many runs are done, of how many."""
+        """Return the number of finished runs and of all runs."""
         done = sum(self._results.find(run) is not None for run in self._known())
         others = len(self._config.seeds) - 1
         return f"{done}/{sum(len(runs) + others for runs in self._first.values())}"
 
     def table(self) -> list[RunResult]:
-        """Return the results that make the table, in the order of the file, once all are there."""
+        """Return the results of the table, in the order of the file, when all are complete."""
         found = [self._results.find(run) for row in self._first for run in self._of_row(row)]
         return [result for result in found if result is not None]
 
@@ -97,7 +97,7 @@ class SweepPlan:
                 yield from self._of_row(row)[1:]
 
     def _of_row(self, row: str) -> list[Run]:
-        """Return the runs that make a row's figures; all rates' results must be there."""
+        """Return the runs of a row's figures; the results of all rates must exist."""
         if row not in self._chosen:
             found = [result for run in self._first[row] if (result := self._results.find(run))]
             self._chosen[row] = runs_of_row(self._config, self._first[row], found)
@@ -107,12 +107,12 @@ class SweepPlan:
 def runs_of_row(
     config: SweepConfig, runs: Sequence[Run], results: Sequence[RunResult]
 ) -> list[Run]:
-    """Return the runs that make a row's figures: at the best rate, of each seed.
+    """Return the runs of a row's figures: each seed at the best rate.
 
     Args:
         config: the sweep.
         runs: of each rate, with the first seed.
-        results: theirs.
+        results: of these runs.
     """
     rate = best(results)["rate"]
     (winner,) = (run for run in runs if run.rate == rate)

@@ -1,4 +1,4 @@
-"""The results of an earlier sweep, to stand beside those of this one."""
+"""Recorded results of an earlier sweep, for comparison."""
 
 from itertools import chain
 from pathlib import Path
@@ -14,12 +14,11 @@ NEEDED = ("accuracy", "loss", "test")
 
 
 class Recorded(NamedTuple):
-    """What was recorded for the rows of a sweep.
+    """Recorded results for the rows of a sweep.
 
     Attributes:
-        rows: by row, the finished runs at the rate that is chosen among them; rows without are not
-            in it.
-        notes: lines that say what is shown.
+        rows: by row, the finished runs at the chosen rate; rows without any are missing.
+        notes: about the source of the results.
     """
 
     rows: dict[str, list[RunResult]]
@@ -27,10 +26,10 @@ class Recorded(NamedTuple):
 
 
 def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) -> Recorded:
-    """Read what an earlier, perhaps larger, sweep recorded for this one's rows.
+    """Read the results of an earlier, possibly larger sweep for this sweep's rows.
 
-    Rows are matched by name. Of a row's runs those count that have this sweep's rates and seeds,
-    and of these, as in a sweep, the ones at the rate that was best with the first seed.
+    Rows are matched by name. Only runs with this sweep's rates and seeds count; of these, as in a
+    sweep, the ones at the best rate with the first seed.
 
     Args:
         path: its `results.jsonl`.
@@ -38,7 +37,7 @@ def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) 
         first: by row, this sweep's run of each rate with the first seed.
 
     Raises:
-        UserError: a line is no result of a run, or the sweep is on text.
+        UserError: a line is not a result of a run, or the sweep is on text.
         OSError: the file cannot be read.
     """
     if any(isinstance(run.config.data, TextConfig) for runs in first.values() for run in runs):

@@ -1,4 +1,4 @@
-"""The results of a sweep's runs: one JSON object a line."""
+"""The results of a sweep's runs: one JSON object per line."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ Key = tuple[str, int, float]  # row, seed, rate
 
 
 def read_results(directory: Path) -> list[RunResult]:
-    """Return the results so far; a last line that was cut off by a kill is left out."""
+    """Return the results so far; an incomplete last line is left out."""
     path = directory / FILE
     return read_file(path) if path.exists() else []
 
@@ -28,7 +28,7 @@ def read_file(path: Path) -> list[RunResult]:
     """Return the results in a file; a last line without an end is left out.
 
     Raises:
-        UserError: a line is no result.
+        UserError: a line is not a result.
         OSError: the file cannot be read.
     """
     *lines, _ = path.read_bytes().split(b"\n")
@@ -36,24 +36,24 @@ def read_file(path: Path) -> list[RunResult]:
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
-            # Results are found by these: words and numbers, no lists.
+            # Results are indexed by these: words and numbers, no lists.
             hash((key_of(result), result["fingerprint"]))
         except (ValueError, TypeError, KeyError) as error:
             why = " ".join(str(error).split())
             raise UserError(
-                f"{path}: line {number} is no result of a run: {why}: mend or delete it"
+                f"{path}: line {number} is not a result of a run: {why}: correct or delete it"
             ) from error
         results.append(result)
     return results
 
 
 def key_of(result: RunResult) -> Key:
-    """Return what tells a result from the others of a file."""
+    """Return the key of a result."""
     return result["row"], result["seed"], result["rate"]
 
 
 def made_with(results: Sequence[RunResult]) -> str:
-    """Return the versions and machines that runs were made with, which may not be today's."""
+    """Return the versions and machines that runs were made with."""
     versions = _distinct(results, "versions", " ")
     machines = _distinct(results, "machine", ", ")
     made = f"made with {versions or 'unknown versions'}"
@@ -72,13 +72,13 @@ def _distinct(results: Sequence[RunResult], name: str, between: str) -> str:
 
 
 def without_state(results: Sequence[RunResult]) -> str:
-    """Return what a note on states adds where a result has none."""
+    """Return an addition to the note on states if a result has none."""
     lacking = any(result["state_bytes"] is None for result in results)
     return "; empty where segments cannot stream" if lacking else ""
 
 
 class Results:
-    """Reads, and appends to, the results of a sweep; each is on the disk when `add` returns.
+    """The results of a sweep; each is on disk when `add` returns.
 
     Several processes may append to one file.
     """
@@ -91,7 +91,7 @@ class Results:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what other processes have added."""
+        """Read the results added by other processes."""
         size = self._path.stat().st_size if self._path.exists() else 0
         if size != self._size:
             self._found = {key_of(row): row for row in read_results(self._path.parent)}
@@ -112,7 +112,7 @@ class Results:
         if row is not None and "tokenizer" in row and row["tokenizer"] != run.tokenizer:
             raise UserError(
                 f"{self._path}: holds {run.row} with another tokenizer than data.tokenizer = "
-                f"{run.config.tokenizer}: bring that one back, set another directory, or delete "
+                f"{run.config.tokenizer}: restore that file, set another directory, or delete "
                 "its line and its folder"
             )
         return row
@@ -127,7 +127,7 @@ class Results:
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            # What follows the last whole line was cut off by a kill.
+            # An incomplete last line is from an interrupted process.
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line)
             file.flush()
@@ -136,15 +136,15 @@ class Results:
 
 
 def is_text(result: RunResult) -> bool:
-    """Whether a result is that of a run on text, rather than on a recall task."""
+    """Return True for a run on text, False for a recall task."""
     return bool(result.get("task") == TextConfig.task)
 
 
 def best(results: Sequence[RunResult]) -> RunResult:
-    """Return the result whose rate is chosen, as `mc sweep` states it.
+    """Return the result with the chosen rate.
 
-    The highest validation accuracy; of equal ones the lowest loss, then the lowest rate. On text,
-    the fewest bits per byte, then the lowest rate. A run that met a NaN is behind all others.
+    The highest validation accuracy; ties: the lowest loss, then the lowest rate. On text, the
+    fewest bits per byte, then the lowest rate. Failed runs come last.
     """
 
     def key(row: RunResult) -> tuple[float, float, float]:

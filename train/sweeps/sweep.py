@@ -1,4 +1,4 @@
-"""A sweep from its file to its table; what is finished is not done again."""
+"""A sweep, from its file to its table; finished runs are not repeated."""
 
 import io
 import math
@@ -32,7 +32,7 @@ from train.sweeps.workers import Workers, check_jobs, one_thread
 from train.tasks.recall import RecallReport
 
 PACKAGES = ("jax", "flax", "numpy", "memory-caching-jax")
-MACHINE = ("device", "processor", "cores", "Python")  # of those that a benchmark tells
+MACHINE = ("device", "processor", "cores", "Python")  # fields of the machine of a benchmark
 
 
 def sweep(
@@ -44,23 +44,23 @@ def sweep(
     plot: Path | None = None,
     recorded: Path | None = None,
 ) -> list[RunResult]:
-    """Train and test all runs of a sweep, or those that are missing; print and draw what they show.
+    """Train and test the runs of a sweep without a result; print and draw all results.
 
-    Every rate is tried with the first seed. The one with the best validation accuracy (of equal
-    ones the lower loss, then the lower rate) is run with the other seeds, and those runs make the
-    row's figures, which come from test examples. All rates' results are kept. On text, the rate
+    Every rate is tried with the first seed. The one with the best validation accuracy (ties: the
+    lower loss, then the lower rate) is run with the other seeds. Those runs give the row's figures,
+    from test examples. The results of all rates are saved. On text, the rate
     with the fewest bits per byte is chosen, and the figures are those of the validation text.
 
     Args:
         path: the sweep's YAML file.
         console: where progress and the table are printed.
-        jobs: runs at a time, each on its share of the cores.
-        markdown: where the table goes, too.
-        plot: where the picture goes; None = `sweep.png` in the sweep's directory.
-        recorded: `results.jsonl` of an earlier sweep, whose accuracy the table shows, too.
+        jobs: parallel runs; each has its share of the cores.
+        markdown: output file of the table.
+        plot: output file of the plot; None = `sweep.png` in the sweep's directory.
+        recorded: `results.jsonl` of an earlier sweep; the table shows its accuracy.
 
     Returns:
-        the results of the runs that make the table.
+        the results of the runs in the table.
 
     Raises:
         UserError: the sweep, or a run of it, is not allowed; nothing is trained then.
@@ -80,7 +80,7 @@ def sweep(
     with one_thread(), SweepPlan(config, first, results) as plan:
         finish(plan, jobs, console, devices)
         chosen = plan.table()
-    # A file name need not be text.
+    # A file name may not be valid text.
     title = os.fsencode(path.stem).decode(errors="replace")
     table = make_table(title, chosen, config, recorded=then)
     short = make_table(title, chosen, config, recorded=then, cells=False)
@@ -96,13 +96,13 @@ def sweep(
 
 
 def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:
-    """Do what is left of a sweep, and say a line about each run.
+    """Do the remaining runs of a sweep, and print a line about each.
 
     Args:
         plan: of the runs.
-        jobs: runs at a time.
-        console: where the lines go.
-        devices: the most of any run.
+        jobs: parallel runs.
+        console: output.
+        devices: the maximum over the runs.
     """
     waits = False
     message = "interrupted: the same command resumes the sweep"
@@ -118,7 +118,7 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
             elif plan.left:
                 if not waits:
                     console.print(
-                        f"waiting for a run that another process does: {plan.blocked}",
+                        f"waiting for a run of another process: {plan.blocked}",
                         soft_wrap=True,
                         highlight=False,
                         markup=False,
@@ -130,9 +130,9 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
 
 
 def do(run: Run) -> RunResult:
-    """Train and test one run, from its last checkpoint on where it has one.
+    """Train and test one run, from its last checkpoint if it has one.
 
-    A run that meets a NaN or an infinity is a result, too: its `error` says where.
+    A run that ends with a NaN or an infinity is a result with an `error`.
     """
     start = time.monotonic()
     config = run.config
@@ -173,7 +173,7 @@ def do(run: Run) -> RunResult:
 
 
 def run_on() -> dict[str, Any]:
-    """Return the machine as a run has it: a worker has a share of its cores."""
+    """Return the machine of a run; a worker has a share of its cores."""
     found = machine()
     return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
 
@@ -187,7 +187,7 @@ def longest(run: Run) -> int:
 
 
 def recall_outcome(run: Run, report: RecallReport) -> RunResult:
-    """Return what a run on a recall task was worth on validation and on test examples."""
+    """Return accuracy and loss of a recall run on validation and test examples."""
     config, model, *_ = load_run(Path(run.config.run.directory))
     options = EvaluationOptions(examples=run.examples)
     found = run_tests(*split(model), config, task_of(config, options), options)

@@ -1,4 +1,4 @@
-"""What a sweep is: rows of overrides of one configuration, seeds, and rates to choose from."""
+"""Configuration of a sweep: rows of overrides, seeds, and learning rates."""
 
 import hashlib
 import itertools
@@ -17,20 +17,20 @@ from mc_core.trees import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
 from train.config.yaml_files import read_yaml, to_plain
 
-# What a sweep sets by itself.
+# Keys that a sweep sets itself.
 OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
 Overrides = dict[str, Any]  # dotted key -> value
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep, as its YAML file says.
+    """A sweep, read from its YAML file.
 
     Attributes:
-        base: the YAML file of a run, looked up beside the sweep's.
-        directory: where everything goes; `runs/<name of the sweep's file>` unless set.
-        vary: mappings of a dotted key to a list of values; each makes a row of every combination.
-        rows: further rows, overrides as they stand.
+        base: the YAML file of a run, relative to the folder of the sweep's file.
+        directory: of all outputs; `runs/<name of the sweep's file>` unless set.
+        vary: mappings of a dotted key to a list of values; each combination of values is a row.
+        rows: further rows, each a mapping of overrides.
         seeds: of the runs of a row; the first one chooses the rate.
         rates: learning rates; None = the base's alone.
         examples: test examples of each length and depth; None = as `mc evaluate`, or text.
@@ -94,7 +94,7 @@ class Run:
         overrides: of the base.
         seed: of the run.
         rate: its learning rate.
-        config: all that follows.
+        config: of the run.
         examples: test examples of each length and depth; None = as `mc evaluate`, or text.
     """
 
@@ -107,17 +107,17 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int, float]:
-        """What tells it from the other runs of a directory."""
+        """Key of the run in its directory."""
         return self.row, self.seed, self.rate
 
     @property
     def name(self) -> str:
-        """How a line names it."""
+        """Name of the run in messages."""
         return f"{self.row} rate={self.rate:g} seed={self.seed}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the result would."""
+        """SHA-256 of the settings that determine the result."""
         settings = {k: v for k, v in flatten(to_dict(self.config)) if k not in FREE_KEYS}
         text = json.dumps([settings, self.examples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -125,7 +125,7 @@ class Run:
     @cached_property
     def tokenizer(self) -> str | None:
         """SHA-256 of its tokenizer file; None for bytes and for tasks without text."""
-        # Imports jax, which a sweep's worker must not do before it has its cores.
+        # Imports jax; a sweep's worker first needs its cores.
         from train.data.tokenizer_copy import tokenizer_hash
 
         return tokenizer_hash(self.config)
@@ -177,7 +177,7 @@ def make_run(
     folder = Path(sweep.directory, row, f"rate={rate:g},seed={seed}")
     config = load_config(sweep.base, [*words, f"run.directory={json.dumps(str(folder))}"])
     if isinstance(config.data, TextConfig) and sweep.examples is not None:
-        raise UserError(f"{sweep.base}: examples = {sweep.examples}: text has none; leave it out")
+        raise UserError(f"{sweep.base}: examples = {sweep.examples}: must be left out for text")
     return Run(row, overrides, seed, rate, config, sweep.examples)
 
 

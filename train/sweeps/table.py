@@ -1,4 +1,4 @@
-"""What a sweep found, as a table."""
+"""The table of a sweep."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from train.sweeps.results import RunResult, is_text, made_with, without_state
 from train.sweeps.sweep_config import SweepConfig
 
 RULE = (
-    "rate: of those that were tried with the first seed, the one with the best validation "
-    "accuracy (of equal ones the lower loss, then the lower rate)"
+    "rate: of those tried with the first seed, the one with the best validation accuracy "
+    "(ties: the lower loss, then the lower rate)"
 )
 MEASURE = (
     "accuracy: all test cells and seeds together, with Wilson's 95% interval for independent "
@@ -48,10 +48,10 @@ def make_table(
     recorded: Recorded | None = None,
     cells: bool = True,
 ) -> ResultTable:
-    """Return a line a row: its rate, its size and its accuracy.
+    """Return one line per row: rate, size and accuracy.
 
-    With `recorded` also the accuracy that it had then. With `cells` also the spread over the seeds
-    and each test cell, which makes a wide table. That of text is `bits_per_byte.make_table`'s.
+    With `recorded` also the recorded accuracy. With `cells` also the spread over the seeds and each
+    test cell, which makes a wide table. Text has its own `bits_per_byte.make_table`.
     """
     if any(map(is_text, results)):
         return bits_per_byte.make_table(title, by_row(results), config, cells=cells)
@@ -66,14 +66,15 @@ def make_table(
     state = f"state: bytes of a stream's cache after {tokens} tokens, all layers"
     notes.append(state + without_state(results))
     notes.append(
-        f"kFLOP, MFLOP: products of the forward pass, a token, in the mean over {tokens} tokens"
+        f"kFLOP, MFLOP: per token, matrix products of the forward pass, averaged over {tokens} "
+        "tokens"
     )
     notes.append(f"runs: {made_with(results)}")
     return result_table(title, rows, [*notes, *(recorded.notes if recorded else ())])
 
 
 def flops_column(results: Sequence[RunResult]) -> dict[str, Row]:
-    """Return, by row, the cell of the FLOPs a token, in one unit for all."""
+    """Return the FLOPs per token of each row, in a common unit."""
     flops = {row["row"]: row["flops_per_token"] for row in results if "flops_per_token" in row}
     mega = max(flops.values(), default=0.0) >= 1e6
     unit, name = (1e6, "MFLOP") if mega else (1e3, "kFLOP")
@@ -104,7 +105,7 @@ def _line(
 
 
 def _figures(good: list[RunResult], cells: bool) -> Row:
-    """Return the accuracy of a row's runs, and how far apart they are."""
+    """Return the accuracy of a row's runs and its spread."""
     whole = score(good) if good else {}
     each = [100 * score([result])["accuracy"] for result in good]
     spread = cells and len(each) > 1
@@ -118,7 +119,7 @@ def _figures(good: list[RunResult], cells: bool) -> Row:
 
 
 def for_terminal(report: ResultTable) -> Table:
-    """Return the rows of a report for 80 columns, and the words of the first one uncut."""
+    """Return a table for 80 columns; the first column is never truncated."""
     made = report.table()
     made.box, made.show_edge, made.pad_edge, made.collapse_padding = SIMPLE, False, False, True
     words = [word for row in report.rows for word in row["row"].split()]

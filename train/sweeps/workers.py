@@ -1,6 +1,6 @@
-"""Runs at a time: in this process, or in workers that each have cores of their own.
+"""Parallel runs: in this process, or in workers with their own cores.
 
-Nothing here imports jax: a worker keeps to its share of the cores before jax counts them.
+Nothing here imports jax: a worker restricts its cores before jax counts them.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ Work = Callable[[Run], RunResult]
 
 
 def check_jobs(jobs: int) -> None:
-    """Refuse a number of jobs that there are no cores for.
+    """Refuse more jobs than cores.
 
     Raises:
         UserError: `jobs` is less than 1, or more than the cores that this process may use.
@@ -36,7 +36,7 @@ def check_jobs(jobs: int) -> None:
 
 
 def shares(jobs: int) -> list[set[int]]:
-    """Return the cores of each worker: all are given, neighbours together."""
+    """Return the cores of each worker: a partition into neighbours."""
     own = cores()
     ends = [len(own) * i // jobs for i in range(jobs + 1)]
     return [set(own[ends[i] : ends[i + 1]]) for i in range(jobs)]
@@ -44,11 +44,10 @@ def shares(jobs: int) -> list[set[int]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have XLA compute with one thread, here and in new processes, unless NPROC is set already.
+    """Make XLA compute with one thread, here and in new processes, unless NPROC is set.
 
-    XLA on a CPU rounds otherwise with another number of threads, and takes that from the cores that
-    the process may use, so results would depend on the number of jobs. It counts when jax computes
-    for the first time.
+    On a CPU, XLA's rounding depends on its number of threads, by default the process's cores, so
+    results would depend on the number of jobs. Takes effect before jax's first computation.
     """
     before = os.environ.get("NPROC")
     os.environ.setdefault("NPROC", "1")
@@ -60,15 +59,15 @@ def one_thread() -> Iterator[None]:
 
 
 class Workers:
-    """Does runs, one in this process or several in others.
+    """Does runs: in this process, or several in child processes.
 
-    The others end when this process leaves the `with`, or dies in any way: each waits at a pipe
-    whose other end this process alone holds.
+    Child processes end when this process leaves the `with` or dies: each waits at a pipe, and only
+    this process holds the other end.
 
     Args:
-        jobs: runs at a time.
+        jobs: parallel runs.
         work: does a run.
-        devices: as many as JAX is to see of a CPU in the others.
+        devices: number of CPU devices of JAX in each child process.
     """
 
     def __init__(self, jobs: int, work: Work, devices: int = 1):
@@ -102,11 +101,11 @@ class Workers:
 
     @property
     def busy(self) -> int:
-        """The number of runs that were started and whose results were not taken."""
+        """Number of started runs without a received result."""
         return len(self._running)
 
     def start(self, run: Run) -> None:
-        """Start a run; in this process, do it."""
+        """Start a run; with one job, do it."""
         if self._pool is None:
             future: Future[RunResult] = Future()
             future.set_result(self._work(run))
@@ -116,7 +115,7 @@ class Workers:
         self._running[future] = run
 
     def results(self) -> Iterator[RunResult]:
-        """Wait until a run is done, yield the results of those that are, and raise what failed.
+        """Wait for a run, yield the finished results, and raise errors.
 
         Raises:
             UserError: a run failed, or a worker died.
@@ -132,8 +131,8 @@ class Workers:
             error = future.exception()
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    f"jobs = {self._jobs}: a worker died, perhaps for want of memory: "
-                    "the same command goes on, with fewer jobs if need be"
+                    f"jobs = {self._jobs}: a worker died, perhaps out of memory: "
+                    "the same command resumes, if necessary with fewer jobs"
                 )
             if error is not None:
                 raise error
@@ -141,11 +140,11 @@ class Workers:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM; processes that are started meanwhile never see Ctrl-C."""
+    """Delay Ctrl-C and SIGTERM; processes started meanwhile ignore Ctrl-C."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     handlers: dict[int, Callable[..., Any]] = {}
     held: list[tuple[Any, ...]] = []
-    # A thread of another library, which does not block it, may still bring it to this one.
+    # A library's thread that does not block the signal may still deliver it to this process.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if callable(handler := signal.getsignal(number)):
@@ -162,11 +161,11 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
-    """Give a worker its cores, its devices, and its end when its parent ends."""
+    """Set up a worker: cores, devices, and exit with its parent."""
     share = given.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
-    # On a GPU the first worker would otherwise take the memory of all.
+    # On a GPU the first worker would otherwise take all memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
     import_from_environment()

@@ -1,1 +1,1 @@
-"""Recall tasks as training data: sequences whose answers stand in the sequence itself."""
+"""Recall tasks as training data: sequences that contain the answers."""

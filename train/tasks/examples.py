@@ -1,4 +1,4 @@
-"""What an example of a recall task is, and batches of them whose position can be saved."""
+"""Examples of recall tasks, and batches with a checkpointable position."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, SupportsIndex
@@ -12,20 +12,20 @@ SPLITS = ("train", "validation", "test")
 
 
 class Example(NamedTuple):
-    """A sequence and the places at which something is asked; a batch has more axes in front."""
+    """A sequence and its queries; a batch has leading axes."""
 
     tokens: np.ndarray  # int32 [t]
-    places: np.ndarray  # int32 [p]: the tokens after which something is asked for
-    labels: np.ndarray  # int32 [p]: the tokens that are right there
+    places: np.ndarray  # int32 [p]: positions of the queries
+    labels: np.ndarray  # int32 [p]: the right next tokens
     weights: np.ndarray  # float32 [p]: 1, or 0 where a row has fewer than p answers
-    origins: np.ndarray  # int32 [p]: where what was asked for stands
+    origins: np.ndarray  # int32 [p]: position of the value in the sequence
 
 
 Draw = Callable[[str, int], Example]  # (split, index) -> an example
 
 
 def generator(seed: int, split: str, *index: int) -> np.random.Generator:
-    """Return the random numbers of one example: of its own, whatever is drawn beside it."""
+    """Return the random generator of one example, independent of all others."""
     return np.random.default_rng((seed, SPLITS.index(split), *index))
 
 
@@ -37,7 +37,7 @@ def stack(examples: Sequence[Example]) -> Example:
 def widen(draw: Draw, slots: int) -> Draw:
     """Return a function that draws the same examples, with `slots` answers.
 
-    Added ones have weight 0. Batches of one number of tokens then share a shape, and a compilation.
+    Padding has weight 0. Batches of one length then share a shape and a compilation.
     """
 
     def wide(split: str, index: int) -> Example:
@@ -48,7 +48,7 @@ def widen(draw: Draw, slots: int) -> Draw:
 
 
 class Examples(grain.sources.RandomAccessDataSource):
-    """The training examples of one length; each is drawn when it is asked for."""
+    """The training examples of one length; each is drawn on access."""
 
     def __init__(self, draw: Draw, count: int):
         self._draw = draw
@@ -62,14 +62,14 @@ class Examples(grain.sources.RandomAccessDataSource):
 
 
 def make_batches(draws: Sequence[Draw], count: int, run: RunConfig) -> grain.DatasetIterator:
-    """Iterate without end over batches [accumulation, batch_size, ...], the lengths in turn.
+    """Iterate without end over batches [accumulation, batch_size, ...]; lengths alternate.
 
-    Every epoch visits the `count` examples of a length once, in an order of its own that follows
-    from the seed. Grain's checkpoint handler saves and restores the position.
+    Every epoch visits the `count` examples of a length once, in a new order that depends
+    on the seed. Grain's checkpoint handler saves and restores the position.
 
     Args:
-        draws: draws an example, a length each.
-        count: distinct examples of a length.
+        draws: one function per length that draws an example.
+        count: distinct examples per length.
         run: batch size, accumulation and seed.
     """
     rows = run.accumulation * run.batch_size

@@ -1,4 +1,4 @@
-"""A needle in a haystack: S-NIAH of RULER (arXiv:2404.06654), in words of our own.
+"""A needle in a haystack: S-NIAH of RULER (arXiv:2404.06654), with its own wording.
 
 Somewhere in a long text stands one sentence that says a value; the text ends with the question for
 it, and the value. With noise and a number, at the second of five depths:
@@ -8,7 +8,7 @@ it, and the value. With noise and a number, at the second of five depths:
     What is the special magic number for quiet-harbor? It is: 4720851
 
 Only the last 4720851 is asked for. Pieces are encoded one by one, so that lengths and depths are
-exact in tokens, whatever the tokenizer.
+exact in tokens, with any tokenizer.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ SECOND = (  # noqa: SIM905
 ).split()
 TYPES = {"number": "number", "uuid": "UUID"}
 SENTENCE_END = re.compile(rb"[.!?]\s+|\n\s*")
-ESSAY_BYTES = 2**22  # more text than this of a corpus is left out: a tokenizer takes seconds for it
+ESSAY_BYTES = 2**22  # limit of a corpus; tokenization takes seconds
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,29 @@ class Haystack:
 
     Attributes:
         tokens: int32 [n].
-        starts: [m] where a sentence or a line begins, 0 among them.
+        starts: [m] starts of sentences or lines, including 0.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
 
-    def cut(self, room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return `room` tokens from the start of some sentence on, and where sentences begin.
+    def cut(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return `length` tokens from a random sentence on, and the starts of sentences.
 
-        A text that is too short begins again at its end. Both ends of the cut count as beginnings.
+        A short text is repeated. Both ends of the result count as starts.
         """
         start = int(rng.choice(self.starts))
         size = len(self.tokens)
-        rounds = np.arange(-(-(start + room) // size))[:, None] * size
+        rounds = np.arange(-(-(start + length) // size))[:, None] * size
         starts = (rounds + self.starts).ravel() - start
-        inside = starts[(starts >= 0) & (starts < room)]
-        return self.tokens.take(np.arange(start, start + room), mode="wrap"), np.append(
-            inside, room
+        inside = starts[(starts >= 0) & (starts < length)]
+        return self.tokens.take(np.arange(start, start + length), mode="wrap"), np.append(
+            inside, length
         )
 
 
 class Needles:
-    """Draws examples; holds the haystacks of training and of held-out examples.
+    """Draws examples from the haystacks of training and held-out text.
 
     Args:
         config: the task.
@@ -104,14 +104,14 @@ class Needles:
             depth: of the needle, 0 to `depths` - 1; None draws it.
 
         Raises:
-            UserError: the length has no room for needle, question and answer, or the tokenizer
-                makes nothing of the answer.
+            UserError: the length is too short for needle, question and answer, or the tokenizer
+                has no tokens for the answer.
         """
         config = self._config
         first, second = (max(words, key=len) for words in (FIRST, SECOND))
         longest = {"number": "7" * 7, "uuid": str(uuid.UUID(int=0))}[config.value]
-        _room(length, self._pieces(f"{first}-{second}", longest))
-        # No tokenizer makes more tokens than bytes, but for one that may mark the beginning.
+        _haystack_size(length, self._pieces(f"{first}-{second}", longest))
+        # A tokenizer makes at most one token per byte, plus one at the start.
         slots = len(f" {longest}") + (config.tokenizer != "bytes")
 
         def example(split: str, index: int) -> Example:
@@ -122,10 +122,10 @@ class Needles:
                 value = str(uuid.UUID(bytes=rng.bytes(16), version=4))
             pieces = self._pieces("-".join(names), value)
             needle, question, answer = pieces
-            room = _room(length, pieces)
+            size = _haystack_size(length, pieces)
             at = int(rng.integers(config.depths)) if depth is None else depth
-            hay, starts = self._haystacks[split].cut(room, rng)
-            target = room * at / max(config.depths - 1, 1)
+            hay, starts = self._haystacks[split].cut(size, rng)
+            target = size * at / max(config.depths - 1, 1)
             origin = int(starts[np.abs(starts - target).argmin()])
             whole = np.concatenate([hay[:origin], needle, hay[origin:], question, answer])
             return _ask(whole, len(answer), origin, slots)
@@ -147,7 +147,7 @@ class Needles:
 
 
 def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haystack]:
-    """Return the text of training and that of held-out examples; noise is the same for both.
+    """Return the haystacks of training and held-out examples; noise is shared.
 
     Raises:
         UserError: the corpus or the tokenizer cannot be used.
@@ -180,13 +180,13 @@ def make_haystack(sentences: list[bytes], encode: Encode) -> Haystack:
     return Haystack(np.concatenate([np.zeros(0, np.int32), *encoded]), starts)
 
 
-def _room(length: int, pieces: list[np.ndarray]) -> int:
-    """Return the tokens that are left for the haystack.
+def _haystack_size(length: int, pieces: list[np.ndarray]) -> int:
+    """Return the length of the haystack.
 
     Raises:
         UserError: there are none.
     """
-    # The answer's last token is a label alone.
+    # The answer's last token is only a label.
     needed = sum(map(len, pieces)) - 1
     if length <= needed:
         raise UserError(
@@ -196,7 +196,7 @@ def _room(length: int, pieces: list[np.ndarray]) -> int:
 
 
 def _ask(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
-    """Ask for the last `asked` tokens of `whole` [t + 1], in `slots` places."""
+    """Make an example: predict the last `asked` tokens of `whole` [t + 1], in `slots` answers."""
     places = np.zeros(slots, np.int32)
     labels, weights = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
     places[:asked] = np.arange(len(whole) - asked, len(whole)) - 1

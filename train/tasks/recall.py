@@ -27,11 +27,11 @@ from train.tasks.niah import Needles
 
 @dataclass(frozen=True)
 class RecallReport:
-    """The outcome of a run; plain values, saved as JSON beside its checkpoints.
+    """Result of a run; plain values, saved as JSON in its directory.
 
-    A right answer is a query whose likeliest token is the value, or a needle all of whose tokens
-    are the likeliest, so that greedy decoding gives it. A score has accuracy, low and high (Wilson,
-    95%), right, asked, and loss in nats a token asked for.
+    A query is right if its most likely token is the value; a needle is right if greedy decoding
+    gives all of its tokens. A score has accuracy, low and high (Wilson,
+    95%), right, asked, and loss in nats per answer token.
     """
 
     task: str
@@ -46,7 +46,7 @@ class RecallReport:
 
 
 class RecallTask:
-    """Answer from the sequence; see `Task`."""
+    """Recall from the sequence; see `Task`."""
 
     notes: Sequence[str] = ()
 
@@ -61,7 +61,7 @@ class RecallTask:
         return make_batches(self.draws, data.examples, self._config.run)
 
     def scoring(self, graphdef: nnx.GraphDef) -> "RecallScoring":
-        """Return what scores the validation examples."""
+        """Return the scoring of the validation examples."""
         return RecallScoring(self._config, self, graphdef)
 
     @staticmethod

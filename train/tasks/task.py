@@ -1,4 +1,4 @@
-"""What a run learns, behind one door: text, or a recall task."""
+"""Common interface of the tasks: text and recall."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ class Scoring(Protocol):
     """Scores states of one model on held-out data."""
 
     def row(self, state: TrainState) -> dict[str, float]:
-        """Return what the curves show on the way."""
+        """Return the metrics of a validation during training."""
 
     def report(self, state: TrainState, step: int, seconds: float) -> Any:
-        """Return the report of the state after `step` steps and so many seconds of training."""
+        """Return the report of the state after `step` steps and `seconds` of training."""
 
     def finish(self, directory: Path, state: TrainState, report: Any) -> Any:
         """Write the report and the pictures of a run that has ended; return the report."""
@@ -39,13 +39,13 @@ class Task(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Return lines on the data that a run prints when it starts."""
+        """Return notes on the data, printed at the start of a run."""
 
     def batches(self) -> grain.DatasetIterator:
         """Iterate without end over [accumulation, batch_size, ...]; grain saves the position."""
 
     def scoring(self, graphdef: nnx.GraphDef) -> Scoring:
-        """Return what scores the states of a model."""
+        """Return the scoring of a model's states."""
 
     def load_report(self, directory: Path) -> Any:
         """Return the report of a run that has ended, or None."""
@@ -55,7 +55,7 @@ class Task(Protocol):
 
 
 def load_task(config: TrainConfig) -> Task:
-    """Read or prepare what `data` of a run names.
+    """Read or prepare the data of a run.
 
     Raises:
         UserError: it cannot be used.

@@ -1,4 +1,4 @@
-"""Text as a task: windows of it, bits per byte, a sample, and the router's picture."""
+"""The text task: windows, bits per byte, a sample, and the plot of the gates."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ class TextTask:
 
     @property
     def notes(self) -> list[str]:
-        """What stands between documents, and what the tokenizer loses."""
+        """Notes on the separator and the tokenizer's losses."""
         corpus = self._corpus
         return data_notes(corpus.separator.description, corpus.documents, corpus.round_trip)
 
@@ -52,7 +52,7 @@ class TextTask:
         return make_batches(self._corpus.train, self._data, self._config.run)
 
     def scoring(self, graphdef: nnx.GraphDef) -> "TextScoring":
-        """Return what scores the validation text."""
+        """Return the scoring of the validation text."""
         return TextScoring(self._config, self._corpus, graphdef)
 
 
@@ -71,7 +71,7 @@ class TextScoring:
         return {"validation_bits_per_byte": found.bits_per_byte}
 
     def report(self, state: TrainState, step: int, seconds: float) -> TextReport:
-        """Score the whole validation text, beside the references."""
+        """Score the whole validation text, with references."""
         config, corpus = self._config, self._corpus
         run = config.run
         found = self._validate(state.params, state.rest, len(corpus.validation))
@@ -95,7 +95,7 @@ class TextScoring:
         )
 
     def finish(self, directory: Path, state: TrainState, report: TextReport) -> TextReport:
-        """Add a sample to the report, and write it and the pictures."""
+        """Add a sample to the report, and write report and plots."""
         config = self._config
         if config.run.sample_tokens:
             model = nnx.merge(self._graphdef, state.params, state.rest)

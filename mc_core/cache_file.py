@@ -51,30 +51,30 @@ def to_field_names(tensors: Mapping[str, T], fields: Mapping[str, Any]) -> dict[
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def check_tensors(given: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> None:
+def check_tensors(actual: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> None:
     """Check a file's tensors against those of a new cache with the same batch and capacity.
 
     A cache of a whole sequence may have more slots. Floats may have any precision.
 
     Args:
-        given: tensors of the file.
+        actual: tensors of the file.
         expected: tensors of the new cache, under their names in files.
 
     Raises:
         ValueError: lists all tensors that are missing, unexpected, or of another shape or dtype.
     """
-    allowed = {name: _allow(leaf, name, given) for name, leaf in expected.items()}
-    check_leaves(given, allowed, "tensors")
+    allowed = {name: _allow(leaf, name, actual) for name, leaf in expected.items()}
+    check_leaves(actual, allowed, "tensors")
 
 
-def _allow(expected: Leaf, name: str, given: Mapping[str, Leaf]) -> Leaf:
+def _allow(expected: Leaf, name: str, actual: Mapping[str, Leaf]) -> Leaf:
     """Return the expected shape and dtype, with the file's number of slots and precision."""
-    if name not in given:
+    if name not in actual:
         return expected
-    shape, dtype = expected.shape, given[name].dtype
+    shape, dtype = expected.shape, actual[name].dtype
     length = f"{name.split('stored.')[0]}stored.length"
-    if "stored." in name and length in given:
-        shape = (shape[0], *given[length].shape[1:2], *shape[2:])
+    if "stored." in name and length in actual:
+        shape = (shape[0], *actual[length].shape[1:2], *shape[2:])
     return Leaf(shape, dtype if "float" in dtype and "float" in expected.dtype else expected.dtype)
 
 

@@ -126,10 +126,10 @@ def check_ids(name: str, ids: np.ndarray, size: int, read: np.ndarray | None = N
     """
     if not ids.size or (ids.min() >= 0 and ids.max() < size):
         return
-    wrong = (ids < 0) | (ids >= size)
+    out_of_range = (ids < 0) | (ids >= size)
     if read is not None:
-        wrong &= read
-    for position in np.argwhere(wrong)[:1].tolist():
+        out_of_range &= read
+    for position in np.argwhere(out_of_range)[:1].tolist():
         allowed = f"in 0..{size - 1}" if size else "none"
         value = ids[tuple(position)]
         raise ValueError(f"{name}[{', '.join(map(str, position))}] = {value}: must be {allowed}")

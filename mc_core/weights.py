@@ -132,30 +132,30 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
 
 
 def check_leaves(
-    given: Mapping[str, Leaf], expected: Mapping[str, Leaf], what: str = "weights"
+    actual: Mapping[str, Leaf], expected: Mapping[str, Leaf], what: str = "weights"
 ) -> None:
     """Check names, shapes and dtypes of arrays against the expected ones.
 
     Args:
-        given: the arrays.
+        actual: the arrays.
         expected: the expected arrays.
         what: name of the arrays for the error message.
 
     Raises:
         ValueError: lists all arrays that are missing, unexpected, or of another shape or dtype.
     """
-    common = [name for name in expected if name in given]
-    faults = {
-        "missing": [f"{name} {expected[name]}" for name in expected if name not in given],
-        "unexpected": [f"{name} {given[name]}" for name in given if name not in expected],
+    common = [name for name in expected if name in actual]
+    mismatches = {
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in actual],
+        "unexpected": [f"{name} {actual[name]}" for name in actual if name not in expected],
         "must be": [
-            f"{name} {expected[name]}, is {given[name]}"
+            f"{name} {expected[name]}, is {actual[name]}"
             for name in common
-            if given[name] != expected[name]
+            if actual[name] != expected[name]
         ],
     }
     _raise_mismatches(
-        (f"{kind} {fault}" for kind, found in faults.items() for fault in found), what
+        (f"{kind} {entry}" for kind, entries in mismatches.items() for entry in entries), what
     )
 
 
@@ -165,20 +165,20 @@ def _convert(
     rename: Callable[[ParameterNames], str],
 ) -> Flat:
     out: Flat = {}
-    faults = []
+    mismatches = []
     for (name, leaf), array in zip(leaves(flat).items(), flat.values(), strict=True):
         row = rows.get(_INDEX.sub("#", name))
         if row is None:
-            faults.append(f"unexpected {name} {leaf}")
+            mismatches.append(f"unexpected {name} {leaf}")
         elif array.ndim != row.rank:
-            faults.append(f"must have {row.rank} axes: {name} {leaf}")
+            mismatches.append(f"must have {row.rank} axes: {name} {leaf}")
         else:
             target = rename(row).replace("#", "{}").format(*_INDEX.findall(name))
             out[target] = row.transform(array)
-    _raise_mismatches(faults)
+    _raise_mismatches(mismatches)
     return out
 
 
-def _raise_mismatches(faults: Iterable[str], what: str = "weights") -> None:
-    if listed := list(faults):
+def _raise_mismatches(mismatches: Iterable[str], what: str = "weights") -> None:
+    if listed := list(mismatches):
         raise ValueError(f"{what} do not fit:\n  " + "\n  ".join(listed))

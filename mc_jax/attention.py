@@ -93,7 +93,7 @@ class AttentionLayer(Mixer):
             mask=jnp.zeros((batch, slots), bool),
             position=jnp.zeros(batch, jnp.int32),
             capacity=jnp.asarray(max_tokens, jnp.int32),
-            conv=self._start_conv(batch),
+            conv=self._init_conv(batch),
         )
 
     def grow(self, cache: KVCache, max_tokens: int) -> KVCache:
@@ -161,15 +161,13 @@ class AttentionLayer(Mixer):
         )
         if window is None or t == 1:
             visible = visible_keys(positions, _slot_positions(after), cache_mask, window)
-            y = attend(
-                q, read_from_host(jnp.asarray, keys), read_from_host(jnp.asarray, values), visible
-            )
+            keys, values = (read_from_host(jnp.asarray, x) for x in (keys, values))
+            y = attend(q, keys, values, visible)
         else:
             # The first tokens still attend to keys that the last tokens overwrite.
             def with_cached(old: Array, new: Array) -> Array:
-                return jnp.concatenate(
-                    [read_from_host(jnp.asarray, old).astype(new.dtype), new], axis=1
-                )
+                old = read_from_host(jnp.asarray, old).astype(new.dtype)
+                return jnp.concatenate([old, new], axis=1)
 
             key_positions = with_cached(_slot_positions(cache), positions)
             visible = visible_keys(positions, key_positions, with_cached(cache.mask, mask), window)
@@ -185,18 +183,14 @@ class AttentionLayer(Mixer):
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at `positions` [b or 1, t], and the next `conv`."""
-        q, k, v, conv = self._qkv(self._enter(x, mask), before, count)
-        return (
-            apply_rope(q, positions, self.config.rope_base),
-            apply_rope(k, positions, self.config.rope_base),
-            v,
-            conv,
-        )
+        q, k, v, conv = self._qkv(self._prepare_inputs(x, mask), before, count)
+        q, k = (apply_rope(x, positions, self.config.rope_base) for x in (q, k))
+        return q, k, v, conv
 
     def _finish(self, y: Array, mask: Array | None, dtype: Dtype) -> Array:
         if mask is not None:
             y = jnp.where(mask[:, :, None, None], y, jnp.zeros_like(y))
-        return self._leave(y, dtype)
+        return self._project_out(y, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
@@ -211,7 +205,7 @@ def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
     Returns:
         [b, t, h, v] in the dtype of `q`.
     """
-    # jax.nn.dot_product_attention takes its softmax in float32 even where all else is float64.
+    # jax.nn.dot_product_attention computes its softmax in float32 even for float64 inputs.
     scores = einsum_f32("bthk,bshk->bhts", q, k, dtype=q.dtype) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1)
@@ -248,8 +242,8 @@ def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) 
     def flat(x: Array) -> Array:
         return x.reshape(b * blocks, *x.shape[2:])
 
-    place = expand_leading_dims(jnp.arange(2 * window, dtype=jnp.int32), 2)
-    visible = visible_keys(place[:, window:], place, pairs(key_mask), window)
+    block_positions = expand_leading_dims(jnp.arange(2 * window, dtype=jnp.int32), 2)
+    visible = visible_keys(block_positions[:, window:], block_positions, pairs(key_mask), window)
     y = attend(flat(split(q)), pairs(k), pairs(v), visible)
     return y.reshape(b, blocks * window, h, y.shape[-1])[:, :t]
 
@@ -268,9 +262,9 @@ def visible_keys(
     Returns:
         bool [b, t, s].
     """
-    back = positions[:, :, None] - key_positions[:, None]
-    inside = back >= 0 if window is None else (back >= 0) & (back < window)
-    return inside & (key_mask[:, None] | (back == 0))
+    distance = positions[:, :, None] - key_positions[:, None]
+    inside = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return inside & (key_mask[:, None] | (distance == 0))
 
 
 def apply_rope(x: Array, positions: Array, base: float) -> Array:
@@ -286,9 +280,8 @@ def apply_rope(x: Array, positions: Array, base: float) -> Array:
     angle = (positions[..., None].astype(dtype) * expand_leading_dims(frequency, 3))[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def _slot_positions(cache: KVCache) -> Array:

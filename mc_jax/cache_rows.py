@@ -34,12 +34,17 @@ def take_rows(cache: Any, rows: Rows) -> Any:
     batch = caches[0].position.shape[0]
     indices = rows if isinstance(rows, jax.Array) else to_row_indices(rows)
     check_row_indices(indices, batch)
-    known = check_ids("rows", indices, batch)
-    index, wrong = safe_ids(indices, batch)
+    in_range = check_ids("rows", indices, batch)
+    index, out_of_range = safe_ids(indices, batch)
     new = tuple(
-        _gather_rows(one, index)._replace(capacity=jnp.copy(one.capacity)) for one in caches
+        _gather_rows(block_cache, index)._replace(capacity=jnp.copy(block_cache.capacity))
+        for block_cache in caches
     )
-    new = new if known else tuple(invalidate_rows(one, wrong) for one in new)
+    new = (
+        new
+        if in_range
+        else tuple(invalidate_rows(block_cache, out_of_range) for block_cache in new)
+    )
     return new[0] if hasattr(cache, "capacity") else new
 
 

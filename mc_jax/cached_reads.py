@@ -57,7 +57,7 @@ def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled:
     the repeated slot 3 is set to 0. Token 12 in segment 3 reads slots 0 1 2: `filled` is 3, and
     block 3 4 is skipped.
     """
-    n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
+    n, size = gates.shape[-1], _block_size(gates.shape[-1], gates.shape[2])
     x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -67,7 +67,7 @@ def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled:
     if size == n:
         return weighted(x, gates, tuple(read_from_host(jnp.asarray, w) for w in weights))
 
-    def cut(first: Array) -> Weights:
+    def slice_weights(first: Array) -> Weights:
         def block(w: Array, first: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
 
@@ -75,22 +75,22 @@ def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled:
 
     def step(total: Array, number: Array) -> tuple[Array, None]:
         first = jnp.minimum(number * size, n - size)
-        new = expand_leading_dims(
+        is_new = expand_leading_dims(
             first + jnp.arange(size, dtype=first.dtype) >= number * size, gates.ndim
         )
 
         def add(total: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(gates, first, size, axis=-1)
-            part = jnp.where(new, part, jnp.zeros_like(part))
-            return total + weighted(x, part, cut(first))
+            part = jnp.where(is_new, part, jnp.zeros_like(part))
+            return total + weighted(x, part, slice_weights(first))
 
         return jax.lax.cond(first < filled, add, lambda total: total, total), None
 
-    shape = jax.eval_shape(lambda: weighted(x, gates[..., :size], cut(filled))).shape
+    shape = jax.eval_shape(lambda: weighted(x, gates[..., :size], slice_weights(filled))).shape
     numbers = jnp.arange(-(-n // size), dtype=jnp.int32)
     return jax.lax.scan(step, jnp.zeros_like(gates, shape=shape), numbers)[0]
 
 
-def _block(n: int, tokens: int) -> int:
+def _block_size(n: int, tokens: int) -> int:
     # At least two steps: unlike a single product, a loop does not copy the slots.
     return max(1, min(READS // tokens, n // 2))

@@ -59,11 +59,11 @@ def from_segments(x: Array, plan: Plan) -> Array:
     )
 
 
-def gather_positions(x: Array, places: np.ndarray) -> Array:
-    """Return the positions `places` [t] of x [b, p, ...], in token order: [b, t, ...]."""
-    if np.array_equal(places, np.arange(x.shape[1])):
+def gather_positions(x: Array, positions: np.ndarray) -> Array:
+    """Return the positions `positions` [t] of x [b, p, ...], in token order: [b, t, ...]."""
+    if np.array_equal(positions, np.arange(x.shape[1])):
         return x
-    return jnp.take(x, places, axis=1)
+    return jnp.take(x, positions, axis=1)
 
 
 class CallLayout(NamedTuple):

@@ -41,7 +41,7 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
         part = _read_tiles(
             read,
             x[:, :, rows.clip(max=n - 1)],
-            _gates_of(gates, tiles),
+            _tile_gates(gates, tiles),
             tuple(w[:, tiles.memories] for w in weights),
         )
         part = part.reshape(b, h, rows.size, c, -1)
@@ -54,12 +54,12 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
     return total
 
 
-def _gates_of(gates: Array, tiles: PairTiles) -> Array:
+def _tile_gates(gates: Array, tiles: PairTiles) -> Array:
     """Gather the gates of tiles [half, a, b, h, rows * c] from [b, h, n, c, n]."""
     rows = tiles.segments.clip(max=gates.shape[2] - 1)
-    picked = gates[:, :, rows[:, :, None], :, tiles.memories[:, None, :]]
-    a, r, m, b, h, c = picked.shape  # advanced indices come first
-    return picked.transpose(2, 0, 3, 4, 1, 5).reshape(m, a, b, h, r * c)
+    gathered = gates[:, :, rows[:, :, None], :, tiles.memories[:, None, :]]
+    a, r, m, b, h, c = gathered.shape  # advanced indices come first
+    return gathered.transpose(2, 0, 3, 4, 1, 5).reshape(m, a, b, h, r * c)
 
 
 def _read_tiles(read: TileRead, x: Array, gates: Array, weights: Weights) -> Array:

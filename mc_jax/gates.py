@@ -27,9 +27,7 @@ class Pools(NamedTuple):
 class Gates(NamedTuple):
     """Weights of all tokens' reads; under `ssc`, of the selected memories only."""
 
-    weights: (
-        Array  # [b, t, h, n + 1], the online memory last, 0 where unread; `ssc` [b, t, h, m + 1]
-    )
+    weights: Array  # [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1]
     selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = none
 
 
@@ -127,7 +125,7 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     if min(top_k, n) > _MAX_ARGMAX:
         best, index = jax.lax.top_k(remaining, min(top_k, n))
         return jnp.where(best == -jnp.inf, n, index)
-    # perf(cpu): XLA:CPU runs top-k on one core and cannot shard its rows; maxima can be.
+    # perf(cpu): XLA:CPU runs top-k on one core and cannot shard its rows.
     slot = expand_leading_dims(jnp.arange(n, dtype=jnp.int32), remaining.ndim)
     selected = []
     for _ in range(min(top_k, n)):
@@ -213,8 +211,8 @@ def _gate_selected(
         online = u[..., :1].swapaxes(1, 2)
     else:
         slot = jnp.minimum(selected, n - 1).reshape(*u.shape[:2], -1, 1)
-        picked = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
-        cached = einsum_f32("bhtk,bhtmk->bthm", u, picked, exact=True)
+        selected_pools = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
+        cached = einsum_f32("bhtk,bhtmk->bthm", u, selected_pools, exact=True)
         online = jnp.sum(u.swapaxes(1, 2) * running, axis=-1, keepdims=True)
     score = jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
 
@@ -228,7 +226,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
     b, h, t, width = u.shape
     segment = jnp.broadcast_to(segment, (b, t))
 
-    def one(block: tuple[Array, Array]) -> Array:
+    def select_block(block: tuple[Array, Array]) -> Array:
         u, segment = block
         if config.gate == "token":
             score = level_score(u, segment_ages(segment, pools.shape[2])[:, None])
@@ -239,13 +237,15 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
 
     size = max(SCORE_BLOCK // 8, min(SCORE_BLOCK, _SCORES // pools.shape[2]))
     if t <= size:
-        return one((u, segment))
+        return select_block((u, segment))
     # The scores of all tokens would be the largest array of a long sequence.
     blocks = -(-t // size)
     u = jnp.pad(u, [(0, 0), (0, 0), (0, blocks * size - t), (0, 0)])
     segment = jnp.pad(segment, [(0, 0), (0, blocks * size - t)])
     parts = u.reshape(b, h, blocks, size, width), segment.reshape(b, blocks, size)
-    selected = jax.lax.map(one, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0)))
+    selected = jax.lax.map(
+        select_block, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0))
+    )
     return jnp.moveaxis(selected, 0, 2).reshape(b, h, blocks * size, -1)[:, :, :t]
 
 
@@ -279,6 +279,6 @@ def scatter_gates(weights: Array, selected: Array | None, n: int) -> Array:
     is_selected = selected[..., None] == expand_leading_dims(
         jnp.arange(n, dtype=selected.dtype), selected.ndim + 1
     )
-    share = weights[..., :-1, None]
-    cached = jnp.sum(jnp.where(is_selected, share, jnp.zeros_like(share)), axis=-2)
+    weight = weights[..., :-1, None]
+    cached = jnp.sum(jnp.where(is_selected, weight, jnp.zeros_like(weight)), axis=-2)
     return jnp.concatenate([cached, weights[..., -1:]], axis=-1)

@@ -119,19 +119,19 @@ def generate(
         params, *stream, capacity=capacity, cache_dtype=cache_dtype, cache_device=cache_device
     )
     cache, last, keys = _place_like(params, (cache, last, keys))
-    blocks, none = _place_like(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
-    step = PromptBlock(_draw(last, keys=keys, step=0, **options)[1], none)
+    blocks, no_padding = _place_like(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
+    step = PromptBlock(_draw(last, keys=keys, step=0, **options)[1], no_padding)
     for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
     draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
-    return _run(draw, extend, blocks, none, max_new_tokens, cache, last)
+    return _run(draw, extend, blocks, no_padding, max_new_tokens, cache, last)
 
 
 def _run(
     draw: Callable[..., tuple[Array, Array]],
     extend: Callable[..., tuple[Array, tuple[AnyCache, ...]]],
     blocks: list[PromptBlock],
-    none: Array,
+    no_padding: Array,
     max_new_tokens: int,
     cache: tuple[AnyCache, ...],
     last: Array,
@@ -141,7 +141,7 @@ def _run(
     for step in range(max_new_tokens):
         new, column = draw(last, step=step)
         if step + 1 < max_new_tokens:
-            last, cache = extend(column, none, cache, last)
+            last, cache = extend(column, no_padding, cache, last)
         yield new
 
 

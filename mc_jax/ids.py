@@ -38,7 +38,7 @@ def check_ids(
         ValueError: the ids are not integers, or one is out of range.
     """
     checks.check_integers(name, ids.dtype.name)
-    if not (values and _is_known(ids) and _is_known(read)):
+    if not (values and _is_available(ids) and _is_available(read)):
         return False
     checks.check_ids(name, np.asarray(ids), size, None if read is None else np.asarray(read))
     return True
@@ -61,15 +61,15 @@ def safe_ids(
     # Compared in the dtype of the ids, which may be too small to represent `size`.
     last = min(size - 1, int(jnp.iinfo(ids.dtype).max))
     inside = (ids >= 0) & (ids <= jnp.asarray(last, ids.dtype))
-    readable, wrong = inside, ~inside
+    readable, out_of_range = inside, ~inside
     if read is not None:
-        readable, wrong = inside & read, wrong & read
-    return jnp.where(readable, ids, jnp.zeros_like(ids)).astype(jnp.int32), wrong
+        readable, out_of_range = inside & read, out_of_range & read
+    return jnp.where(readable, ids, jnp.zeros_like(ids)).astype(jnp.int32), out_of_range
 
 
-def any_before(wrong: Array) -> Array:
-    """Return bool [b, t], True from the first True of each row of `wrong` [b, t] on."""
-    return jnp.cumsum(wrong, axis=1, dtype=jnp.int32) > 0
+def any_before(out_of_range: Array) -> Array:
+    """Return bool [b, t], True from the first True of each row of `out_of_range` [b, t] on."""
+    return jnp.cumsum(out_of_range, axis=1, dtype=jnp.int32) > 0
 
 
 def safe_places(
@@ -88,22 +88,22 @@ def safe_places(
     Raises:
         ValueError: see `check_ids`.
     """
-    known = check_ids("places", places, tokens)
-    places, wrong = safe_ids(places, tokens)
+    in_range = check_ids("places", places, tokens)
+    places, out_of_range = safe_ids(places, tokens)
     if invalid is None:
-        return places, None if known else wrong
-    return places, wrong | jnp.take_along_axis(invalid, places, axis=1)
+        return places, None if in_range else out_of_range
+    return places, out_of_range | jnp.take_along_axis(invalid, places, axis=1)
 
 
-def nan_where(wrong: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `wrong` [b, t] is True; None = nowhere."""
-    if wrong is None:
+def nan_where(out_of_range: Array | None, x: Array) -> Array:
+    """Set `x` [b, t, ...] to NaN where `out_of_range` [b, t] is True; None = nowhere."""
+    if out_of_range is None:
         return x
-    wrong = wrong.reshape(wrong.shape + (1,) * (x.ndim - 2))
-    return jnp.where(wrong, jnp.full_like(x, jnp.nan), x)
+    out_of_range = out_of_range.reshape(out_of_range.shape + (1,) * (x.ndim - 2))
+    return jnp.where(out_of_range, jnp.full_like(x, jnp.nan), x)
 
 
-def _is_known(x: Array | np.ndarray | None) -> bool:
+def _is_available(x: Array | np.ndarray | None) -> bool:
     """Return True if this process can read the values of an array."""
     if isinstance(x, jax.core.Tracer):
         return False

@@ -70,15 +70,15 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
         plan: the segments.
     """
     total = jnp.sum(gates, axis=-1, keepdims=True)
-    share = gates / jnp.where(total > 0, total, jnp.ones_like(total))
+    probabilities = gates / jnp.where(total > 0, total, jnp.ones_like(total))
     # The logarithm of 0, the gate of an unread memory, would have a NaN gradient.
-    logs = jnp.log(jnp.where(share > 0, share, jnp.ones_like(share)))
+    logs = jnp.log(jnp.where(probabilities > 0, probabilities, jnp.ones_like(probabilities)))
     weights = jax.lax.stop_gradient(segments.weights)
     squares = [jnp.sum(w * w, axis=(-2, -1)) for w in weights]
     reads = jnp.sum(gates[..., :-1] > 0, axis=1, dtype=jnp.int32)
     return Trace(
         gates=gates,
-        entropy=-jnp.sum(share * logs, axis=-1),
+        entropy=-jnp.sum(probabilities * logs, axis=-1),
         token_index=jnp.arange(plan.tokens, dtype=jnp.int32),
         segment_index=jnp.asarray(plan.segment_of, jnp.int32),
         cached_count=jnp.asarray(plan.segment_of, jnp.int32),

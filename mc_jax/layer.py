@@ -119,7 +119,7 @@ class MemoryCachingLayer(Mixer):
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
-        return cache._replace(conv=self._start_conv(batch))
+        return cache._replace(conv=self._init_conv(batch))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
         """Return a cache with the same content and a larger capacity.
@@ -173,9 +173,9 @@ class MemoryCachingLayer(Mixer):
         if count is not None:
             valid = first_tokens(count, x.shape[1])
             valid = valid if mask is None else valid & mask
-        inputs, conv = self._inputs(self._enter(x, valid), cache.conv, count)
+        inputs, conv = self._inputs(self._prepare_inputs(x, valid), cache.conv, count)
         result = extend(**inputs, cache=cache, config=self.config, mask=mask, count=count)
-        return self._leave(result.output, x.dtype), result.cache._replace(conv=conv)
+        return self._project_out(result.output, x.dtype), result.cache._replace(conv=conv)
 
     def _run(
         self,
@@ -185,7 +185,7 @@ class MemoryCachingLayer(Mixer):
         inspect: bool = False,
     ) -> tuple[Array, Result]:
         check_inputs(x, mask, self.config.d_model, is_static)
-        inputs, conv = self._inputs(self._enter(x, mask))
+        inputs, conv = self._inputs(self._prepare_inputs(x, mask))
         result = memory_caching(
             **inputs,
             config=self.config,
@@ -194,7 +194,7 @@ class MemoryCachingLayer(Mixer):
             inspect=inspect,
         )
         result = result._replace(cache=result.cache._replace(conv=conv))
-        return self._leave(result.output, x.dtype), result
+        return self._project_out(result.output, x.dtype), result
 
     def _inputs(
         self, x: Array, before: Weights = (), count: Array | None = None

@@ -48,12 +48,12 @@ class Coefficient(nnx.Module):
         self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
         self.low, self.high = memory.ranges[name]
-        share = (self.start - self.low) / (self.high - self.low)
-        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        fraction = (self.start - self.low) / (self.high - self.low)
+        fraction = min(max(fraction, START_MARGIN), 1 - START_MARGIN)
         self.heads = config.num_heads
         if self.mode == "constant":
             return
-        bias = np.full(self.heads, np.log(share) - np.log1p(-share))
+        bias = np.full(self.heads, np.log(fraction) - np.log1p(-fraction))
         self.bias = nnx.Param(jnp.asarray(bias, param_dtype))
         if self.mode == "token":
             draw = nnx.initializers.normal(0.02)
@@ -81,7 +81,7 @@ class ShortConv(nnx.Module):
     def __call__(self, x: Array, before: Array | None = None) -> Array:
         """Convolve tokens [b, t, d] over t, after `before` [b, width - 1, d] or zeros."""
         kernel, t = self.kernel[...].astype(x.dtype), x.shape[1]
-        padded = self._joined(x, before)
+        padded = self._with_before(x, before)
         taps = [padded[:, i : i + t] * expand_leading_dims(tap, 3) for i, tap in enumerate(kernel)]
         return sum(taps[1:], taps[0])
 
@@ -93,14 +93,14 @@ class ShortConv(nnx.Module):
             before: last inputs of the previous call.
             count: number of tokens of each row, its first ones, int32 [b]; None = all.
         """
-        joined = self._joined(x, before).astype(state_dtype(x.dtype))
+        joined = self._with_before(x, before).astype(state_dtype(x.dtype))
         if count is None:
             return joined[:, x.shape[1] :]
         width = self.kernel.shape[0]
         index = count[:, None] + expand_leading_dims(jnp.arange(width - 1, dtype=count.dtype), 2)
         return jnp.take_along_axis(joined, index[..., None], axis=1)
 
-    def _joined(self, x: Array, before: Array | None) -> Array:
+    def _with_before(self, x: Array, before: Array | None) -> Array:
         if before is None:
             return jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))
         return jnp.concatenate([before.astype(x.dtype), x], axis=1)

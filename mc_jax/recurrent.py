@@ -59,14 +59,14 @@ def run_tokens(
     """
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
-    where = (plan.segment_of.astype(np.int32), plan.starts_segment, plan.starts_chunk)
-    each = Token(*(*by_token, *map(jnp.asarray, where)))
+    token_indices = (plan.segment_of.astype(np.int32), plan.starts_segment, plan.starts_chunk)
+    by_step = Token(*(*by_token, *map(jnp.asarray, token_indices)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)
 
     cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
-    cache, (output, gates) = jax.lax.scan(step, cache, each)
+    cache, (output, gates) = jax.lax.scan(step, cache, by_step)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
 
@@ -105,10 +105,10 @@ def run_token(
     score = gate_scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
-    here = Segments(state.weights, running, count)
+    online = Segments(state.weights, running, count)
     slot = jnp.full_like(cache.slot, token.segment)
     cache = cache._replace(
-        stored=write_slots(cache.stored, add_axis(here), slot[:, None]),
+        stored=write_slots(cache.stored, add_axis(online), slot[:, None]),
         state=state,
         pool_sum=pool_sum,
         pool=running,

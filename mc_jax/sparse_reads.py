@@ -36,7 +36,9 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     blocks = -(-rows // block) + min(n, rows)
     group = selected.transpose(0, 2, 1, 3).reshape(b, h, rows)
     dispatch = jax.vmap(jax.vmap(partial(_dispatch, n=n, block=block, blocks=blocks)))
-    position, source, block_memory = (x.swapaxes(1, 2) for x in dispatch(group))  # heads after rows
+    position, source, block_memory = (
+        x.swapaxes(1, 2) for x in dispatch(group)
+    )  # move heads after rows
     token = source.reshape(b, blocks, block, h).swapaxes(2, 3) // top_k
     buffer = _gather_memories(q, token, "fill")  # [b, blocks, h, block, k]
 

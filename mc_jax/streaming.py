@@ -59,11 +59,11 @@ def extend_chunks(
         read = _read_online(memory, writes, queries)
         read = read + memory.read(apply_weights(totals, q.dtype), queries)
         read_mask = readable_mask(layout.segment, stored.length.shape[1], config)[:, :, None]
-        share = jnp.ones_like(pools.running[..., :1])
+        weight = jnp.ones_like(pools.running[..., :1])
         if config.rule.averaged:
-            share = share / (layout.segment + 1)[..., None, None].astype(share.dtype)
-        output = from_call_chunks(read, layout) * share
-        gates = read_mask.astype(share.dtype) * share
+            weight = weight / (layout.segment + 1)[..., None, None].astype(weight.dtype)
+        output = from_call_chunks(read, layout) * weight
+        gates = read_mask.astype(weight.dtype) * weight
     else:
         call_gates = compute_gates(tokens.u, stored.pool, pools.running, layout.segment, config)
         output = _read(memory, config, writes, stored.weights, q, call_gates, layout)
@@ -96,7 +96,7 @@ def _write(
     start = start_state(memory, initial, k[0], v[0])
     state = jax.tree.map(lambda x: x[:, None], cache.state)
     restarts = layout.starts_segment if config.state_init_mode == "restart" else None
-    # A soup mixes layers with cached memories, some of which the write has yet to compute.
+    # A soup also needs the memories of segments that this call completes.
     read_in_scan = config.memory.gradient_uses_weights and not config.mixes_layers
     q = to_call_chunks(tokens.q, layout) if read_in_scan else None
     chunks = Chunks(k, v, coefficients, write_mask, q, restarts, layout.has_first_token)
@@ -106,9 +106,8 @@ def _write(
 
 
 def _pool(k: Array, mask: Array, layout: CallLayout, cache: Cache, config: MCConfig) -> StreamPools:
-    sums = running_sum(to_call_chunks(k.astype(cache.pool_sum.dtype), layout))[
-        :, :, 0
-    ]  # [g, b, h, c, k]
+    keys = to_call_chunks(k.astype(cache.pool_sum.dtype), layout)
+    sums = running_sum(keys)[:, :, 0]  # [g, b, h, c, k]
     token_mask = to_call_chunks(mask[:, :, None].astype(jnp.int32), layout)[:, :, 0, 0]
     counts = jnp.cumsum(token_mask, axis=-1)  # [g, b, c]
     restarts = layout.starts_segment[..., 0]
@@ -149,13 +148,11 @@ def _complete(
         totals = jax.tree.map(jnp.subtract, sums, completed)
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
-    row = jnp.arange(layout.completing_chunk.shape[0], dtype=layout.completing_chunk.dtype)[:, None]
-    sums, counts = (
-        pools.sums[layout.completing_chunk, row],
-        pools.counts[layout.completing_chunk, row],
-    )
+    chunk = layout.completing_chunk
+    row = jnp.arange(chunk.shape[0], dtype=chunk.dtype)[:, None]
+    sums, counts = pools.sums[chunk, row], pools.counts[chunk, row]
     completed_segments = Segments(
-        weights=tuple(x[layout.completing_chunk, row, 0] for x in after),
+        weights=tuple(x[chunk, row, 0] for x in after),
         pool=finish_pooling(sums, counts[..., None], config.pooling),
         length=counts,
     )
@@ -198,10 +195,8 @@ def _read_soup(
 ) -> Array:
     """Read the gate-weighted mixture of all memories, layer by layer; gates [b, t, h, n + 1]."""
     assert writes.online is not None
-    online_gate, online = (
-        to_call_chunks(gates[..., -1:], layout),
-        online_apply(writes.online, q.dtype),
-    )
+    online_gate = to_call_chunks(gates[..., -1:], layout)
+    online = online_apply(writes.online, q.dtype)
 
     def one_layer(a: Array, weights: Weights) -> Array:
         return einsum_f32("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
@@ -218,8 +213,8 @@ def _sum_cached(
     read: CachedRead, x: Array, gates: Array, weights: Weights, layout: CallLayout
 ) -> Array:
     """Sum the cached memories' reads of x [b, t, h, i], weighted by gates: [b, t, h, o]."""
-    x, share = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
-    return sum_cached_reads(read, x, share, weights, layout.segment).swapaxes(1, 2)
+    x, weight = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
+    return sum_cached_reads(read, x, weight, weights, layout.segment).swapaxes(1, 2)
 
 
 def _read_online(memory: Memory, writes: WriteResult, queries: Array) -> Array:

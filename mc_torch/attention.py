@@ -157,7 +157,7 @@ class AttentionLayer(Mixer):
             mask=torch.zeros(batch, slots, dtype=torch.bool, device=device),
             position=torch.zeros(batch, dtype=torch.int32, device=device),
             capacity=torch.full((), max_tokens, dtype=torch.int32, device=device),
-            conv=self._start_conv(batch),
+            conv=self._init_conv(batch),
         )
         return None, cache
 
@@ -206,18 +206,14 @@ class AttentionLayer(Mixer):
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at `positions` [b or 1, t], and the next `conv`."""
-        q, k, v, conv = self._qkv(self._enter(x, mask), before, count)
-        return (
-            apply_rope(q, positions, self.config.rope_base),
-            apply_rope(k, positions, self.config.rope_base),
-            v,
-            conv,
-        )
+        q, k, v, conv = self._qkv(self._prepare_inputs(x, mask), before, count)
+        q, k = (apply_rope(x, positions, self.config.rope_base) for x in (q, k))
+        return q, k, v, conv
 
     def _finish(self, y: Array, mask: Array | None, dtype: Dtype) -> Array:
         if mask is not None:
             y = torch.where(mask[:, :, None, None], y, torch.zeros_like(y))
-        return self._leave(y, dtype)
+        return self._project_out(y, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
@@ -227,14 +223,14 @@ def attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
         q: [b, t, h, k].
         k: [b, s, h, k].
         v: [b, s, h, v].
-        visible: bool [b or 1, t, s]; None = all up to the token's own place.
+        visible: bool [b or 1, t, s]; None = causal.
 
     Returns:
         [b, t, h, v] in the dtype of `q`.
     """
     q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
     visible = None if visible is None else visible[:, None]
-    # Under torch.func, the one kernel that has batching rules and derivatives of any order.
+    # Under torch.func, only the math kernel has batching rules and higher derivatives.
     kernel = sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
     with kernel:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
@@ -271,8 +267,8 @@ def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) 
     def flat(x: Array) -> Array:
         return x.reshape(b * blocks, *x.shape[2:])
 
-    place = expand_leading_dims(torch.arange(2 * window, device=q.device), 2)
-    visible = visible_keys(place[:, window:], place, pairs(key_mask), window)
+    block_positions = expand_leading_dims(torch.arange(2 * window, device=q.device), 2)
+    visible = visible_keys(block_positions[:, window:], block_positions, pairs(key_mask), window)
     y = attend(flat(split(q)), pairs(k), pairs(v), visible)
     return y.reshape(b, blocks * window, h, y.shape[-1])[:, :t]
 
@@ -291,9 +287,9 @@ def visible_keys(
     Returns:
         bool [b, t, s].
     """
-    back = positions[:, :, None] - key_positions[:, None]
-    inside = back >= 0 if window is None else (back >= 0) & (back < window)
-    return inside & (key_mask[:, None] | (back == 0))
+    distance = positions[:, :, None] - key_positions[:, None]
+    inside = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return inside & (key_mask[:, None] | (distance == 0))
 
 
 def apply_rope(x: Array, positions: Array, base: float) -> Array:
@@ -305,11 +301,9 @@ def apply_rope(x: Array, positions: Array, base: float) -> Array:
         base: base of the frequencies.
     """
     dtype, half = state_dtype(x.dtype), x.shape[-1] // 2
-    frequency = [base ** (-i / half) for i in range(half)]
-    angle = (
-        positions[..., None].to(dtype)
-        * expand_leading_dims(torch.tensor(frequency, dtype=dtype, device=x.device), 3)
-    )[:, :, None]
+    powers = [base ** (-i / half) for i in range(half)]
+    frequency = expand_leading_dims(torch.tensor(powers, dtype=dtype, device=x.device), 3)
+    angle = (positions[..., None].to(dtype) * frequency)[:, :, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -291,12 +291,12 @@ def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weight
 def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
     """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
     number = torch.arange(stored[-1].shape[1], dtype=slots.dtype, device=slots.device)
-    here = slots[:, None, :] == number[:, None]  # [b, n, s]
+    matches = slots[:, None, :] == number[:, None]  # [b, n, s]
     # A write copies all slots, because the caller may still use the old cache: skip empty writes.
-    if not is_traced(slots) and not here.any():
+    if not is_traced(slots) and not matches.any():
         return stored
     row = torch.arange(slots.shape[0], device=slots.device)[:, None]
-    write_mask, which = here.any(dim=-1), here.to(torch.uint8).argmax(dim=-1)
+    write_mask, which = matches.any(dim=-1), matches.to(torch.uint8).argmax(dim=-1)
 
     def choose_new(stored_leaf: Array, new_leaf: Array, write_mask: Array) -> Array:
         return tree_where(write_mask, new_leaf, stored_leaf)

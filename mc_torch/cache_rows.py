@@ -33,10 +33,17 @@ def take_rows(cache: Any, rows: Rows) -> Any:
     batch = caches[0].position.shape[0]
     indices = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(to_row_indices(rows))
     check_row_indices(indices, batch)
-    known = check_ids("rows", indices, batch)
-    index, wrong = safe_ids(indices.to(caches[0].position.device), batch)
-    new = tuple(_gather_rows(one, index)._replace(capacity=one.capacity.clone()) for one in caches)
-    new = new if known else tuple(invalidate_rows(one, wrong) for one in new)
+    in_range = check_ids("rows", indices, batch)
+    index, out_of_range = safe_ids(indices.to(caches[0].position.device), batch)
+    new = tuple(
+        _gather_rows(block_cache, index)._replace(capacity=block_cache.capacity.clone())
+        for block_cache in caches
+    )
+    new = (
+        new
+        if in_range
+        else tuple(invalidate_rows(block_cache, out_of_range) for block_cache in new)
+    )
     return new[0] if hasattr(cache, "capacity") else new
 
 

@@ -59,8 +59,8 @@ def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled:
         strict=True,
     )
     total = None
-    for part, *some in parts:
-        more = weighted(x, part, tuple(w.to(x.device) for w in some))
-        total = more if total is None else total + more
+    for part, *weight_blocks in parts:
+        block_sum = weighted(x, part, tuple(w.to(x.device) for w in weight_blocks))
+        total = block_sum if total is None else total + block_sum
     assert total is not None
     return total

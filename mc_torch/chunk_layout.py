@@ -23,11 +23,11 @@ from mc_torch.numerics import Array, expand_leading_dims
 
 
 class TokenIndex(NamedTuple):
-    """Where to take tokens from, and what is known of it without looking at the tensor."""
+    """Indices of tokens to gather, with static properties."""
 
     positions: Array  # int64
-    identity: bool  # every token in its order
-    padded: bool  # some entries are one past the last token
+    identity: bool  # the indices are 0, 1, 2, ...
+    padded: bool  # some indices are one past the last token
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,20 @@ class TensorPlan:
 
     tokens: int
     segments: int
-    lengths: tuple[int, ...]  # tokens of each segment
-    full_length: int  # tokens of the last segment when it is complete
-    capacity: int  # of a cache after all tokens
+    lengths: tuple[int, ...]  # number of tokens of each segment
+    full_length: int  # number of tokens of the last segment once it is complete
+    capacity: int  # capacity of the cache after all tokens
     rows: int
     chunk_size: int
-    chunk_tokens: TokenIndex  # [rows * chunks * chunk_size] the token at each place
-    chunk_positions: TokenIndex  # [t] the place of each token
-    segment_tokens: TokenIndex  # [n * longest] the tokens of each segment
-    segment_positions: TokenIndex  # [t] the places of tokens in `segment_tokens`
-    restarts: tuple[bool, ...]  # [chunks] where the first row starts anew; others do at 0 alone
-    last_chunk: tuple[int, ...]  # [n] the flat chunk of each segment's last token
-    segment_of: tuple[int, ...]  # [t] each token's segment
+    chunk_tokens: TokenIndex  # [rows * chunks * chunk_size] token at each position
+    chunk_positions: TokenIndex  # [t] position of each token
+    segment_tokens: TokenIndex  # [n * longest] tokens of each segment
+    segment_positions: TokenIndex  # [t] position of each token in `segment_tokens`
+    restarts: tuple[
+        bool, ...
+    ]  # [chunks] restarts of the first row; other rows restart only at chunk 0
+    last_chunk: tuple[int, ...]  # [n] flat index of the chunk with each segment's last token
+    segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
 
@@ -56,7 +58,7 @@ def make_plan(
     tokens: int, config: MCConfig, lengths: Sequence[int] | None, device: torch.device
 ) -> TensorPlan:
     """Plan the segments and chunks of `tokens` tokens; see `mc_core.make_plan`."""
-    # A compiler that has met two lengths gives the next as a symbol: `index` makes it a number.
+    # After two lengths, torch.compile makes the length symbolic: `index` converts it to a number.
     lengths = None if lengths is None else tuple(lengths)
     return _constant_plan(index(tokens), config, lengths, device)
 
@@ -65,13 +67,13 @@ def make_plan(
 def _constant_plan(
     tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
 ) -> TensorPlan:
-    # Tensors that are made under a mode, such as the fake ones of `torch.export`, are its own.
+    # Tensors created under a dispatch mode, such as fake tensors of `torch.export`, are not cached.
     make = _make_plan if _get_current_dispatch_mode() is None else _make_plan.__wrapped__
     return make(tokens, config, lengths, device)
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # the cached tensors take part in later backward passes
+@torch.inference_mode(False)  # the cached tensors are used in backward passes
 def _make_plan(
     tokens: int, config: MCConfig, lengths: tuple[int, ...] | None, device: torch.device
 ) -> TensorPlan:
@@ -80,7 +82,7 @@ def _make_plan(
     def tensor(x: np.ndarray) -> Array:
         return torch.tensor(x, dtype=torch.int64, device=device)
 
-    def places(x: np.ndarray, size: int) -> TokenIndex:
+    def token_index(x: np.ndarray, size: int) -> TokenIndex:
         return TokenIndex(tensor(x), np.array_equal(x, np.arange(size)), bool(x.max() == size))
 
     padded = plan.segment_tokens.reshape(-1)
@@ -92,10 +94,10 @@ def _make_plan(
         capacity=plan.capacity,
         rows=plan.rows,
         chunk_size=plan.chunk_size,
-        chunk_tokens=places(plan.chunk_tokens, tokens),
-        chunk_positions=places(plan.chunk_positions, plan.chunk_tokens.size),
-        segment_tokens=places(padded, tokens),
-        segment_positions=places(plan.segment_positions, padded.size),
+        chunk_tokens=token_index(plan.chunk_tokens, tokens),
+        chunk_positions=token_index(plan.chunk_positions, plan.chunk_tokens.size),
+        segment_tokens=token_index(padded, tokens),
+        segment_positions=token_index(plan.segment_positions, padded.size),
         restarts=tuple(plan.restarts[0].tolist()),
         last_chunk=tuple(plan.last_chunk.tolist()),
         segment_of=tuple(plan.segment_of.tolist()),
@@ -291,5 +293,5 @@ def _gather(x: Array, index: Array) -> Array:
     """Gather tokens [b, s] of `x` [b, t, ...]."""
     b, t, *rest = x.shape
     row = torch.arange(b, device=x.device)[:, None] * t
-    taken = torch.index_select(x.reshape(b * t, *rest), 0, (row + index).reshape(-1))
-    return taken.reshape(*index.shape, *rest)
+    gathered = torch.index_select(x.reshape(b * t, *rest), 0, (row + index).reshape(-1))
+    return gathered.reshape(*index.shape, *rest)

@@ -282,14 +282,14 @@ def _loop_sums(
 def _outer(updates: RankOneUpdates, scale: Array, dtype: torch.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
 
-    def one(a: Array, delta: Array) -> Array:
+    def layer_sum(a: Array, delta: Array) -> Array:
         scaled = scale_rows(scale, delta)
-        # perf(cpu): XLA:CPU is twice as fast if the wider operand comes last.
+        # perf(cpu): products are faster if the wider operand comes last.
         if delta.shape[-1] > a.shape[-1]:
             return einsum_f32("...eo,...ei->...io", scaled, a, dtype=dtype).transpose(-1, -2)
         return einsum_f32("...eo,...ei->...oi", scaled, a, dtype=dtype)
 
-    return tuple(map(one, updates.activations, updates.errors))
+    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def _stack(trees: list[Any]) -> Any:

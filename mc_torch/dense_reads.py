@@ -37,7 +37,7 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
         part = _read_tiles(
             read,
             _rows(x, tiles),
-            _gates_of(gates, tiles),
+            _tile_gates(gates, tiles),
             tuple(_memories(w, tiles) for w in weights),
         )  # [b, h, a, rows, c, o]
         part = F.pad(part, (0, 0, 0, 0, 0, 2 * half - rows)).flatten(2, 3)
@@ -47,7 +47,7 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
     return total
 
 
-def _gates_of(gates: Array, tiles: PairTiles) -> Array:
+def _tile_gates(gates: Array, tiles: PairTiles) -> Array:
     """Gather the gates of tiles [half, a, b, h, rows * c] from [b, h, n, c, n]."""
     gates = unfold(gates, 4, tiles.half, 2 * tiles.half)[..., : tiles.number, :]
     gates = _rows(gates, tiles)  # [b, h, a, c, a, half, rows]

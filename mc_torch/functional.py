@@ -172,7 +172,7 @@ def _run_chunks(
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
-    # A soup mixes layers with cached memories, which the write has yet to compute.
+    # A soup needs the cached memories, so it can only be read after the write.
     read_later = inspect or (config.mixes_layers and plan.segments > 1)
     queries = q if config.memory.gradient_uses_weights and not read_later else None
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)

@@ -30,9 +30,7 @@ class Pools(NamedTuple):
 class Gates(NamedTuple):
     """Weights of all tokens' reads; under `ssc`, of the selected memories only."""
 
-    weights: (
-        Array  # [b, t, h, n + 1], the online memory last, 0 where unread; `ssc` [b, t, h, m + 1]
-    )
+    weights: Array  # [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1]
     selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = none
 
 
@@ -209,8 +207,8 @@ def _gate_selected(
         online = u[..., :1].transpose(1, 2)
     else:
         slot = selected.clamp(max=n - 1).reshape(*u.shape[:2], -1, 1)
-        picked = take_along(pools, slot, 2).reshape(*selected.shape, -1)
-        cached = einsum_f32("bhtk,bhtmk->bthm", u, picked, exact=True)
+        selected_pools = take_along(pools, slot, 2).reshape(*selected.shape, -1)
+        cached = einsum_f32("bhtk,bhtmk->bthm", u, selected_pools, exact=True)
         online = torch.sum(u.transpose(1, 2) * running, dim=-1, keepdim=True)
     score = torch.cat([cached, online], dim=-1) / config.softmax_temperature
 
@@ -224,7 +222,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
     b, _, t, _ = u.shape
     segment = segment.expand(b, t)
 
-    def one(u: Array, segment: Array) -> Array:
+    def select_block(u: Array, segment: Array) -> Array:
         if config.gate == "token":
             score = level_score(u, segment_ages(segment, pools.shape[2])[:, None])
         else:
@@ -234,7 +232,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
 
     # The scores of all tokens would be the largest array of a long sequence.
     parts = zip(u.split(SCORE_BLOCK, dim=2), segment.split(SCORE_BLOCK, dim=1), strict=True)
-    return torch.cat([one(*part) for part in parts], dim=2)
+    return torch.cat([select_block(*part) for part in parts], dim=2)
 
 
 def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
@@ -266,6 +264,6 @@ def scatter_gates(weights: Array, selected: Array | None, n: int) -> Array:
     is_selected = selected[..., None] == expand_leading_dims(
         torch.arange(n, device=selected.device), selected.ndim + 1
     )
-    share = weights[..., :-1, None]
-    cached = torch.sum(torch.where(is_selected, share, torch.zeros_like(share)), dim=-2)
+    weight = weights[..., :-1, None]
+    cached = torch.sum(torch.where(is_selected, weight, torch.zeros_like(weight)), dim=-2)
     return torch.cat([cached, weights[..., -1:]], dim=-1)

@@ -62,15 +62,15 @@ def safe_ids(ids: Array, size: int, read: Array | None = None) -> tuple[Array, A
     """
     ids = ids.long()
     inside = (ids >= 0) & (ids < size)
-    readable, wrong = inside, ~inside
+    readable, out_of_range = inside, ~inside
     if read is not None:
-        readable, wrong = inside & read, wrong & read
-    return torch.where(readable, ids, 0), wrong
+        readable, out_of_range = inside & read, out_of_range & read
+    return torch.where(readable, ids, 0), out_of_range
 
 
-def any_before(wrong: Array) -> Array:
-    """Return bool [b, t], True from the first True of each row of `wrong` [b, t] on."""
-    return torch.cumsum(wrong, dim=1) > 0
+def any_before(out_of_range: Array) -> Array:
+    """Return bool [b, t], True from the first True of each row of `out_of_range` [b, t] on."""
+    return torch.cumsum(out_of_range, dim=1) > 0
 
 
 def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Array, Array | None]:
@@ -87,16 +87,16 @@ def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Arra
     Raises:
         ValueError: see `check_ids`.
     """
-    known = check_ids("places", places, tokens)
-    places, wrong = safe_ids(places, tokens)
+    in_range = check_ids("places", places, tokens)
+    places, out_of_range = safe_ids(places, tokens)
     if invalid is None:
-        return places, None if known else wrong
-    return places, wrong | torch.take_along_dim(invalid, places, dim=1)
+        return places, None if in_range else out_of_range
+    return places, out_of_range | torch.take_along_dim(invalid, places, dim=1)
 
 
-def nan_where(wrong: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `wrong` [b, t] is True; None = nowhere."""
-    if wrong is None:
+def nan_where(out_of_range: Array | None, x: Array) -> Array:
+    """Set `x` [b, t, ...] to NaN where `out_of_range` [b, t] is True; None = nowhere."""
+    if out_of_range is None:
         return x
-    wrong = wrong.reshape(wrong.shape + (1,) * (x.ndim - 2))
-    return torch.where(wrong, torch.nan, x)
+    out_of_range = out_of_range.reshape(out_of_range.shape + (1,) * (x.ndim - 2))
+    return torch.where(out_of_range, torch.nan, x)

@@ -68,16 +68,16 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorP
         plan: the segments.
     """
     total = torch.sum(gates, dim=-1, keepdim=True)
-    share = gates / torch.where(total > 0, total, torch.ones_like(total))
+    probabilities = gates / torch.where(total > 0, total, torch.ones_like(total))
     # The logarithm of 0, the gate of an unread memory, would have a NaN gradient.
-    logs = torch.log(torch.where(share > 0, share, torch.ones_like(share)))
+    logs = torch.log(torch.where(probabilities > 0, probabilities, torch.ones_like(probabilities)))
     weights = [w.detach() for w in segments.weights]
     squares = [torch.sum(w * w, dim=(-2, -1)) for w in weights]
     reads = torch.sum(gates[..., :-1] > 0, dim=1, dtype=torch.int32)
     segment_of = torch.tensor(plan.segment_of, dtype=torch.int32, device=gates.device)
     return Trace(
         gates=gates,
-        entropy=-torch.sum(share * logs, dim=-1),
+        entropy=-torch.sum(probabilities * logs, dim=-1),
         token_index=torch.arange(plan.tokens, dtype=torch.int32, device=gates.device),
         segment_index=segment_of,
         cached_count=segment_of,

@@ -64,7 +64,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
             shape = config.num_heads, config.head_dim
             self.output_norm = RMSNorm(*shape, device=device, dtype=dtype)
 
-    def _start_conv(self, batch: int) -> Weights:
+    def _init_conv(self, batch: int) -> Weights:
         """Return the `conv` of an empty cache."""
         if not self.config.conv_width:
             return ()
@@ -83,7 +83,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         """Mix tokens, and return the trace of the memory; None if the mixer has no memory."""
         return self(x, mask), None
 
-    def _enter(self, x: Array, mask: Array | None) -> Array:
+    def _prepare_inputs(self, x: Array, mask: Array | None) -> Array:
         """Return tokens [b, t, d] in the compute dtype, zero where `mask` [b, t] is False."""
         x = x.to(compute_dtype(x))
         return x if mask is None else torch.where(mask[:, :, None], x, torch.zeros_like(x))
@@ -113,7 +113,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         q, k, v = (split_heads(x, self.config.num_heads) for x in (q, k, v))
         return q, k, v, tails
 
-    def _leave(self, y: Array, dtype: Dtype) -> Array:
+    def _project_out(self, y: Array, dtype: Dtype) -> Array:
         """Normalize reads [b, t, h, v], merge heads and project to [b, t, d] in `dtype`."""
         if self.config.output_norm == "rms":
             y = self.output_norm(y)

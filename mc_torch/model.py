@@ -198,7 +198,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
     def grow(self, cache: tuple[AnyCache, ...], max_tokens: int) -> tuple[AnyCache, ...]:
         """Return caches with the same content and the capacity `max_tokens`."""
         blocks: Any = zip(self.blocks, cache, strict=True)
-        return tuple(block.mixer.grow(one, max_tokens) for block, one in blocks)
+        return tuple(block.mixer.grow(block_cache, max_tokens) for block, block_cache in blocks)
 
     def extend(
         self,
@@ -229,8 +229,8 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
                 exceeded.
         """
         check_extend_tokens(tokens, cache, len(self.blocks), is_static)
-        known = self._check(tokens, mask, padding, check)
-        extend = partial(call_hooked, self, partial(self._extend, known=known))
+        in_range = self._check(tokens, mask, padding, check)
+        extend = partial(call_hooked, self, partial(self._extend, in_range=in_range))
         return extend_rows(extend, tokens, cache, mask, padding)
 
     def _inspect(self, tokens: Array, mask: Array | None) -> tuple[Array, tuple[Trace | None, ...]]:
@@ -252,21 +252,21 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         cache: tuple[AnyCache, ...],
         mask: Array | None,
         count: Array | None = None,
-        known: bool = False,
+        in_range: bool = False,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
         read = mask
         if count is not None:
             read = first_tokens(count, tokens.shape[1])
             read = read if mask is None else read & mask
-        ids, invalid = self._safe_ids(tokens, read, known)
+        ids, invalid = self._safe_ids(tokens, read, in_range)
         x, new = self._embed(ids), []
         blocks: Any = zip(self.blocks, cache, strict=True)
-        for block, one in blocks:
-            x, one = call_hooked(block, block.extend, x, one, mask, count)
-            new.append(one)
+        for block, block_cache in blocks:
+            x, block_cache = call_hooked(block, block.extend, x, block_cache, mask, count)
+            new.append(block_cache)
         if invalid is not None:
             invalid = invalid | (cache[0].position >= INVALIDATED)[:, None]
-            new = [invalidate_rows(one, invalid[:, -1]) for one in new]
+            new = [invalidate_rows(block_cache, invalid[:, -1]) for block_cache in new]
         return nan_where(invalid, self._logits(x)), tuple(new)
 
     def _check(
@@ -281,11 +281,11 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(
-        self, tokens: Array, read: Array | None, known: bool
+        self, tokens: Array, read: Array | None, in_range: bool
     ) -> tuple[Array, Array | None]:
         """Return ids in range, and where outputs must be NaN, bool [b, t]; None = nowhere."""
-        ids, wrong = safe_ids(tokens, self.config.vocab_size, read)
-        return ids, None if known else any_before(wrong)
+        ids, out_of_range = safe_ids(tokens, self.config.vocab_size, read)
+        return ids, None if in_range else any_before(out_of_range)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)

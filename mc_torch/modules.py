@@ -171,12 +171,12 @@ class Coefficient(nn.Module):
         self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
         self.low, self.high = memory.ranges[name]
-        share = (self.start - self.low) / (self.high - self.low)
-        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        fraction = (self.start - self.low) / (self.high - self.low)
+        fraction = min(max(fraction, START_MARGIN), 1 - START_MARGIN)
         self.heads = config.num_heads
         if self.mode == "constant":
             return
-        bias = float(np.log(share) - np.log1p(-share))
+        bias = float(np.log(fraction) - np.log1p(-fraction))
         self.bias = nn.Parameter(torch.full((self.heads,), bias, device=device, dtype=dtype))
         if self.mode == "token":
             shape = (self.heads, config.d_model)
@@ -214,7 +214,7 @@ class ShortConv(nn.Module):
     def forward(self, x: Array, before: Array | None = None) -> Array:
         """Convolve tokens [b, t, d] over t, after `before` [b, width - 1, d] or zeros."""
         weight, t = self.weight.to(x.dtype), x.shape[1]
-        padded = self._joined(x, before)
+        padded = self._with_before(x, before)
         taps = [
             padded[:, i : i + t] * expand_leading_dims(tap, 3)
             for i, tap in enumerate(weight.unbind(1))
@@ -229,7 +229,7 @@ class ShortConv(nn.Module):
             before: last inputs of the previous call.
             count: number of tokens of each row, its first ones, int32 [b]; None = all.
         """
-        joined = self._joined(x, before).to(state_dtype(x.dtype))
+        joined = self._with_before(x, before).to(state_dtype(x.dtype))
         if count is None:
             # Cloned: a view would keep the storage of all tokens alive.
             return joined[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
@@ -237,7 +237,7 @@ class ShortConv(nn.Module):
         index = count[:, None] + expand_leading_dims(torch.arange(width - 1, device=x.device), 2)
         return torch.gather(joined, 1, index[..., None].expand(-1, -1, x.shape[2]))
 
-    def _joined(self, x: Array, before: Array | None) -> Array:
+    def _with_before(self, x: Array, before: Array | None) -> Array:
         if before is None:
             return F.pad(x, (0, 0, self.weight.shape[1] - 1, 0))
         return torch.cat([before.to(x.dtype), x], dim=1)

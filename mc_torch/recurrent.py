@@ -57,11 +57,11 @@ def run_tokens(
     """
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = unstack(tokens, dim=1)
-    where = zip(plan.segment_of, plan.starts_segment, plan.starts_chunk, strict=True)
+    token_indices = zip(plan.segment_of, plan.starts_segment, plan.starts_chunk, strict=True)
     cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
     reads = []
-    for here, there in zip(by_token, where, strict=True):
-        cache, read = run_token(memory, config, start, cache, Token._make((*here, *there)))
+    for inputs, indices in zip(by_token, token_indices, strict=True):
+        cache, read = run_token(memory, config, start, cache, Token._make((*inputs, *indices)))
         reads.append(read)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     output, gates = (torch.stack(x, dim=1) for x in zip(*reads, strict=True))
@@ -102,10 +102,10 @@ def run_token(
     score = gate_scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
-    here = Segments(state.weights, running, count)
+    online = Segments(state.weights, running, count)
     slot = torch.full_like(cache.slot, token.segment)
     cache = cache._replace(
-        stored=write_slots(cache.stored, add_axis(here), slot[:, None]),
+        stored=write_slots(cache.stored, add_axis(online), slot[:, None]),
         state=state,
         pool_sum=pool_sum,
         pool=running,

@@ -35,7 +35,9 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     blocks = -(-rows // block) + min(n, rows)
     group = selected.permute(0, 2, 1, 3).reshape(b, h, rows)
     dispatched = _dispatch(group, n, block, blocks)
-    position, source, block_memory = (x.transpose(1, 2) for x in dispatched)  # heads after rows
+    position, source, block_memory = (
+        x.transpose(1, 2) for x in dispatched
+    )  # move heads after rows
     token = source.reshape(b, blocks, block, h).transpose(2, 3) // top_k
     buffer = _gather_memories(q, token, "fill")  # [b, blocks, h, block, k]
 
@@ -57,11 +59,11 @@ def _gather_memories(x: Array, index: Array, mode: str) -> Array:
     batch = torch.arange(b, device=x.device).reshape(b, *[1] * (index.ndim - 1))
     head = torch.arange(h, device=x.device).reshape(1, 1, h, *[1] * (index.ndim - 3))
     flat = (batch * n + index.clamp(max=n - 1)) * h + head
-    taken = torch.index_select(x.reshape(b * n * h, *rest), 0, flat.reshape(-1))
-    taken = taken.reshape(*index.shape, *rest)
+    gathered = torch.index_select(x.reshape(b * n * h, *rest), 0, flat.reshape(-1))
+    gathered = gathered.reshape(*index.shape, *rest)
     if mode == "clip":
-        return taken
-    return taken.masked_fill((index >= n).reshape(*index.shape, *[1] * len(rest)), 0)
+        return gathered
+    return gathered.masked_fill((index >= n).reshape(*index.shape, *[1] * len(rest)), 0)
 
 
 def _gather_rows(x: Array, position: Array) -> Array:
@@ -71,8 +73,8 @@ def _gather_rows(x: Array, position: Array) -> Array:
     head = torch.arange(h, device=x.device).reshape(1, 1, h, 1)
     row = position.clamp(max=g * c - 1)
     flat = ((batch * g + row // c) * h + head) * c + row % c
-    taken = torch.index_select(x.reshape(b * g * h * c, v), 0, flat.reshape(-1))
-    return taken.reshape(*position.shape, v).masked_fill((position >= g * c)[..., None], 0)
+    gathered = torch.index_select(x.reshape(b * g * h * c, v), 0, flat.reshape(-1))
+    return gathered.reshape(*position.shape, v).masked_fill((position >= g * c)[..., None], 0)
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:
@@ -101,22 +103,22 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
         block_memory: [b, h, blocks] memory of each block.
     """
     b, h, rows = group.shape
-    places = blocks * block
+    positions = blocks * block
     sorted_group, order = torch.sort(group, dim=-1, stable=True)
     count = group.new_zeros(b, h, n + 1).scatter_add(-1, group, torch.ones_like(group))
     first = torch.cumsum(count, dim=-1) - count
     needed = (count[..., :n] + block - 1) // block
     last_block = torch.cumsum(needed, dim=-1)
     start = (last_block - needed) * block
-    start = torch.cat([start, torch.full_like(start[..., :1], places)], dim=-1)
+    start = torch.cat([start, torch.full_like(start[..., :1], positions)], dim=-1)
     rank = torch.arange(rows, device=group.device) - torch.gather(first, -1, sorted_group)
     sorted_position = torch.where(
-        sorted_group < n, torch.gather(start, -1, sorted_group) + rank, places
+        sorted_group < n, torch.gather(start, -1, sorted_group) + rank, positions
     )
     position = torch.zeros_like(group).scatter(-1, order, sorted_position)
-    source = group.new_full((b, h, places + 1), rows)
-    source = source.scatter(-1, sorted_position, order)[..., :places]
-    # Block i belongs to the memory with as many before it as have their last block up to i.
+    source = group.new_full((b, h, positions + 1), rows)
+    source = source.scatter(-1, sorted_position, order)[..., :positions]
+    # The memory of block i is the number of memories whose blocks all precede it.
     past = group.new_zeros(b, h, blocks + 1)
     past = past.scatter_add(-1, last_block.clamp(max=blocks), torch.ones_like(last_block))
     block_memory = torch.cumsum(past, dim=-1)[..., :blocks].clamp(max=n - 1)

@@ -1,1 +1,1 @@
-"""What several test files share: inputs, references, runs and commands."""
+"""Shared helpers of the tests: inputs, references, runs and commands."""

@@ -1,4 +1,4 @@
-"""The slots of a stream's cached memories: written one by one, read in blocks and runs."""
+"""Slots of cached memories: writes, and reads in blocks and runs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from mc_torch.cache import write_slots
 
 
 @pytest.mark.usefixtures("float64", "strict")
-def test_runs_of_tokens_in_jax():
-    """The last run is not whole, and no run begins where a segment does."""
+def test_jax_cached_reads_match_einsum():
+    """The last run is partial, and runs do not start at segment boundaries."""
     rng, (b, h, c, n) = np.random.default_rng(0), (2, 2, 600, 7)
     x, weights = rng.standard_normal((b, h, c, 3)), rng.standard_normal((b, n, h, 5, 3))
     segment = np.broadcast_to(np.arange(c, dtype=np.int32) // 90, (b, c))
@@ -55,8 +55,8 @@ def test_only_filled_slots_are_read():
     assert not none.any()
 
 
-def test_runs_of_tokens_in_torch():
-    """Each run to the last slot that it reads: half of the square of tokens and slots."""
+def test_torch_cached_reads_match_einsum():
+    """Each run reads up to its last slot: half of all (token, slot) pairs."""
     seen = []
 
     def read(x, weights):
@@ -74,7 +74,7 @@ def test_runs_of_tokens_in_torch():
     assert sum(seen) < 0.65 * c * n
 
 
-def test_segments_go_to_their_slots():
+def test_write_slots_writes_completed_segments():
     stored = Segments((draw(2, 4, 3),), draw(2, 4), torch.zeros(2, 4))
     some = Segments((draw(2, 3, 3, seed=1),), draw(2, 3, seed=1), torch.ones(2, 3))
     slots = torch.tensor([[1, 9, 0], [4, 9, 3]])

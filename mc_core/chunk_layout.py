@@ -39,7 +39,7 @@ def call_shape(tokens: int, config: MCConfig) -> CallShape:
 
     Args:
         tokens: t, the length of a call.
-        config: gives segment and chunk size.
+        config: segment and chunk size.
     """
     return _call_shape(tokens, config.segment_size, min(config.chunk_size, config.segment_size))
 

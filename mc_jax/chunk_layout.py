@@ -60,19 +60,17 @@ def from_segments(x: Array, plan: Plan) -> Array:
 
 
 def gather_positions(x: Array, positions: np.ndarray) -> Array:
-    """Return the positions `positions` [t] of x [b, p, ...], in token order: [b, t, ...]."""
+    """Gather x [b, p, ...] at `positions` [t]: [b, t, ...]."""
     if np.array_equal(positions, np.arange(x.shape[1])):
         return x
     return jnp.take(x, positions, axis=1)
 
 
 class CallLayout(NamedTuple):
-    """Chunks of a call, per row: consecutive ones, from the chunk of the row's first token on."""
+    """Assignment of a call's tokens to consecutive chunks, per row."""
 
-    chunk_tokens: (
-        Array  # index of the token at each position of a chunk, int32 [b, g, c]; t if none
-    )
-    chunk_positions: Array  # position of each token in the g * c ones, int32 [b, t]; g * c if none
+    chunk_tokens: Array  # token at each position of the chunks, int32 [b, g, c]; t = none
+    chunk_positions: Array  # position of each token in the chunks, int32 [b, t]; g * c = none
     segment: Array  # segment of each token, int32 [b, t]
     has_first_token: Array  # bool [g, b, 1], the call contains the chunk's first token
     starts_segment: Array  # bool [g, b, 1], and that token is the first of a segment
@@ -104,7 +102,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         position: number of tokens in each row before the call, int32 [b].
         count: number of tokens of each row in the call, its first ones, int32 [b].
         tokens: t, the length of the call.
-        config: gives segment and chunk size.
+        config: segment and chunk size.
     """
     shape = call_shape(tokens, config)
     size, per_segment, width = shape.segment, shape.per_segment, shape.width
@@ -182,7 +180,7 @@ def make_packing(padding: Array) -> Packing:
     """Move the padding of each row to its end; the tokens keep their order.
 
     Args:
-        padding: bool [b, t], True where a row has no token.
+        padding: bool [b, t], True at padding.
     """
     order = jnp.argsort(padding, axis=1, stable=True).astype(jnp.int32)
     inverse = jnp.argsort(order, axis=1).astype(jnp.int32)

@@ -134,7 +134,7 @@ def scan_chunks(
     decay = memory.chunk_decay(chunks.coefficients, chunks.write_mask)
     previous: Weights = ()
     if memory.config.uses_previous_token:
-        before, previous = _tokens_before(chunks, state.previous)
+        before, previous = _previous_tokens(chunks, state.previous)
         k, v = (
             jnp.concatenate([p[..., None, :].astype(x.dtype), x], axis=-2)
             for p, x in zip(before, (k, v), strict=True)
@@ -253,8 +253,8 @@ def _scan_with_weights(
         before = carry.weights, () if q is not None else carry.momentum
         return after, (*before, new.updates, new.read)
 
-    each = (k, v, q, decay, restarts, has_first_token)
-    final, (before, momentum, updates, read) = jax.lax.scan(step, state, each)
+    inputs = (k, v, q, decay, restarts, has_first_token)
+    final, (before, momentum, updates, read) = jax.lax.scan(step, state, inputs)
     return ScanResult(before, momentum, updates, decay, final, read)
 
 
@@ -312,7 +312,7 @@ def _anchor(memory: Memory, scanned: ScanResult, plan: Plan) -> Weights:
     )
 
 
-def _tokens_before(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
+def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
     """Return k and v of the last unmasked token before each chunk [g, b, r, h, ...] and at the end.
 
     They are zero if there is no such token since the last restart.

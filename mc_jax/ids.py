@@ -67,9 +67,9 @@ def safe_ids(
     return jnp.where(readable, ids, jnp.zeros_like(ids)).astype(jnp.int32), out_of_range
 
 
-def any_before(out_of_range: Array) -> Array:
-    """Return bool [b, t], True from the first True of each row of `out_of_range` [b, t] on."""
-    return jnp.cumsum(out_of_range, axis=1, dtype=jnp.int32) > 0
+def cumulative_any(mask: Array) -> Array:
+    """Return the cumulative logical or of `mask` [b, t] along its rows: bool [b, t]."""
+    return jnp.cumsum(mask, axis=1, dtype=jnp.int32) > 0
 
 
 def safe_places(
@@ -95,12 +95,12 @@ def safe_places(
     return places, out_of_range | jnp.take_along_axis(invalid, places, axis=1)
 
 
-def nan_where(out_of_range: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `out_of_range` [b, t] is True; None = nowhere."""
-    if out_of_range is None:
+def nan_where(invalid: Array | None, x: Array) -> Array:
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    if invalid is None:
         return x
-    out_of_range = out_of_range.reshape(out_of_range.shape + (1,) * (x.ndim - 2))
-    return jnp.where(out_of_range, jnp.full_like(x, jnp.nan), x)
+    invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))
+    return jnp.where(invalid, jnp.full_like(x, jnp.nan), x)
 
 
 def _is_available(x: Array | np.ndarray | None) -> bool:

@@ -15,7 +15,7 @@ from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
-from mc_jax.ids import any_before, check_ids, nan_where, safe_ids, safe_places
+from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.mixer import extend_rows
@@ -266,7 +266,7 @@ class LanguageModel(nnx.Module, Pretrained):
     ) -> tuple[Array, Array | None]:
         """Return ids in range, and where outputs must be NaN, bool [b, t]; None = nowhere."""
         ids, out_of_range = safe_ids(tokens, self.config.vocab_size, read)
-        return ids, None if in_range else any_before(out_of_range)
+        return ids, None if in_range else cumulative_any(out_of_range)
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)

@@ -147,12 +147,10 @@ def from_segments(x: Array, plan: TensorPlan) -> Array:
 
 
 class CallLayout(NamedTuple):
-    """Chunks of a call, per row: consecutive ones, from the chunk of the row's first token on."""
+    """Assignment of a call's tokens to consecutive chunks, per row."""
 
-    chunk_tokens: (
-        Array  # index of the token at each position of a chunk, int64 [b, g, c]; t if none
-    )
-    chunk_positions: Array  # position of each token in the g * c ones, int64 [b, t]; g * c if none
+    chunk_tokens: Array  # token at each position of the chunks, int64 [b, g, c]; t = none
+    chunk_positions: Array  # position of each token in the chunks, int64 [b, t]; g * c = none
     segment: Array  # segment of each token, int64 [b, t]
     has_first_token: Array  # bool [g, b, 1], the call contains the chunk's first token
     starts_segment: Array  # bool [g, b, 1], and that token is the first of a segment
@@ -184,7 +182,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         position: number of tokens in each row before the call, int32 [b].
         count: number of tokens of each row in the call, its first ones, int32 [b].
         tokens: t, the length of the call.
-        config: gives segment and chunk size.
+        config: segment and chunk size.
     """
     tokens = index(tokens)  # a number, where a compiler gives a symbol
     shape = _call_shape(tokens, config)
@@ -263,7 +261,7 @@ def make_packing(padding: Array) -> Packing:
     """Move the padding of each row to its end; the tokens keep their order.
 
     Args:
-        padding: bool [b, t], True where a row has no token.
+        padding: bool [b, t], True at padding.
     """
     order = torch.argsort(padding.to(torch.uint8), dim=1, stable=True)
     inverse = torch.argsort(order, dim=1)

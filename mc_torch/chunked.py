@@ -133,7 +133,7 @@ def scan_chunks(
     decay = memory.chunk_decay(chunks.coefficients, chunks.write_mask)
     previous: Weights = ()
     if memory.config.uses_previous_token:
-        before, previous = _tokens_before(chunks, state.previous)
+        before, previous = _previous_tokens(chunks, state.previous)
         k, v = (
             torch.cat([p[..., None, :].to(x.dtype), x], dim=-2)
             for p, x in zip(before, (k, v), strict=True)
@@ -237,14 +237,14 @@ def _loop_with_weights(
         return write_chunk(memory, *chunk)
 
     results, number = [], k.shape[0]
-    each = zip(
+    inputs = zip(
         unstack((k, v, decay)),
         (None,) * number if q is None else q.unbind(0),
         _each(restarts, number),
         _each(has_first_token, number),
         strict=True,
     )
-    for (keys, values, weights), queries, restart, has_first_token in each:
+    for (keys, values, weights), queries, restart, has_first_token in inputs:
         before = state.weights, () if q is not None else state.momentum
         state = _restarted(restart, start, state)
         anchor = state.weights
@@ -334,7 +334,7 @@ def _anchor(memory: Memory, scanned: ScanResult, plan: TensorPlan) -> Weights:
     return scanned.final.anchor if plan.restarts[last] else tuple(b[last] for b in scanned.before)
 
 
-def _tokens_before(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
+def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
     """Return k and v of the last unmasked token before each chunk [g, b, r, h, ...] and at the end.
 
     They are zero if there is no such token since the last restart.

@@ -68,9 +68,9 @@ def safe_ids(ids: Array, size: int, read: Array | None = None) -> tuple[Array, A
     return torch.where(readable, ids, 0), out_of_range
 
 
-def any_before(out_of_range: Array) -> Array:
-    """Return bool [b, t], True from the first True of each row of `out_of_range` [b, t] on."""
-    return torch.cumsum(out_of_range, dim=1) > 0
+def cumulative_any(mask: Array) -> Array:
+    """Return the cumulative logical or of `mask` [b, t] along its rows: bool [b, t]."""
+    return torch.cumsum(mask, dim=1) > 0
 
 
 def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Array, Array | None]:
@@ -94,9 +94,9 @@ def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Arra
     return places, out_of_range | torch.take_along_dim(invalid, places, dim=1)
 
 
-def nan_where(out_of_range: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `out_of_range` [b, t] is True; None = nowhere."""
-    if out_of_range is None:
+def nan_where(invalid: Array | None, x: Array) -> Array:
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    if invalid is None:
         return x
-    out_of_range = out_of_range.reshape(out_of_range.shape + (1,) * (x.ndim - 2))
-    return torch.where(out_of_range, torch.nan, x)
+    invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))
+    return torch.where(invalid, torch.nan, x)

@@ -15,7 +15,7 @@ from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
 from mc_torch.cache_rows import invalidate_rows
 from mc_torch.chunk_layout import first_tokens
-from mc_torch.ids import any_before, check_ids, nan_where, safe_ids, safe_places
+from mc_torch.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.mixer import extend_rows
@@ -285,7 +285,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
     ) -> tuple[Array, Array | None]:
         """Return ids in range, and where outputs must be NaN, bool [b, t]; None = nowhere."""
         ids, out_of_range = safe_ids(tokens, self.config.vocab_size, read)
-        return ids, None if in_range else any_before(out_of_range)
+        return ids, None if in_range else cumulative_any(out_of_range)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)

@@ -89,10 +89,8 @@ class Memory:
         The default is `W_t = α_t W_{t-1} - η_t G_t`.
         """
         updates = self.rank_one_updates(state.anchor or state.weights, k, v)
-        step, retention = (
-            coefficients.step[..., None, None],
-            coefficients.retention[..., None, None],
-        )
+        step = coefficients.step[..., None, None]
+        retention = coefficients.retention[..., None, None]
         gradient = outer_products(updates, state.weights[0].dtype)
         new = tuple(retention * w - step * g for w, g in zip(state.weights, gradient, strict=True))
         return state._replace(weights=new)
@@ -198,7 +196,7 @@ def decay_products(x: Array) -> Array:
         i = 0 is the start of the chunk. Entries with i > t are 0.
     """
     c = x.shape[-1]
-    # A floor that is added, unlike a maximum, keeps the gradient of a factor of 0.
+    # The floor is added because a maximum would have no gradient for a factor of 0.
     logs = jnp.log(x + float(jnp.finfo(x.dtype).tiny) ** 0.75)
     # Each column has its own sum. Differences of a single sum from the chunk's start would carry
     # the rounding errors of all earlier tokens, which are large if a factor is small.
@@ -211,11 +209,10 @@ def decay_products(x: Array) -> Array:
 def mask_coefficients(coefficients: Coefficients, write_mask: Array) -> Coefficients:
     """Disable write and decay of masked tokens, where `write_mask` [..., h, c] is 0."""
     skip = 1 - write_mask
+    step, retention, momentum, previous = coefficients
     return Coefficients(
-        step=coefficients.step * write_mask,
-        retention=coefficients.retention * write_mask + skip,
-        momentum=None
-        if coefficients.momentum is None
-        else coefficients.momentum * write_mask + skip,
-        previous=None if coefficients.previous is None else coefficients.previous * write_mask,
+        step=step * write_mask,
+        retention=retention * write_mask + skip,
+        momentum=None if momentum is None else momentum * write_mask + skip,
+        previous=None if previous is None else previous * write_mask,
     )

@@ -41,8 +41,8 @@ class Titans(MLPMemory):
         decay = decay_products(coefficients.retention)
         momentum_decay = decay_products(coefficients.momentum)
         # A masked token keeps the momentum but does not add it to the weights.
-        weight_decay = decay[..., 1:] * write_mask[..., None, :]
-        updates = einsum_f32("...tj,...ji->...ti", weight_decay, momentum_decay, exact=True)
+        masked_decay = decay[..., 1:] * write_mask[..., None, :]
+        updates = einsum_f32("...tj,...ji->...ti", masked_decay, momentum_decay, exact=True)
         return ChunkDecay(
             state=decay[..., 0],
             updates=updates[..., 1:] * coefficients.step[..., None, :],

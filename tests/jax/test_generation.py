@@ -34,7 +34,7 @@ def first_cache(steps: Any) -> Any:
     return steps.gi_frame.f_locals["cache"][0]
 
 
-QUICK = ("linear-soup", "swla-ssc", "dla-residual", "titans-grm")
+QUICK = ("dla-residual", "titans-grm")
 
 
 @pytest.mark.usefixtures("float64")
@@ -90,6 +90,7 @@ def test_left_and_right_padded_prompts_give_what_each_row_gives_alone():
                 after = after[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_the_width_of_blocks_changes_nothing():
     model = make_model("linear-soup")
@@ -130,7 +131,7 @@ def test_a_seed_is_a_text():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_few_programs_serve_all_lengths(restored, caplog):
     """17 to 32 tokens are one shape; stopping early adds none, nor do parameters of a checkpoint.
 
@@ -152,6 +153,7 @@ def test_few_programs_serve_all_lengths(restored, caplog):
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 
+@pytest.mark.slow
 def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
     """They stay there, the tokens are the same, and nothing is compiled on the way."""
     model = make_model("linear-grm", jnp.float32)
@@ -177,6 +179,7 @@ def test_blocks_hold_every_prompt_once():
             assert not padding[row, : len(prompt)].any()
 
 
+@pytest.mark.slow
 def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for():
     model = make_model("linear-grm", jnp.float32)
     low, high = (generate(model, PROMPTS, 12, cache_dtype=d) for d in ("bfloat16", None))

@@ -81,7 +81,7 @@ def test_vmap_over_the_inputs_of_the_function():
         assert_close(jax.tree.map(lambda x: x[i], both), expected, EXACT)  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "linear"])
 def test_checkpoint_gives_the_same_values_and_gradients(name):
     layer, x = make_layer(name), tokens(2)
     graph, state = nnx.split(layer)
@@ -118,6 +118,7 @@ def test_nnx_transformations_in_both_modes(flax_mode):
     assert_close(leaves, jax.tree.leaves(expected), GRADIENT)
 
 
+@pytest.mark.slow
 @both_flax_modes
 def test_scan_over_a_stack_of_layers(flax_mode):
     """Built by `nnx.vmap`, run by `nnx.scan`: the layers one after another."""
@@ -140,6 +141,7 @@ def test_scan_over_a_stack_of_layers(flax_mode):
     assert_close(y, x, EXACT)
 
 
+@pytest.mark.slow
 def test_as_a_linen_module():
     module = nnx.bridge.to_linen(MemoryCachingLayer, CONFIGS["swla"], param_dtype=jnp.float64)
     x = tokens(2)
@@ -165,7 +167,7 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("swla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
 def test_four_devices_are_one(name, mesh):
     """Batch sharding changes no value and no gradient."""
     layer, x = make_layer(name), tokens(8)
@@ -179,7 +181,11 @@ def test_four_devices_are_one(name, mesh):
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "method"),
-    [("titans", "grm", "chunked"), ("swla", "ssc", "chunked"), ("dla", "soup", "recurrent")],
+    [
+        pytest.param("titans", "grm", "chunked", marks=pytest.mark.slow),
+        ("swla", "ssc", "chunked"),
+        ("dla", "soup", "recurrent"),
+    ],
 )
 def test_inside_shard_map(memory, aggregation, method, mesh):
     """Every scan's first state has the type of its inputs: sharded along the batch.

@@ -132,7 +132,7 @@ def test_masked_tokens_change_no_other_logit():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_bfloat16_compute_gives_float32_logits(tied):
     """Section 8: products in the compute dtype, float32 parameters, gradients and logits."""
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1)

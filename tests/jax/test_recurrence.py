@@ -191,7 +191,7 @@ def test_gradients_under_other_masks_and_modes(memory, aggregation, options, see
     [
         ("linear", "grm", "restart", "recurrent"),
         ("swla", "ssc", "checkpoint", "chunked"),
-        ("dla", "ssc", "restart", "chunked"),
+        pytest.param("dla", "ssc", "restart", "chunked", marks=pytest.mark.slow),
         ("titans", "soup", "checkpoint", "chunked"),
     ],
 )
@@ -210,7 +210,12 @@ def test_gates_of_the_token_alone_everywhere(memory, aggregation, mode):
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "method"), [("grm", "chunked"), ("soup", "recurrent"), ("ssc", "chunked")]
+    ("aggregation", "method"),
+    [
+        ("grm", "chunked"),
+        pytest.param("soup", "recurrent", marks=pytest.mark.slow),
+        pytest.param("ssc", "chunked", marks=pytest.mark.slow),
+    ],
 )
 def test_gates_of_the_token_alone_see_no_key(aggregation, method):
     """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""

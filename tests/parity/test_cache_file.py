@@ -65,7 +65,15 @@ def array(x: Any) -> np.ndarray:
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, MODEL, HYBRID], ids=["layer", "model", "hybrid"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LAYER, marks=pytest.mark.slow),
+        pytest.param(MODEL, marks=pytest.mark.slow),
+        HYBRID,
+    ],
+    ids=["layer", "model", "hybrid"],
+)
 def test_a_saved_cache_goes_on(tmp_path, package, config):
     """Convolutions and bfloat16 memories included."""
     path = tmp_path / "stream.safetensors"
@@ -113,7 +121,9 @@ def test_a_cache_of_something_else_is_refused(tmp_path, package):
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
+@pytest.mark.parametrize(
+    "config", [LAYER, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=["layer", "hybrid"]
+)
 def test_a_loaded_cache_lies_where_a_fresh_one_does(tmp_path, package, config):
     path = tmp_path / "stream.safetensors"
     module, rest, cache = begun(package, config)

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mc_core
 
 ROOT = Path(mc_core.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_sharded_models_stream_generate_and_inspect_as_unsharded_ones(tmp_path):
     """All checks of `fsdp_checks` in one test: most of the time goes into the imports."""
     command = [sys.executable, ROOT / "tests" / "helpers" / "fsdp_checks.py", tmp_path / "meeting"]

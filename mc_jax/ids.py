@@ -1,7 +1,7 @@
-"""Token ids and indices: a check where their values are known, a safe look-up where they are not.
+"""Range checks of token ids and indices, and safe lookups where the values are unknown.
 
-A compiled program cannot raise. There an id out of range reads row 0, and the caller puts NaN in
-the place of all that follows from it.
+A compiled program cannot raise. There, an id out of range reads row 0, and the caller sets all
+dependent outputs to NaN.
 """
 
 import jax
@@ -19,23 +19,23 @@ def check_ids(
     read: Array | np.ndarray | None = None,
     values: bool = True,
 ) -> bool:
-    """Refuse ids or indices outside of `0..size - 1`.
+    """Check that ids or indices are in `0..size - 1`.
 
-    Waits for the ids where a device has yet to compute them.
+    Synchronizes with the device that computes the ids.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         ids: integers [...], any shape.
         size: number of ids.
-        read: bool, the shape of `ids`: False where an id is not looked at; None = all are.
-        values: False checks the dtype alone.
+        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
+        values: False checks only the dtype.
 
     Returns:
         True where the ids are known to be in range; False where only a compiled program, or other
         processes, know them.
 
     Raises:
-        ValueError: no integers, or names the first id that is out of range, and its position.
+        ValueError: the ids are not integers, or one is out of range.
     """
     checks.check_integers(name, ids.dtype.name)
     if not (values and _is_known(ids) and _is_known(read)):
@@ -47,56 +47,56 @@ def check_ids(
 def safe_ids(
     ids: Array | np.ndarray, size: int, read: Array | np.ndarray | None = None
 ) -> tuple[Array, Array]:
-    """Return ids that are all in range: 0 where one is not read or was out of range.
+    """Replace ids that are out of range or not read by 0.
 
     Args:
         ids: integers [...] of any dtype and shape.
         size: number of ids.
-        read: as `check_ids` takes it.
+        read: as in `check_ids`.
 
     Returns:
-        ids, int32, and bool, True where one that is read was out of range.
+        ids, int32, and bool, True at ids that are read and out of range.
     """
     ids = jnp.asarray(ids)
-    # In the dtype of the ids, which may be too small for `size`.
+    # Compared in the dtype of the ids, which may be too small to represent `size`.
     last = min(size - 1, int(jnp.iinfo(ids.dtype).max))
     inside = (ids >= 0) & (ids <= jnp.asarray(last, ids.dtype))
-    kept, wrong = inside, ~inside
+    readable, wrong = inside, ~inside
     if read is not None:
-        kept, wrong = inside & read, wrong & read
-    return jnp.where(kept, ids, jnp.zeros_like(ids)).astype(jnp.int32), wrong
+        readable, wrong = inside & read, wrong & read
+    return jnp.where(readable, ids, jnp.zeros_like(ids)).astype(jnp.int32), wrong
 
 
-def from_first(wrong: Array) -> Array:
-    """Return bool [b, t], True from the first place of each row on where `wrong` [b, t] is."""
+def any_before(wrong: Array) -> Array:
+    """Return bool [b, t], True from the first True of each row of `wrong` [b, t] on."""
     return jnp.cumsum(wrong, axis=1, dtype=jnp.int32) > 0
 
 
 def safe_places(
-    places: Array | np.ndarray, lost: Array | None, tokens: int
+    places: Array | np.ndarray, invalid: Array | None, tokens: int
 ) -> tuple[Array, Array | None]:
-    """Return places [b, p] that are all below `tokens`, and where their logits can only be NaN.
+    """Return places [b, p] in range, and a mask of those whose logits must be NaN.
 
     Args:
         places: integers [b, p].
-        lost: bool [b, t], True at tokens whose logits can only be NaN; None = nowhere.
+        invalid: bool [b, t], True at tokens whose logits must be NaN; None = nowhere.
         tokens: t.
 
     Returns:
-        places, and bool [b, p], or None = nowhere.
+        places, and bool [b, p] or None = nowhere.
 
     Raises:
-        ValueError: as `check_ids`.
+        ValueError: see `check_ids`.
     """
     known = check_ids("places", places, tokens)
     places, wrong = safe_ids(places, tokens)
-    if lost is None:
+    if invalid is None:
         return places, None if known else wrong
-    return places, wrong | jnp.take_along_axis(lost, places, axis=1)
+    return places, wrong | jnp.take_along_axis(invalid, places, axis=1)
 
 
 def nan_where(wrong: Array | None, x: Array) -> Array:
-    """Put NaN in the place of `x` [b, t, ...] where `wrong` [b, t] is; None = nowhere."""
+    """Set `x` [b, t, ...] to NaN where `wrong` [b, t] is True; None = nowhere."""
     if wrong is None:
         return x
     wrong = wrong.reshape(wrong.shape + (1,) * (x.ndim - 2))
@@ -104,7 +104,7 @@ def nan_where(wrong: Array | None, x: Array) -> Array:
 
 
 def _is_known(x: Array | np.ndarray | None) -> bool:
-    """Whether this process may look at the values of an array, or of None."""
+    """Return True if this process can read the values of an array."""
     if isinstance(x, jax.core.Tracer):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_addressable

@@ -271,7 +271,7 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
         "dla",
         "none",
         lambda x: {"v": x["v"][..., :3]},
-        "v has width 3: must be 4, as k, where M add",
+        "v has width 3: must be 4, as k, where the memory adds",
     ),
     ("dla", "none", lambda x: {"norm": (1, 2)}, "norm is given: memory = DLAConfig(depth=2"),
     (

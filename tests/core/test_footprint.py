@@ -21,7 +21,7 @@ from mc_core.footprint import (
     outgrows_kv,
     state_bytes,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_jax import AttentionLayer, LanguageModel, MemoryCachingLayer
 
 ATTENTION = {

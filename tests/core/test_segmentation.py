@@ -55,24 +55,24 @@ many = settings(derandomize=True, deadline=None, max_examples=200)
 @every_plan
 @many
 def test_every_token_has_one_place(plan):
-    real = plan.index[plan.index < plan.tokens]
+    real = plan.chunk_tokens[plan.chunk_tokens < plan.tokens]
     np.testing.assert_array_equal(real, np.arange(plan.tokens))  # once each, and in order
-    np.testing.assert_array_equal(plan.index[plan.place_of], np.arange(plan.tokens))
-    assert (plan.index <= plan.tokens).all()
-    assert plan.index.size == plan.restarts.size * plan.chunk_size
+    np.testing.assert_array_equal(plan.chunk_tokens[plan.chunk_positions], np.arange(plan.tokens))
+    assert (plan.chunk_tokens <= plan.tokens).all()
+    assert plan.chunk_tokens.size == plan.restarts.size * plan.chunk_size
     assert len(plan.restarts) == plan.rows
 
 
 @every_plan
 @many
 def test_chunks_never_cross_segments_and_their_grid_starts_anew(plan):
-    for chunk in plan.index.reshape(-1, plan.chunk_size):
+    for chunk in plan.chunk_tokens.reshape(-1, plan.chunk_size):
         tokens = chunk[chunk < plan.tokens]
         np.testing.assert_array_equal(chunk[: len(tokens)], tokens)  # gaps come last
         if len(tokens):
             assert len(set(plan.segment_of[tokens])) == 1
             assert plan.offset_of[tokens[0]] % plan.chunk_size == 0
-            assert plan.opens_chunk[tokens].tolist() == [True] + [False] * (len(tokens) - 1)
+            assert plan.starts_chunk[tokens].tolist() == [True] + [False] * (len(tokens) - 1)
 
 
 @every_plan
@@ -84,10 +84,10 @@ def test_what_a_plan_says_of_segments(plan):
         tokens = np.arange(start, start + length)
         assert (plan.segment_of[tokens] == segment).all()
         np.testing.assert_array_equal(plan.offset_of[tokens], np.arange(length))
-        np.testing.assert_array_equal(plan.opens_segment[tokens], tokens == start)
-        row = plan.padded_segments[segment]
+        np.testing.assert_array_equal(plan.starts_segment[tokens], tokens == start)
+        row = plan.segment_tokens[segment]
         np.testing.assert_array_equal(row, [*tokens] + [plan.tokens] * (len(row) - length))
-        last = plan.index.reshape(-1, plan.chunk_size)[plan.last_chunk[segment]]
+        last = plan.chunk_tokens.reshape(-1, plan.chunk_size)[plan.last_chunk[segment]]
         assert tokens[-1] in last
         assert plan.ends[segment] == tokens[-1] + 1
 
@@ -96,9 +96,9 @@ def test_what_a_plan_says_of_segments(plan):
 @many
 def test_where_memories_restart(plan):
     """Section 3.4: every segment in restart mode, in rows side by side where that pads little."""
-    first = plan.index.reshape(-1, plan.chunk_size)[:, 0]
+    first = plan.chunk_tokens.reshape(-1, plan.chunk_size)[:, 0]
     restarts = plan.restarts.reshape(-1)
-    opening = np.isin(first, np.flatnonzero(plan.opens_segment))
+    opening = np.isin(first, np.flatnonzero(plan.starts_segment))
     if restarts.sum() == 1:
         assert restarts[0]
         assert plan.rows == 1

@@ -7,13 +7,21 @@ import pytest
 
 from helpers.cases import GATES, Array, assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
-from mc_core.triangle import pairs_read
+from mc_core.dense_reads import count_pairs
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
-from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
+from mc_jax.dense_reads import sum_earlier_reads
+from mc_jax.gates import (
+    compute_gates,
+    dense_gates,
+    gate_scores,
+    level_score,
+    pool_keys,
+    scatter_gates,
+    select_top_k,
+)
 from mc_jax.numerics import running_sum
-from mc_jax.sparse import ROW_BLOCK, _sort, read_selected
-from mc_jax.triangle import sum_over_earlier
+from mc_jax.sparse_reads import ROW_BLOCK, _sort, read_selected
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-12
@@ -42,7 +50,7 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
         return jnp.einsum("bhncm,bhncmo->bhnco", gates * earlier, values)
 
     def fast(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
-        return sum_over_earlier(read, x, gates, (weights,))
+        return sum_earlier_reads(read, x, gates, (weights,))
 
     inputs = tuple(map(jnp.asarray, (x, gates, weights)))
     both = [
@@ -57,7 +65,7 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
 def test_triangle_reads_about_half_of_the_square():
     """At least the n(n-1)/2 pairs that there are; at most 0.615 n² from 4 segments on."""
     for n in range(2, 200):
-        pairs = pairs_read(n)
+        pairs = count_pairs(n)
         assert pairs >= n * (n - 1) // 2
         if n >= 4:
             assert pairs <= 0.615 * n * n, f"{pairs} pairs of {n} segments: {pairs / n**2:.2f} n²"
@@ -76,9 +84,9 @@ def test_triangle_counts_the_pairs_that_it_reads(n):
 
     one = jnp.ones((1, 1, n, 1, n))
     memories = (jnp.ones((1, n, 1, 1, 1)),)
-    total = jax.jit(lambda x: sum_over_earlier(read, x, one, memories))(one[..., :1])
+    total = jax.jit(lambda x: sum_earlier_reads(read, x, one, memories))(one[..., :1])
     jax.effects_barrier()
-    assert sum(pairs) == pairs_read(n)
+    assert sum(pairs) == count_pairs(n)
     np.testing.assert_array_equal(np.asarray(total).ravel(), np.arange(n))
 
 
@@ -87,7 +95,7 @@ def test_select_takes_the_highest_scores_and_ties_go_to_the_earlier_segment(top_
     """Equation 16; where too few are cached a slot is empty (n)."""
     score = jnp.asarray([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
     allowed = jnp.asarray([[True, True, True, True], [True, True, False, False]])
-    chosen = np.asarray(select(score, allowed, top_k))
+    chosen = np.asarray(select_top_k(score, allowed, top_k))
     assert chosen.shape == (2, min(top_k, 4))
     assert chosen[0].tolist() == [1, 2, 0, 3][:top_k]
     assert chosen[1].tolist() == [0, 1, 4, 4][:top_k]
@@ -100,7 +108,7 @@ def test_gates(aggregation):
     segment, n = np.array([0, 0, 1, 2, 3]), 4
     score = rng.standard_normal((2, 5, 3, n + 1))
     config = layer(aggregation, ssc_top_k=2)
-    gates = gate_densely(jnp.asarray(score), jnp.asarray(segment), config)
+    gates = dense_gates(jnp.asarray(score), jnp.asarray(segment), config)
     expected = np.zeros_like(score)
     for at in np.ndindex(2, 5, 3):
         own = segment[at[1]]
@@ -120,7 +128,7 @@ def test_gates(aggregation):
 
 def test_gates_of_huge_scores_are_finite():
     score = jnp.full((1, 2, 1, 3), 1e300).at[..., 0].set(-1e300)
-    gates = gate_densely(score, jnp.asarray([0, 2]), layer("grm"))
+    gates = dense_gates(score, jnp.asarray([0, 2]), layer("grm"))
     assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
 
 
@@ -128,14 +136,14 @@ def test_gates_of_huge_scores_are_finite():
 def test_a_level_is_the_number_of_bits_of_an_age(width):
     u, age = jnp.arange(width), np.arange(-3, 2000)
     expected = [min(max(int(x), 0).bit_length(), width - 1) for x in age]
-    assert at_level(u, jnp.asarray(age)).tolist() == expected
+    assert level_score(u, jnp.asarray(age)).tolist() == expected
 
 
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, monkeypatch):
-    """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
+    """The fast form against `dense_gates`: gates, and the gradients of u and of every pool."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
@@ -145,12 +153,12 @@ def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, mon
     segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
 
     def fast(u, pools, running):
-        weights, selected = gate(u, pools, running, segment, config)
+        weights, selected = compute_gates(u, pools, running, segment, config)
         assert weights.shape == (b, t, h, min(top_k, n) + 1)
-        return spread(weights, selected, n)
+        return scatter_gates(weights, selected, n)
 
     def dense(u, pools, running):
-        return gate_densely(scores(u, pools, running, segment, config), segment, config)
+        return dense_gates(gate_scores(u, pools, running, segment, config), segment, config)
 
     args = (u, pools, running)
     cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))
@@ -217,7 +225,7 @@ def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Arr
 @pytest.mark.parametrize("kind", ["linear", "dla"])
 def test_selected_reads_are_plain_gathers(kind, monkeypatch):
     """Section 6, `ssc`: blocks of 4 rows, so that groups are empty, full, and cut; empty slots."""
-    monkeypatch.setattr("mc_jax.sparse.ROW_BLOCK", 4)
+    monkeypatch.setattr("mc_jax.sparse_reads.ROW_BLOCK", 4)
     memory = make_memory(LinearConfig() if kind == "linear" else DLAConfig(expansion=2))
     rng = np.random.default_rng(0)
     b, t, h, top_k, n, k = 2, 11, 2, 2, 5, 4

@@ -10,7 +10,7 @@ from flax import nnx
 
 from helpers.cases import assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_jax import LanguageModel, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -81,12 +81,12 @@ def test_growing_keeps_the_content():
     numbers = np.random.default_rng(0)
     cache = jax.tree.map(
         lambda x: jnp.asarray(numbers.integers(1, 9, x.shape), x.dtype), module.init_cache(2, 6)
-    )._replace(limit=jnp.asarray(6, jnp.int32))
+    )._replace(capacity=jnp.asarray(6, jnp.int32))
     grown = module.grow(cache, 40)
     assert grown.stored.length.shape == (2, 10)
-    assert int(grown.limit) == 40
+    assert int(grown.capacity) == 40
     for (name, before), (_, after) in zip(flatten(cache), flatten(grown), strict=True):
-        if name != "limit":
+        if name != "capacity":
             kept = after[:, : before.shape[1]] if name.startswith("stored") else after
             np.testing.assert_array_equal(kept, before, err_msg=name)
     with pytest.raises(ValueError, match="max_tokens = 5: must be >= 40"):
@@ -183,8 +183,8 @@ def test_padded_rows_are_what_they_are_alone(name):
         padding = np.ones((3, WIDTH), bool)
         prompts = np.full((3, WIDTH), 16, np.int32)
         for row, length in enumerate(PROMPTS):
-            room = WIDTH - length
-            first = {"left": room, "right": 0, "both": room // 2}[side]
+            capacity = WIDTH - length
+            first = {"left": capacity, "right": 0, "both": capacity // 2}[side]
             padding[row, first : first + length] = False
             prompts[row, first : first + length] = tokens[row, :length]
         y, cache = extend(prompts, module.init_cache(3, 12), every, padding=padding)

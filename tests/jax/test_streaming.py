@@ -77,7 +77,7 @@ def assert_same_stream(case, expected, splits):
     """
     output, cache = stream(case, splits)
     assert_close(output, expected.output, EXACT, name="output")
-    fields = ("total", "state", "pool_sum", "pool", "length", "slot", "position", "limit")
+    fields = ("total", "state", "pool_sum", "pool", "length", "slot", "position", "capacity")
     for name in fields:
         assert_close(getattr(cache, name), getattr(expected.cache, name), EXACT, name=name)
     if cache.stored.length.shape[1]:

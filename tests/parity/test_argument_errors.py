@@ -103,7 +103,7 @@ def test_segments_that_no_stream_cuts_do_not_go_on(framework, method, lengths):
     cache = side.run(case, method).cache
     message = "cut by segment_lengths, not by the configuration"
     with pytest.raises(ValueError, match=message):
-        package.cache.check_room(cache, 1)
+        package.cache.check_capacity(cache, 1)
     with pytest.raises(ValueError, match=message):
         package.cache.grow(cache, case.config, 20)
 
@@ -115,6 +115,6 @@ def test_segments_that_a_stream_would_cut_do(framework, memory):
     case = make_case(memory, "residual", tokens=7, segment_size=4)
     cut = case._replace(lengths=(4, 3))
     left, right = side.run(case), side.run(cut)
-    assert int(right.cache.limit) == 7
+    assert int(right.cache.capacity) == 7
     for a, b in ((left.output, right.output), (left.cache.total, right.cache.total)):
         assert_close(a, b, 1e-12)

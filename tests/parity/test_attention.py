@@ -16,7 +16,7 @@ import mc_torch
 from helpers.cases import assert_close
 from mc_core import AttentionConfig
 from mc_core.config import NORM_EPS
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_core.weights import to_torch
 from parity.weights import load_jax, load_torch
 from parity.weights import to_jax as in_jax_layout
@@ -196,12 +196,12 @@ def test_a_cache_grows_and_refuses_what_it_has_no_room_for(package, name):
     first, cache = layer.extend(part[:, :4], layer.init_cache(2, 4))
     with pytest.raises(ValueError, match=r"max_tokens = 4, and position 4 would go to 5: grow\("):
         layer.extend(part[:, 4:5], cache)
-    with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, as it is now"):
+    with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, the capacity of the cache"):
         layer.grow(cache, 3)
     second, cache = layer.extend(part[:, 4:], layer.grow(cache, TOKENS))
     y = np.concatenate([get(first), get(second)], axis=1)
     assert_close(y, whole(package, layer, x), EXACT)
-    assert int(cache.limit) == TOKENS
+    assert int(cache.capacity) == TOKENS
 
 
 @EACH
@@ -295,9 +295,9 @@ def test_keys_and_values_may_lie_in_the_hosts_memory(package):
 def test_past_its_limit_a_compiled_stream_is_nan():
     layer, (x, _) = build("jax", CONFIGS["blocks-conv0"]), draw()
     extend, cache = jax.jit(lambda x, cache: layer.extend(x, cache)), layer.init_cache(2, 4)
-    for first, room in ((0, True), (3, False)):
+    for first, capacity in ((0, True), (3, False)):
         y, cache = extend(jnp.asarray(x)[:, first : first + 3], cache)
-        assert np.isnan(y).all() != room
+        assert np.isnan(y).all() != capacity
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -13,7 +13,7 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from mc_core import MCConfig, ModelConfig, SWLAConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from parity.weights import load_torch, to_torch
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")

@@ -23,7 +23,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 
 VOCABULARY = 7
 MEMORIES = {
@@ -77,7 +77,7 @@ def test_taken_rows_continue_like_streams_of_their_own(name, rows):
         assert_same_streams(model, taken, rows)
     else:
         assert {one.position.shape for one in taken} == {(0,)}
-    assert [one.limit.item() for one in taken] == [16, 16, 16]
+    assert [one.capacity.item() for one in taken] == [16, 16, 16]
     model.extend(torch.from_numpy(NEXT[rows]), taken)
     assert_close(dict(flatten(cache)), dict(flatten(before)), 0)  # the source is as it was
 

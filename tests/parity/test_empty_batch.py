@@ -21,7 +21,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 
 MEMORIES = {
     "linear": LinearConfig(),
@@ -64,7 +64,7 @@ def passes(layer, x, mask):
 
 def empty(tree):
     """Return the arrays of a batch of one, without it."""
-    shared = ("limit", "token_index", "segment_index", "cached_count")
+    shared = ("capacity", "token_index", "segment_index", "cached_count")
     leaves = [(name, tuple(x.shape), x.dtype) for name, x in flatten(tree)]
     return [
         (name, shape if name.endswith(shared) else (0, *shape[1:]), dtype)
@@ -171,7 +171,7 @@ def test_streams_of_no_rows_continue():
     logits, cache = run(cache)
     assert logits.shape == (0, TOKENS, 11)
     assert not len(cache[0].position)
-    mc_jax.check_room(cache[0], 99)
+    mc_jax.check_capacity(cache[0], 99)
 
 
 @pytest.mark.parametrize("package", [mc_jax, mc_torch])

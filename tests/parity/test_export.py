@@ -21,9 +21,9 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_torch.layout import make_plan
+from mc_torch.chunk_layout import make_plan
 
-FIXED = "must be a fixed number, for which segments and chunks are planned"
+FIXED = "must be a fixed number, because segments and chunks are planned for it"
 LAYERS = {
     "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", segment_size=3, chunk_size=2),
     "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2),
@@ -93,7 +93,7 @@ def test_eager_calls_after_a_pytorch_export_have_tensors_of_their_own(strict):
     assert type(y) is torch.Tensor
     assert_close(program.module()(x), y, 1e-12)
     plan = make_plan(11, config, None, x.device)
-    arrays = (plan.index, plan.place_of, plan.padded_segments, plan.segment_places)
+    arrays = (plan.chunk_tokens, plan.chunk_positions, plan.segment_tokens, plan.segment_positions)
     assert all(type(index.at) is torch.Tensor for index in arrays)
 
 

@@ -29,20 +29,20 @@ TORCH_ONLY = {
         "take_along",
         "tree_map",
         "unstack",
-        "windows",
+        "unfold",
     },
     # Tools of PyTorch replace linear maps and embeddings, and FSDP hooks `forward` alone.
     "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
     # The plan's index arrays lie on a device, and are built outside of a compiled graph.
-    "layout.py": {"Index", "TensorPlan", "make_plan"},
+    "chunk_layout.py": {"TokenIndex", "TensorPlan", "make_plan"},
     "pretrained.py": {"Flat"},
 }
 JAX_ONLY = {
-    "layout.py": {"take_places"},
+    "chunk_layout.py": {"gather_positions"},
     "modules.py": {"Head"},
-    "numerics.py": {"KEPT", "SUM_BLOCK", "keep"},
+    "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
     # A tensor on the host has a device, an array there a kind of memory.
-    "host.py": {"HOST", "DEVICE", "KIND"},
+    "offload.py": {"HOST", "DEVICE", "KIND"},
 }
 RENAMED = {"__call__": "forward"}
 # Arguments that construct modules: JAX draws from `rngs`, and tells compute from parameter dtype.

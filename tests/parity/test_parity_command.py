@@ -14,7 +14,7 @@ from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import GATES, START_MODES
 from mc_core.memories import COEFFICIENTS, MEMORIES
 from mc_core.optimizer import OptimizerConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw

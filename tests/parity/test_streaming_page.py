@@ -13,7 +13,7 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from mc_core import MCConfig, ModelConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_core.weights import to_torch
 from mc_jax.pretrained import get_weights
 

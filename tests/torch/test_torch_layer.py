@@ -16,7 +16,7 @@ from helpers.torch_calls import leaves
 from helpers.torch_layers import draw, make_layer
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_torch import LanguageModel, MemoryCachingLayer, memory_caching
-from mc_torch.numerics import product
+from mc_torch.numerics import einsum_f32
 
 ROOT = Path(__file__).parents[2]
 SMALL = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=2)
@@ -149,7 +149,7 @@ def test_products_are_not_rounded_at_their_end():
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             for x, y in ((a, b), (a.float(), b.float())):
-                close = product("ij,jk->ik", x, y)
+                close = einsum_f32("ij,jk->ik", x, y)
                 assert close.dtype == torch.float32
                 torch.testing.assert_close(close, exact, rtol=1e-5, atol=1e-5)
 
@@ -159,11 +159,11 @@ def test_exact_products_stay_so_where_tf32_is_allowed():
     a, b = draw(8, 99, dtype=torch.float32), draw(99, 8, dtype=torch.float32)
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:
-        exact = product("ij,jk->ik", a, b, exact=True)
+        exact = einsum_f32("ij,jk->ik", a, b, exact=True)
     finally:
         settings.fp32_precision = before
     assert torch.equal(exact, (a.double() @ b.double()).float())
-    assert torch.equal(product("ij,jk->ik", a, b, exact=True), a @ b)
+    assert torch.equal(einsum_f32("ij,jk->ik", a, b, exact=True), a @ b)
 
 
 @pytest.mark.parametrize("config", [SMALL, CONFIGS["swla"]], ids=["titans", "swla"])

@@ -26,7 +26,7 @@ from helpers.recurrence_cases import (
 )
 from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
 from mc_core import MCConfig
-from mc_torch.gates import at_level, gate, gate_densely, scores, spread
+from mc_torch.gates import compute_gates, dense_gates, gate_scores, level_score, scatter_gates
 from mc_torch.numerics import tree_map
 
 
@@ -205,21 +205,21 @@ def test_derivatives_of_all_pairs(memory, aggregation, order):
 def test_a_level_is_the_number_of_bits_of_an_age(width):
     u, age = torch.arange(width), torch.arange(-3, 2000)
     expected = [min(max(x, 0).bit_length(), width - 1) for x in age.tolist()]
-    assert at_level(u, age).tolist() == expected
+    assert level_score(u, age).tolist() == expected
 
 
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 def test_gates_of_selected_memories_are_those_of_all(block, gated_by, monkeypatch):
-    """The fast form against `gate_densely`, in one block of tokens and in several."""
+    """The fast form against `dense_gates`, in one block of tokens and in several."""
     monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
     pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
     segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
     config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2, gate=gated_by)
-    weights, selected = gate(u, pools, running, segment, config)
+    weights, selected = compute_gates(u, pools, running, segment, config)
     assert weights.shape == (2, 7, 3, 3)
-    score = scores(u, pools, running, segment, config)
-    expected = gate_densely(score, segment, config)
-    torch.testing.assert_close(spread(weights, selected, 5), expected)
+    score = gate_scores(u, pools, running, segment, config)
+    expected = dense_gates(score, segment, config)
+    torch.testing.assert_close(scatter_gates(weights, selected, 5), expected)

@@ -10,7 +10,7 @@ import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 
 from mc_core import ModelConfig
-from mc_core.checks import fail
+from mc_core.checks import raise_config_error
 from mc_core.memories import MEMORIES
 from train.config.recall_schema import Length
 from train.config.schema import TASKS, DataConfig, TextConfig, TrainConfig
@@ -68,7 +68,7 @@ def _structure_task(converter: cattrs.Converter) -> Callable[[Any, Any], DataCon
             raise ValueError("must be a mapping of keys")
         task = data.get("task", TextConfig.task)
         if not isinstance(task, str) or task not in TASKS:
-            fail("TextConfig", "task", task, "one of " + ", ".join(map(repr, TASKS)))
+            raise_config_error("TextConfig", "task", task, "one of " + ", ".join(map(repr, TASKS)))
         rest = {key: value for key, value in data.items() if key != "task"}
         return converter.structure(rest, TASKS[task])
 

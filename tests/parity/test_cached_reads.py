@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import mc_jax.slots
-import mc_torch.slots
+import mc_jax.cached_reads
+import mc_torch.cached_reads
 from helpers.cases import assert_close
 from helpers.torch_calls import leaves
 from helpers.torch_layers import draw
 from mc_torch import Segments
-from mc_torch.cache import put_slots
+from mc_torch.cache import write_slots
 
 
 @pytest.mark.usefixtures("float64", "strict")
@@ -27,7 +27,9 @@ def test_runs_of_tokens_in_jax():
         return jnp.einsum("bshoi,bshci->bshco", weights[0], x)
 
     given = map(jnp.asarray, (x, gates, weights, segment))
-    y = jax.jit(lambda x, g, w, s: mc_jax.slots.sum_over_slots(read, x, g, (w,), s))(*given)
+    y = jax.jit(lambda x, g, w, s: mc_jax.cached_reads.sum_cached_reads(read, x, g, (w,), s))(
+        *given
+    )
     assert_close(y, np.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x), 1e-14)
 
 
@@ -42,9 +44,13 @@ def test_only_filled_slots_are_read():
     gates = torch.where(torch.arange(9) < 6, draw(2, 2, 16, 9), 0.0)
     expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
     six = torch.full((2, 16), 6)
-    assert_close(mc_torch.slots.sum_over_slots(read, x, gates, (weights,), six), expected, 1e-14)
+    assert_close(
+        mc_torch.cached_reads.sum_cached_reads(read, x, gates, (weights,), six), expected, 1e-14
+    )
     assert seen == [4, 2]
-    none = mc_torch.slots.sum_over_slots(read, x, torch.zeros_like(gates), (weights,), 0 * six)
+    none = mc_torch.cached_reads.sum_cached_reads(
+        read, x, torch.zeros_like(gates), (weights,), 0 * six
+    )
     assert none.shape == expected.shape
     assert not none.any()
 
@@ -63,7 +69,7 @@ def test_runs_of_tokens_in_torch():
     gates = torch.where(torch.arange(n) < segment[:, None, :, None], draw(2, 2, c, n), 0.0)
     expected = torch.einsum("bhcs,bshoi,bhci->bhco", gates, weights, x)
     assert_close(
-        mc_torch.slots.sum_over_slots(read, x, gates, (weights,), segment), expected, 1e-14
+        mc_torch.cached_reads.sum_cached_reads(read, x, gates, (weights,), segment), expected, 1e-14
     )
     assert sum(seen) < 0.65 * c * n
 
@@ -72,9 +78,9 @@ def test_segments_go_to_their_slots():
     stored = Segments((draw(2, 4, 3),), draw(2, 4), torch.zeros(2, 4))
     some = Segments((draw(2, 3, 3, seed=1),), draw(2, 3, seed=1), torch.ones(2, 3))
     slots = torch.tensor([[1, 9, 0], [4, 9, 3]])
-    written = put_slots(stored, some, slots)
+    written = write_slots(stored, some, slots)
     for old, new, found in zip(*map(leaves, (stored, some, written)), strict=True):
         expected = old.clone()
         expected[0, 1], expected[0, 0], expected[1, 3] = new[0, 0], new[0, 2], new[1, 2]
         assert torch.equal(found, expected)
-    assert put_slots(stored, some, torch.full((2, 3), 4)) is stored
+    assert write_slots(stored, some, torch.full((2, 3), 4)) is stored

@@ -1,4 +1,4 @@
-"""Sums over the slots of a stream's cached memories, of which only the first ones are filled."""
+"""Sums over the cached memories of a stream, of which only the first slots are filled."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,27 +7,27 @@ import jax
 import jax.numpy as jnp
 
 from mc_jax.backends import Weights
-from mc_jax.host import take
-from mc_jax.numerics import Array, align
+from mc_jax.numerics import Array, expand_leading_dims
+from mc_jax.offload import read_from_host
 
-READS = 8  # of one token each that a step takes together: few tokens read many slots at once
-RUN = 256  # tokens that go through the slots together, to the last one that any of them reads
+READS = 8  # slots per step are READS / tokens
+RUN = 256  # tokens per run; a run reads the slots up to the last one that any of its tokens reads
 
 # (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
-SlotRead = Callable[[Array, Weights], Array]
+CachedRead = Callable[[Array, Weights], Array]
 
 
-def sum_over_slots(
-    read: SlotRead, x: Array, gates: Array, weights: Weights, segment: Array
+def sum_cached_reads(
+    read: CachedRead, x: Array, gates: Array, weights: Weights, segment: Array
 ) -> Array:
-    """Return `Σ_i gates_i read(x, weights_i)`; slots that no token of a run reads cost nothing.
+    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a run reads.
 
     Args:
-        read: how tokens read some memories.
+        read: function that reads several memories.
         x: tokens [b, h, c, i].
-        gates: [b, h, c, n], 0 at slots that a token does not read.
+        gates: [b, h, c, n], 0 where a token does not read a slot.
         weights: memories, each [b, n, h, o, i].
-        segment: int32 [b, c], one past the last slot that a token reads.
+        segment: int32 [b, c], number of slots that a token may read.
 
     Returns:
         [b, h, c, o] in the gates' dtype.
@@ -49,13 +49,13 @@ def sum_over_slots(
     return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
 
 
-def _sum_run(read: SlotRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
-    """Do the same for one run of tokens, a block of slots at a step, up to the slot `filled`.
+def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Compute `sum_cached_reads` for one run of tokens, over the first `filled` slots, in blocks.
 
-    A stream with room for 17 tokens in segments of 4 has n = 5 slots, which a single token reads 2
-    at a step: slots 0 1, 2 3 and 3 4. The last block begins early enough to be whole, and the gate
-    of slot 3, which it repeats, is 0 there. Token 12 is in segment 3 and reads slots 0 1 2, so that
-    `filled` is 3: block 3 4 is left out.
+    Example: 17 tokens in segments of 4 have n = 5 slots. A single token reads blocks of 2: slots
+    0 1, 2 3 and 3 4. The last block overlaps the previous one to have full size, and the gate of
+    the repeated slot 3 is set to 0. Token 12 in segment 3 reads slots 0 1 2: `filled` is 3, and
+    block 3 4 is skipped.
     """
     n, size = gates.shape[-1], _block(gates.shape[-1], gates.shape[2])
     x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
@@ -65,17 +65,19 @@ def _sum_run(read: SlotRead, x: Array, gates: Array, weights: Weights, filled: A
         return jnp.sum(gates.transpose(0, 3, 1, 2)[..., None] * read(x, weights), axis=1)
 
     if size == n:
-        return weighted(x, gates, tuple(take(jnp.asarray, w) for w in weights))
+        return weighted(x, gates, tuple(read_from_host(jnp.asarray, w) for w in weights))
 
     def cut(first: Array) -> Weights:
         def block(w: Array, first: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
 
-        return tuple(take(block, w, first) for w in weights)
+        return tuple(read_from_host(block, w, first) for w in weights)
 
     def step(total: Array, number: Array) -> tuple[Array, None]:
         first = jnp.minimum(number * size, n - size)
-        new = align(first + jnp.arange(size, dtype=first.dtype) >= number * size, gates.ndim)
+        new = expand_leading_dims(
+            first + jnp.arange(size, dtype=first.dtype) >= number * size, gates.ndim
+        )
 
         def add(total: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(gates, first, size, axis=-1)
@@ -90,5 +92,5 @@ def _sum_run(read: SlotRead, x: Array, gates: Array, weights: Weights, filled: A
 
 
 def _block(n: int, tokens: int) -> int:
-    # At least two steps: slots that a loop reads are not copied, those of a plain product are.
+    # At least two steps: unlike a single product, a loop does not copy the slots.
     return max(1, min(READS // tokens, n // 2))

@@ -12,6 +12,12 @@ from helpers.tiny_run import TINY, mc, write_config
 from mc_jax.sharding import shard_heads
 
 
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Collecting takes longer than the tiny subjects, and nothing here depends on it."""
+    monkeypatch.setattr("bench.timing.gc.collect", lambda: None)
+
+
 def test_memory(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "bench", "memory", path, "--json", tmp_path / "m.json") == 0

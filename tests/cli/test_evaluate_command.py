@@ -147,7 +147,7 @@ def test_an_essay_is_held_out_text_of_the_run_or_of_files(tmp_path):
     """A run on text has trained on the rest of it; files have words of their own."""
     config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
     corpus = tuple(config.data.corpus)
-    essay = subject.Options(task="niah", haystack="essay")
+    essay = subject.EvaluationOptions(task="niah", haystack="essay")
     data = subject.task_of(config, essay)
     assert (data.corpus, data.validation_fraction, data.haystack) == (corpus, 0.3, "essay")
     assert corpus != NIAHConfig().corpus

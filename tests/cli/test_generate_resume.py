@@ -17,6 +17,7 @@ from mc_core.errors import NotFiniteError, UserError
 from train.checkpoint import Checkpoints, Meta
 from train.config import load_config, to_dict
 from train.evaluation import generate
+from train.evaluation.prompts import read_prompts
 from train.step import build
 from train.tasks.task import load_task
 
@@ -291,11 +292,11 @@ def test_keys_that_cannot_be_handed_through(tmp_path, text, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        generate.read_prompts(None, None, path)
+        read_prompts(None, None, path)
 
 
 def test_prompts_come_from_stdin(monkeypatch):
     data = io.BytesIO('{"prompt": "é"}\n'.encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data, encoding="ascii"))
-    (prompt,) = generate.read_prompts(None, None, Path("-"))
+    (prompt,) = read_prompts(None, None, Path("-"))
     assert prompt.text == "é".encode()

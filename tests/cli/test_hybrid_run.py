@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from helpers.tiny_run import TINY, mc, write_config
 
 
@@ -29,6 +31,7 @@ def test_a_hybrid_is_inspected_where_it_has_a_memory(tmp_path, monkeypatch, caps
     assert (run / "router.png").exists()
 
 
+@pytest.mark.slow
 def test_a_transformer_trains_and_has_no_memory_to_inspect(tmp_path, monkeypatch, capsys):
     run = start(tmp_path, monkeypatch, mixers=["attention"])
     capsys.readouterr()

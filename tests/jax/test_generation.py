@@ -34,7 +34,7 @@ def first_cache(steps: Any) -> Any:
     return steps.gi_frame.f_locals["cache"][0]
 
 
-QUICK = ("linear-soup", "swla-ssc", "dla-residual", "titans-grm")
+QUICK = ("dla-residual", "titans-grm")
 
 
 @pytest.mark.usefixtures("float64")
@@ -90,6 +90,7 @@ def test_left_and_right_padded_prompts_match_single_rows():
                 after = after[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_generation_is_independent_of_block_width():
     model = make_model("linear-soup")
@@ -130,7 +131,7 @@ def test_seed_determines_generation():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_prompt_lengths_share_compiled_programs(restored, caplog):
     """17 to 32 tokens share a shape; early stops and parameters of a checkpoint compile nothing.
 
@@ -152,6 +153,7 @@ def test_prompt_lengths_share_compiled_programs(restored, caplog):
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 
+@pytest.mark.slow
 def test_restored_model_offloads_cached_memories(caplog):
     """Cached memories stay on the host, the tokens are the same, and nothing is recompiled."""
     model = make_model("linear-grm", jnp.float32)
@@ -177,6 +179,7 @@ def test_prompt_blocks_contain_every_token_once():
             assert not padding[row, : len(prompt)].any()
 
 
+@pytest.mark.slow
 def test_generation_uses_cache_dtype():
     model = make_model("linear-grm", jnp.float32)
     low, high = (generate(model, PROMPTS, 12, cache_dtype=d) for d in ("bfloat16", None))

@@ -59,8 +59,10 @@ def test_extend_compiles_once_for_all_positions():
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"),
-    [(TitansConfig(expansion=1), "grm", "checkpoint"), (SWLAConfig(), "ssc", "restart")],
-    ids=["titans-grm-checkpoint", "swla-ssc-restart"],
+    [
+        pytest.param(TitansConfig(expansion=1), "grm", "checkpoint", id="titans-grm-checkpoint"),
+        pytest.param(SWLAConfig(), "ssc", "restart", id="swla-ssc-restart", marks=pytest.mark.slow),
+    ],
 )
 def test_forward_cache_can_be_extended(memory, aggregation, mode):
     """`forward_with_cache` returns a full cache; `grow` increases its capacity."""
@@ -155,6 +157,7 @@ MODELS = {
     "linear-mean": (LinearConfig(coefficients="token"), "mean", "checkpoint"),
     "dla-soup": (DLAConfig(expansion=1), "soup", "restart"),
 }
+QUICK = ("linear-mean", "titans-grm")
 
 
 @cached
@@ -168,7 +171,10 @@ def model(name):
     return module, tokens, compiled(module, "__call__"), compiled(module, "extend")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_padded_rows_match_single_rows(name):
     module, tokens, whole, extend = model(name)
     every = np.ones((3, WIDTH), bool)
@@ -238,7 +244,7 @@ def test_bfloat16_cached_memories():
         assert_close(cache.state, expected.state, 1e-5, name="state")
 
 
-@pytest.mark.parametrize("aggregation", ["ssc", "grm"])
+@pytest.mark.parametrize("aggregation", ["ssc", pytest.param("grm", marks=pytest.mark.slow)])
 def test_offloaded_cached_memories(aggregation):
     """Offloaded memories give the same results and stay on the host."""
     module, x, extend, _ = layer(aggregation=aggregation)

@@ -81,7 +81,7 @@ def test_vmap_of_memory_caching():
         assert_close(jax.tree.map(lambda x: x[i], both), expected, EXACT)  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "linear"])
 def test_checkpoint_preserves_values_and_gradients(name):
     layer, x = make_layer(name), tokens(2)
     graph, state = nnx.split(layer)
@@ -118,6 +118,7 @@ def test_nnx_transforms(flax_mode):
     assert_close(leaves, jax.tree.leaves(expected), GRADIENT)
 
 
+@pytest.mark.slow
 @both_flax_modes
 def test_scan_over_layers(flax_mode):
     """Layers built by `nnx.vmap` and run by `nnx.scan` match a loop."""
@@ -140,6 +141,7 @@ def test_scan_over_layers(flax_mode):
     assert_close(y, x, EXACT)
 
 
+@pytest.mark.slow
 def test_linen_bridge():
     module = nnx.bridge.to_linen(MemoryCachingLayer, CONFIGS["swla"], param_dtype=jnp.float64)
     x = tokens(2)
@@ -165,7 +167,7 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("swla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
 def test_sharded_layer_matches_single_device(name, mesh):
     """Batch sharding preserves values and gradients."""
     layer, x = make_layer(name), tokens(8)
@@ -179,7 +181,11 @@ def test_sharded_layer_matches_single_device(name, mesh):
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "method"),
-    [("titans", "grm", "chunked"), ("swla", "ssc", "chunked"), ("dla", "soup", "recurrent")],
+    [
+        pytest.param("titans", "grm", "chunked", marks=pytest.mark.slow),
+        ("swla", "ssc", "chunked"),
+        ("dla", "soup", "recurrent"),
+    ],
 )
 def test_shard_map_matches_single_device(memory, aggregation, method, mesh):
     """The initial state of every scan is sharded like its inputs.

@@ -132,7 +132,7 @@ def test_masked_tokens_do_not_change_other_logits():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_logits_are_float32_with_bfloat16_compute(tied):
     """Section 8: products in the compute dtype, float32 parameters, gradients and logits."""
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1)

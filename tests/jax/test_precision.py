@@ -18,6 +18,9 @@ from mc_jax import AttentionLayer, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("strict")
 AGGREGATION = dict(zip(MAIN, ("ssc", "residual", "soup", "grm"), strict=True))
+methods = pytest.mark.parametrize(
+    "method", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)]
+)
 every_memory = pytest.mark.parametrize("memory", MAIN)
 
 
@@ -43,7 +46,7 @@ def exact(case: FunctionCase) -> Any:
 
 
 @every_memory
-@pytest.mark.parametrize("method", ["chunked", "recurrent"])
+@methods
 def test_float32_is_close_to_float64(memory, method):
     """2e-6 relative RMS at 128 tokens, for outputs, caches and gates."""
     case = long_case(memory)
@@ -78,7 +81,7 @@ def test_float32_gradients_are_close_to_float64(memory):
 
 
 @every_memory
-@pytest.mark.parametrize("method", ["chunked", "recurrent"])
+@methods
 def test_state_is_float32_with_bfloat16_inputs(memory, method):
     """State, gates, pools and scores stay float32; the output has the inputs' dtype."""
     case = long_case(memory)

@@ -192,7 +192,7 @@ def test_chunked_gradients_match_recurrent_for_other_masks_and_modes(
     [
         ("linear", "grm", "restart", "recurrent"),
         ("swla", "ssc", "checkpoint", "chunked"),
-        ("dla", "ssc", "restart", "chunked"),
+        pytest.param("dla", "ssc", "restart", "chunked", marks=pytest.mark.slow),
         ("titans", "soup", "checkpoint", "chunked"),
     ],
 )
@@ -211,7 +211,12 @@ def test_token_gates_match_oracle_on_large_grid(memory, aggregation, mode):
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "method"), [("grm", "chunked"), ("soup", "recurrent"), ("ssc", "chunked")]
+    ("aggregation", "method"),
+    [
+        ("grm", "chunked"),
+        pytest.param("soup", "recurrent", marks=pytest.mark.slow),
+        pytest.param("ssc", "chunked", marks=pytest.mark.slow),
+    ],
 )
 def test_token_gates_are_independent_of_keys(aggregation, method):
     """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""

@@ -79,11 +79,19 @@ def config(memory: str, aggregation: str, mode: str, segment: int, chunk: int) -
     )
 
 
-dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+QUICK = {"linear": "float32", "swla": "bfloat16", "dla": "bfloat16", "titans": "float32"}
 
 
-@dtypes
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    [
+        pytest.param(memory, dtype, marks=[] if name in QUICK[memory] else pytest.mark.slow)
+        for memory in MEMORIES
+        for name, dtype in DTYPES.items()
+    ],
+)
 def test_outputs_are_finite_at_coefficient_limits(memory, dtype):
     check(config(memory, "grm", "checkpoint", 256, 256), 1024, dtype)
 

@@ -65,7 +65,15 @@ def array(x: Any) -> np.ndarray:
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, MODEL, HYBRID], ids=["layer", "model", "hybrid"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LAYER, marks=pytest.mark.slow),
+        pytest.param(MODEL, marks=pytest.mark.slow),
+        HYBRID,
+    ],
+    ids=["layer", "model", "hybrid"],
+)
 def test_saved_cache_continues_stream(tmp_path, package, config):
     """With convolutions and bfloat16 memories."""
     path = tmp_path / "stream.safetensors"
@@ -113,7 +121,9 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
+@pytest.mark.parametrize(
+    "config", [LAYER, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=["layer", "hybrid"]
+)
 def test_loaded_cache_has_device_of_new_cache(tmp_path, package, config):
     path = tmp_path / "stream.safetensors"
     module, rest, cache = begun(package, config)

@@ -114,25 +114,26 @@ def test_jax_rejects_dynamic_token_count(aggregation):
 
 
 def test_jax_exports_dynamic_batch():
-    model, tokens = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0)), jnp.asarray(TOKENS, jnp.int32)
+    layer = mc_jax.MemoryCachingLayer(LAYERS["linear-grm"], rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 8))
     (rows,) = jax_symbols("rows, 1")[:1]
 
     def symbolic(x):
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.ndim else (), x.dtype)
 
-    def extend(leaves, tokens):
-        logits, cache = model.extend(tokens, jax.tree.unflatten(structure, leaves))
-        return logits, jax.tree.leaves(cache)
+    def extend(leaves, x):
+        y, cache = layer.extend(x, jax.tree.unflatten(structure, leaves))
+        return y, jax.tree.leaves(cache)
 
-    leaves, structure = jax.tree.flatten(model.init_cache(2, 8))
-    arguments = [symbolic(x) for x in leaves], symbolic(tokens[:, :1])
+    leaves, structure = jax.tree.flatten(layer.init_cache(2, 4))
+    arguments = [symbolic(leaf) for leaf in leaves], symbolic(x[:, :1])
     step = jax.export.export(jax.jit(extend))(*arguments)
-    for some in (tokens, tokens[:1], jnp.concatenate([tokens, tokens])):
-        leaves, logits = jax.tree.leaves(model.init_cache(len(some), 8)), []
+    for some in (x[:1], jnp.concatenate([x, x[:1]])):
+        leaves, outputs = jax.tree.leaves(layer.init_cache(len(some), 4)), []
         for one in jnp.split(some, some.shape[1], axis=1):
-            found, leaves = step.call(leaves, one)
-            logits.append(found)
-        assert_close(jnp.concatenate(logits, 1), model(some), 1e-5)
+            y, leaves = step.call(leaves, one)
+            outputs.append(y)
+        assert_close(jnp.concatenate(outputs, 1), layer(some), 1e-5)
 
 
 def test_jax_models_and_attention_reject_dynamic_token_count():

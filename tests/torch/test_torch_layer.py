@@ -77,7 +77,11 @@ def check_compiled(config, backend, tokens=(5,), dtype=torch.float64, tolerance=
             MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"),
             "eager",
         ),
-        (MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, conv_width=2), "eager"),
+        pytest.param(
+            MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, conv_width=2),
+            "eager",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["swla-ssc", "swla-ssc-token", "dla-soup"],
 )
@@ -234,6 +238,7 @@ def test_parameter_initialization():
     assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.slow
 def test_model_overfits_a_batch():
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(11, 1, SMALL, tie_embeddings=False))

@@ -269,7 +269,12 @@ def check_one_program_of_steps(config, size, backend):
 
 @pytest.mark.parametrize(
     ("config", "size", "backend"),
-    [(TITANS, 1, "eager"), (SWLA, 3, "eager"), (RESTART, 3, "eager"), (SUM, 1, "aot_eager")],
+    [
+        (TITANS, 1, "eager"),
+        pytest.param(SWLA, 3, "eager", marks=pytest.mark.slow),
+        pytest.param(RESTART, 3, "eager", marks=pytest.mark.slow),
+        (SUM, 1, "aot_eager"),
+    ],
     ids=["titans", "swla", "restart", "sum"],
 )
 def test_extend_compiles_once(config, size, backend):
@@ -284,10 +289,9 @@ def test_extend_compiles_once_per_length(config, size):
     check_one_program_of_steps(config, size, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # required by the compiler
-@pytest.mark.parametrize(
-    "config", [pytest.param(TITANS, marks=pytest.mark.slow), SUM], ids=["titans", "sum"]
-)
+@pytest.mark.parametrize("config", [TITANS, SUM], ids=["titans", "sum"])
 def test_compiled_gradients_through_cache(config):
     layer, x = make_layer(config), draw(2, 9, 8)
     torch._dynamo.reset()

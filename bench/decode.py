@@ -15,9 +15,9 @@ from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.memories import MEMORIES
 from mc_core.tables import ResultTable, Row
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_jax import Cache, MemoryCachingLayer
-from mc_jax.sharding import local, split_heads
+from mc_jax.sharding import local, shard_heads
 from parity.environment import result_table
 
 CAPACITY = 128  # tokens after the context that fit the cache: more than are run
@@ -143,7 +143,7 @@ def compare_prefill(
 
     subjects: dict[str, Callable[[], Any]] = {"whole": partial(whole, state), "steps": steps}
     if len(devices) > 1:
-        subjects["split"] = partial(whole, split_heads(state, list(devices)))
+        subjects["split"] = partial(whole, shard_heads(state, list(devices)))
     timings = alternate(subjects, runs=runs, warmup=2)  # the first one compiles
     expected = jnp.concatenate(steps(), axis=1)
     row: Row = {

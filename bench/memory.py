@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.footprint import cache_footprint, kv_bytes, memory_size, outgrows_kv, state_bytes
-from mc_core.segmentation import check_streams
+from mc_core.segmentation import check_streaming_config
 from mc_core.tables import ResultTable, Row
 from parity.environment import result_table
 
@@ -25,7 +25,7 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTa
     layer, layers, item = model.layer, model.num_layers, ITEMS[cache_dtype]
     memories = model.block_layers.count(layer)
     if memories:
-        check_streams(layer)
+        check_streaming_config(layer)
     rows: list[Row] = []
     for length in tokens:
         one, kv = cache_footprint(layer, length, item), layers * kv_bytes(layer, length, item)

@@ -2,9 +2,9 @@
 
     W_t = α_t W_{t-1} - η_t (W k_t - v_t) k_tᵀ        y = W_t q
 
-The gradient of `||W k - v||² / 2` is taken at the memory W at the start of the token's chunk; with
-`chunk_size=1` that is W_{t-1}. Everything else is derived: both methods, all aggregations,
-streaming, inspection, training, parity.
+The gradient of `||W k - v||² / 2` is taken at the memory W before the token's chunk; with
+`chunk_size=1` that is W_{t-1}. The memory then supports both methods, all aggregations, streaming,
+inspection, training and parity.
 
     mc --import examples/custom_memory.py train configs/demo.yaml \
         model.layer.memory.kind=decayed_delta model.layer.chunk_size=8
@@ -41,15 +41,17 @@ if find_spec("jax"):
 
     @mc_jax.register_backend(DecayedDeltaConfig.kind)
     class JaxDecayedDelta(mc_jax.MatrixMemory):
-        """Arrays are [..., heads, tokens, width]; a gradient is `delta inputᵀ`, one per token."""
+        """Arrays are [..., heads, tokens, width]; each token has a gradient `error activationᵀ`."""
 
         def loss(self, apply, k, v):
             """Return `||W k - v||² / 2`, which `inspect` reports."""
             return jnp.sum((apply(0, k) - v) ** 2, axis=-1) / 2
 
-        def events(self, weights, k, v):
-            """Return the inputs k and the errors `W k - v`."""
-            return mc_jax.Events((k,), (jnp.einsum("...oi,...ci->...co", weights[0], k) - v,))
+        def rank_one_updates(self, weights, k, v):
+            """Return the activations k and the errors `W k - v`."""
+            return mc_jax.RankOneUpdates(
+                (k,), (jnp.einsum("...oi,...ci->...co", weights[0], k) - v,)
+            )
 
 
 if find_spec("torch"):
@@ -59,12 +61,14 @@ if find_spec("torch"):
 
     @mc_torch.register_backend(DecayedDeltaConfig.kind)
     class TorchDecayedDelta(mc_torch.MatrixMemory):
-        """The same in PyTorch."""
+        """The same memory in PyTorch."""
 
         def loss(self, apply, k, v):
             """Return `||W k - v||² / 2`, which `inspect` reports."""
             return torch.sum((apply(0, k) - v) ** 2, dim=-1) / 2
 
-        def events(self, weights, k, v):
-            """Return the inputs k and the errors `W k - v`."""
-            return mc_torch.Events((k,), (torch.einsum("...oi,...ci->...co", weights[0], k) - v,))
+        def rank_one_updates(self, weights, k, v):
+            """Return the activations k and the errors `W k - v`."""
+            return mc_torch.RankOneUpdates(
+                (k,), (torch.einsum("...oi,...ci->...co", weights[0], k) - v,)
+            )

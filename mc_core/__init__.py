@@ -1,4 +1,4 @@
-"""What both frameworks share: configurations and the plan of segments and chunks. NumPy only."""
+"""Shared by both frameworks: configurations and plans of segments and chunks. NumPy only."""
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.memories import (

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What other code needs to know of an aggregation.
+    """Properties of an aggregation.
 
     Attributes:
-        description: one line for people.
-        reads_cache: cached memories are read at all.
+        description: one line for help texts.
+        reads_cache: cached memories are read.
         gated: reads are weighted by a softmax over scores of the connector u.
-        averaged: ungated reads are averaged, not summed.
+        averaged: ungated reads are averaged instead of summed.
         sparse: only the `ssc_top_k` cached memories with the highest scores are read.
-        mixes_weights: the memories' weights are combined, and the result is read once.
+        mixes_weights: the memories' weights are mixed, and the mixture is read once.
     """
 
     description: str

@@ -7,13 +7,13 @@ T = TypeVar("T")
 
 
 def add_backend(backends: dict[str, type[T]], kind: str, cls: type[T], base: type[T]) -> None:
-    """Register a class; the same one again, from a module that was loaded anew, takes its place.
+    """Register a class. A reloaded version of the same class replaces it.
 
     Args:
         backends: the registry.
-        kind: of the configurations whose memory it is.
-        cls: the class.
-        base: of all memories.
+        kind: the memory kind.
+        cls: the backend's class.
+        base: base class of all backends.
 
     Raises:
         ValueError: the class is no subclass of `base`, or another class has the kind.
@@ -27,15 +27,15 @@ def add_backend(backends: dict[str, type[T]], kind: str, cls: type[T], base: typ
 
 
 def find_backend(backends: Mapping[str, type[T]], kind: str, package: str) -> type[T]:
-    """Return the class of a kind.
+    """Return the backend of a memory kind.
 
     Args:
         backends: the registry.
-        kind: of a configuration.
-        package: the framework's, for the message.
+        kind: the memory kind.
+        package: name of the framework's package, for the error message.
 
     Raises:
-        ValueError: none is registered for the kind.
+        ValueError: the kind has no backend.
     """
     if kind not in backends:
         raise ValueError(

@@ -1,22 +1,22 @@
-"""Checks of a stream's cache, by names, shapes and numbers alone: for arrays of any framework."""
+"""Checks of a stream's cache by shape and value, for arrays of any framework."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mc_core.checks import check_fixed, check_integers
+from mc_core.checks import check_integers, check_static
 from mc_core.config import AttentionConfig, MCConfig
-from mc_core.segmentation import NO_STREAM
+from mc_core.segmentation import NOT_STREAMABLE
 
-ENDED = 2**30  # position of a stream that can only give NaN; no limit reaches it
+INVALIDATED = 2**30  # position of an invalidated stream, whose output is NaN; above any capacity
 
 
 def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
-    """Hold to their ranges what says how many streams there are, how long, and where.
+    """Check the arguments of `init_cache`.
 
     Raises:
-        ValueError: names what is out of range.
+        ValueError: names the argument, its value and what is allowed.
     """
     if cache_device not in ("device", "host"):
         raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
@@ -25,80 +25,82 @@ def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
             raise ValueError(f"{name} = {value}: must be >= {least}")
 
 
-def check_goes_on(limit: int) -> None:
-    """Refuse a cache whose segments `segment_lengths` cut: the next token's is not known.
+def check_streamable(capacity: int) -> None:
+    """Check that a cache can be extended: explicit `segment_lengths` define no next segment.
 
     Args:
-        limit: the cache's.
+        capacity: capacity of the cache in tokens.
 
     Raises:
-        ValueError: says so.
+        ValueError: the segments are not those of the configuration.
     """
-    if limit == NO_STREAM:
+    if capacity == NOT_STREAMABLE:
         raise ValueError(
-            "cache: its segments were cut by segment_lengths, not by the configuration: it cannot "
-            "go on as a stream"
+            "cache: its segments were set by segment_lengths, not by the configuration: it cannot "
+            "be extended"
         )
 
 
-def check_growth(limit: int, max_tokens: int) -> None:
-    """Refuse a room that is less than a cache has.
+def check_growth(capacity: int, max_tokens: int) -> None:
+    """Check that `grow` does not shrink a cache.
 
     Args:
-        limit: tokens that the cache has room for.
-        max_tokens: those that it is to have room for.
+        capacity: capacity of the cache in tokens.
+        max_tokens: the new capacity.
 
     Raises:
-        ValueError: names both, or the segments are not those of a stream.
+        ValueError: the new capacity is smaller, or the cache cannot be extended.
     """
-    check_goes_on(limit)
-    if max_tokens < limit:
-        raise ValueError(f"max_tokens = {max_tokens}: must be >= {limit}, as it is now")
-
-
-def check_room(
-    position: Sequence[int] | np.ndarray, tokens: int | Sequence[int] | np.ndarray, limit: int
-) -> None:
-    """Refuse tokens that a cache has no room for; streams that have ended need none.
-
-    Args:
-        position: tokens of each row so far, [b].
-        tokens: to come, for all rows or [b].
-        limit: tokens that the cache has room for.
-
-    Raises:
-        ValueError: names the position, and what to do, or the segments are not those of a stream.
-    """
-    check_goes_on(limit)
-    position = np.asarray(position, np.int64)
-    live = position < ENDED
-    ahead = int(np.max(position + np.asarray(tokens), where=live, initial=0))
-    if ahead > limit:
-        last = int(np.max(position, where=live, initial=0))
+    check_streamable(capacity)
+    if max_tokens < capacity:
         raise ValueError(
-            f"cache: max_tokens = {limit}, and position {last} would go to {ahead}: "
+            f"max_tokens = {max_tokens}: must be >= {capacity}, the capacity of the cache"
+        )
+
+
+def check_capacity(
+    position: Sequence[int] | np.ndarray, tokens: int | Sequence[int] | np.ndarray, capacity: int
+) -> None:
+    """Check that a cache has capacity for the next tokens. Invalidated streams are ignored.
+
+    Args:
+        position: number of tokens in each row so far, [b].
+        tokens: number of next tokens, of all rows or [b].
+        capacity: capacity of the cache in tokens.
+
+    Raises:
+        ValueError: the capacity is exceeded, or the cache cannot be extended.
+    """
+    check_streamable(capacity)
+    position = np.asarray(position, np.int64)
+    valid = position < INVALIDATED
+    ahead = int(np.max(position + np.asarray(tokens), where=valid, initial=0))
+    if ahead > capacity:
+        last = int(np.max(position, where=valid, initial=0))
+        raise ValueError(
+            f"cache: max_tokens = {capacity}, and position {last} would go to {ahead}: "
             f"grow(cache, {ahead}) first"
         )
 
 
-def check_rows(
+def check_extend_inputs(
     x: Any,
     cache: Any,
     kind: type[Any],
     config: MCConfig | AttentionConfig,
-    is_fixed: Callable[[Any], bool],
+    is_static: Callable[[Any], bool],
 ) -> None:
-    """Refuse a cache of another layer, and tokens that its streams cannot go on with.
+    """Check the cache and the tokens that a layer is extended with.
 
     Args:
         x: tokens [b, t, d].
         cache: the streams so far.
         kind: the layer's type of cache, which has `heads` and `position`.
-        config: the layer's.
-        is_fixed: whether a size is a number rather than a symbol of an export.
+        config: the layer's configuration.
+        is_static: whether a size is a number, not a symbol of an exported program.
 
     Raises:
-        ValueError: names what does not fit.
+        ValueError: names the mismatch.
     """
     if not isinstance(cache, kind):
         raise ValueError(f"cache is a {type(cache).__name__}: must be the layer's {kind.__name__}")
@@ -110,7 +112,7 @@ def check_rows(
         )
     batch = cache.position.shape[0]
     if x.ndim == 3:
-        check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
+        check_static("tokens", x.shape[1], is_static(x.shape[1]))
     if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
         raise ValueError(
             f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "
@@ -118,60 +120,60 @@ def check_rows(
         )
 
 
-def check_next_ids(
-    tokens: Any, cache: Sequence[Any], blocks: int, is_fixed: Callable[[Any], bool]
+def check_extend_tokens(
+    tokens: Any, cache: Sequence[Any], blocks: int, is_static: Callable[[Any], bool]
 ) -> None:
-    """Refuse caches of another model, and token ids that their streams cannot go on with.
+    """Check the caches and the token ids that a model is extended with.
 
     Args:
         tokens: ids [b, t].
-        cache: the streams so far, one cache of each block.
-        blocks: the model's number of them.
-        is_fixed: whether a size is a number rather than a symbol of an export.
+        cache: the streams so far, one cache per block.
+        blocks: number of blocks of the model.
+        is_static: whether a size is a number, not a symbol of an exported program.
 
     Raises:
-        ValueError: names what does not fit.
+        ValueError: names the mismatch.
     """
     if len(cache) != blocks:
         raise ValueError(f"cache is of {len(cache)} blocks: must be of {blocks}")
     batch = cache[0].position.shape[0]
     if tokens.ndim == 2:
-        check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
+        check_static("tokens", tokens.shape[1], is_static(tokens.shape[1]))
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ValueError(
             f"tokens have shape {tuple(tokens.shape)}: must be [{batch}, t], as cache, t >= 1"
         )
 
 
-def check_taken(chosen: Any, batch: int) -> None:
-    """Refuse rows to take that are no vector, or of a cache that has none.
+def check_row_indices(rows: Any, batch: int) -> None:
+    """Check the shape of the row indices of `take_rows`.
 
     Args:
-        chosen: integers [r], an array.
-        batch: streams of the cache.
+        rows: integers [r], an array.
+        batch: number of streams in the cache.
 
     Raises:
         ValueError: names the shape.
     """
-    shape = tuple(chosen.shape)
+    shape = tuple(rows.shape)
     if len(shape) != 1:
         raise ValueError(f"rows have shape {shape}: must be [r]")
     if not batch and shape[0]:
         raise ValueError(f"rows have shape {shape}: the cache has 0 streams to take them from")
 
 
-def to_indices(rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return rows to take as an array of integers.
+def to_row_indices(rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return row indices as an array of integers.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the indices are not integers.
     """
-    # Of an empty list NumPy would make floats.
+    # NumPy would convert an empty list to floats.
     array = np.asarray(rows) if len(rows) else np.zeros(0, np.int64)
     check_integers("rows", array.dtype.name)
     return array
 
 
-def caches_of(cache: Any) -> tuple[Any, ...]:
-    """Return the caches of all blocks of a model; of a layer, its one."""
-    return (cache,) if hasattr(cache, "limit") else tuple(cache)
+def block_caches(cache: Any) -> tuple[Any, ...]:
+    """Return the caches of a model's blocks, or of a layer, as a tuple."""
+    return (cache,) if hasattr(cache, "capacity") else tuple(cache)

@@ -1,4 +1,4 @@
-"""Checks of configuration values: one line that names the field, the value and what is allowed."""
+"""Checks of configuration values and arguments, with one-line error messages."""
 
 import dataclasses
 import math
@@ -28,13 +28,13 @@ class ConfigError(ValueError):
         return f"{self.owner}.{self.problem}"
 
 
-def fail(owner: str, field: str, value: object, allowed: str) -> typing.NoReturn:
-    """Raise the one error that every configuration raises."""
+def raise_config_error(owner: str, field: str, value: object, allowed: str) -> typing.NoReturn:
+    """Raise the `ValueError` of an invalid configuration field."""
     raise ConfigError(owner, f"{field} = {value!r}: must be {allowed}")
 
 
 def check_types(config: Any) -> None:
-    """Hold every field of a dataclass to its annotation; an int is accepted where a float is meant.
+    """Check the types of a dataclass's fields. An int is accepted as a float.
 
     Raises:
         ValueError: a field holds a value of another type, or a float that is not finite.
@@ -44,7 +44,7 @@ def check_types(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if allowed := allowed_type(value, hints[field.name]):
-            fail(owner, field.name, value, allowed)
+            raise_config_error(owner, field.name, value, allowed)
 
 
 def allowed_type(value: object, hint: Any) -> str | None:
@@ -81,10 +81,12 @@ def _name(kind: Any) -> str:
 
 
 def check_choice(config: Any, field: str, choices: Collection[str]) -> None:
-    """Hold a field to a set of names."""
+    """Check that a field is one of a set of names."""
     value = getattr(config, field)
     if value not in choices:
-        fail(type(config).__name__, field, value, "one of " + ", ".join(map(repr, choices)))
+        raise_config_error(
+            type(config).__name__, field, value, "one of " + ", ".join(map(repr, choices))
+        )
 
 
 def check_range(
@@ -96,7 +98,7 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Hold a number to an interval; the ends belong to it unless they are declared open."""
+    """Check that a field lies in an interval, closed unless declared open."""
     value = getattr(config, field)
     if value is None:
         return
@@ -108,16 +110,16 @@ def check_range(
             allowed = f"{sign} {low if low is not None else high}"
         else:
             allowed = f"in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
-        fail(type(config).__name__, field, value, allowed)
+        raise_config_error(type(config).__name__, field, value, allowed)
 
 
-def check_flags(name: str, x: Any, shape: Collection[int]) -> None:
-    """Hold an array of either framework to be bool and of a shape; None is fine.
+def check_bool(name: str, x: Any, shape: Collection[int]) -> None:
+    """Check that an array of either framework is bool and has a given shape, or is None.
 
-    Numbers are refused: of an integer, `~` is not the opposite.
+    Integers are rejected because `~` is not their logical negation.
 
     Raises:
-        ValueError: names what it is and must be.
+        ValueError: names the actual and the expected shape and dtype.
     """
     if x is None:
         return
@@ -129,7 +131,7 @@ def check_flags(name: str, x: Any, shape: Collection[int]) -> None:
 
 
 def check_integers(name: str, dtype: str) -> None:
-    """Refuse ids or indices whose dtype is not an integer's; bool is none.
+    """Check that the dtype of ids or indices is an integer type; bool is not.
 
     Raises:
         ValueError: names the dtype.
@@ -139,30 +141,30 @@ def check_integers(name: str, dtype: str) -> None:
 
 
 def check_ids(name: str, ids: np.ndarray, size: int, read: np.ndarray | None = None) -> None:
-    """Refuse ids or indices outside of `0..size - 1`.
+    """Check that ids or indices are in `0..size - 1`.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         ids: integers, any shape.
         size: number of ids.
-        read: bool, the shape of `ids`: False where an id is not looked at; None = all are.
+        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
 
     Raises:
-        ValueError: names the first such id, its position and what is allowed.
+        ValueError: names the first id out of range, its position and what is allowed.
     """
     if not ids.size or (ids.min() >= 0 and ids.max() < size):
         return
-    wrong = (ids < 0) | (ids >= size)
+    out_of_range = (ids < 0) | (ids >= size)
     if read is not None:
-        wrong &= read
-    for position in np.argwhere(wrong)[:1].tolist():
+        out_of_range &= read
+    for position in np.argwhere(out_of_range)[:1].tolist():
         allowed = f"in 0..{size - 1}" if size else "none"
         value = ids[tuple(position)]
         raise ValueError(f"{name}[{', '.join(map(str, position))}] = {value}: must be {allowed}")
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Hold an argument to be an integer from `low` to `high`; None = no upper bound.
+    """Check that an argument is an integer from `low` to `high`; None = no upper bound.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
@@ -178,21 +180,21 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         raise ValueError(f"{name} = {value}: must be {allowed}")
 
 
-def check_fixed(name: str, size: object, fixed: bool) -> None:
-    """Refuse a symbolic size, as `torch.export` and `jax.export` have for dynamic dimensions.
+def check_static(name: str, size: object, static: bool) -> None:
+    """Reject symbolic sizes, which `torch.export` and `jax.export` use for dynamic dimensions.
 
     Args:
-        name: of the size.
-        size: what it is, for the message.
-        fixed: whether it is a number.
+        name: name of the size.
+        size: its value, for the error message.
+        static: whether it is a number.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the size is symbolic.
     """
-    if not fixed:
+    if not static:
         raise ValueError(
-            f"{name} = {size}: must be a fixed number, for which segments and chunks are planned: "
-            "export one program per length"
+            f"{name} = {size}: must be a fixed number, because segments and chunks are planned for "
+            "it: export one program per length"
         )
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
-from mc_core.checks import check_choice, check_range, check_types, fail
+from mc_core.checks import check_choice, check_range, check_types, raise_config_error
 from mc_core.memories import LinearConfig, MemoryConfig
-from mc_core.plain import Plain
+from mc_core.serialization import Serializable
 
 GATES = {
     "context": "grm, soup, ssc: a memory's score is the connector u times its pooled key",
-    "token": "the same by the token alone: the component of u for the memory's level, by its age",
+    "token": "grm, soup, ssc: a memory's score is the component of u for its level, by its age",
 }
 SEGMENTATIONS = ("constant", "logarithmic")
 START_MODES = ("checkpoint", "restart")
@@ -23,29 +23,30 @@ NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalized linear read (equ
 
 
 @dataclass(frozen=True)
-class MCConfig(Plain):
+class MCConfig(Serializable):
     """One Memory Caching layer (arXiv:2602.24281): a memory, its segments, and how they are read.
 
     Attributes:
         d_model: model width d, a multiple of `num_heads`.
         num_heads: heads h; key and value width are d / h.
-        memory: a memory's configuration.
+        memory: configuration of the memory.
         aggregation: how online and cached memories are read (equations 7, 9, 15, 17).
-        segmentation: how the tokens are cut (section 4.2).
+        segmentation: rule for the segment lengths (section 4.2).
         segment_size: tokens of a constant segment.
-        state_init_mode: a segment starts at the state before it, or anew (section 3.4).
+        state_init_mode: a segment starts from the previous state (`checkpoint`) or from the initial
+            memory (`restart`; section 3.4).
         ssc_top_k: cached memories that a token reads under `ssc`.
-        use_q_as_u: the connector u is q, without a projection of its own.
-        softmax_temperature: divides the gates' scores.
+        use_q_as_u: the connector u is q, not a separate projection.
+        softmax_temperature: divisor of the gates' scores.
         pooling: a segment's pooled key is the mean or the sum of its keys.
         chunk_size: consecutive tokens whose inner gradients share one memory.
         qk_norm: `l2`, `none`, or None for the memory's default.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
-        output_norm: RMS norm of each head's read, or none.
+        output_norm: RMS norm of each head's read (`rms`), or `none`.
         detach_cached_states: no gradient flows into cached memories.
         detach_cached_context: no gradient flows into cached pooled keys.
         gate: a memory's score is u times its pooled key (`context`, equation 10), or the component
-            of u [k] for its level, by its age, as in arXiv:2506.04761 (`token`: no keys enter).
+            of u [k] for its level, which depends on its age (`token`, arXiv:2506.04761).
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -85,7 +86,9 @@ class MCConfig(Plain):
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
         if self.d_model % self.num_heads:
-            fail("MCConfig", "d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}")
+            raise_config_error(
+                "MCConfig", "d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -94,56 +97,57 @@ class MCConfig(Plain):
 
     @property
     def rule(self) -> Aggregation:
-        """What the aggregation does, as a record."""
+        """The properties of the aggregation."""
         return AGGREGATIONS[self.aggregation]
 
     @property
     def gated(self) -> bool:
-        """Whether reads are weighted by scores of the connector u."""
+        """True if reads are weighted by scores of the connector u."""
         return self.rule.gated
 
     @property
     def projects_u(self) -> bool:
-        """Whether the connector u is a projection of its own."""
+        """True if the connector u is a separate projection."""
         return self.gated and not self.use_q_as_u
 
     @property
     def reads_sum(self) -> bool:
-        """Whether all cached memories are read at once, as their sum (equation 7)."""
+        """True if all cached memories are read as one sum of weights (equation 7)."""
         rule = self.rule
         return rule.reads_cache and not rule.gated and self.memory.linear_in_weights
 
     @property
     def mixes_layers(self) -> bool:
-        """Whether reads mix the weights layer by layer (equation 15).
+        """True if reads mix the weights layer by layer (equation 15).
 
-        Where reads are linear in the weights, the mixture's read is the weighted sum of the reads.
+        False if reads are linear in the weights: the mixture's read is then a sum of reads.
         """
         return self.rule.mixes_weights and not self.memory.linear_in_weights
 
     def slots(self, tokens: int) -> int:
-        """Return how many cached memories a stream of this many tokens keeps one by one."""
+        """Return the number of cached memories that a stream of `tokens` stores."""
         if not self.rule.reads_cache or self.reads_sum:
             return 0
         return -(-tokens // self.segment_size)
 
     @property
     def normalizes_qk(self) -> bool:
-        """Whether the layer L2-normalizes q and k; by default where the memory asks for it."""
+        """True if the layer L2-normalizes q and k."""
         return self.memory.normalizes_qk if self.qk_norm is None else self.qk_norm == "l2"
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Plain):
+class AttentionConfig(Serializable):
     """One layer of causal softmax attention with rotary positions (RoPE, arXiv:2104.09864).
 
     Attributes:
         d_model: model width d, a multiple of 2 `num_heads`.
         num_heads: heads h; key and value width are d / h.
-        window: tokens that a token sees, itself included; None = all before it.
-        rope_base: pair i of a head's k / 2 pairs turns by `rope_base ** (-2i / k)` a token.
+        window: number of tokens that a token attends to, itself included; None = all before it.
+        rope_base: base of the rotary frequencies; pair i rotates by `rope_base ** (-2i / k)` per
+            token.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
-        output_norm: RMS norm of each head's read, or none.
+        output_norm: RMS norm of each head's read (`rms`), or `none`.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -165,7 +169,7 @@ class AttentionConfig(Plain):
         check_choice(self, "output_norm", OUTPUT_NORMS)
         if self.d_model % (2 * self.num_heads):
             allowed = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
-            fail("AttentionConfig", "d_model", self.d_model, allowed)
+            raise_config_error("AttentionConfig", "d_model", self.d_model, allowed)
 
     @property
     def head_dim(self) -> int:
@@ -173,27 +177,27 @@ class AttentionConfig(Plain):
         return self.d_model // self.num_heads
 
     def slots(self, tokens: int) -> int:
-        """Return how many keys and values a stream with room for so many tokens keeps."""
+        """Return the number of keys and values that a stream of `tokens` tokens stores."""
         return tokens if self.window is None else min(self.window, tokens)
 
 
 @dataclass(frozen=True)
-class ModelConfig(Plain):
+class ModelConfig(Serializable):
     """A language model of pre-norm blocks: a mixer of tokens, then SwiGLU.
 
     Attributes:
         vocab_size: number of token ids.
-        num_layers: blocks.
+        num_layers: number of blocks.
         layer: the memory layer; its `d_model` is the model's width. Attention has its heads,
             `conv_width` and `output_norm`.
-        ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to 8;
-            0 = blocks without one.
-        tie_embeddings: the head is the embedding's transpose.
+        ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to a
+            multiple of 8; 0 = no SwiGLU.
+        tie_embeddings: the output head is the embedding's transpose.
         remat: recompute each block's activations in the backward pass.
-        mixers: what the blocks mix tokens with, repeated over them: `memory` (the layer),
-            `attention` (causal softmax attention) or `window` (the same over few tokens).
-        attention_window: tokens that a token sees in a `window` block, itself included.
-        rope_base: of the rotary positions of `attention` and `window`.
+        mixers: token mixers of the blocks, repeated in this order: `memory` (the layer),
+            `attention` (causal softmax attention) or `window` (sliding-window attention).
+        attention_window: window of a `window` block, in tokens.
+        rope_base: base of the rotary frequencies of `attention` and `window`.
     """
 
     vocab_size: int
@@ -212,36 +216,36 @@ class ModelConfig(Plain):
             check_range(self, field, 1)
         check_range(self, "ffn_width", 0)
         check_range(self, "rope_base", 1.0)
-        known = all(mixer in MIXERS for mixer in self.mixers)
-        if not known or not 1 <= len(self.mixers) <= self.num_layers:
+        are_known = all(mixer in MIXERS for mixer in self.mixers)
+        if not are_known or not 1 <= len(self.mixers) <= self.num_layers:
             names = ", ".join(map(repr, MIXERS))
             allowed = f"1 to num_layers = {self.num_layers} words of {names}"
-            fail("ModelConfig", "mixers", list(self.mixers), allowed)
-        _ = self.block_layers  # checks that the widths suit attention
+            raise_config_error("ModelConfig", "mixers", list(self.mixers), allowed)
+        _ = self.block_layers  # raises if the widths do not suit attention
 
     @property
     def name(self) -> str:
-        """The pattern of mixers in words, a memory by its kind and aggregation."""
+        """The mixers' names; a memory is named by its kind and aggregation."""
         return ", ".join(MIXERS[mixer].label(self) or mixer for mixer in self.mixers)
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU, 0 where there is none."""
+        """Hidden width of the SwiGLU, 0 without one."""
         return -(-8 * self.layer.d_model // 24) * 8 if self.ffn_width is None else self.ffn_width
 
     @property
     def block_layers(self) -> tuple[MCConfig | AttentionConfig, ...]:
         """The configuration of each block's mixer."""
-        made = {mixer: MIXERS[mixer].configure(self) for mixer in self.mixers}
-        return tuple(made[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
+        configs = {mixer: MIXERS[mixer].configure(self) for mixer in self.mixers}
+        return tuple(configs[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
 
 
-class Mixer(NamedTuple):
-    """What the blocks of a model may mix tokens with."""
+class MixerKind(NamedTuple):
+    """A token mixer of a model's blocks."""
 
     description: str
     configure: Callable[[ModelConfig], MCConfig | AttentionConfig]  # of a block's layer
-    label: Callable[[ModelConfig], str] = lambda model: ""  # "" = the mixer's own name
+    label: Callable[[ModelConfig], str] = lambda model: ""  # "" = the mixer's name
 
 
 def _attention(model: ModelConfig, window: int | None) -> AttentionConfig:
@@ -256,17 +260,17 @@ def _attention(model: ModelConfig, window: int | None) -> AttentionConfig:
     )
 
 
-MIXERS: dict[str, Mixer] = {
-    "memory": Mixer(
+MIXERS: dict[str, MixerKind] = {
+    "memory": MixerKind(
         "model.layer: a memory and its cached states",
         lambda model: model.layer,
         lambda model: f"{model.layer.memory.kind} + {model.layer.aggregation}",
     ),
-    "attention": Mixer(
+    "attention": MixerKind(
         "causal softmax attention with rotary positions, its heads those of model.layer",
         lambda model: _attention(model, None),
     ),
-    "window": Mixer(
+    "window": MixerKind(
         "the same over the last model.attention_window tokens",
         lambda model: _attention(model, model.attention_window),
     ),

@@ -1,9 +1,9 @@
-"""The errors that the command turns into one line."""
+"""Errors that the command line reports on one line."""
 
 
 class UserError(ValueError):
-    """Something that whoever started the command can put right: exit code 2."""
+    """An error that the user can fix: exit code 2."""
 
 
 class NotFiniteError(ArithmeticError):
-    """Training met a NaN or an infinity: exit code 1."""
+    """A NaN or infinity occurred in training: exit code 1."""

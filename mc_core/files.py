@@ -1,4 +1,4 @@
-"""Contents of files, and writing them so that a reader finds the old one or the new one."""
+"""Serialization to bytes, and atomic writes of files."""
 
 import errno
 import io
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """Return JSON with a line's end; a float that is not finite, which JSON lacks, is null."""
+    """Return JSON that ends in a newline; NaN and infinity become null."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n"
 
 
@@ -26,7 +26,7 @@ def _finite(data: Any) -> Any:
 
 
 def to_bytes(text: str) -> bytes:
-    """Return text as UTF-8; file names in it that are not UTF-8 keep their bytes."""
+    """Encode text as UTF-8; surrogate-escaped bytes of file names are restored."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -38,10 +38,10 @@ def to_png(figure: "Figure", dpi: int = 120) -> bytes:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by a file that holds `data`; after a failure the old file is still there.
+    """Write `data` to `path` atomically; a failure leaves the old file unchanged.
 
     Raises:
-        OSError: the file system refuses; its `filename` is set.
+        OSError: the file cannot be written; its `filename` is set.
     """
     if not path.name:  # of . and /
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -53,7 +53,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        # A failed write, unlike a failed open, does not say which file it was.
+        # A failed write, unlike a failed open, does not set `filename`.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Parameters, bytes of a stream's state and FLOPs per token, from the configuration alone.
+"""Number of parameters, state bytes and FLOPs per token of a configuration.
 
-A layer is a memory or attention; a model adds up its blocks. One multiplication and one addition
-are two FLOPs; only products are counted, not norms, activations, softmax and gates' sums.
+A layer is a memory or an attention layer; a model is the sum of its blocks. A multiply-add counts
+as two FLOPs. Only matrix products are counted, not norms, activations and softmax.
 """
 
 from collections.abc import Callable
@@ -15,41 +15,41 @@ Layer = MCConfig | AttentionConfig
 
 
 class Footprint(NamedTuple):
-    """Bytes of one layer and one stream."""
+    """Bytes of a layer's cache for one stream."""
 
-    state: int  # the online memory, and all else that does not grow
+    state: int  # online memory and all other buffers of constant size
     memories: int  # cached memories
-    pools: int  # their pooled keys and lengths
-    read: int  # of state and memories that the next token reads
+    pools: int  # pooled keys and lengths of the cached memories
+    read: int  # part of state and memories that the next token reads
 
     @property
     def total(self) -> int:
-        """All that the cache holds."""
+        """Total size of the cache."""
         return self.state + self.memories + self.pools
 
 
 def memory_size(config: MCConfig) -> int:
-    """Return the number of weights of one memory, all heads together."""
+    """Return the number of weights of one memory, summed over heads."""
     memory, width = config.memory, config.head_dim
     weights = sum(memory.sizes(width, width)) + memory.normalizer_rows * width
     return config.num_heads * weights
 
 
 def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
-    """Return the bytes of a layer's cache with room for `tokens` tokens of one stream.
+    """Return the bytes of a layer's cache for one stream of `tokens` tokens.
 
     Args:
         config: the layer's configuration, with segments of constant size.
-        tokens: the stream's length, all of it past.
-        item: bytes of a cached weight; the online memory's have 4.
+        tokens: length of the stream.
+        item: bytes per cached weight; the online memory has 4 bytes per weight.
     """
     size, h, width = memory_size(config), config.num_heads, config.head_dim
     copies = config.memory.state_copies + config.reads_sum
     state = 4 * copies * size
-    state += 4 * 2 * h * width  # the online segment's keys: their sum and their pool
+    state += 4 * 2 * h * width  # sum of the online segment's keys, and its pooled key
     state += 4 * 2 * h * width * config.memory.uses_previous_token
     state += 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
-    state += 4 * 4  # length, slot, position, limit
+    state += 4 * 4  # length, slot, position, capacity
     slots = config.slots(tokens)
     complete = min(slots, tokens // config.segment_size)
     reads = min(complete, config.ssc_top_k) if config.rule.sparse else complete
@@ -62,15 +62,15 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
 
 
 def state_bytes(config: Layer | ModelConfig, tokens: int, item: int = 4) -> int:
-    """Return the bytes of the cache of one stream with room for `tokens` tokens.
+    """Return the bytes of the cache of one stream of `tokens` tokens.
 
-    It is the sum of the arrays of `init_cache(1, tokens)`: for attention `2 d item + 1` a slot, a
-    slot a token or, under a window, a token of the window.
+    This is the total size of the arrays of `init_cache(1, tokens)`. Attention has `2 d item + 1`
+    bytes per slot, and one slot per token (with a window, per token of the window).
 
     Args:
-        config: of a layer or model, with segments of constant size.
-        tokens: the stream's length.
-        item: bytes of a cached weight, key or value; all else has 4.
+        config: configuration of a layer or model, with segments of constant size.
+        tokens: length of the stream.
+        item: bytes per cached weight, key or value; all other arrays have 4 bytes per element.
     """
     if isinstance(config, ModelConfig):
         return sum(state_bytes(layer, tokens, item) for layer in config.block_layers)
@@ -94,28 +94,28 @@ def model_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
-    """Return the FLOPs of the forward pass, a token, mean over a sequence of so many tokens.
+    """Return the FLOPs of the forward pass per token, averaged over a sequence of `tokens` tokens.
 
-    With P the weights of all heads' memory (of an MLP's first and last layer P_1 and P_L), C the
-    tokens of a chunk, w those of the convolution, f the width of the feed-forward, and n the cached
-    memories that a token reads, in the mean over the tokens (0, 1, 2... for one segment after the
-    other; under `ssc` at most `top_k`):
+    P is the number of memory weights of all heads (P_1 and P_L: first and last layer of an MLP), C
+    the chunk size, w the width of the convolution, f the width of the feed-forward, and n the
+    average number of cached memories that a token reads (0 in the first segment, 1 in the second,
+    and so on; at most `top_k` under `ssc`):
 
     - projections `8 d²`, and `2 d²` for u; convolution `6 w d`; learned coefficients `2 d h` each;
-    - softmax attention: `4 d` for every token seen, itself included;
-    - matrix memory: write and read `4 P`, in the chunk `4 d C`: a chunk's products are taken whole,
-      though only half is used;
+    - softmax attention: `4 d` per visible token, itself included;
+    - matrix memory: write and read `4 P`, within the chunk `4 d C` (full products, of which the
+      causal mask uses half);
     - MLP memory: inner forward pass `2 P` (`2 (P - P_L)` under the dot loss without a norm, whose
-      gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`, in the
-      chunk `2 C` times the widths that its layers read and write; momentum writes and reads another
+      gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
+      within the chunk `2 C` times the input and output widths of its layers; momentum another
       `4 P`;
-    - cached memories `2 P n`: one for all where their sum is read; gates `2 d (n + 1)`, under `ssc`
-      for all cached ones;
-    - a model's feed-forward `6 d f` a block, its head `2 d` times the vocabulary.
+    - cached memories `2 P n` (n = 1 where their sum is read); gates `2 d (n + 1)`, which under
+      `ssc` score all cached memories;
+    - feed-forward `6 d f` per block; output head `2 d` times the vocabulary.
 
     Args:
-        config: of a layer or model.
-        tokens: the sequence's length.
+        config: configuration of a layer or model.
+        tokens: length of the sequence.
     """
     d = config.layer.d_model if isinstance(config, ModelConfig) else config.d_model
     if isinstance(config, ModelConfig):
@@ -131,7 +131,7 @@ def kv_bytes(config: MCConfig, tokens: int, item: int = 4) -> int:
 
 
 def outgrows_kv(config: MCConfig) -> bool:
-    """Whether a segment's cached memory is larger than the keys and values of its tokens."""
+    """Return True if a cached memory is larger than the keys and values of its segment."""
     return bool(config.slots(1)) and memory_size(config) >= 2 * config.d_model * config.segment_size
 
 
@@ -183,7 +183,7 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:
     tails = 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
-    slot = 2 * config.d_model * item + 1  # and whether a real token is in it
+    slot = 2 * config.d_model * item + 1  # and the mask
     return config.slots(tokens) * slot + tails + 4 * 2  # position, limit
 
 
@@ -194,7 +194,7 @@ def _attention_flops(config: AttentionConfig, tokens: int) -> float:
 
 
 class _LayerCosts(NamedTuple):
-    """Costs of one kind of layer, without the projections, convolutions and norm of all layers."""
+    """Cost functions of a kind of layer, excluding projections, convolutions and output norm."""
 
     state_bytes: Callable[[Any, int, int], int]  # (config, tokens, bytes of an item)
     parameters: Callable[[Any], int]  # (config)

@@ -1,4 +1,4 @@
-"""What generation is in both frameworks: its options, and prompts in blocks of few shapes."""
+"""Options of generation, and prompts as padded blocks of few different shapes."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ import numpy as np
 
 from mc_core.checks import check_ids, check_integer, check_integers
 
-PROMPT_BLOCK = 512  # tokens of a prompt that are read at once
+PROMPT_BLOCK = 512  # maximum number of prompt tokens per call
 SEEDS = 2**32
 
 
-class Block(NamedTuple):
-    """The next tokens of every prompt, on the left of their rows."""
+class PromptBlock(NamedTuple):
+    """The next tokens of every prompt, right-padded."""
 
-    tokens: Any  # ids, int32 [b, w]; 0 where a row has none
-    padding: Any  # bool [b, w], True where a row has none
+    tokens: Any  # ids, int32 [b, w]; 0 at padding
+    padding: Any  # bool [b, w], True at padding
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Hold the options of sampling to their ranges.
+    """Check the options of sampling.
 
     Raises:
         ValueError: names the option, its value and what is allowed.
@@ -41,7 +41,7 @@ def check_generation(
     rows: Sequence[int],
     block: int,
 ) -> None:
-    """Hold what `generate` is given to what it can do.
+    """Check the arguments of `generate`.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
@@ -62,12 +62,12 @@ def check_generation(
 
 def make_blocks(
     prompts: Sequence[Sequence[int] | np.ndarray], block: int = PROMPT_BLOCK
-) -> list[Block]:
-    """Cut prompts of any lengths into blocks whose widths are few.
+) -> list[PromptBlock]:
+    """Split prompts into padded blocks with few different widths.
 
     Args:
         prompts: ids of each row, at least one.
-        block: the widest block; the last one is as wide as the next power of two.
+        block: width of all blocks but the last, whose width is rounded up to a power of two.
     """
     longest = max(map(len, prompts))
     width = (longest - 1) // block * block
@@ -78,12 +78,12 @@ def make_blocks(
     )
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], padding[row, : len(prompt)] = prompt, False
-    cuts = range(0, width, block)
-    return [Block(tokens[:, at : at + block], padding[:, at : at + block]) for at in cuts]
+    starts = range(0, width, block)
+    return [PromptBlock(tokens[:, i : i + block], padding[:, i : i + block]) for i in starts]
 
 
 def bucket(tokens: int, block: int = PROMPT_BLOCK) -> int:
-    """Return the next power of two; from `block` on its next multiple."""
+    """Round up to a power of two, or to a multiple of `block` above it."""
     if tokens > block:
         return -(-tokens // block) * block
     return min(block, 1 << (tokens - 1).bit_length())

@@ -1,7 +1,7 @@
-"""The memory kinds: one configuration class each, which states all that other code needs to know.
+"""Memory kinds: one configuration class each, which declares all properties of the kind.
 
-A kind is added in three steps: a configuration class under `register_memory`, and one backend per
-framework under `register_backend`. `examples/custom_memory.py` does that from outside the package.
+To add a kind, register a configuration class with `register_memory` and a backend per framework
+with `register_backend`; see `examples/custom_memory.py`.
 """
 
 import dataclasses
@@ -11,29 +11,29 @@ from itertools import pairwise
 from typing import ClassVar, Self, TypeVar
 
 from mc_core.checks import check_choice, check_range, check_types
-from mc_core.plain import Plain, Tag
+from mc_core.serialization import Serializable, Tag
 
 COEFFICIENTS = ("constant", "head", "token")
 MEMORIES: dict[str, type["MemoryConfig"]] = {}  # by kind
 
 
 @dataclass(frozen=True)
-class MemoryConfig(Plain):
-    """Base of all memory configurations: a matrix memory that starts at zero.
+class MemoryConfig(Serializable):
+    """Base class of memory configurations. The defaults describe a matrix memory with W_0 = 0.
 
     A subclass is a frozen dataclass with a field `coefficients` (one of `COEFFICIENTS`) and one
-    field for each write coefficient: the constant, or the value at which a learned one starts. A
-    learned coefficient starts at least a thousandth of its range away from either end.
+    field per write coefficient: its constant value, or the initial value of a learned one. Initial
+    values are at least a thousandth of the range away from either end.
 
     Class attributes:
         kind: the memory's name in YAML files and on the command line.
-        description: one line for people.
-        ranges: for each coefficient field, the interval that a sigmoid maps a learned one into.
-        coefficient_fields: for each coefficient that `memory_caching` takes, the field it is from.
-        gradient_uses_weights: the write depends on the memory, whose state at the start of a chunk
-            serves all tokens of the chunk.
-        uses_previous_token: a token's write uses the key and value of the token before it.
-        normalizes_qk: q and k are L2-normalized unless the layer says otherwise.
+        description: one line for help texts.
+        ranges: for each coefficient field, the range of the scaled sigmoid of a learned one.
+        coefficient_fields: for each coefficient of `memory_caching`, the field that sets it.
+        gradient_uses_weights: the inner gradient depends on the weights. It is taken at the weights
+            at the start of the chunk.
+        uses_previous_token: the write of a token uses the key and value of the previous token.
+        normalizes_qk: q and k are L2-normalized by default.
     """
 
     tag: ClassVar[Tag] = Tag("kind", MEMORIES)
@@ -57,46 +57,46 @@ class MemoryConfig(Plain):
 
     @property
     def linear_in_weights(self) -> bool:
-        """Whether a read is linear in the weights, so that reading a sum is summing reads."""
+        """True if a read is linear in the weights: the read of a sum is the sum of the reads."""
         return True
 
     @property
     def has_momentum(self) -> bool:
-        """Whether the write keeps a momentum of the same shape as the weights."""
+        """True if the write has a momentum, of the same shape as the weights."""
         return "momentum" in self.coefficient_fields
 
     @property
     def has_layer_norm(self) -> bool:
-        """Whether reads pass through a layer norm with a gain and bias of its own."""
+        """True if reads apply a layer norm with learned gain and bias."""
         return False
 
     @property
     def adds_input(self) -> bool:
-        """Whether a read adds its input, so that keys and values have one width."""
+        """True if a read adds its input. Keys and values then have the same width."""
         return False
 
     @property
     def random_initial(self) -> bool:
-        """Whether W_0 is drawn at random rather than zero."""
+        """True if W_0 is initialized at random, not at zero."""
         return False
 
     @property
     def learns_initial(self) -> bool:
-        """Whether W_0 is a parameter."""
+        """True if W_0 is a parameter."""
         return self.random_initial or bool(getattr(self, "learn_initial", False))
 
     @property
     def normalizer_rows(self) -> int:
-        """Output rows of the weights that only normalize a read."""
+        """Number of output rows of the weights that serve only to normalize a read."""
         return 0
 
     @property
     def state_copies(self) -> int:
-        """Arrays of the weights' shape in a stream's state: weights, momentum, chunk's start."""
+        """Number of arrays of the weights' shape in the state: weights, momentum, chunk start."""
         return 1 + self.has_momentum + self.gradient_uses_weights
 
     def widths(self, key: int, value: int) -> tuple[int, ...]:
-        """Return the widths between the layers of a head's memory, from `key` to `value`."""
+        """Return the layer widths of a head's memory, from `key` to `value`."""
         return key, value
 
     def sizes(self, key: int, value: int) -> list[int]:
@@ -104,12 +104,12 @@ class MemoryConfig(Plain):
         return [a * b for a, b in pairwise(self.widths(key, value))]
 
     def gradient_flops(self, key: int, value: int) -> int:
-        """Return the FLOPs per token and head of products that the inner gradient needs."""
+        """Return the FLOPs per token and head of the inner gradient's matrix products."""
         return 2 * sum(self.sizes(key, value)) * self.gradient_uses_weights
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """Return small configurations that together exercise the options of this kind."""
+        """Return small configurations that together cover the options of this kind."""
         return (cls(),)
 
     def _check_coefficients(self) -> None:
@@ -129,7 +129,7 @@ M = TypeVar("M", bound=MemoryConfig)
 
 
 def register_memory(cls: type[M]) -> type[M]:
-    """Make a memory known under its `kind`: in YAML files, on the command line, in `from_dict`.
+    """Register a memory under its `kind`, for YAML files, the command line and `from_dict`.
 
     Example:
         >>> @register_memory
@@ -178,8 +178,8 @@ def register_memory(cls: type[M]) -> type[M]:
 class LinearConfig(MemoryConfig):
     """Matrix memory, dot loss (equations 2 and 12): `W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ`.
 
-    `step` is η and `retention` α. `normalize` divides a read by `s·φ(q)`, s being the same sum of
-    keys.
+    `step` is η and `retention` α. `normalize` divides a read by `s·φ(q)`, where s is the same
+    decayed sum of feature-mapped keys.
     """
 
     kind: ClassVar[str] = "linear"
@@ -200,17 +200,17 @@ class LinearConfig(MemoryConfig):
 
     @property
     def linear_in_weights(self) -> bool:
-        """Whether a read is linear in the weights: without the normalizer."""
+        """True without the normalizer."""
         return not self.normalize
 
     @property
     def normalizer_rows(self) -> int:
-        """Rows that only normalize: s is one more output row of W."""
+        """Number of normalizer rows: s is one more output row of W."""
         return int(self.normalize)
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """Return small configurations that together exercise the options of this kind."""
+        """Return small configurations that together cover the options of this kind."""
         return (
             cls(),
             cls("elu+1"),
@@ -251,7 +251,7 @@ class SWLAConfig(MemoryConfig):
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """Return small configurations that together exercise the options of this kind."""
+        """Return small configurations that together cover the options of this kind."""
         return (
             cls(),
             cls(coefficients="head", learn_initial=True),
@@ -261,12 +261,12 @@ class SWLAConfig(MemoryConfig):
 
 @dataclass(frozen=True)
 class MLPConfig(MemoryConfig):
-    """Base of memories that are MLPs trained by gradient steps; their options.
+    """Base class of MLP memories trained by gradient steps.
 
     `inner_clip` bounds the Frobenius norm of each token's gradient in each layer; None is the
-    papers' recurrence. `norm="layer"` reads `x + LN(z)`, regardless of `residual`. The writes of a
-    chunk add up at one memory, so a narrow memory (`expansion=1`) in short chunks takes larger
-    steps than the default.
+    papers' recurrence. With `norm="layer"` a read is `x + LN(z)`, regardless of `residual`. The
+    default steps are tuned for chunks of 64: the writes of a chunk are summed, so short chunks need
+    larger steps, and more so with a narrow memory (`expansion=1`).
     """
 
     gradient_uses_weights: ClassVar[bool] = True
@@ -291,32 +291,32 @@ class MLPConfig(MemoryConfig):
 
     @property
     def linear_in_weights(self) -> bool:
-        """Whether a read is linear in the weights; also a depth of 1 is treated as an MLP."""
+        """False, also for depth 1, which is treated as an MLP."""
         return False
 
     @property
     def has_layer_norm(self) -> bool:
-        """Whether reads pass through a layer norm with a gain and bias of its own."""
+        """True if reads apply a layer norm with learned gain and bias."""
         return self.norm == "layer"
 
     @property
     def adds_input(self) -> bool:
-        """Whether a read adds its input."""
+        """True if a read adds its input."""
         return self.residual or self.has_layer_norm
 
     @property
     def random_initial(self) -> bool:
-        """Whether W_0 is drawn at random: from zero, no MLP would ever learn."""
+        """True: at zero, all gradients of an MLP vanish."""
         return True
 
     def widths(self, key: int, value: int) -> tuple[int, ...]:
-        """Return the widths between the layers of a head's memory, from `key` to `value`."""
+        """Return the layer widths of a head's memory, from `key` to `value`."""
         return key, *[key * self.expansion] * (self.depth - 1), value
 
     def gradient_flops(self, key: int, value: int) -> int:
         """Return the FLOPs per token and head of the inner forward and backward pass.
 
-        Under the dot loss without a norm the gradient needs no output of the last layer.
+        With the dot loss and no norm, the gradient does not need the output of the last layer.
         """
         sizes = self.sizes(key, value)
         needs_output = self.objective == "l2" or self.has_layer_norm
@@ -340,7 +340,7 @@ class DLAConfig(MLPConfig):
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """Return small configurations that together exercise the options of this kind."""
+        """Return small configurations that together cover the options of this kind."""
         return (
             cls(expansion=2),
             cls(depth=1, residual=False, coefficients="head"),
@@ -378,7 +378,7 @@ class TitansConfig(MLPConfig):
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """Return small configurations that together exercise the options of this kind."""
+        """Return small configurations that together cover the options of this kind."""
         return (
             cls(expansion=2),
             cls(depth=1, inner_clip=None, coefficients="constant"),

@@ -1,26 +1,26 @@
-"""AdamW as this project uses it: what an optimiser in either framework must agree on."""
+"""Configuration of AdamW, shared by both frameworks."""
 
 from dataclasses import dataclass
 
 from mc_core.checks import check_range
 
-# Last names, in JAX, of the parameters that decay: the matrices of projections and embeddings.
+# Weight decay applies to the parameters with these last names in JAX: projections and embeddings.
 DECAYED = ("kernel", "embedding")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine to `final_fraction` of the peak.
+    """AdamW with linear warm-up and cosine decay to `final_fraction` of the peak.
 
     Attributes:
-        learning_rate: the peak.
-        warmup_steps: steps from 0 to the peak.
-        final_fraction: the last step's share of the peak.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: of kernels and embeddings only.
-        clip_norm: largest global norm of a gradient; None for no limit.
+        learning_rate: peak learning rate.
+        warmup_steps: number of steps from 0 to the peak.
+        final_fraction: learning rate of the last step, relative to the peak.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: applied to kernels and embeddings only.
+        clip_norm: maximum global norm of the gradient; None = no clipping.
     """
 
     learning_rate: float = 1e-3

@@ -1,4 +1,4 @@
-"""Names of parameters in files, without what other software puts before and into them."""
+"""Removal of the prefixes that wrappers add to parameter names in files."""
 
 import logging
 from collections import defaultdict
@@ -10,7 +10,8 @@ from mc_core.weights import in_table
 
 T = TypeVar("T")
 
-# Of torch.compile, (Distributed)DataParallel, activation checkpointing, FSDP and Lightning Fabric.
+# Added by torch.compile, (Distributed)DataParallel, activation checkpointing, FSDP and Lightning
+# Fabric.
 WRAPPERS = frozenset(
     {
         "_orig_mod",
@@ -20,9 +21,9 @@ WRAPPERS = frozenset(
         "_forward_module",
     }
 )
-COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, which is no parameter
-# Where training loops keep a state_dict among other things.
-PLACES = ("state_dict", "model_state_dict", "model", "module")
+COUNTER = "n_averaged"  # buffer of torch.optim.swa_utils.AveragedModel, not a parameter
+# Keys under which training loops store a state_dict in a checkpoint.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 _log = logging.getLogger("mc_core")
 
@@ -30,17 +31,17 @@ _log = logging.getLogger("mc_core")
 def plain_names(
     names: Iterable[str], known: Callable[[str], bool] = in_table
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return every name without wrappers, and without a prefix that all names share.
+    """Remove wrappers, and a prefix that all names share.
 
-    A wrapper is removed only where everything at its place in the tree of modules is inside of it,
-    another prefix only where all names that remain are known. So no two names become one.
+    A wrapper is removed only if it is the only child of its parent module; a shared prefix only if
+    all remaining names are known. Names therefore stay distinct.
 
     Args:
         names: keys of a `state_dict`.
         known: whether a name is that of a parameter.
 
     Returns:
-        The plain name of each, and what was removed, in the order of first appearance.
+        The plain name of each name, and the removed prefixes in order of first appearance.
     """
     parts = {name: tuple(name.split(".")) for name in names}
     children: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -48,17 +49,19 @@ def plain_names(
         for i, part in enumerate(path):
             children[path[:i]].add(part)
     removed: dict[str, None] = {}
-    kept: dict[str, list[str]] = {}
+    remaining: dict[str, list[str]] = {}
     for name, path in parts.items():
         wraps = [
             part in WRAPPERS and len(children[path[:i]]) == 1 for i, part in enumerate(path[:-1])
         ]
         removed |= dict.fromkeys(part for part, wrap in zip(path, wraps, strict=False) if wrap)
-        kept[name] = [part for part, wrap in zip(path, (*wraps, False), strict=True) if not wrap]
-    length = _prefix(list(kept.values()), known)
+        remaining[name] = [
+            part for part, wrap in zip(path, (*wraps, False), strict=True) if not wrap
+        ]
+    length = _prefix(list(remaining.values()), known)
     if length:
-        removed[".".join(next(iter(kept.values()))[:length])] = None
-    return {name: ".".join(path[length:]) for name, path in kept.items()}, tuple(removed)
+        removed[".".join(next(iter(remaining.values()))[:length])] = None
+    return {name: ".".join(path[length:]) for name, path in remaining.items()}, tuple(removed)
 
 
 def strip_prefixes(
@@ -66,12 +69,12 @@ def strip_prefixes(
     path: str | PathLike[str],
     known: Callable[[str], bool] = in_table,
 ) -> dict[str, T]:
-    """Return parameters under their plain names; log one line that says what was removed.
+    """Return parameters under their plain names; log the removed prefixes.
 
     Args:
-        flat: a file's `state_dict`.
-        path: of the file, for the line.
-        known: as `plain_names` takes it.
+        flat: `state_dict` of a file.
+        path: path of the file, for the log.
+        known: as in `plain_names`.
     """
     averaged = COUNTER in flat and all(
         name == COUNTER or name.startswith("module.") for name in flat
@@ -87,15 +90,15 @@ def strip_prefixes(
 def find_state_dict(
     loaded: Any, path: str | PathLike[str], is_array: Callable[[Any], bool]
 ) -> Mapping[str, Any]:
-    """Return the parameters in a file's content; log one line that says where, unless at the top.
+    """Return the `state_dict` in the content of a file; log its key if it is nested.
 
     Args:
-        loaded: a `state_dict`, or a training loop's checkpoint with one in it.
-        path: of the file, for the line.
+        loaded: a `state_dict`, or a checkpoint that contains one.
+        path: path of the file, for the log.
         is_array: whether a value is an array of the framework.
 
     Raises:
-        ValueError: there are none, or several.
+        ValueError: there is no `state_dict`, or more than one.
     """
 
     def is_state(value: Any) -> bool:
@@ -103,20 +106,20 @@ def find_state_dict(
 
     if is_state(loaded):
         return loaded
-    found = [key for key in PLACES if isinstance(loaded, Mapping) and is_state(loaded.get(key))]
-    if len(found) > 1:
-        raise ValueError(
-            f"holds several state_dicts, under {', '.join(map(repr, found))}: keep one"
-        )
-    if not found:
-        places = ", ".join(map(repr, PLACES))
-        raise ValueError(f"holds no state_dict: must be one, or have one under one of {places}")
-    _log.warning("%s: read the parameters under %r, and nothing else", path, found[0])
-    return loaded[found[0]]
+    keys = [
+        key for key in STATE_DICT_KEYS if isinstance(loaded, Mapping) and is_state(loaded.get(key))
+    ]
+    if len(keys) > 1:
+        raise ValueError(f"holds several state_dicts, under {', '.join(map(repr, keys))}: keep one")
+    if not keys:
+        allowed = ", ".join(map(repr, STATE_DICT_KEYS))
+        raise ValueError(f"holds no state_dict: must be one, or have one under one of {allowed}")
+    _log.warning("%s: read the parameters under %r, and nothing else", path, keys[0])
+    return loaded[keys[0]]
 
 
 def _prefix(paths: list[list[str]], known: Callable[[str], bool]) -> int:
-    """Return how many parts to remove from the front of all, so that all are known; else 0."""
+    """Return the number of leading parts to remove so that all names are known, else 0."""
     shortest = min(map(len, paths), default=0)
     for length in range(shortest):
         if len({tuple(path[:length]) for path in paths}) > 1:

@@ -1,6 +1,6 @@
-"""What a file of weights says about itself; in a safetensors file it stands in the metadata.
+"""Metadata of safetensors files of weights.
 
-The tensors of such a file have the names and the layout of PyTorch.
+The tensors of such a file have PyTorch's names and layouts.
 """
 
 import json
@@ -12,9 +12,9 @@ from mc_core.checks import check_keys
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.weights import Leaf
 
-VERSION = 1  # of names, layouts and this description together
+VERSION = 1  # of the names, the layouts and this description
 KEY = "memory_caching"  # of the metadata
-# Of the metadata: what a language model's tokens are, `bytes` or a tokenizer file's SHA-256.
+# Metadata key of a language model's tokenizer: `bytes`, or the SHA-256 of a tokenizer file.
 TOKENIZER_KEY = "memory_caching_tokenizer"
 
 Config = MCConfig | AttentionConfig | ModelConfig
@@ -27,20 +27,20 @@ _KINDS: dict[str, type[Config]] = {
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Return version, module and configuration as plain values."""
+    """Return version, module and configuration as a dictionary."""
     module = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
     return {"version": VERSION, "module": module, "config": config.to_dict()}
 
 
 def read_description(description: Any, kind: Any) -> Any:
-    """Return the configuration of a description.
+    """Return the configuration in a description.
 
     Args:
-        description: of a file.
-        kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
+        description: from `describe`.
+        kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
-        ValueError: another version or kind, or a configuration that is not valid.
+        ValueError: another version or class, or an invalid configuration.
     """
     keys = ("version", "module", "config")
     check_keys("description", description, keys, keys)
@@ -59,15 +59,15 @@ def to_metadata(config: Config, tokenizer: str | None = None) -> dict[str, str]:
     """Return the metadata of a safetensors file.
 
     Args:
-        config: of the module.
-        tokenizer: `bytes`, or the SHA-256 of a tokenizer file; None is not known.
+        config: configuration of the module.
+        tokenizer: `bytes`, or the SHA-256 of a tokenizer file; None = unknown.
     """
     named = {} if tokenizer is None else {TOKENIZER_KEY: tokenizer}
     return {KEY: json.dumps(describe(config))} | named
 
 
 def read_tokenizer(path: str | PathLike[str]) -> str | None:
-    """Return what the tokens of a safetensors file are: `bytes`, a SHA-256, or None.
+    """Return the tokenizer of a safetensors file: `bytes`, a SHA-256, or None.
 
     Raises:
         ValueError: the file is damaged.
@@ -83,19 +83,19 @@ def read_tokenizer(path: str | PathLike[str]) -> str | None:
 
 
 def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:
-    """Return the configuration in a safetensors file's metadata; as `read_description`."""
+    """Return the configuration in the metadata of a safetensors file; see `read_description`."""
     if KEY not in (metadata or {}):
         raise ValueError(f"has no {KEY!r} in its metadata: `mc convert` writes files that have it")
     return read_description(json.loads(dict(metadata or {})[KEY]), kind)
 
 
 def one_dtype(leaves: Mapping[str, Leaf]) -> str:
-    """Return the dtype of all parameters.
+    """Return the common dtype of all parameters.
 
     Raises:
-        ValueError: they have several.
+        ValueError: the dtypes differ.
     """
-    found = sorted({leaf.dtype for leaf in leaves.values()})
-    if len(found) != 1:
-        raise ValueError(f"parameters have the dtypes {', '.join(found)}: must all have one")
-    return found[0]
+    dtypes = sorted({leaf.dtype for leaf in leaves.values()})
+    if len(dtypes) != 1:
+        raise ValueError(f"parameters have the dtypes {', '.join(dtypes)}: must all have one")
+    return dtypes[0]

@@ -1,4 +1,4 @@
-"""Plans of segments and chunks for a number of tokens: static NumPy index arrays (section 4.2)."""
+"""Static plans of the segments and chunks of a sequence (section 4.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 
 from mc_core.config import MCConfig
 
-NO_STREAM = -1  # limit of a cache whose segments are not those of a stream
+NOT_STREAMABLE = -1  # capacity of a cache that cannot be extended
 
 
 def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> tuple[int, ...]:
-    """Return the segments' lengths, in order, that cover `tokens` tokens.
+    """Return the lengths of the segments of a sequence, in order.
 
     Args:
         tokens: number of tokens, at least 1.
@@ -38,36 +38,37 @@ def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each token stands: its segment, its chunk, its place in the chunk.
+    """Assignment of tokens to segments and chunks.
 
-    Tokens are laid out in `rows` of chunks of `chunk_size` places; a chunk never crosses a segment.
-    A row is a run of chunks that must be written one after another: one row in `checkpoint` mode,
-    one a segment in `restart` mode.
+    Tokens are arranged in `rows` of chunks of `chunk_size` positions, with padding: a chunk never
+    crosses a segment boundary. Rows are written in parallel, chunks of a row sequentially. There is
+    one row in `checkpoint` mode and usually one row per segment in `restart` mode.
 
     Attributes:
-        lengths: tokens of each segment.
-        chunk_size: places of a chunk.
+        lengths: number of tokens of each segment.
+        chunk_size: number of positions of a chunk.
         rows: number of rows.
-        index: [rows * chunks * chunk_size] the token at each place; `tokens` at an empty place.
-        last_chunk: [n] the flat chunk that holds each segment's last token.
+        chunk_tokens: [rows * chunks * chunk_size] index of the token at each position; `tokens` at
+            padding.
+        last_chunk: [n] flat index of the chunk with each segment's last token.
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
-        full_length: tokens of the last segment when it is complete.
-        streams: whether a stream's segments are cut so, whose next token may follow.
+        full_length: number of tokens of the last segment once it is complete.
+        streams: True if the segments are those of a stream, so that it can be extended.
     """
 
     lengths: tuple[int, ...]
     chunk_size: int
     rows: int
-    index: np.ndarray
+    chunk_tokens: np.ndarray
     last_chunk: np.ndarray
     restarts: np.ndarray
     full_length: int
     streams: bool
 
     @property
-    def limit(self) -> int:
-        """The `limit` of a cache after all tokens; NO_STREAM where none may follow."""
-        return self.tokens if self.streams else NO_STREAM
+    def capacity(self) -> int:
+        """The `capacity` of a cache after all tokens; NO_STREAM where none may follow."""
+        return self.tokens if self.streams else NOT_STREAMABLE
 
     @property
     def tokens(self) -> int:
@@ -81,58 +82,58 @@ class Plan:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """[n] one past each segment's last token."""
+        """[n] end of each segment (exclusive)."""
         return np.cumsum(self.lengths)
 
     @cached_property
     def segment_of(self) -> np.ndarray:
-        """[t] each token's segment."""
+        """[t] segment of each token."""
         return np.repeat(np.arange(self.segments), self.lengths)
 
     @cached_property
     def offset_of(self) -> np.ndarray:
-        """[t] each token's place in its segment."""
+        """[t] position of each token in its segment."""
         return np.arange(self.tokens) - (self.ends - np.asarray(self.lengths))[self.segment_of]
 
     @cached_property
-    def opens_segment(self) -> np.ndarray:
-        """[t] True where a token is a segment's first."""
+    def starts_segment(self) -> np.ndarray:
+        """[t] True at the first token of a segment."""
         return self.offset_of == 0
 
     @cached_property
-    def opens_chunk(self) -> np.ndarray:
-        """[t] True where a token is a chunk's first."""
+    def starts_chunk(self) -> np.ndarray:
+        """[t] True at the first token of a chunk."""
         return self.offset_of % self.chunk_size == 0
 
     @cached_property
-    def place_of(self) -> np.ndarray:
-        """[t] each token's place in `index`."""
-        place = np.zeros(self.tokens, np.int64)
-        filled = np.flatnonzero(self.index < self.tokens)
-        place[self.index[filled]] = filled
-        return place
+    def chunk_positions(self) -> np.ndarray:
+        """[t] position of each token in `chunk_tokens`."""
+        positions = np.zeros(self.tokens, np.int64)
+        filled = np.flatnonzero(self.chunk_tokens < self.tokens)
+        positions[self.chunk_tokens[filled]] = filled
+        return positions
 
     @cached_property
-    def padded_segments(self) -> np.ndarray:
-        """[n, longest] the tokens of each segment; `tokens` where a segment is shorter."""
+    def segment_tokens(self) -> np.ndarray:
+        """[n, longest] indices of each segment's tokens; `tokens` at padding."""
         within = np.arange(max(self.lengths))
         starts = self.ends - np.asarray(self.lengths)
         inside = within < np.asarray(self.lengths)[:, None]
         return np.where(inside, starts[:, None] + within, self.tokens)
 
     @cached_property
-    def segment_places(self) -> np.ndarray:
-        """[t] each token's place in `padded_segments`."""
-        return np.flatnonzero(self.padded_segments.reshape(-1) < self.tokens)
+    def segment_positions(self) -> np.ndarray:
+        """[t] position of each token in the flattened `segment_tokens`."""
+        return np.flatnonzero(self.segment_tokens.reshape(-1) < self.tokens)
 
 
 def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = None) -> Plan:
-    """Plan the segments and chunks of `tokens` tokens.
+    """Plan the segments and chunks of a sequence.
 
     Args:
         tokens: number of tokens.
-        config: gives segmentation, segment size, chunk size and start mode.
-        lengths: explicit segment lengths that override the configuration's segmentation.
+        config: segmentation, segment size, chunk size and start mode.
+        lengths: explicit segment lengths, which override the configuration.
 
     Raises:
         ValueError: the lengths are not positive or do not add up to `tokens`.
@@ -145,12 +146,12 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         raise ValueError(
             f"segment_lengths = {list(lengths)}: must be positive and add up to {tokens} tokens"
         )
-    # A segment of constant size goes on with the next token; others end where they are cut.
+    # Only segments of constant size can be continued by the next token.
     streams = config.segmentation == "constant" and lengths == constant
     size = min(config.chunk_size, max(lengths))
     counts = [-(-length // size) for length in lengths]
     restart = config.state_init_mode == "restart"
-    # Segments of very unequal length would mostly be padding as parallel rows.
+    # Parallel rows of segments of very unequal length would consist mostly of padding.
     parallel = restart and len(lengths) * max(counts) <= 2 * sum(counts)
     rows, chunks = (len(lengths), max(counts)) if parallel else (1, sum(counts))
     first = np.arange(len(lengths)) * chunks if parallel else np.cumsum([0, *counts[:-1]])
@@ -166,7 +167,7 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         lengths=lengths,
         chunk_size=size,
         rows=rows,
-        index=index.reshape(-1),
+        chunk_tokens=index.reshape(-1),
         last_chunk=first + np.asarray(counts) - 1,
         restarts=restarts.reshape(rows, chunks),
         full_length=config.segment_size if streams else lengths[-1],
@@ -174,11 +175,11 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
     )
 
 
-def check_streams(config: MCConfig) -> None:
-    """Refuse to stream segments that depend on tokens to come.
+def check_streaming_config(config: MCConfig) -> None:
+    """Check that the segmentation does not depend on future tokens.
 
     Raises:
-        ValueError: says which segmentation streams.
+        ValueError: it does; names the one to use.
     """
     if config.segmentation == "logarithmic":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tables of results: rich tables for terminals, JSON for programs, Markdown for pages."""
+"""Tables of results, as rich tables, JSON and Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows that share their columns, and all that is needed to have them again.
+    """A table of results, with what is needed to reproduce it.
 
     Attributes:
-        title: of the table.
+        title: title of the table.
         rows: values by column.
         notes: remarks, one line each.
-        machine: the machine that gave the rows, and its software.
-        command: the command that gave them.
+        machine: hardware and software versions.
+        command: command that produced the rows.
     """
 
     title: str
@@ -32,34 +32,34 @@ class ResultTable:
     command: str
 
     def table(self) -> "Table":
-        """Return the rows for a terminal."""
+        """Return the rows as a rich table."""
         from rich.table import Table
 
-        made = Table(*self.columns, title=self.title)
-        for column in made.columns[1:]:
+        table = Table(*self.columns, title=self.title)
+        for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         for row in self.rows:
-            made.add_row(*(cell(row.get(name)) for name in self.columns))
-        return made
+            table.add_row(*(cell(row.get(name)) for name in self.columns))
+        return table
 
     @property
     def columns(self) -> list[str]:
-        """The rows' keys in the order of their first appearance, but those that no row fills."""
+        """Names of columns in order of first appearance, without empty columns."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in names if any(row.get(name) is not None for row in self.rows)]
 
     def footer(self) -> list[str]:
-        """Return the notes, the machine and the command, a line each."""
+        """Return the notes, the machine and the command, one line each."""
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         return [*self.notes, about, self.command]
 
     def as_json(self) -> str:
-        """Return everything, numbers unrounded."""
+        """Return the whole table as JSON, with unrounded numbers."""
         data = {name: getattr(self, name) for name in ("title", "command", "machine", "notes")}
         return to_json(data | {"rows": list(self.rows)}, indent=1)
 
     def as_markdown(self) -> str:
-        """Return a section with the command, the table, the notes and the machine."""
+        """Return a Markdown section with the command, the table, the notes and the machine."""
         rows = [[cell(row.get(name)) for name in self.columns] for row in self.rows]
         marks = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [
@@ -73,10 +73,10 @@ class ResultTable:
         )
 
     def save(self, json: Path | None, markdown: Path | None) -> None:
-        """Write the files that were asked for.
+        """Write the table to the given files.
 
         Raises:
-            OSError: the file system refuses.
+            OSError: a file cannot be written.
         """
         if json:
             write_atomic(json, self.as_json().encode())
@@ -85,7 +85,7 @@ class ResultTable:
 
 
 def cell(value: Any) -> str:
-    """Return a number with three digits, a word as it is, nothing for None."""
+    """Format a value: numbers with three digits, None as an empty cell."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""One table of every parameter's name and layout in both frameworks; NumPy only.
+"""Names and layouts of all parameters in both frameworks.
 
-`mc_jax` and `mc_torch` name and lay out a parameter alike, except that the two axes of a `kernel`
-in the one are swapped in the `weight` of the other.
+`mc_jax` and `mc_torch` use the same names and layouts, except for matrices: `kernel` [in, out] in
+JAX is `weight` [out, in] in PyTorch.
 """
 
 import re
@@ -17,18 +17,18 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 def same(x: np.ndarray) -> np.ndarray:
-    """Return the array as it is."""
+    """Return the array unchanged."""
     return x
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
     """Swap the two axes: [in, out] and [out, in], [width, features] and [features, width]."""
-    # safetensors writes an array's memory as it lies, whatever the strides say.
+    # safetensors writes an array's buffer and ignores its strides.
     return np.ascontiguousarray(x.T)
 
 
-class Row(NamedTuple):
-    """One parameter; `#` in a name stands for an index."""
+class ParameterNames(NamedTuple):
+    """Names and layout of a parameter; `#` in a name is a placeholder for an index."""
 
     jax: str  # path of the NNX attribute
     torch: str  # key of the state_dict
@@ -36,54 +36,54 @@ class Row(NamedTuple):
     rank: int
 
 
-def _product(name: str) -> Row:
-    return Row(f"{name}.kernel", f"{name}.weight", transpose, 2)
+def _linear(name: str) -> ParameterNames:
+    return ParameterNames(f"{name}.kernel", f"{name}.weight", transpose, 2)
 
 
-def _alike(name: str, rank: int) -> Row:
-    return Row(name, name, same, rank)
+def _same_layout(name: str, rank: int) -> ParameterNames:
+    return ParameterNames(name, name, same, rank)
 
 
-def layer_rows() -> tuple[Row, ...]:
-    """Return the rows of a layer's parameters, coefficients of registered memories included."""
+def layer_rows() -> tuple[ParameterNames, ...]:
+    """Return the parameters of a layer, including coefficients of registered memories."""
     coefficients = sorted({name for memory in MEMORIES.values() for name in memory.ranges})
     return (
-        *(_product(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
-        *(_product(f"{name}_conv") for name in "qkv"),
-        *(_product(f"coefficients.{name}") for name in coefficients),
-        *(_alike(f"coefficients.{name}.bias", 1) for name in coefficients),
-        _alike("initial.#", 3),
-        _alike("memory_norm.scale", 2),
-        _alike("memory_norm.bias", 2),
-        _alike("output_norm.scale", 2),
+        *(_linear(f"{name}_proj") for name in ("q", "k", "v", "u", "out")),
+        *(_linear(f"{name}_conv") for name in "qkv"),
+        *(_linear(f"coefficients.{name}") for name in coefficients),
+        *(_same_layout(f"coefficients.{name}.bias", 1) for name in coefficients),
+        _same_layout("initial.#", 3),
+        _same_layout("memory_norm.scale", 2),
+        _same_layout("memory_norm.bias", 2),
+        _same_layout("output_norm.scale", 2),
     )
 
 
-def table() -> tuple[Row, ...]:
-    """Return the rows of all parameters, of a lone layer and of a model."""
+def table() -> tuple[ParameterNames, ...]:
+    """Return all parameters, of a single layer and of a model."""
     layer = layer_rows()
     return (
         *layer,
-        Row("embed.embedding", "embed.weight", same, 2),
+        ParameterNames("embed.embedding", "embed.weight", same, 2),
         *(
             row._replace(jax=f"blocks.#.mixer.{row.jax}", torch=f"blocks.#.mixer.{row.torch}")
             for row in layer
         ),
-        _alike("blocks.#.mixer_norm.scale", 1),
-        _alike("blocks.#.ffn_norm.scale", 1),
-        *(_product(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
-        _alike("norm.scale", 1),
-        _product("head"),
+        _same_layout("blocks.#.mixer_norm.scale", 1),
+        _same_layout("blocks.#.ffn_norm.scale", 1),
+        *(_linear(f"blocks.#.ffn.{name}_proj") for name in ("gate", "up", "down")),
+        _same_layout("norm.scale", 1),
+        _linear("head"),
     )
 
 
-def by_jax_name() -> dict[str, Row]:
-    """Return the table under its names in JAX."""
+def by_jax_name() -> dict[str, ParameterNames]:
+    """Return the table, keyed by JAX name."""
     return {row.jax: row for row in table()}
 
 
-def by_torch_name() -> dict[str, Row]:
-    """Return the table under its names in PyTorch."""
+def by_torch_name() -> dict[str, ParameterNames]:
+    """Return the table, keyed by PyTorch name."""
     return {row.torch: row for row in table()}
 
 
@@ -91,7 +91,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Leaf(NamedTuple):
-    """What a parameter is, apart from its values."""
+    """Shape and dtype of an array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -101,7 +101,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Describe arrays of NumPy, JAX or PyTorch."""
+    """Return shape and dtype of NumPy, JAX or PyTorch arrays."""
     return {
         name: Leaf(tuple(array.shape), str(array.dtype).removeprefix("torch."))
         for name, array in arrays.items()
@@ -109,67 +109,76 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def in_table(name: str) -> bool:
-    """Whether PyTorch has a parameter of this name, in a layer or a model of any configuration."""
+    """Return True if a layer or model of any configuration has a PyTorch parameter of this name."""
     return _INDEX.sub("#", name) in by_torch_name()
 
 
 def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
-    """Rename and lay out JAX parameters as PyTorch has them.
+    """Convert JAX parameters to the names and layouts of PyTorch.
 
     Raises:
-        ValueError: lists every name and rank that the table does not have.
+        ValueError: lists all unknown names and wrong ranks.
     """
-    return _translate(flat, by_jax_name(), lambda row: row.torch)
+    return _convert(flat, by_jax_name(), lambda row: row.torch)
 
 
 def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
-    """Rename and lay out PyTorch parameters as JAX has them.
+    """Convert PyTorch parameters to the names and layouts of JAX.
 
     Raises:
-        ValueError: lists every name and rank that the table does not have.
+        ValueError: lists all unknown names and wrong ranks.
     """
-    return _translate(flat, by_torch_name(), lambda row: row.jax)
+    return _convert(flat, by_torch_name(), lambda row: row.jax)
 
 
 def check_leaves(
-    given: Mapping[str, Leaf], wanted: Mapping[str, Leaf], what: str = "weights"
+    actual: Mapping[str, Leaf], expected: Mapping[str, Leaf], what: str = "weights"
 ) -> None:
-    """Hold parameters, or `what` they are, to a module's: every name once, its shape and dtype.
+    """Check names, shapes and dtypes of arrays against the expected ones.
+
+    Args:
+        actual: the arrays.
+        expected: the expected arrays.
+        what: name of the arrays for the error message.
 
     Raises:
-        ValueError: lists all that is missing, unexpected, or of another shape or dtype.
+        ValueError: lists all arrays that are missing, unexpected, or of another shape or dtype.
     """
-    both = [name for name in wanted if name in given]
-    faults = {
-        "missing": [f"{name} {wanted[name]}" for name in wanted if name not in given],
-        "unexpected": [f"{name} {given[name]}" for name in given if name not in wanted],
+    common = [name for name in expected if name in actual]
+    mismatches = {
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in actual],
+        "unexpected": [f"{name} {actual[name]}" for name in actual if name not in expected],
         "must be": [
-            f"{name} {wanted[name]}, is {given[name]}"
-            for name in both
-            if given[name] != wanted[name]
+            f"{name} {expected[name]}, is {actual[name]}"
+            for name in common
+            if actual[name] != expected[name]
         ],
     }
-    _raise((f"{kind} {fault}" for kind, found in faults.items() for fault in found), what)
+    _raise_mismatches(
+        (f"{kind} {entry}" for kind, entries in mismatches.items() for entry in entries), what
+    )
 
 
-def _translate(
-    flat: Mapping[str, np.ndarray], rows: Mapping[str, Row], rename: Callable[[Row], str]
+def _convert(
+    flat: Mapping[str, np.ndarray],
+    rows: Mapping[str, ParameterNames],
+    rename: Callable[[ParameterNames], str],
 ) -> Flat:
     out: Flat = {}
-    faults = []
+    mismatches = []
     for (name, leaf), array in zip(leaves(flat).items(), flat.values(), strict=True):
         row = rows.get(_INDEX.sub("#", name))
         if row is None:
-            faults.append(f"unexpected {name} {leaf}")
+            mismatches.append(f"unexpected {name} {leaf}")
         elif array.ndim != row.rank:
-            faults.append(f"must have {row.rank} axes: {name} {leaf}")
+            mismatches.append(f"must have {row.rank} axes: {name} {leaf}")
         else:
             target = rename(row).replace("#", "{}").format(*_INDEX.findall(name))
             out[target] = row.transform(array)
-    _raise(faults)
+    _raise_mismatches(mismatches)
     return out
 
 
-def _raise(faults: Iterable[str], what: str = "weights") -> None:
-    if listed := list(faults):
+def _raise_mismatches(mismatches: Iterable[str], what: str = "weights") -> None:
+    if listed := list(mismatches):
         raise ValueError(f"{what} do not fit:\n  " + "\n  ".join(listed))

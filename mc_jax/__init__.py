@@ -3,26 +3,25 @@
 from mc_jax.attention import AttentionLayer
 from mc_jax.backends import (
     Coefficients,
-    Events,
     MatrixMemory,
     Memory,
     MemoryState,
+    RankOneUpdates,
     register_backend,
 )
-from mc_jax.cache import Cache, KVCache, Segments, check_room, grow, init_cache
+from mc_jax.cache import Cache, KVCache, Segments, check_capacity, grow, init_cache
 from mc_jax.cache_file import load_cache, save_cache
+from mc_jax.cache_rows import take_rows
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.generation import generate, sample
 from mc_jax.inspection import InnerLoop, Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.model import LanguageModel
-from mc_jax.rows import take_rows
 
 __all__ = [
     "AttentionLayer",
     "Cache",
     "Coefficients",
-    "Events",
     "InnerLoop",
     "KVCache",
     "LanguageModel",
@@ -30,10 +29,11 @@ __all__ = [
     "Memory",
     "MemoryCachingLayer",
     "MemoryState",
+    "RankOneUpdates",
     "Result",
     "Segments",
     "Trace",
-    "check_room",
+    "check_capacity",
     "extend",
     "generate",
     "grow",

@@ -1,25 +1,25 @@
-"""Causal softmax attention with rotary positions, over all tokens or a window of the last ones."""
+"""Causal softmax attention with rotary positions and an optional sliding window."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.arguments import check_inputs
-from mc_core.cache_checks import check_cache_options, check_rows
+from mc_core.argument_checks import check_inputs
+from mc_core.cache_checks import check_cache_options, check_extend_inputs
 from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import KVCache, add_slots, check_growth, in_room, put_slots
-from mc_jax.host import move_to_host, take
+from mc_jax.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.numerics import Array, Dtype, align, is_fixed, product, state_dtype
+from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, is_static, state_dtype
+from mc_jax.offload import move_to_host, read_from_host
 
 
 class AttentionLayer(Mixer):
-    """Softmax attention: what Memory Caching is compared with, with its projections and its norm.
+    """Softmax attention baseline, with the projections and output norm of the memory layer.
 
     Args:
         config: the layer's configuration.
-        rngs: draws the parameters (stream `params`).
+        rngs: random streams; parameters use `params`.
         dtype: compute dtype of matrix products; None = that of the input.
         param_dtype: dtype of the parameters.
     """
@@ -43,21 +43,21 @@ class AttentionLayer(Mixer):
 
         Args:
             x: [b, t, d].
-            mask: bool [b, t], True = a real token. A masked one is not seen, and its output is 0;
-                its position counts.
+            mask: bool [b, t], False at masked tokens, which are not attended to and have output 0.
+                They still take a position.
 
         Returns:
             [b, t, d] in the dtype of `x`.
         """
         config = self.config
-        check_inputs(x, mask, self.config.d_model, is_fixed)
-        at = align(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
-        q, k, v, _ = self._project(x, mask, at)
-        real = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        check_inputs(x, mask, self.config.d_model, is_static)
+        positions = expand_leading_dims(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
+        q, k, v, _ = self._project(x, mask, positions)
+        key_mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         if config.window is not None and 2 * config.window < x.shape[1]:
-            y = attend_blocks(q, k, v, real, config.window)
+            y = attend_windowed(q, k, v, key_mask, config.window)
         else:
-            y = attend(q, k, v, visible(at, at, real, config.window))
+            y = attend(q, k, v, visible_keys(positions, positions, key_mask, config.window))
         return self._finish(y, mask, x.dtype)
 
     def init_cache(
@@ -68,17 +68,17 @@ class AttentionLayer(Mixer):
         cache_dtype: Dtype = None,
         cache_device: str = "device",
     ) -> KVCache:
-        """Return the cache of streams that have not begun.
+        """Return an empty cache.
 
         Args:
             batch: number of streams.
-            max_tokens: the most tokens that a stream may have; `grow` makes room for more.
-            cache_dtype: of keys and values; None = that of the parameters, at least float32.
-            cache_device: `device`, or `host`: keys and values lie in the host's memory, and a call
-                moves all of them.
+            max_tokens: capacity, the maximum number of tokens per stream; `grow` increases it.
+            cache_dtype: dtype of keys and values; None = that of the parameters, at least float32.
+            cache_device: where keys and values are stored: `device` or `host`. Every call copies
+                those on the host to the device.
 
         Raises:
-            ValueError: a number is not positive.
+            ValueError: an argument is out of range.
         """
         check_cache_options(batch, max_tokens, cache_device)
         config = self.config
@@ -90,22 +90,22 @@ class AttentionLayer(Mixer):
         return KVCache(
             keys=keys,
             values=values,
-            real=jnp.zeros((batch, slots), bool),
+            mask=jnp.zeros((batch, slots), bool),
             position=jnp.zeros(batch, jnp.int32),
-            limit=jnp.asarray(max_tokens, jnp.int32),
-            conv=self._start_conv(batch),
+            capacity=jnp.asarray(max_tokens, jnp.int32),
+            conv=self._init_conv(batch),
         )
 
     def grow(self, cache: KVCache, max_tokens: int) -> KVCache:
-        """Return a cache with the same content and room for `max_tokens` tokens.
+        """Return a cache with the same content and a larger capacity.
 
         Raises:
-            ValueError: that is less than it has room for now.
+            ValueError: `max_tokens` is less than the current capacity.
         """
         check_growth(cache, max_tokens)
-        keys, values, real = add_slots(cache[:3], self.config.slots(max_tokens))
-        limit = jnp.full_like(cache.limit, max_tokens)
-        return cache._replace(keys=keys, values=values, real=real, limit=limit)
+        keys, values, mask = add_slots(cache[:3], self.config.slots(max_tokens))
+        capacity = jnp.full_like(cache.capacity, max_tokens)
+        return cache._replace(keys=keys, values=values, mask=mask, capacity=capacity)
 
     def extend(
         self,
@@ -115,109 +115,114 @@ class AttentionLayer(Mixer):
         *,
         padding: Array | None = None,
     ) -> tuple[Array, KVCache]:
-        """Mix the next tokens of a stream; any split of a sequence gives what the whole gives.
+        """Mix the next tokens of a stream. Equal to a call on the whole sequence, for any split.
 
-        Compiled once for each number of tokens, whatever the position. A compiled program cannot
-        raise: past the cache's limit its output is NaN.
+        Compiles once per number of tokens, independent of the position. A compiled program cannot
+        raise: past the capacity of the cache its output is NaN.
 
         Args:
-            x: [b, t, d], one token or more.
+            x: [b, t, d], t >= 1.
             cache: the stream so far, from `init_cache` or `extend`.
-            mask: bool [b, t], True = a real token; a masked one still takes its position.
-            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place, whose output is 0.
+            mask: bool [b, t], False at masked tokens, which still take a position.
+            padding: bool [b, t], True at padding, which takes no position and has output 0. The
+                result of a row does not depend on its padding.
 
         Returns:
-            [b, t, d] in the dtype of `x`, and the stream with these tokens.
+            [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+            ValueError: a wrong shape, or the capacity of the cache is exceeded.
         """
-        check_rows(x, cache, KVCache, self.config, is_fixed)
+        check_extend_inputs(x, cache, KVCache, self.config, is_static)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _extend(
         self, x: Array, cache: KVCache, mask: Array | None, count: Array | None = None
     ) -> tuple[Array, KVCache]:
-        """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
+        """Implement `extend` for right-padded rows of `count` [b] tokens; None = no padding."""
         b, t, window = *x.shape[:2], self.config.window
-        token = align(jnp.arange(t, dtype=jnp.int32), 2)
+        token = expand_leading_dims(jnp.arange(t, dtype=jnp.int32), 2)
         number = jnp.full(b, t, jnp.int32) if count is None else count
-        exists = token < number[:, None]
-        real = exists if mask is None else exists & mask
-        at = cache.position[:, None] + token
-        q, k, v, conv = self._project(x, real, at, cache.conv, count)
+        valid = token < number[:, None]
+        mask = valid if mask is None else valid & mask
+        positions = cache.position[:, None] + token
+        q, k, v, conv = self._project(x, mask, positions, cache.conv, count)
 
-        slots = cache.real.shape[1]
-        kept = exists & (token >= number[:, None] - slots)
-        place = jnp.where(kept, at % slots, slots)
-        keys, values, held = put_slots(cache[:3], (k, v, real), place)
+        slots = cache.mask.shape[1]
+        stored = valid & (token >= number[:, None] - slots)
+        slot = jnp.where(stored, positions % slots, slots)
+        keys, values, cache_mask = write_slots(cache[:3], (k, v, mask), slot)
         after = cache._replace(
             keys=keys,
             values=values,
-            real=held,
+            mask=cache_mask,
             position=cache.position + number,
             conv=conv,
         )
         if window is None or t == 1:
-            seen = visible(at, _positions(after), held, window)
-            y = attend(q, take(jnp.asarray, keys), take(jnp.asarray, values), seen)
+            visible = visible_keys(positions, _slot_positions(after), cache_mask, window)
+            keys, values = (read_from_host(jnp.asarray, x) for x in (keys, values))
+            y = attend(q, keys, values, visible)
         else:
-            # What the last tokens overwrote the first ones still see.
-            def joined(old: Array, new: Array) -> Array:
-                return jnp.concatenate([take(jnp.asarray, old).astype(new.dtype), new], axis=1)
+            # The first tokens still attend to keys that the last tokens overwrite.
+            def with_cached(old: Array, new: Array) -> Array:
+                old = read_from_host(jnp.asarray, old).astype(new.dtype)
+                return jnp.concatenate([old, new], axis=1)
 
-            where = joined(_positions(cache), at)
-            seen = visible(at, where, joined(cache.real, real), window)
-            y = attend(q, joined(cache.keys, k), joined(cache.values, v), seen)
-        return self._finish(in_room(y, after), real, x.dtype), after
+            key_positions = with_cached(_slot_positions(cache), positions)
+            visible = visible_keys(positions, key_positions, with_cached(cache.mask, mask), window)
+            y = attend(q, with_cached(cache.keys, k), with_cached(cache.values, v), visible)
+        return self._finish(nan_past_capacity(y, after), mask, x.dtype), after
 
     def _project(
         self,
         x: Array,
         mask: Array | None,
-        at: Array,
+        positions: Array,
         before: Weights = (),
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
-        """Return q, k and v of tokens at positions `at` [b or 1, t], and the cache's `conv`."""
-        q, k, v, conv = self._qkv(self._enter(x, mask), before, count)
-        return rotate(q, at, self.config.rope_base), rotate(k, at, self.config.rope_base), v, conv
+        """Return q, k and v of tokens at `positions` [b or 1, t], and the next `conv`."""
+        q, k, v, conv = self._qkv(self._prepare_inputs(x, mask), before, count)
+        q, k = (apply_rope(x, positions, self.config.rope_base) for x in (q, k))
+        return q, k, v, conv
 
     def _finish(self, y: Array, mask: Array | None, dtype: Dtype) -> Array:
         if mask is not None:
             y = jnp.where(mask[:, :, None, None], y, jnp.zeros_like(y))
-        return self._leave(y, dtype)
+        return self._project_out(y, dtype)
 
 
-def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """Average values by the softmax of `q·k / sqrt(k)`; scores and softmax in the state dtype.
+def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """Softmax attention, with scores and softmax in the state dtype.
 
     Args:
         q: [b, t, h, k].
         k: [b, s, h, k].
         v: [b, s, h, v].
-        seen: bool [b or 1, t, s].
+        visible: bool [b or 1, t, s].
 
     Returns:
         [b, t, h, v] in the dtype of `q`.
     """
-    # jax.nn.dot_product_attention takes its softmax in float32 even where all else is float64.
-    scores = product("bthk,bshk->bhts", q, k, dtype=q.dtype) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
-    share = jax.nn.softmax(scores, axis=-1)
-    return product("bhts,bshv->bthv", share, v, dtype=q.dtype).astype(q.dtype)
+    # jax.nn.dot_product_attention computes its softmax in float32 even for float64 inputs.
+    scores = einsum_f32("bthk,bshk->bhts", q, k, dtype=q.dtype) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    return einsum_f32("bhts,bshv->bthv", probabilities, v, dtype=q.dtype).astype(q.dtype)
 
 
-def attend_blocks(q: Array, k: Array, v: Array, real: Array, window: int) -> Array:
-    """Attend to a window of a whole sequence: blocks of its size see themselves and one before.
+def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) -> Array:
+    """Sliding-window attention over a whole sequence, in blocks of the window's size.
+
+    The tokens of a block attend to their own block and the previous one.
 
     Args:
-        q: [b, t, h, k], as k.
-        k: as q.
+        q: [b, t, h, k].
+        k: [b, t, h, k].
         v: [b, t, h, v].
-        real: bool [b, t].
-        window: tokens that a token sees.
+        key_mask: bool [b, t].
+        window: number of tokens that a token attends to.
 
     Returns:
         [b, t, h, v].
@@ -237,47 +242,50 @@ def attend_blocks(q: Array, k: Array, v: Array, real: Array, window: int) -> Arr
     def flat(x: Array) -> Array:
         return x.reshape(b * blocks, *x.shape[2:])
 
-    place = align(jnp.arange(2 * window, dtype=jnp.int32), 2)
-    seen = visible(place[:, window:], place, pairs(real), window)
-    y = attend(flat(split(q)), pairs(k), pairs(v), seen)
+    block_positions = expand_leading_dims(jnp.arange(2 * window, dtype=jnp.int32), 2)
+    visible = visible_keys(block_positions[:, window:], block_positions, pairs(key_mask), window)
+    y = attend(flat(split(q)), pairs(k), pairs(v), visible)
     return y.reshape(b, blocks * window, h, y.shape[-1])[:, :t]
 
 
-def visible(at: Array, others: Array, real: Array, window: int | None) -> Array:
-    """Return which keys a token sees: itself, and real ones before it, in its window.
+def visible_keys(
+    positions: Array, key_positions: Array, key_mask: Array, window: int | None
+) -> Array:
+    """Return the attention mask: a token attends to itself and to unmasked tokens in its window.
 
     Args:
-        at: positions of tokens, int32 [b or 1, t].
-        others: positions of keys, int32 [b or 1, s].
-        real: bool [b, s].
-        window: tokens that a token sees, itself included; None = all.
+        positions: of tokens, int32 [b or 1, t].
+        key_positions: of keys, int32 [b or 1, s].
+        key_mask: bool [b, s].
+        window: number of tokens that a token attends to, itself included; None = all before it.
 
     Returns:
         bool [b, t, s].
     """
-    back = at[:, :, None] - others[:, None]
-    inside = back >= 0 if window is None else (back >= 0) & (back < window)
-    return inside & (real[:, None] | (back == 0))
+    distance = positions[:, :, None] - key_positions[:, None]
+    inside = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return inside & (key_mask[:, None] | (distance == 0))
 
 
-def rotate(x: Array, at: Array, base: float) -> Array:
-    """Turn the pairs (i, i + k/2) of each head by `position * base ** (-2i / k)`, in radians.
+def apply_rope(x: Array, positions: Array, base: float) -> Array:
+    """Rotate the pairs (i, i + k/2) of each head by `position * base ** (-2i / k)` radians.
 
     Args:
         x: [b, t, h, k].
-        at: positions, int32 [b or 1, t].
-        base: of the frequencies.
+        positions: of tokens, int32 [b or 1, t].
+        base: base of the frequencies.
     """
     dtype, half = state_dtype(x.dtype), x.shape[-1] // 2
-    speed = jnp.asarray([base ** (-i / half) for i in range(half)], dtype)
-    angle = (at[..., None].astype(dtype) * align(speed, 3))[:, :, None]
+    frequency = jnp.asarray([base ** (-i / half) for i in range(half)], dtype)
+    angle = (positions[..., None].astype(dtype) * expand_leading_dims(frequency, 3))[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    one, two = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(x.dtype)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
-def _positions(cache: KVCache) -> Array:
-    """Return the position of the last token that each slot was meant for; negative before any."""
-    slots = cache.real.shape[1]
+def _slot_positions(cache: KVCache) -> Array:
+    """Return the position of the last token of each slot; negative for an empty slot."""
+    slots = cache.mask.shape[1]
     last = cache.position[:, None] - 1
-    return last - (last - align(jnp.arange(slots, dtype=jnp.int32), 2)) % slots
+    return last - (last - expand_leading_dims(jnp.arange(slots, dtype=jnp.int32), 2)) % slots

@@ -1,4 +1,4 @@
-"""The streaming state of a layer's memories: an immutable tree, valid between any two tokens."""
+"""Streaming state of a layer, valid between any two tokens."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,82 +8,81 @@ import jax.numpy as jnp
 import numpy as np
 
 from mc_core import cache_checks
-from mc_core.cache_checks import ENDED, check_cache_options
+from mc_core.cache_checks import INVALIDATED, check_cache_options
 from mc_core.config import MCConfig
-from mc_core.segmentation import Plan, check_streams
+from mc_core.segmentation import Plan, check_streaming_config
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
-from mc_jax.host import move_to_host, on_host, put
+from mc_jax.cache_rows import Rows, take_rows
 from mc_jax.numerics import Array, Dtype, state_dtype
-from mc_jax.rows import Rows, take_rows
+from mc_jax.offload import move_to_host, on_host, update_in_place
 
 Tree = Any  # nested tuples of arrays
 
 
 class Segments(NamedTuple):
-    """The memory of every segment after its last token so far (section 4)."""
+    """Memory of each segment after its last token so far (section 4)."""
 
     weights: Weights  # first layer first, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
-    length: Array  # real tokens of the segment, int32 [b, n]
+    length: Array  # number of unmasked tokens of the segment, int32 [b, n]
 
 
 class Cache(NamedTuple):
-    """All that the next token needs to know of the ones before it; every row by itself."""
+    """State of the streams of a memory layer. Rows are independent."""
 
-    stored: Segments  # complete segments, in slots; read the online one's through `segments`
-    total: Weights  # sum of the complete segments' weights, where one read of it is enough
+    stored: Segments  # complete segments, in slots; `segments` adds the online one
+    total: Weights  # sum of the complete segments' weights, if only their sum is read
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
-    pool: Array  # its pooled key [b, h, k]
-    length: Array  # its real tokens, int32 [b]
-    slot: Array  # which segment it is, int32 [b]
-    position: Array  # tokens so far, masked ones included, int32 [b]
-    limit: Array  # tokens that there is room for, int32 []; NO_STREAM where none may follow
-    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+    pool: Array  # pooled key of the online segment [b, h, k]
+    length: Array  # number of unmasked tokens of the online segment, int32 [b]
+    slot: Array  # index of the online segment, int32 [b]
+    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
+    conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
     @property
     def segments(self) -> Segments:
-        """Every segment's memory, pooled key and length, the online segment's as they are now.
+        """Memory, pooled key and length of all segments, including the online one.
 
-        Slots to come are zero. There are no slots where no read needs them: under `none`, and under
-        `residual` and `mean` with matrix memories that are not normalised, in a cache of
-        `init_cache`.
+        Unused slots are zero. A cache of `init_cache` has no slots if no read needs them: under
+        `none`, and under `residual` and `mean` if reads are linear in the weights.
         """
         if not self.stored.length.shape[1]:
             return self.stored
         online = Segments(self.state.weights, self.pool, self.length)
-        return put_slots(self.stored, add_axis(online), self.slot[:, None])
+        return write_slots(self.stored, add_axis(online), self.slot[:, None])
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of heads h, and their width k."""
+        """Number of heads h and head width k."""
         return tuple(self.pool.shape[1:])
 
     def take(self, rows: Rows) -> "Cache":
-        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        """Return a cache with the streams of the given rows; see `take_rows`."""
         return take_rows(self, rows)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens that the next ones may see; every row by itself.
+    """State of the streams of an attention layer. Rows are independent.
 
-    The token at position p lies in slot p % n of n.
+    The token at position p is stored in slot p % n of n.
     """
 
-    keys: Array  # turned to their positions [b, n, h, k]
+    keys: Array  # with rotary positions [b, n, h, k]
     values: Array  # [b, n, h, v]
-    real: Array  # bool [b, n], False where no token, or a masked one, is
-    position: Array  # tokens so far, masked ones included, int32 [b]
-    limit: Array  # tokens that there is room for, int32 []
-    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+    mask: Array  # bool [b, n], False at empty slots and masked tokens
+    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    capacity: Array  # maximum number of tokens, int32 []
+    conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of heads h, and their width k."""
+        """Number of heads h and head width k."""
         return tuple(self.keys.shape[2:])
 
     def take(self, rows: Rows) -> "KVCache":
-        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        """Return a cache with the streams of the given rows; see `take_rows`."""
         return take_rows(self, rows)
 
 
@@ -96,11 +95,11 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     Args:
         memory: the memory kind.
         initial: W_0, first layer first, each [h, o, i].
-        k: keys [..., h, c, k]; the state's leading axes, device placement and dtype come from them.
+        k: keys [..., h, c, k], which set leading axes, device and dtype of the state.
         v: values [..., h, c, v].
     """
     dtype = state_dtype(k.dtype)
-    # Derived from the inputs, so that a scan's carry keeps their sharding.
+    # Derived from the inputs, so that the carry of a scan has their sharding.
     zero = jnp.zeros_like(k[..., :1, :1], dtype=dtype)
     weights = tuple(
         w.astype(dtype).reshape((1,) * (zero.ndim - 3) + w.shape) + zero
@@ -125,23 +124,23 @@ def init_cache(
     cache_dtype: Dtype = None,
     cache_device: str = "device",
 ) -> Cache:
-    """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
+    """Return an empty cache.
 
     Args:
         initial: W_0, first layer first, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
         batch: number of streams, 0 or more.
-        max_tokens: the most tokens that a stream may have.
-        dtype: of q, k and v; None = that of `initial`.
-        cache_dtype: of the cached memories; None = that of the online one, at least float32.
-        cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a call
-            moves what it reads (under `ssc` the selected ones alone).
+        max_tokens: capacity, the maximum number of tokens per stream.
+        dtype: dtype of q, k and v; None = that of `initial`.
+        cache_dtype: dtype of the cached memories; None = that of the online one, at least float32.
+        cache_device: where cached memories are stored: `device` or `host`. A call copies those that
+            it reads to the device (under `ssc` only the selected ones).
 
     Raises:
-        ValueError: a number is out of range, the segments cannot stream, or the device has no such
-            memory.
+        ValueError: an argument is out of range, the segments cannot stream, or the device has no
+            host memory.
     """
-    check_streams(config)
+    check_streaming_config(config)
     check_cache_options(batch, max_tokens, cache_device)
     memory = make_memory(config.memory)
     h, width = config.num_heads, initial[0].shape[-1]
@@ -151,36 +150,36 @@ def init_cache(
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
     cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
-    # Leaves of their own, so that the cache may be donated to a compiled step.
+    # Copied, so that no two leaves share a buffer and the cache can be donated.
     cache = jax.tree.map(jnp.copy, cache)
     if cache_device == "device":
         return cache
-    far = jax.tree.map(move_to_host, cache.stored.weights)
-    return cache._replace(stored=cache.stored._replace(weights=far))
+    offloaded = jax.tree.map(move_to_host, cache.stored.weights)
+    return cache._replace(stored=cache.stored._replace(weights=offloaded))
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
-    """Return a cache with the same content and room for `max_tokens` tokens.
+    """Return a cache with the same content and a larger capacity.
 
     Raises:
-        ValueError: that is less than it has room for now.
+        ValueError: `max_tokens` is less than the current capacity.
     """
     check_growth(cache, max_tokens)
     stored = add_slots(cache.stored, config.slots(max_tokens))
-    return cache._replace(stored=stored, limit=jnp.full_like(cache.limit, max_tokens))
+    return cache._replace(stored=stored, capacity=jnp.full_like(cache.capacity, max_tokens))
 
 
 def add_slots(stored: Tree, slots: int) -> Tree:
-    """Return arrays [b, n, ...] with `slots` slots, or as many as they have; new ones are zero."""
+    """Pad arrays [b, n, ...] with zeros to at least `slots` slots."""
 
     def pad(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, max(slots - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])
 
-    return jax.tree.map(partial(put, pad), stored)
+    return jax.tree.map(partial(update_in_place, pad), stored)
 
 
-def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
-    """Cast what a stream computes with; cached memories keep the dtype that they are stored in."""
+def cast_cache(cache: Cache, dtype: Dtype) -> Cache:
+    """Cast the state of a stream; cached memories keep their dtype."""
 
     def cast(tree: Tree) -> Tree:
         return jax.tree.map(lambda x: x.astype(dtype), tree)
@@ -195,54 +194,54 @@ def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
 
 
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
-    """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
+    """Check that `grow` does not shrink a cache. Without effect in a compiled program.
 
     Raises:
-        ValueError: names both, or the segments are not those of a stream.
+        ValueError: the new capacity is smaller, or the cache cannot be extended.
     """
-    if not is_traced(cache.limit):
-        cache_checks.check_growth(int(cache.limit), max_tokens)
+    if not is_traced(cache.capacity):
+        cache_checks.check_growth(int(cache.capacity), max_tokens)
 
 
-def check_room(cache: AnyCache, tokens: int | Array) -> None:
-    """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
+def check_capacity(cache: AnyCache, tokens: int | Array) -> None:
+    """Check that a cache has capacity for the next tokens. Without effect in a compiled program.
 
     Args:
         cache: the streams so far.
-        tokens: to come, for all rows or [b].
+        tokens: number of next tokens, of all rows or [b].
 
     Raises:
-        ValueError: names the position, and what to do, or the segments are not those of a stream.
+        ValueError: the capacity is exceeded, or the cache cannot be extended.
     """
     if is_traced(cache.position) or is_traced(tokens):
         return
-    cache_checks.check_room(np.asarray(cache.position), np.asarray(tokens), int(cache.limit))
+    cache_checks.check_capacity(np.asarray(cache.position), np.asarray(tokens), int(cache.capacity))
 
 
-def in_room(y: Array, after: AnyCache) -> Array:
-    """Return outputs [b, t, h, v], NaN in rows past the limit of the cache after them, or ended."""
-    limit = jnp.minimum(after.limit, ENDED - 1)
-    room = (after.position <= limit)[:, None, None, None]
-    return jnp.where(room, y, jnp.full_like(y, jnp.nan))
+def nan_past_capacity(y: Array, after: AnyCache) -> Array:
+    """Return outputs [b, t, h, v], NaN in rows past the capacity and in invalidated rows."""
+    capacity = jnp.minimum(after.capacity, INVALIDATED - 1)
+    within_capacity = (after.position <= capacity)[:, None, None, None]
+    return jnp.where(within_capacity, y, jnp.full_like(y, jnp.nan))
 
 
 def is_traced(x: Any) -> bool:
-    """Whether a value is known only to the compiled program."""
+    """Return True if a value is traced, so that it is known only in the compiled program."""
     return isinstance(x, jax.core.Tracer)
 
 
 def empty_cache(
-    start: MemoryState, k: Array, slots: int, limit: int, total: bool, dtype: Dtype = None
+    start: MemoryState, k: Array, slots: int, capacity: int, total: bool, dtype: Dtype = None
 ) -> Cache:
     """Return the cache before the first token.
 
     Args:
         start: the state before the first token [b, h, ...].
-        k: keys [b, h, k], which give the shapes of their pools.
-        slots: memories that it will hold.
-        limit: tokens that it will have room for.
-        total: whether the sum of complete segments is kept.
-        dtype: of stored memories; None = that of the state.
+        k: keys [b, h, k], which set the shape of the pooled keys.
+        slots: number of slots for cached memories.
+        capacity: maximum number of tokens per stream.
+        total: whether to keep the sum of the complete segments' weights.
+        dtype: dtype of the cached memories; None = that of the state.
     """
     zero = jnp.zeros_like(k, dtype=state_dtype(k.dtype))
     count = jnp.zeros_like(k[:, 0, 0], dtype=jnp.int32)
@@ -263,17 +262,17 @@ def empty_cache(
         length=count,
         slot=count,
         position=count,
-        limit=jnp.asarray(limit, jnp.int32),
+        capacity=jnp.asarray(capacity, jnp.int32),
     )
 
 
 def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
-    """Return the sum of complete segments' weights [b, h, o, i], where reads take it.
+    """Return the sum of complete segments' weights [b, h, o, i]; () if no read uses it.
 
     Args:
         config: the layer's configuration.
-        weights: of all segments, each [b, n, h, o, i].
-        plan: the segments; of those that `config` cuts the last may be incomplete.
+        weights: memories of all segments, each [b, n, h, o, i].
+        plan: the segments, of which the last may be incomplete.
     """
     if not config.reads_sum:
         return ()
@@ -281,38 +280,40 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
     return tuple(jnp.sum(w[:, :complete], axis=1) for w in weights)
 
 
-def put_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
-    """Write `new` [b, s, ...] into the slots [b, s] of `stored` [b, n, ...]; none where it is n."""
+def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
+    """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
     row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
 
-    def write(all_: Array, some: Array) -> Array:
-        some = some.astype(all_.dtype)
-        if slots.shape[1] > 1 or on_host(all_):
-            return put(_put_many, all_, some, slots, row)
-        return _put_one(all_, some, slots)
+    def write(stored_leaf: Array, new_leaf: Array) -> Array:
+        new_leaf = new_leaf.astype(stored_leaf.dtype)
+        if slots.shape[1] > 1 or on_host(stored_leaf):
+            return update_in_place(_put_many, stored_leaf, new_leaf, slots, row)
+        return _put_one(stored_leaf, new_leaf, slots)
 
     return jax.tree.map(write, stored, new)
 
 
-def _put_many(all_: Array, some: Array, slots: Array, row: Array) -> Array:
-    return all_.at[row, slots].set(some, mode="drop")
+def _put_many(stored_leaf: Array, new_leaf: Array, slots: Array, row: Array) -> Array:
+    return stored_leaf.at[row, slots].set(new_leaf, mode="drop")
 
 
 @jax.vmap
-def _put_one(all_: Array, some: Array, slot: Array) -> Array:
-    # Always a write, at times of what is there: to drop one, XLA would copy all slots.
-    slot, inside = jnp.minimum(slot[0], len(all_) - 1), slot[0] < len(all_)
-    old = jax.lax.dynamic_index_in_dim(all_, slot)
-    return jax.lax.dynamic_update_index_in_dim(all_, jnp.where(inside, some, old), slot, 0)
+def _put_one(stored_leaf: Array, new_leaf: Array, slot: Array) -> Array:
+    # Out-of-range writes store the old value: to drop a write, XLA would copy all slots.
+    slot, inside = jnp.minimum(slot[0], len(stored_leaf) - 1), slot[0] < len(stored_leaf)
+    old = jax.lax.dynamic_index_in_dim(stored_leaf, slot)
+    return jax.lax.dynamic_update_index_in_dim(
+        stored_leaf, jnp.where(inside, new_leaf, old), slot, 0
+    )
 
 
 def add_axis(tree: Tree) -> Tree:
-    """Give the arrays [b, ...] of a tree an axis of length 1 after the first."""
+    """Insert an axis of length 1 after the first axis of arrays [b, ...]."""
     return jax.tree.map(lambda x: x[:, None], tree)
 
 
-def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
-    """Select whole states, or other trees; `condition` [b] or [b, r] matches their leading axes."""
+def tree_where(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """`where` for trees; `condition` [b] or [b, r] matches the leading axes of the leaves."""
 
     def pick(a: Array, b: Array) -> Array:
         return jnp.where(

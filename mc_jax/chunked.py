@@ -1,6 +1,6 @@
-"""The chunked write: a scan over chunks carries the memory; all else is parallel (section 6).
+"""Chunked write: a scan over chunks carries the memory, all other work is parallel (section 6).
 
-The online memory of an MLP is read on the way, unless a soup or an inspection asks for it later.
+The online memory of an MLP is read during the scan, unless a soup or an inspection needs it later.
 """
 
 from functools import partial
@@ -11,67 +11,66 @@ import jax.numpy as jnp
 import numpy as np
 
 from mc_core.segmentation import Plan
-from mc_jax.backends import ChunkMix, Coefficients, Events, Memory, MemoryState, Weights
+from mc_jax.backends import ChunkDecay, Coefficients, Memory, MemoryState, RankOneUpdates, Weights
 from mc_jax.backends.base import Apply
-from mc_jax.cache import choose, start_state
-from mc_jax.layout import to_chunks
-from mc_jax.numerics import KEPT, Array, keep, product, scale_rows
+from mc_jax.cache import start_state, tree_where
+from mc_jax.chunk_layout import to_chunks
+from mc_jax.numerics import SAVE_POLICY, Array, einsum_f32, save_for_backward, scale_rows
 
 
 class Chunks(NamedTuple):
-    """Tokens in rows of chunks, as a write takes them."""
+    """Tokens in rows of chunks: the inputs of a write."""
 
-    k: Array  # keys [g, b, r, h, c, k], zero where nothing is written
+    k: Array  # keys [g, b, r, h, c, k], zero at masked tokens and padding
     v: Array  # values [g, b, r, h, c, v], likewise
-    at: Coefficients  # each [g, b, r, h, c]
-    written: Array  # 1 at real tokens, else 0 [g, b, r, 1, c]
-    # Queries [g, b, r, h, c, k] that read their own memory on the way, MLP memories alone; None =
-    # they come later, by `online_apply`.
+    coefficients: Coefficients  # each [g, b, r, h, c]
+    write_mask: Array  # 1 at unmasked tokens, else 0 [g, b, r, 1, c]
+    # Queries [g, b, r, h, c, k] that read the online memory during the scan (MLP memories only);
+    # None = read later, by `online_apply`.
     q: Array | None = None
-    # bool [g, b or 1, r], True where a chunk begins at the initial state; None = nowhere.
+    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = nowhere.
     restarts: Array | None = None
-    # bool [g, b, r], True where a chunk begins with its first token: its gradients are taken at the
-    # memory as it is then, elsewhere at `state.anchor`, for what is here is the rest of a chunk.
-    # None = everywhere.
-    opens: Array | None = None
+    # bool [g, b, r], False where tokens continue a chunk of an earlier call: their gradients are
+    # taken at `state.anchor`, all others at the memory before the chunk. None = all True.
+    has_first_token: Array | None = None
 
 
-class Online(NamedTuple):
-    """The online memory of every token of chunks, as reads take it; arrays lead with [g, b, r]."""
+class OnlineMemory(NamedTuple):
+    """Online memory of every token, in the dual form. Leading axes are [g, b, r]."""
 
-    weights: Weights  # the memory as each chunk began [..., h, o, i]
+    weights: Weights  # memory before each chunk [..., h, o, i]
     momentum: Weights
-    events: Events
-    mix: ChunkMix
+    updates: RankOneUpdates
+    decay: ChunkDecay
 
 
-class Writes(NamedTuple):
-    """What a chunked write leaves for the reads."""
+class WriteResult(NamedTuple):
+    """Result of a chunked write."""
 
-    online: Online | None  # None where it has been read on the way
-    read: Array | None  # what it gave then [g, b, r, h, c, v]
-    ends: Weights  # the memory at each segment's end [b, n, h, o, i]
+    online: OnlineMemory | None  # None if read during the scan
+    read: Array | None  # reads of the online memory during the scan [g, b, r, h, c, v]
+    ends: Weights  # memory after each segment [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
 
 
-class ChunkWrite(NamedTuple):
-    """The memory after a chunk [b, r, h, ...], and what the reads take from the chunk."""
+class ChunkResult(NamedTuple):
+    """Memory after a chunk [b, r, h, ...], and the inputs of its reads."""
 
     weights: Weights
     momentum: Weights
-    events: Events | None  # None where the queries were read
-    read: Array | None  # of the queries [b, r, h, c, v]
+    updates: RankOneUpdates | None  # None if the queries were read
+    read: Array | None  # reads of the queries [b, r, h, c, v]
 
 
-class Scanned(NamedTuple):
-    """What a scan over chunks carried; arrays lead with [g, b, r], the final state with [b, r]."""
+class ScanResult(NamedTuple):
+    """Result of a scan over chunks. Leading axes are [g, b, r]; of the final state [b, r]."""
 
-    before: Weights  # the memory that came to each chunk, before any restart [..., h, o, i]
+    before: Weights  # memory before each chunk, before a restart [..., h, o, i]
     momentum: Weights
-    events: Events | None
-    mix: ChunkMix
+    updates: RankOneUpdates | None
+    decay: ChunkDecay
     final: MemoryState
-    read: Array | None = None  # of the queries that came along [..., h, c, v]; else None
+    read: Array | None = None  # reads of `Chunks.q` [..., h, c, v], if given
 
 
 def write_chunks(
@@ -84,8 +83,8 @@ def write_chunks(
     plan: Plan,
     *,
     q: Array | None = None,
-) -> Writes:
-    """Write all tokens, chunk by chunk.
+) -> WriteResult:
+    """Write a sequence, chunk by chunk.
 
     Args:
         memory: the memory kind.
@@ -93,19 +92,21 @@ def write_chunks(
         v: values [b, t, h, v], zero at masked tokens.
         initial: W_0, first layer first, each [h, o, i].
         coefficients: each [b, t, h].
-        mask: [b, t] bool, True = a real token.
+        mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
-        q: queries [b, t, h, k] that read the online memory on the way, as `Chunks` has them.
+        q: queries [b, t, h, k] that read the online memory during the scan; see `Chunks`.
     """
     k, v = to_chunks(k, plan), to_chunks(v, plan)
-    at = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
-    written = to_chunks(mask[:, :, None].astype(at.step.dtype), plan)
+    coefficients = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
+    write_mask = to_chunks(mask[:, :, None].astype(coefficients.step.dtype), plan)
     queries = None if q is None else to_chunks(q, plan)
     restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
     start = start_state(memory, initial, k[0], v[0])
-    scanned = scan_chunks(memory, Chunks(k, v, at, written, queries, restarts), start, start)
+    scanned = scan_chunks(
+        memory, Chunks(k, v, coefficients, write_mask, queries, restarts), start, start
+    )
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
-    return Writes(
+    return WriteResult(
         online=online_memory(scanned, start, restarts),
         read=scanned.read,
         ends=jax.tree.map(
@@ -115,211 +116,215 @@ def write_chunks(
     )
 
 
-def scan_chunks(memory: Memory, chunks: Chunks, state: MemoryState, start: MemoryState) -> Scanned:
-    """Write rows of chunks one after another.
+def scan_chunks(
+    memory: Memory, chunks: Chunks, state: MemoryState, start: MemoryState
+) -> ScanResult:
+    """Write the chunks of each row sequentially.
 
-    A chunk's write and the read of its own queries work on the same few arrays. Together they stay
-    in a cache, and neither the momentum nor the events of a chunk outlive it.
+    The queries of a chunk are read in the same step as its write, because both use the same
+    arrays: these stay in cache, and momentum and updates of a chunk are not stored.
 
     Args:
         memory: the memory kind.
         chunks: [g, b, r, ...].
-        state: the memory before the first chunk [b, r, h, ...].
-        start: the state before a stream's first token [b, r, h, ...].
+        state: state before the first chunk [b, r, h, ...].
+        start: initial state, used at restarts [b, r, h, ...].
     """
     k, v, restarts = chunks.k, chunks.v, chunks.restarts
-    mix = memory.chunk_mix(chunks.at, chunks.written)
+    decay = memory.chunk_decay(chunks.coefficients, chunks.write_mask)
     previous: Weights = ()
     if memory.config.uses_previous_token:
-        before, previous = _tokens_before(chunks, state.previous)
+        before, previous = _previous_tokens(chunks, state.previous)
         k, v = (
             jnp.concatenate([p[..., None, :].astype(x.dtype), x], axis=-2)
             for p, x in zip(before, (k, v), strict=True)
         )
     if memory.config.gradient_uses_weights:
-        return _scan_with_weights(memory, chunks._replace(k=k, v=v), mix, state, start)
-    events = memory.events((), k, v)
-    carried, final = _scan_sums(events, mix, state, start, restarts, k.dtype)
-    return Scanned(carried, (), events, mix, final._replace(previous=previous))
+        return _scan_with_weights(memory, chunks._replace(k=k, v=v), decay, state, start)
+    updates = memory.rank_one_updates((), k, v)
+    carried, final = _scan_sums(updates, decay, state, start, restarts, k.dtype)
+    return ScanResult(carried, (), updates, decay, final._replace(previous=previous))
 
 
-def online_memory(scanned: Scanned, start: MemoryState, restarts: Array | None) -> Online | None:
-    """Return the online memory of chunks [g, b, r, ...]; None where the scan has read it."""
-    events = scanned.events
-    if events is None:
+def online_memory(
+    scanned: ScanResult, start: MemoryState, restarts: Array | None
+) -> OnlineMemory | None:
+    """Return the online memory of chunks [g, b, r, ...]; None if it was read during the scan."""
+    updates = scanned.updates
+    if updates is None:
         return None
     if restarts is None:
-        return Online(scanned.before, scanned.momentum, events, scanned.mix)
+        return OnlineMemory(scanned.before, scanned.momentum, updates, scanned.decay)
     condition = restarts[..., None, None, None]
 
     def pick(start: Weights, before: Weights) -> Weights:
         return tuple(jnp.where(condition, s, b) for s, b in zip(start, before, strict=True))
 
     weights, momentum = pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
-    return Online(weights, momentum, events, scanned.mix)
+    return OnlineMemory(weights, momentum, updates, scanned.decay)
 
 
-def online_apply(online: Online, dtype: jnp.dtype) -> Apply:
-    """Return the online memory's linear maps for tokens [g, b, r, h, c, i]: the dual form.
+def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
+    """Return the linear maps of the online memory for tokens [g, b, r, h, c, i] (dual form).
 
     `z_t = P_t (W_0 a_t) + Q_t (S_0 a_t) - Σ_{i<=t} C[t, i] <a_t, a_i> δ_i`.
     """
-    mix, events = online.mix, online.events
+    decay, updates = online.decay, online.updates
 
     def apply(layer: int, a: Array) -> Array:
-        # Scaled before the product, so that the scale's gradient needs no product again.
-        z = product(
-            "...oi,...ci->...co", online.weights[layer], scale_rows(mix.state, a), dtype=dtype
+        # Scaled before the product, so that the scale's gradient needs no additional product.
+        z = einsum_f32(
+            "...oi,...ci->...co", online.weights[layer], scale_rows(decay.state, a), dtype=dtype
         )
-        if mix.momentum is not None:
-            scaled = scale_rows(mix.momentum, a)
-            z += product("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
-        match = product("...ci,...ei->...ce", a, events.inputs[layer], dtype=dtype)
-        written = product(
-            "...ce,...eo->...co", match * mix.events, events.deltas[layer], dtype=dtype
+        if decay.momentum is not None:
+            scaled = scale_rows(decay.momentum, a)
+            z += einsum_f32("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
+        similarity = einsum_f32("...ci,...ei->...ce", a, updates.activations[layer], dtype=dtype)
+        within_chunk = einsum_f32(
+            "...ce,...eo->...co", similarity * decay.updates, updates.errors[layer], dtype=dtype
         )
-        return keep(z - written)
+        return save_for_backward(z - within_chunk)
 
     return apply
 
 
 def write_chunk(
-    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, mix: ChunkMix
-) -> ChunkWrite:
-    """Write the tokens of one chunk, whose gradients are all taken at one memory (section 6).
+    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, decay: ChunkDecay
+) -> ChunkResult:
+    """Write the tokens of one chunk; all gradients are taken at the same memory (section 6).
 
-    1. Take every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
-    2. Read the queries, each from the memory after its own token, in the dual form.
-    3. Write: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, c being the last token.
-    4. Carry the momentum: `S_c = keep S_0 - Σ_i add_i G_i`.
+    1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
+    2. Read each query from the memory after its token, in the dual form.
+    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token.
+    4. Update the momentum: `S_c = momentum_retention S_0 - Σ_i momentum_updates[i] G_i`.
 
     Args:
         memory: the memory kind.
-        state: the memory before the chunk [b, r, h, ...]; its `anchor` is not empty.
-        k: keys [b, r, h, c, k], zero where nothing is written.
+        state: state before the chunk [b, r, h, ...], with an `anchor`.
+        k: keys [b, r, h, c, k], zero at masked tokens and padding.
         v: values [b, r, h, c, v], likewise.
-        q: queries [b, r, h, c, k], or None: the online memory is read later.
-        mix: the chunk's coefficients.
+        q: queries [b, r, h, c, k]; None = the online memory is read later.
+        decay: the chunk's decay weights.
     """
-    events = memory.events(state.anchor, k, v)  # 1
+    updates = memory.rank_one_updates(state.anchor, k, v)  # 1
 
     read = None  # 2
     if q is not None:
-        online = Online(state.weights, state.momentum, events, mix)
+        online = OnlineMemory(state.weights, state.momentum, updates, decay)
         read = memory.read(online_apply(online, k.dtype), q)
 
-    written = _outer(events, mix.events[..., -1, :], k.dtype)  # 3
-    kept = mix.state[..., -1, None, None]
-    weights = tuple(kept * w - g for w, g in zip(state.weights, written, strict=True))
+    gradients = _outer(updates, decay.updates[..., -1, :], k.dtype)  # 3
+    retention = decay.state[..., -1, None, None]
+    weights = tuple(retention * w - g for w, g in zip(state.weights, gradients, strict=True))
     momentum = state.momentum
-    if mix.momentum is not None:
-        carried = mix.momentum[..., -1, None, None]
-        weights = tuple(w + carried * s for w, s in zip(weights, momentum, strict=True))
+    if decay.momentum is not None:
+        momentum_weight = decay.momentum[..., -1, None, None]
+        weights = tuple(w + momentum_weight * s for w, s in zip(weights, momentum, strict=True))
 
-        assert mix.momentum_add is not None  # 4
-        assert mix.momentum_keep is not None
-        added = _outer(events, mix.momentum_add, k.dtype)
-        kept = mix.momentum_keep[..., None, None]
-        momentum = tuple(kept * s - g for s, g in zip(momentum, added, strict=True))
+        assert decay.momentum_updates is not None  # 4
+        assert decay.momentum_retention is not None
+        gradients = _outer(updates, decay.momentum_updates, k.dtype)
+        retention = decay.momentum_retention[..., None, None]
+        momentum = tuple(retention * s - g for s, g in zip(momentum, gradients, strict=True))
 
-    return ChunkWrite(weights, momentum, events if q is None else None, read)
+    return ChunkResult(weights, momentum, updates if q is None else None, read)
 
 
 def _scan_with_weights(
-    memory: Memory, chunks: Chunks, mix: ChunkMix, state: MemoryState, start: MemoryState
-) -> Scanned:
-    k, v, _, _, q, restarts, opens = chunks
+    memory: Memory, chunks: Chunks, decay: ChunkDecay, state: MemoryState, start: MemoryState
+) -> ScanResult:
+    k, v, _, _, q, restarts, has_first_token = chunks
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=KEPT)
-    def write(*chunk: Any) -> ChunkWrite:
+    @partial(jax.checkpoint, prevent_cse=False, policy=SAVE_POLICY)
+    def write(*chunk: Any) -> ChunkResult:
         return write_chunk(memory, *chunk)
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
-        k, v, q, mix, restart, opening = chunk
-        state = carry if restart is None else choose(restart, start, carry)
+        k, v, q, decay, restart, has_first_token = chunk
+        state = carry if restart is None else tree_where(restart, start, carry)
         anchor = state.weights
-        if opening is not None:
-            anchor = choose(opening, state.weights, state.anchor)
+        if has_first_token is not None:
+            anchor = tree_where(has_first_token, state.weights, state.anchor)
         state = state._replace(anchor=anchor)
-        new = write(state, k, v, q, mix)
+        new = write(state, k, v, q, decay)
         after = state._replace(weights=new.weights, momentum=new.momentum)
-        if opening is None:
+        if has_first_token is None:
             after = after._replace(anchor=carry.anchor)
         before = carry.weights, () if q is not None else carry.momentum
-        return after, (*before, new.events, new.read)
+        return after, (*before, new.updates, new.read)
 
-    each = (k, v, q, mix, restarts, opens)
-    final, (before, momentum, events, read) = jax.lax.scan(step, state, each)
-    return Scanned(before, momentum, events, mix, final, read)
+    inputs = (k, v, q, decay, restarts, has_first_token)
+    final, (before, momentum, updates, read) = jax.lax.scan(step, state, inputs)
+    return ScanResult(before, momentum, updates, decay, final, read)
 
 
 def _scan_sums(
-    events: Events,
-    mix: ChunkMix,
+    updates: RankOneUpdates,
+    decay: ChunkDecay,
     state: MemoryState,
     start: MemoryState,
     restarts: Array | None,
     dtype: jnp.dtype,
 ) -> tuple[Weights, MemoryState]:
-    # No gradient depends on the memory: all products are taken at once, the scan only adds.
-    (add,) = _outer(events, mix.events[..., -1, :], dtype)
-    keep = mix.state[..., -1, None, None]
+    # No gradient depends on the memory: all products are computed at once, the scan only adds.
+    (add,) = _outer(updates, decay.updates[..., -1, :], dtype)
+    retention = decay.state[..., -1, None, None]
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
-        keep, add, restart = chunk
-        state = carry if restart is None else choose(restart, start, carry)
-        after = state._replace(weights=(keep * state.weights[0] - add,))
+        retention, add, restart = chunk
+        state = carry if restart is None else tree_where(restart, start, carry)
+        after = state._replace(weights=(retention * state.weights[0] - add,))
         return after, carry.weights
 
-    final, before = jax.lax.scan(step, state, (keep, add, restarts))
+    final, before = jax.lax.scan(step, state, (retention, add, restarts))
     return before, final
 
 
-def _outer(events: Events, scale: Array, dtype: jnp.dtype) -> Weights:
+def _outer(updates: RankOneUpdates, scale: Array, dtype: jnp.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
 
-    def one(a: Array, delta: Array) -> Array:
+    def layer_sum(a: Array, delta: Array) -> Array:
         scaled = scale_rows(scale, delta)
-        # The wider factor goes last: XLA's CPU takes half as long for it.
+        # perf(cpu): XLA:CPU is twice as fast if the wider operand comes last.
         if delta.shape[-1] > a.shape[-1]:
-            return product("...eo,...ei->...io", scaled, a, dtype=dtype).swapaxes(-1, -2)
-        return product("...eo,...ei->...oi", scaled, a, dtype=dtype)
+            return einsum_f32("...eo,...ei->...io", scaled, a, dtype=dtype).swapaxes(-1, -2)
+        return einsum_f32("...eo,...ei->...oi", scaled, a, dtype=dtype)
 
-    return tuple(map(one, events.inputs, events.deltas))
+    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
-    """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
+    """Return the memory after each segment [b, n, h, ...] from the memories before chunks."""
     if plan.rows > 1:
         return final
     following = before[plan.last_chunk[:-1] + 1, :, 0]
     return jnp.concatenate([jnp.moveaxis(following, 0, 1), final], axis=1)
 
 
-def _anchor(memory: Memory, scanned: Scanned, plan: Plan) -> Weights:
-    """Return the weights [b, r, ...] with which the last token's chunk began."""
+def _anchor(memory: Memory, scanned: ScanResult, plan: Plan) -> Weights:
+    """Return the weights [b, r, ...] at the start of the last token's chunk."""
     if not memory.config.gradient_uses_weights:
         return ()
     last = int(plan.last_chunk[-1]) % plan.restarts.shape[1]
-    # No chunk changed the anchor of the state that the scan began with: the initial memory.
+    # A chunk that restarts keeps the anchor of the initial state, which is the initial memory.
     return (
         scanned.final.anchor if plan.restarts[-1, last] else tuple(b[last] for b in scanned.before)
     )
 
 
-def _tokens_before(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
-    """Return k and v of the last real token before each chunk [g, b, r, h, ...], and of the last.
+def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
+    """Return k and v of the last unmasked token before each chunk [g, b, r, h, ...] and at the end.
 
-    They are zero where there is none since the last restart.
+    They are zero if there is no such token since the last restart.
     """
-    k, v, written, restarts = chunks.k, chunks.v, chunks.written > 0, chunks.restarts
-    number = np.arange(1, written.shape[-1] + 1)
-    last = jnp.max(jnp.where(written, number, 0), axis=-1)[..., None, None]  # 0 is none
+    k, v, write_mask, restarts = chunks.k, chunks.v, chunks.write_mask > 0, chunks.restarts
+    number = np.arange(1, write_mask.shape[-1] + 1)
+    last = jnp.max(jnp.where(write_mask, number, 0), axis=-1)[..., None, None]  # 0 is none
 
     def step(carry: Weights, chunk):  # type: ignore[no-untyped-def]
         k, v, last, restart = chunk
         if restart is not None:
-            carry = choose(restart, jax.tree.map(jnp.zeros_like, carry), carry)
+            carry = tree_where(restart, jax.tree.map(jnp.zeros_like, carry), carry)
         tokens = (
             jnp.concatenate([old[..., None, :], x.astype(old.dtype)], axis=-2)
             for old, x in zip(carry, (k, v), strict=True)

@@ -1,4 +1,4 @@
-"""Next tokens, one after another: prompts in chunks, then one compiled step a token."""
+"""Autoregressive generation: prompts in blocks, then one compiled step per token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -11,7 +11,7 @@ from flax import nnx
 
 from mc_core.generation import (
     PROMPT_BLOCK,
-    Block,
+    PromptBlock,
     bucket,
     check_generation,
     check_sampling,
@@ -30,23 +30,23 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
-    """Choose a token from the logits of each row.
+    """Sample a token from the logits of each row.
 
-    The logits are divided by the temperature; of these `top_k` remain, and of those the fewest
-    whose probabilities add up to `top_p`. Of equal logits the lower id goes first.
+    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the fewest
+    whose probabilities sum to `top_p`. Among equal logits the lower id comes first.
 
     Args:
         logits: [b, vocab_size].
-        rng: keys [b], one a row; a row's draw depends on its own. None where the temperature is 0.
-        temperature: 0 takes the largest logit.
-        top_k: keep so many; None = all.
-        top_p: keep this probability, in (0, 1]; None = all.
+        rng: keys [b], one per row; None with temperature 0.
+        temperature: 0 = greedy.
+        top_k: number of logits to keep; None = all.
+        top_p: probability to keep, in (0, 1]; None = all.
 
     Returns:
-        ids [b], int32; -1 where the largest logit is not finite.
+        ids [b], int32; -1 if the largest logit is not finite.
 
     Raises:
-        ValueError: an option out of range, or no `rng` where one is needed.
+        ValueError: an option is out of range, or `rng` is missing.
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits.astype(state_dtype(logits.dtype))
@@ -77,30 +77,30 @@ def generate(
     cache_device: str = "device",
     block: int = PROMPT_BLOCK,
 ) -> Iterator[Array]:
-    """Go on with prompts; every row gives what it gives alone.
+    """Continue prompts. The result of a row does not depend on the other rows.
 
-    All is compiled before this returns, once for a number of rows, a width of a block and a power
-    of two of tokens. The step after a token is under way when the token comes out.
+    All programs are compiled before this returns: one per number of rows, width of a block and
+    capacity (rounded up to a power of two). The next step is dispatched before a token is yielded.
 
     Args:
         model: the language model; its segments must stream.
-        prompts: ids of each row, one or more; of no rows every step is empty.
-        max_new_tokens: the most tokens that come out; a caller may stop before.
-        temperature: as `sample` takes it, like top_k and top_p.
-        top_k: as above.
-        top_p: as above.
-        seed: of all random streams.
-        rows: the number of each row, which tells its random stream from the others'; None = 0, 1...
-        cache_dtype: of the cached memories; None = that of the online one.
-        cache_device: where the cached memories lie, `device` or `host`.
-        block: the most tokens of the prompts that are read at once; at 1 only the step that every
-            later token takes is compiled.
+        prompts: ids of each row, at least one per row.
+        max_new_tokens: number of steps; a caller may stop earlier.
+        temperature: as in `sample`.
+        top_k: as in `sample`.
+        top_p: as in `sample`.
+        seed: seed of all random streams.
+        rows: index of each row's random stream; None = 0, 1, ...
+        cache_dtype: dtype of the cached memories; None = that of the online one.
+        cache_device: where cached memories are stored, `device` or `host`.
+        block: maximum number of prompt tokens per call; with 1, only the step of the generated
+            tokens is compiled.
 
     Returns:
-        An iterator of the next id of each row, int32 [b]; -1 as `sample` gives it.
+        An iterator over the next id of each row, int32 [b]; -1 as in `sample`.
 
     Raises:
-        ValueError: an argument out of range, or segments that cannot stream.
+        ValueError: an argument is out of range, or the segments cannot stream.
     """
     rows = range(len(prompts)) if rows is None else rows
     b, vocab_size = len(prompts), model.config.vocab_size
@@ -108,7 +108,7 @@ def generate(
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
     if not b:
         return iter([jnp.zeros(0, jnp.int32)] * max_new_tokens)
-    room = bucket(max(map(len, prompts)) + max_new_tokens)
+    capacity = bucket(max(map(len, prompts)) + max_new_tokens)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     graphdef, state = nnx.split(model)
@@ -116,22 +116,22 @@ def generate(
     start, extend = _make_programs(graphdef)
     stream = np.uint32(seed), np.asarray(rows, np.uint32)
     cache, last, keys = start(
-        params, *stream, room=room, cache_dtype=cache_dtype, cache_device=cache_device
+        params, *stream, capacity=capacity, cache_dtype=cache_dtype, cache_device=cache_device
     )
-    cache, last, keys = _beside(params, (cache, last, keys))
-    blocks, none = _beside(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
-    step = Block(_draw(last, keys=keys, step=0, **options)[1], none)
+    cache, last, keys = _place_like(params, (cache, last, keys))
+    blocks, no_padding = _place_like(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
+    step = PromptBlock(_draw(last, keys=keys, step=0, **options)[1], no_padding)
     for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
     draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
-    return _run(draw, extend, blocks, none, max_new_tokens, cache, last)
+    return _run(draw, extend, blocks, no_padding, max_new_tokens, cache, last)
 
 
 def _run(
     draw: Callable[..., tuple[Array, Array]],
     extend: Callable[..., tuple[Array, tuple[AnyCache, ...]]],
-    blocks: list[Block],
-    none: Array,
+    blocks: list[PromptBlock],
+    no_padding: Array,
     max_new_tokens: int,
     cache: tuple[AnyCache, ...],
     last: Array,
@@ -141,29 +141,29 @@ def _run(
     for step in range(max_new_tokens):
         new, column = draw(last, step=step)
         if step + 1 < max_new_tokens:
-            last, cache = extend(column, none, cache, last)
+            last, cache = extend(column, no_padding, cache, last)
         yield new
 
 
 @lru_cache(maxsize=16)
 def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
-    """Return what begins the streams, and what reads their next tokens [b, w], both compiled.
+    """Return the compiled functions that start the streams and read their next tokens [b, w].
 
-    The second returns the logits after each row's last token, [b, s]; a row without a token in the
-    block keeps those that it had.
+    The second returns the logits after each row's last token, [b, s]; a row without tokens in the
+    block keeps its previous logits.
     """
 
     def start(
         params: Any,
         seed: Array,
         rows: Array,
-        room: int,
+        capacity: int,
         cache_dtype: Dtype,
         cache_device: str,
     ) -> tuple[tuple[AnyCache, ...], Array, Array]:
         model = nnx.merge(graphdef, params)
         cache = model.init_cache(
-            len(rows), room, cache_dtype=cache_dtype, cache_device=cache_device
+            len(rows), capacity, cache_dtype=cache_dtype, cache_device=cache_device
         )
         last = jnp.zeros((len(rows), model.config.vocab_size), state_dtype(model.dtype))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
@@ -175,21 +175,20 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, params)
         logits, cache = model.extend(tokens, cache, padding=padding)
         count = jnp.sum(~padding, axis=1)[:, None]
-        at = jnp.maximum(count - 1, 0)[:, :, None]
-        after = jnp.take_along_axis(logits, at, axis=1)[:, 0]
+        index = jnp.maximum(count - 1, 0)[:, :, None]
+        after = jnp.take_along_axis(logits, index, axis=1)[:, 0]
         return jnp.where(count > 0, after, last), cache
 
     return (
-        jax.jit(start, static_argnames=("room", "cache_dtype", "cache_device")),
+        jax.jit(start, static_argnames=("capacity", "cache_dtype", "cache_device")),
         jax.jit(extend, donate_argnames=("cache", "last")),
     )
 
 
-def _beside(params: Any, tree: Any) -> Any:
-    """Put arrays where the parameters are, bound to that device if they are.
+def _place_like(params: Any, tree: Any) -> Any:
+    """Put arrays on the device of the parameters, committed if those are.
 
-    Where parameters are bound to a device, so are all results; arrays that are not would need a
-    program of their own.
+    Results of committed parameters are committed; uncommitted arrays would need another program.
     """
     leaf = jax.tree.leaves(params)[0]
     if not leaf.committed or len(leaf.devices()) > 1:
@@ -204,17 +203,17 @@ def _beside(params: Any, tree: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
 def _draw(logits: Array, keys: Array, step: int, **options: Any) -> tuple[Array, Array]:
-    """Return the tokens of a step [b], and the same as the next ones of a stream [b, 1]."""
+    """Return the tokens of a step [b], also as the next input of the stream [b, 1]."""
     rng = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
     tokens = sample(logits, rng, **options)
     return tokens, tokens[:, None]
 
 
 def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Array, Array]:
-    """Put -inf in the place of logits that are not kept.
+    """Set logits that are not kept to -inf.
 
     Returns:
-        logits [b, s], from the largest on where some may go, and the id of each, int32 [b, s].
+        logits [b, s], in descending order if truncated, and the id of each, int32 [b, s].
     """
     ids = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape)
     if top_k is None and (top_p is None or top_p == 1):
@@ -224,7 +223,7 @@ def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Ar
     if top_k is not None:
         ranked = jnp.where(ids < top_k, ranked, -jnp.inf)
     if top_p is not None and top_p < 1:
-        shares = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
         ranked = jnp.where(before < top_p, ranked, -jnp.inf)
     return ranked, order

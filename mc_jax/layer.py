@@ -1,4 +1,4 @@
-"""The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
+"""The Memory Caching layer: `memory_caching` with projections, write coefficients and norms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.arguments import check_inputs
-from mc_core.cache_checks import check_rows
+from mc_core.argument_checks import check_inputs
+from mc_core.cache_checks import check_extend_inputs
 from mc_core.config import MCConfig
-from mc_core.segmentation import check_streams, make_plan
+from mc_core.segmentation import check_streaming_config, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, grow, init_cache
+from mc_jax.chunk_layout import first_tokens
 from mc_jax.functional import Result, extend, memory_caching
-from mc_jax.grid import first_tokens
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, is_fixed, l2_normalize
+from mc_jax.numerics import Array, Dtype, is_static, l2_normalize
 
 
 class MemoryCachingLayer(Mixer):
-    """A recurrent memory that caches its states, in the place of attention.
+    """Memory Caching layer, a recurrent memory that caches its states. Replaces attention.
 
     Args:
         config: the layer's configuration.
-        rngs: draws the parameters (stream `params`).
+        rngs: random streams; parameters use `params`.
         dtype: compute dtype of matrix products; None = that of the input.
         param_dtype: dtype of the parameters.
 
@@ -72,8 +72,8 @@ class MemoryCachingLayer(Mixer):
 
         Args:
             x: [b, t, d].
-            mask: bool [b, t], True = a real token; the output of a masked one is 0.
-            segment_lengths: explicit lengths that cover t.
+            mask: bool [b, t], False at masked tokens, whose output is 0.
+            segment_lengths: explicit segment lengths that add up to t.
 
         Returns:
             [b, t, d] in the dtype of `x`.
@@ -81,12 +81,12 @@ class MemoryCachingLayer(Mixer):
         return self._run(x, mask, segment_lengths)[0]
 
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
-        """Mix tokens x [b, t, d] -> [b, t, d], and return the stream's cache after them."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return the cache after the last token."""
         y, result = self._run(x, mask)
         return y, result.cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and norms of all writes."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return statistics of gates and writes."""
         return self._inspect(x, mask)
 
     def init_cache(
@@ -97,17 +97,18 @@ class MemoryCachingLayer(Mixer):
         cache_dtype: Dtype = None,
         cache_device: str = "device",
     ) -> Cache:
-        """Return the cache of streams that have not begun.
+        """Return an empty cache.
 
         Args:
             batch: number of streams.
-            max_tokens: the most tokens that a stream may have; `grow` makes room for more.
-            cache_dtype: of the cached memories; None = that of the online one, at least float32.
-            cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a
-                call moves what it reads (under `ssc` the selected ones alone).
+            max_tokens: capacity, the maximum number of tokens per stream; `grow` increases it.
+            cache_dtype: dtype of the cached memories; None = that of the online one, at least
+                float32.
+            cache_device: where cached memories are stored: `device` or `host`. A call copies those
+                that it reads to the device (under `ssc` only the selected ones).
 
         Raises:
-            ValueError: a number is not positive, or the segments cannot stream.
+            ValueError: an argument is out of range, or the segments cannot stream.
         """
         cache = init_cache(
             self._initial(),
@@ -118,13 +119,13 @@ class MemoryCachingLayer(Mixer):
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
-        return cache._replace(conv=self._start_conv(batch))
+        return cache._replace(conv=self._init_conv(batch))
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
-        """Return a cache with the same content and room for `max_tokens` tokens.
+        """Return a cache with the same content and a larger capacity.
 
         Raises:
-            ValueError: that is less than it has room for now.
+            ValueError: `max_tokens` is less than the current capacity.
         """
         return grow(cache, self.config, max_tokens)
 
@@ -136,26 +137,26 @@ class MemoryCachingLayer(Mixer):
         *,
         padding: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Mix the next tokens of a stream; any split of a sequence gives what the whole gives.
+        """Mix the next tokens of a stream. Equal to a call on the whole sequence, for any split.
 
-        Compiled once for each number of tokens, whatever the position. A compiled program cannot
-        raise: past the cache's limit its output is NaN.
+        Compiles once per number of tokens, independent of the position. A compiled program cannot
+        raise: past the capacity of the cache its output is NaN.
 
         Args:
-            x: [b, t, d], one token or more.
+            x: [b, t, d], t >= 1.
             cache: the stream so far, from `init_cache`, `extend` or `forward_with_cache`.
-            mask: bool [b, t], True = a real token; a masked one still takes its position.
-            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place, whose output is 0.
+            mask: bool [b, t], False at masked tokens, which still take a position.
+            padding: bool [b, t], True at padding, which takes no position and has output 0. The
+                result of a row does not depend on its padding.
 
         Returns:
-            [b, t, d] in the dtype of `x`, and the stream with these tokens.
+            [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+            ValueError: a wrong shape, or the capacity of the cache is exceeded.
         """
-        check_streams(self.config)
-        check_rows(x, cache, Cache, self.config, is_fixed)
+        check_streaming_config(self.config)
+        check_extend_inputs(x, cache, Cache, self.config, is_static)
         return extend_rows(self._extend, x, cache, mask, padding)
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace]:
@@ -167,14 +168,14 @@ class MemoryCachingLayer(Mixer):
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
     ) -> tuple[Array, Cache]:
-        """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
-        exists = mask
+        """Implement `extend` for right-padded rows of `count` [b] tokens; None = no padding."""
+        valid = mask
         if count is not None:
-            exists = first_tokens(count, x.shape[1])
-            exists = exists if mask is None else exists & mask
-        inputs, conv = self._inputs(self._enter(x, exists), cache.conv, count)
+            valid = first_tokens(count, x.shape[1])
+            valid = valid if mask is None else valid & mask
+        inputs, conv = self._inputs(self._prepare_inputs(x, valid), cache.conv, count)
         result = extend(**inputs, cache=cache, config=self.config, mask=mask, count=count)
-        return self._leave(result.output, x.dtype), result.cache._replace(conv=conv)
+        return self._project_out(result.output, x.dtype), result.cache._replace(conv=conv)
 
     def _run(
         self,
@@ -183,8 +184,8 @@ class MemoryCachingLayer(Mixer):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        check_inputs(x, mask, self.config.d_model, is_fixed)
-        inputs, conv = self._inputs(self._enter(x, mask))
+        check_inputs(x, mask, self.config.d_model, is_static)
+        inputs, conv = self._inputs(self._prepare_inputs(x, mask))
         result = memory_caching(
             **inputs,
             config=self.config,
@@ -193,17 +194,17 @@ class MemoryCachingLayer(Mixer):
             inspect=inspect,
         )
         result = result._replace(cache=result.cache._replace(conv=conv))
-        return self._leave(result.output, x.dtype), result
+        return self._project_out(result.output, x.dtype), result
 
     def _inputs(
         self, x: Array, before: Weights = (), count: Array | None = None
     ) -> tuple[dict[str, Any], Weights]:
-        """Return the arguments of `memory_caching` that follow from tokens and parameters.
+        """Compute the arguments of `memory_caching` from tokens and parameters.
 
         Args:
-            x: tokens [b, t, d], zero where they are masked.
-            before: the cache's `conv`.
-            count: tokens of each row, its first ones, int32 [b]; None = all.
+            x: tokens [b, t, d], zero at masked tokens.
+            before: `conv` of the cache.
+            count: number of tokens of each row, its first ones, int32 [b]; None = all.
 
         Returns:
             the arguments by name, and the `conv` of the cache after these tokens.

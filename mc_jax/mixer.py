@@ -1,4 +1,4 @@
-"""What all mixers of tokens have in common: projections into and out of heads, and padded rows."""
+"""Base class of token mixers: projections to and from heads, and padded rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mc_core.cache_checks import caches_of
-from mc_core.checks import check_flags
+from mc_core.cache_checks import block_caches
+from mc_core.checks import check_bool
 from mc_core.config import AttentionConfig, MCConfig
 from mc_jax.backends import Weights
-from mc_jax.cache import check_room
-from mc_jax.grid import make_packing, pack, unpack
+from mc_jax.cache import check_capacity
+from mc_jax.chunk_layout import make_packing, pack, unpack
 from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
 from mc_jax.numerics import Array, Dtype, state_dtype
@@ -20,12 +20,12 @@ from mc_jax.pretrained import Pretrained
 
 
 class Mixer(nnx.Module, Pretrained):
-    """Brings tokens to q, k and v of heads, and reads of heads back to tokens.
+    """Projects tokens to q, k and v per head, and reads per head back to tokens.
 
     Args:
         config: the layer's configuration.
-        projects_u: whether there is a connector's projection, too.
-        rngs: draws the parameters (stream `params`).
+        projects_u: whether to project the connector u.
+        rngs: random streams; parameters use `params`.
         dtype: compute dtype of matrix products; None = that of the input.
         param_dtype: dtype of the parameters.
     """
@@ -59,14 +59,14 @@ class Mixer(nnx.Module, Pretrained):
             self.v_conv = ShortConv(width, d, param_dtype=param_dtype)
 
     def _add_output_norm(self, *, param_dtype: Dtype) -> None:
-        """Come last of all parameters: optimisers of PyTorch know them by their order."""
+        """Add the output norm. It must come last: PyTorch optimizers rely on parameter order."""
         config = self.config
         if config.output_norm == "rms":
             shape = config.num_heads, config.head_dim
             self.output_norm = RMSNorm(*shape, param_dtype=param_dtype)
 
-    def _start_conv(self, batch: int) -> Weights:
-        """Return the `conv` of a cache before the first token."""
+    def _init_conv(self, batch: int) -> Weights:
+        """Return the `conv` of an empty cache."""
         if not self.config.conv_width:
             return ()
         shape = (batch, self.config.conv_width - 1, self.config.d_model)
@@ -77,10 +77,10 @@ class Mixer(nnx.Module, Pretrained):
         return state_dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
-        """Mix tokens, and return the memory's trace; None where the mixer has no memory."""
+        """Mix tokens, and return the trace of the memory; None if the mixer has no memory."""
         return self(x, mask), None
 
-    def _enter(self, x: Array, mask: Array | None) -> Array:
+    def _prepare_inputs(self, x: Array, mask: Array | None) -> Array:
         """Return tokens [b, t, d] in the compute dtype, zero where `mask` [b, t] is False."""
         x = x if self.dtype is None else x.astype(self.dtype)
         return x if mask is None else jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
@@ -88,12 +88,12 @@ class Mixer(nnx.Module, Pretrained):
     def _qkv(
         self, x: Array, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Weights]:
-        """Project tokens to q, k and v, by way of the convolutions where there are any.
+        """Project tokens to q, k and v, and apply the convolutions, if any.
 
         Args:
             x: tokens [b, t, d].
-            before: the cache's `conv`.
-            count: tokens of each row, its first ones, int32 [b]; None = all.
+            before: `conv` of the cache.
+            count: number of tokens of each row, its first ones, int32 [b]; None = all.
 
         Returns:
             q, k and v, each [b, t, h, k], and the `conv` of the cache after these tokens.
@@ -110,8 +110,8 @@ class Mixer(nnx.Module, Pretrained):
         q, k, v = (split_heads(x, self.config.num_heads) for x in (q, k, v))
         return q, k, v, tails
 
-    def _leave(self, y: Array, dtype: Dtype) -> Array:
-        """Norm reads [b, t, h, v], merge their heads and project them to [b, t, d] of `dtype`."""
+    def _project_out(self, y: Array, dtype: Dtype) -> Array:
+        """Normalize reads [b, t, h, v], merge heads and project to [b, t, d] in `dtype`."""
         if self.config.output_norm == "rms":
             y = self.output_norm(y)
         return self.out_proj(y.reshape(*y.shape[:2], self.config.d_model)).astype(dtype)
@@ -124,30 +124,30 @@ def extend_rows(
     mask: Array | None,
     padding: Array | None,
 ) -> tuple[Array, Any]:
-    """Go on with streams, each row with as many tokens as it has.
+    """Extend streams by right-padding their rows, and restore the order of the outputs.
 
     Args:
-        extend: takes tokens that stand on the left of their rows, `cache`, their mask and, where
-            rows differ, how many each row has, int32 [b]; returns outputs [b, t, ...] and a cache.
+        extend: function of right-padded tokens, `cache`, mask and, if there is padding, the number
+            of tokens per row, int32 [b]; returns outputs [b, t, ...] and a cache.
         x: tokens [b, t, ...].
-        cache: a mixer's, or one of each block, all at the same positions.
-        mask: bool [b, t], True = a real token.
-        padding: bool [b, t], True where a row has no token at all; None = nowhere.
+        cache: cache of a mixer, or of all blocks of a model.
+        mask: bool [b, t], False at masked tokens.
+        padding: bool [b, t], True at padding; None = no padding.
 
     Returns:
-        the outputs, at the places of their tokens, and the cache after them.
+        the outputs in the order of the tokens, and the cache after them.
 
     Raises:
-        ValueError: the cache has no room for the tokens, or a mask or padding does not fit them.
+        ValueError: the capacity of the cache is exceeded, or mask or padding have a wrong shape.
     """
-    check_flags("mask", mask, x.shape[:2])
-    check_flags("padding", padding, x.shape[:2])
-    first = caches_of(cache)[0]
+    check_bool("mask", mask, x.shape[:2])
+    check_bool("padding", padding, x.shape[:2])
+    first = block_caches(cache)[0]
     if padding is None:
-        check_room(first, x.shape[1])
+        check_capacity(first, x.shape[1])
         return extend(x, cache, mask)
     packing = make_packing(padding)
-    check_room(first, packing.tokens)
+    check_capacity(first, packing.tokens)
     mask = None if mask is None else pack(mask, packing)
     y, cache = extend(pack(x, packing), cache, mask, packing.tokens)
     return unpack(y, packing), cache

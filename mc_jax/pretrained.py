@@ -1,4 +1,4 @@
-"""The weights of a module as plain arrays, and a module from a file of them."""
+"""Weights of a module as plain arrays, and modules from files of weights."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -20,11 +20,11 @@ def get_weights(module: nnx.Module) -> Flat:
 
 
 def set_weights(module: nnx.Module, flat: Flat) -> None:
-    """Put weights into a module, in place and where its parameters lie now.
+    """Set the weights of a module in place; parameters keep their sharding.
 
     Raises:
-        ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
-            the module is as before.
+        ValueError: lists all parameters that are missing, unexpected, or of another shape or dtype.
+            The module is then unchanged.
     """
     params = _params(module)
     check_leaves(leaves(flat), leaves({name: param[...] for name, param in params.items()}))
@@ -33,17 +33,17 @@ def set_weights(module: nnx.Module, flat: Flat) -> None:
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
-    """Return a safetensors file's configuration, and its tensors in PyTorch's layout.
+    """Return the configuration of a safetensors file, and its tensors in PyTorch's layouts.
 
-    Prefixes that wrappers put into names are removed, with a line in the log.
+    Prefixes that wrappers add to names are removed and logged.
 
     Args:
         path: a file that `mc convert` wrote.
-        kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
+        kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
-        ValueError: the file is damaged, of another format or kind, or its configuration is not
-            valid.
+        ValueError: the file is damaged, of another format or class, or its configuration is
+            invalid.
         OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -58,7 +58,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
 
 class Pretrained:
-    """A module that a safetensors file holds whole: its configuration, of a class, and weights."""
+    """Mixin of modules that load from a safetensors file with configuration and weights."""
 
     config_class: ClassVar[Any]
 
@@ -69,7 +69,7 @@ class Pretrained:
         """Build from a safetensors file; `param_dtype` None = the file's.
 
         Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            ValueError: the file is damaged or holds something else; lists all mismatches.
             OSError: the file cannot be read.
         """
         make: Any = cls
@@ -80,7 +80,7 @@ class Pretrained:
                 raise ValueError(f"parameters of {param_dtype}: need jax.enable_x64(True)")
             module = make(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
             tensors = {name: array.astype(param_dtype) for name, array in tensors.items()}
-            # In the file's own names, before one that the table lacks hides the other faults.
+            # Checked under the file's names, so that an unknown name does not hide other errors.
             check_leaves(leaves(tensors), leaves(to_torch(get_weights(module))))
             set_weights(module, to_jax(tensors))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The definition: a scan over tokens that writes, caches, gates and reads one at a time."""
+"""The definition: a recurrence over tokens, each of which is written and then read."""
 
 from typing import NamedTuple
 
@@ -8,34 +8,34 @@ import numpy as np
 
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
-from mc_jax.aggregate import read_token
 from mc_jax.backends import Coefficients, Memory, MemoryState, Tokens, Weights
 from mc_jax.cache import (
     Cache,
     Segments,
     add_axis,
-    choose,
     empty_cache,
-    put_slots,
     start_state,
     sum_complete,
+    tree_where,
+    write_slots,
 )
-from mc_jax.gates import gate_densely, pooled, scores
+from mc_jax.gates import dense_gates, finish_pooling, gate_scores
 from mc_jax.numerics import Array
+from mc_jax.reads import read_token
 
 
 class Token(NamedTuple):
-    """One token of every sequence, and where it stands."""
+    """One token of each sequence, with its segment and chunk boundaries."""
 
-    q: Array  # [b, h, k], as k and u
+    q: Array  # [b, h, k], also k and u
     k: Array
     v: Array  # [b, h, v]
     u: Array
     coefficients: Coefficients  # each [b, h]
-    real: Array  # bool [b]
-    segment: Array  # int32 [], its segment
-    opens_segment: Array  # bool []
-    opens_chunk: Array  # bool []
+    mask: Array  # bool [b]
+    segment: Array  # int32 []
+    starts_segment: Array  # bool []
+    starts_chunk: Array  # bool []
 
 
 def run_tokens(
@@ -59,14 +59,14 @@ def run_tokens(
     """
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
-    where = (plan.segment_of.astype(np.int32), plan.opens_segment, plan.opens_chunk)
-    each = Token(*(*by_token, *map(jnp.asarray, where)))
+    token_indices = (plan.segment_of.astype(np.int32), plan.starts_segment, plan.starts_chunk)
+    by_step = Token(*(*by_token, *map(jnp.asarray, token_indices)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token)
 
-    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.limit, total=False)
-    cache, (output, gates) = jax.lax.scan(step, cache, each)
+    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
+    cache, (output, gates) = jax.lax.scan(step, cache, by_step)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
 
@@ -74,12 +74,12 @@ def run_tokens(
 def run_token(
     memory: Memory, config: MCConfig, start: MemoryState, cache: Cache, token: Token
 ) -> tuple[Cache, tuple[Array, Array]]:
-    """Write one token, then read it: sections 2 to 5, in their order.
+    """Write one token, then read it, as in sections 2 to 5.
 
     Args:
         memory: the memory kind.
         config: the layer's configuration.
-        start: the state before a first token, for segments that restart.
+        start: the initial state, for segments that restart.
         cache: the stream so far.
         token: the token.
 
@@ -88,27 +88,27 @@ def run_token(
     """
     state = cache.state
     if config.state_init_mode == "restart":
-        state = _where(token.opens_segment, start, state)
+        state = _where(token.starts_segment, start, state)
     if memory.config.gradient_uses_weights:
         fresh = state._replace(anchor=state.weights)
-        state = _where(token.opens_chunk, fresh, state)
-    written = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
-    state = choose(token.real, written, state)
+        state = _where(token.starts_chunk, fresh, state)
+    updated = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
+    state = tree_where(token.mask, updated, state)
 
-    pool_sum = _where(token.opens_segment, jnp.zeros_like(cache.pool_sum), cache.pool_sum)
+    pool_sum = _where(token.starts_segment, jnp.zeros_like(cache.pool_sum), cache.pool_sum)
     pool_sum = pool_sum + token.k.astype(pool_sum.dtype)
-    count = _where(token.opens_segment, jnp.zeros_like(cache.length), cache.length)
-    count = count + token.real.astype(count.dtype)
-    running = pooled(pool_sum, count[:, None], config.pooling)
+    count = _where(token.starts_segment, jnp.zeros_like(cache.length), cache.length)
+    count = count + token.mask.astype(count.dtype)
+    running = finish_pooling(pool_sum, count[:, None], config.pooling)
 
     segment = token.segment[None]
-    score = scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
-    gates = gate_densely(score, segment, config)[:, 0]
+    score = gate_scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
+    gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
-    here = Segments(state.weights, running, count)
+    online = Segments(state.weights, running, count)
     slot = jnp.full_like(cache.slot, token.segment)
     cache = cache._replace(
-        stored=put_slots(cache.stored, add_axis(here), slot[:, None]),
+        stored=write_slots(cache.stored, add_axis(online), slot[:, None]),
         state=state,
         pool_sum=pool_sum,
         pool=running,

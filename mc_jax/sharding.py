@@ -1,7 +1,7 @@
-"""Work split over local devices: by the rows of a batch, or by the heads of a layer.
+"""Data parallelism over rows of a batch, and tensor parallelism over heads, on local devices.
 
-A CPU can be several devices. XLA runs a batch of small matrix products, which is what a memory
-consists of, on one core; with as many devices as cores, each device's share keeps a core busy.
+perf(cpu): XLA:CPU runs a batch of small matrix products on one core. With one device per core, all
+cores are used.
 """
 
 from typing import Any
@@ -12,73 +12,74 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mc_core.errors import UserError
 
-AXIS = "batch"  # of the mesh
+AXIS = "batch"  # name of the mesh axis
 
 
 def request(count: int) -> None:
-    """Have JAX see the CPU as `count` devices or more; without effect once JAX has started."""
+    """Split the CPU into at least `count` JAX devices; without effect once JAX is initialized."""
     if count == 1 or jax.config.values["jax_num_cpu_devices"] >= count:
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        return  # it has started: the devices are those that there are
+        return  # JAX is initialized: the number of devices is fixed
 
 
 def local(count: int, name: str, rows: int | None = None) -> list[jax.Device]:
     """Return the first `count` local devices of the default backend.
 
     Args:
-        count: how many.
-        name: what the user calls that number.
-        rows: of the batch, if it is known here.
+        count: number of devices.
+        name: name of the option, for error messages.
+        rows: number of rows of the batch, if known.
 
     Raises:
-        UserError: there are fewer, or they do not divide the rows.
+        UserError: there are fewer devices, or their number does not divide the rows.
     """
     if rows is not None and rows % count:
         raise UserError(f"{name} = {count}: must be a divisor of the batch = {rows}")
-    found = jax.local_devices()
-    if count > len(found):
-        kind = "CPU" if found[0].platform == "cpu" else found[0].device_kind
+    devices = jax.local_devices()
+    if count > len(devices):
+        kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
         raise UserError(
-            f"{name} = {count}: must be <= {len(found)}, the number of {kind} devices that JAX sees"
+            f"{name} = {count}: must be <= {len(devices)}, "
+            f"the number of {kind} devices that JAX sees"
         )
-    return found[:count]
+    return devices[:count]
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
-    """Copy all arrays to every device; for one device they stay as they are."""
+    """Replicate arrays on all devices; with one device they are returned unchanged."""
     if len(devices) == 1:
         return tree
     mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def split_rows(batch: Any, beside: Any, axis: int = 0) -> Any:
-    """Split the rows of a batch over the devices that hold other arrays.
+def split_rows(batch: Any, like: Any, axis: int = 0) -> Any:
+    """Shard the rows of a batch over the devices of other arrays.
 
     Args:
-        batch: arrays whose rows lie along `axis`; their number is a multiple of the devices'.
-        beside: arrays out of `replicate`, or computed from them.
-        axis: of the rows.
+        batch: arrays with rows along `axis`; their number is a multiple of the number of devices.
+        like: replicated arrays, from `replicate` or computed from them.
+        axis: axis of the rows.
 
     Returns:
-        the batch; as it was given where there is one device.
+        the sharded batch; with one device, the batch unchanged.
     """
-    sharding = jax.tree.leaves(beside)[0].sharding
+    sharding = jax.tree.leaves(like)[0].sharding
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return batch
     spec = PartitionSpec(*[None] * axis, AXIS)
     return jax.device_put(batch, NamedSharding(sharding.mesh, spec))
 
 
-def split_heads(params: Any, devices: list[jax.Device]) -> Any:
-    """Split a layer's projections by head over devices; XLA splits what follows from them.
+def shard_heads(params: Any, devices: list[jax.Device]) -> Any:
+    """Shard the projections of layers by head; XLA propagates the sharding.
 
     Args:
-        params: of a layer, or of a model, as `nnx.split` gives them.
-        devices: as many as divide the heads.
+        params: parameters of a layer or a model, from `nnx.split`.
+        devices: devices, whose number divides the number of heads.
     """
     if len(devices) == 1:
         return params
@@ -86,7 +87,7 @@ def split_heads(params: Any, devices: list[jax.Device]) -> Any:
 
     def place(path: Any, x: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        inputs = "out_proj" in name or "down_proj" in name  # the others' outputs are by head
+        inputs = "out_proj" in name or "down_proj" in name  # sharded on the input axis
         axes = ("heads", None) if inputs else (None, "heads") if "_proj" in name else ()
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -94,10 +95,10 @@ def split_heads(params: Any, devices: list[jax.Device]) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Bring arrays out of `replicate` back to one device."""
+    """Move replicated arrays to one device."""
     return tree if count(tree) == 1 else jax.device_put(tree, jax.local_devices()[0])
 
 
 def count(tree: Any) -> int:
-    """Return how many devices hold the arrays of a tree."""
+    """Return the number of devices that hold the arrays of a tree."""
     return len(jax.tree.leaves(tree)[0].devices())

@@ -1,4 +1,4 @@
-"""The next tokens of a stream: the chunked form from a cache, at any position (sections 4 to 6)."""
+"""Chunked write and read of the next tokens of a stream, from its cache (sections 4 to 6)."""
 
 from typing import NamedTuple
 
@@ -6,23 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from mc_core.config import MCConfig
-from mc_jax.aggregate import read_sparse
 from mc_jax.backends import Memory, Tokens, Weights
 from mc_jax.backends.base import apply_weights
-from mc_jax.cache import Cache, Segments, choose, put_slots, start_state
-from mc_jax.chunked import Chunks, Scanned, Writes, online_apply, online_memory, scan_chunks
-from mc_jax.gates import Gates, gate, pooled, readable, spread
-from mc_jax.grid import Grid, from_places, make_grid, to_places
-from mc_jax.numerics import Array, product, running_sum
-from mc_jax.slots import SlotRead, sum_over_slots
+from mc_jax.cache import Cache, Segments, start_state, tree_where, write_slots
+from mc_jax.cached_reads import CachedRead, sum_cached_reads
+from mc_jax.chunk_layout import CallLayout, from_call_chunks, make_call_layout, to_call_chunks
+from mc_jax.chunked import Chunks, ScanResult, WriteResult, online_apply, online_memory, scan_chunks
+from mc_jax.gates import Gates, compute_gates, finish_pooling, readable_mask, scatter_gates
+from mc_jax.numerics import Array, einsum_f32, running_sum
+from mc_jax.reads import read_sparse
 
 
 class StreamPools(NamedTuple):
-    """Pooled keys of a call's tokens and chunks."""
+    """Pooled keys of the tokens and chunks of a call."""
 
-    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
-    sums: Array  # of the segment's keys after each chunk [g, b, h, k]
-    counts: Array  # its real tokens after each chunk, int32 [g, b]
+    running: Array  # [b, t, h, k] over the token's segment, up to and including the token
+    sums: Array  # sum of the segment's keys after each chunk [g, b, h, k]
+    counts: Array  # number of its unmasked tokens after each chunk, int32 [g, b]
 
 
 def extend_chunks(
@@ -40,43 +40,43 @@ def extend_chunks(
         config: the layer's configuration.
         tokens: the next tokens.
         initial: W_0, first layer first, each [h, o, i].
-        count: tokens of each row, its first ones, int32 [b]; the others do not exist.
+        count: number of tokens of each row, its first ones, int32 [b]; the rest is padding.
         cache: the stream so far.
 
     Returns:
         output [b, t, h, v], the new cache, gates [b, t, h, n + 1] over its n slots.
     """
     q = tokens.q
-    grid = make_grid(cache.position, count, q.shape[1], config)
-    scanned, writes = _write(memory, config, tokens, initial, grid, cache)
-    pools = _pool(tokens.k, tokens.mask, grid, cache, config)
-    stored, total, totals = _complete(scanned, pools, grid, cache, config)
+    layout = make_call_layout(cache.position, count, q.shape[1], config)
+    scanned, writes = _write(memory, config, tokens, initial, layout, cache)
+    pools = _pool(tokens.k, tokens.mask, layout, cache, config)
+    stored, total, totals = _complete(scanned, pools, layout, cache, config)
     if config.detach_cached_states:
         totals = jax.lax.stop_gradient(totals)
 
     if config.reads_sum:
-        queries = to_places(q, grid)
+        queries = to_call_chunks(q, layout)
         read = _read_online(memory, writes, queries)
         read = read + memory.read(apply_weights(totals, q.dtype), queries)
-        allowed = readable(grid.segment, stored.length.shape[1], config)[:, :, None]
-        share = jnp.ones_like(pools.running[..., :1])
+        read_mask = readable_mask(layout.segment, stored.length.shape[1], config)[:, :, None]
+        weight = jnp.ones_like(pools.running[..., :1])
         if config.rule.averaged:
-            share = share / (grid.segment + 1)[..., None, None].astype(share.dtype)
-        output = from_places(read, grid) * share
-        gates = allowed.astype(share.dtype) * share
+            weight = weight / (layout.segment + 1)[..., None, None].astype(weight.dtype)
+        output = from_call_chunks(read, layout) * weight
+        gates = read_mask.astype(weight.dtype) * weight
     else:
-        found = gate(tokens.u, stored.pool, pools.running, grid.segment, config)
-        output = _read(memory, config, writes, stored.weights, q, found, grid)
-        gates = spread(*found, stored.length.shape[1])
+        call_gates = compute_gates(tokens.u, stored.pool, pools.running, layout.segment, config)
+        output = _read(memory, config, writes, stored.weights, q, call_gates, layout)
+        gates = scatter_gates(*call_gates, stored.length.shape[1])
 
     new = cache._replace(
         stored=stored,
         total=total,
         state=jax.tree.map(lambda x: x[:, 0], scanned.final),
         pool_sum=pools.sums[-1],
-        pool=pooled(pools.sums[-1], pools.counts[-1][:, None], config.pooling),
+        pool=finish_pooling(pools.sums[-1], pools.counts[-1][:, None], config.pooling),
         length=pools.counts[-1],
-        slot=grid.slot,
+        slot=layout.slot,
         position=cache.position + count,
     )
     return output, new, gates
@@ -87,51 +87,52 @@ def _write(
     config: MCConfig,
     tokens: Tokens,
     initial: Weights,
-    grid: Grid,
+    layout: CallLayout,
     cache: Cache,
-) -> tuple[Scanned, Writes]:
-    k, v = to_places(tokens.k, grid), to_places(tokens.v, grid)
-    at = jax.tree.map(lambda x: to_places(x, grid), tokens.coefficients)
-    written = to_places(tokens.mask[:, :, None].astype(at.step.dtype), grid)
+) -> tuple[ScanResult, WriteResult]:
+    k, v = to_call_chunks(tokens.k, layout), to_call_chunks(tokens.v, layout)
+    coefficients = jax.tree.map(lambda x: to_call_chunks(x, layout), tokens.coefficients)
+    write_mask = to_call_chunks(tokens.mask[:, :, None].astype(coefficients.step.dtype), layout)
     start = start_state(memory, initial, k[0], v[0])
     state = jax.tree.map(lambda x: x[:, None], cache.state)
-    restarts = grid.restarts if config.state_init_mode == "restart" else None
-    # A soup mixes layer by layer with memories that the write has yet to make.
-    early = config.memory.gradient_uses_weights and not config.mixes_layers
-    q = to_places(tokens.q, grid) if early else None
-    chunks = Chunks(k, v, at, written, q, restarts, grid.opens)
+    restarts = layout.starts_segment if config.state_init_mode == "restart" else None
+    # A soup also needs the memories of segments that this call completes.
+    read_in_scan = config.memory.gradient_uses_weights and not config.mixes_layers
+    q = to_call_chunks(tokens.q, layout) if read_in_scan else None
+    chunks = Chunks(k, v, coefficients, write_mask, q, restarts, layout.has_first_token)
     scanned = scan_chunks(memory, chunks, state, start)
     online = online_memory(scanned, start, restarts)
-    return scanned, Writes(online, scanned.read, (), scanned.final)
+    return scanned, WriteResult(online, scanned.read, (), scanned.final)
 
 
-def _pool(k: Array, mask: Array, grid: Grid, cache: Cache, config: MCConfig) -> StreamPools:
-    sums = running_sum(to_places(k.astype(cache.pool_sum.dtype), grid))[:, :, 0]  # [g, b, h, c, k]
-    real = to_places(mask[:, :, None].astype(jnp.int32), grid)[:, :, 0, 0]
-    counts = jnp.cumsum(real, axis=-1)  # [g, b, c]
-    opens = grid.restarts[..., 0]
+def _pool(k: Array, mask: Array, layout: CallLayout, cache: Cache, config: MCConfig) -> StreamPools:
+    keys = to_call_chunks(k.astype(cache.pool_sum.dtype), layout)
+    sums = running_sum(keys)[:, :, 0]  # [g, b, h, c, k]
+    token_mask = to_call_chunks(mask[:, :, None].astype(jnp.int32), layout)[:, :, 0, 0]
+    counts = jnp.cumsum(token_mask, axis=-1)  # [g, b, c]
+    restarts = layout.starts_segment[..., 0]
 
     def step(carry, chunk):  # type: ignore[no-untyped-def]
         sums, counts, restart = chunk
-        carry = choose(restart, jax.tree.map(jnp.zeros_like, carry), carry)
+        carry = tree_where(restart, jax.tree.map(jnp.zeros_like, carry), carry)
         after = carry[0] + sums[..., -1, :], carry[1] + counts[..., -1]
         return after, (carry, after)
 
     begin = cache.pool_sum, cache.length
-    _, (before, after) = jax.lax.scan(step, begin, (sums, counts, opens))
+    _, (before, after) = jax.lax.scan(step, begin, (sums, counts, restarts))
     sums, counts = before[0][..., None, :] + sums, before[1][..., None] + counts
-    running = pooled(sums, counts[:, :, None], config.pooling)
-    return StreamPools(from_places(running[:, :, None], grid), *after)
+    running = finish_pooling(sums, counts[:, :, None], config.pooling)
+    return StreamPools(from_call_chunks(running[:, :, None], layout), *after)
 
 
 def _complete(
-    scanned: Scanned, pools: StreamPools, grid: Grid, cache: Cache, config: MCConfig
+    scanned: ScanResult, pools: StreamPools, layout: CallLayout, cache: Cache, config: MCConfig
 ) -> tuple[Segments, Weights, Weights]:
-    """Return what completed segments leave behind.
+    """Store the segments that the call completes.
 
     Returns:
         the slots, the sum of all complete segments' weights, and that sum before each chunk
-        [g, b, 1, h, o, i]; the sums where reads take them.
+        [g, b, 1, h, o, i]. The sums are () if no read uses them.
     """
     after = tuple(
         jnp.concatenate([before[1:], final[None]])
@@ -139,42 +140,43 @@ def _complete(
     )
     total, totals = cache.total, ()
     if config.reads_sum:
-        ended = choose(grid.ends, after, jax.tree.map(jnp.zeros_like, after))
+        completed = tree_where(layout.completes_segment, after, jax.tree.map(jnp.zeros_like, after))
         sums = jax.tree.map(
-            lambda x, t: t[None, :, None] + jnp.cumsum(x, axis=0), ended, cache.total
+            lambda x, t: t[None, :, None] + jnp.cumsum(x, axis=0), completed, cache.total
         )
         total = jax.tree.map(lambda x: x[-1, :, 0], sums)
-        totals = jax.tree.map(jnp.subtract, sums, ended)
+        totals = jax.tree.map(jnp.subtract, sums, completed)
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
-    row = jnp.arange(grid.last.shape[0], dtype=grid.last.dtype)[:, None]
-    sums, counts = pools.sums[grid.last, row], pools.counts[grid.last, row]
-    done = Segments(
-        weights=tuple(x[grid.last, row, 0] for x in after),
-        pool=pooled(sums, counts[..., None], config.pooling),
+    chunk = layout.completing_chunk
+    row = jnp.arange(chunk.shape[0], dtype=chunk.dtype)[:, None]
+    sums, counts = pools.sums[chunk, row], pools.counts[chunk, row]
+    completed_segments = Segments(
+        weights=tuple(x[chunk, row, 0] for x in after),
+        pool=finish_pooling(sums, counts[..., None], config.pooling),
         length=counts,
     )
-    return put_slots(cache.stored, done, grid.slots), total, totals
+    return write_slots(cache.stored, completed_segments, layout.completed_slots), total, totals
 
 
 def _read(
     memory: Memory,
     config: MCConfig,
-    writes: Writes,
+    writes: WriteResult,
     cached: Weights,
     q: Array,
     gates: Gates,
-    grid: Grid,
+    layout: CallLayout,
 ) -> Array:
-    """Read every token's online memory and the cached ones, weighted: [b, t, h, v].
+    """Read the online memory and the cached memories, weighted by gates: [b, t, h, v].
 
     Takes cached weights [b, n, h, o, i] in slots and q [b, t, h, k].
     """
     if config.detach_cached_states:
         cached = jax.lax.stop_gradient(cached)
     if config.mixes_layers:
-        return _read_soup(memory, writes, cached, q, gates.weights, grid)
-    online = from_places(_read_online(memory, writes, to_places(q, grid)), grid)
+        return _read_soup(memory, writes, cached, q, gates.weights, layout)
+    online = from_call_chunks(_read_online(memory, writes, to_call_chunks(q, layout)), layout)
     online = online * gates.weights[..., -1:]
     if not config.rule.reads_cache:
         return online
@@ -185,35 +187,38 @@ def _read(
     def read(x: Array, weights: Weights) -> Array:
         return memory.read(apply_weights(weights, x.dtype), x)
 
-    return online + _sum_slots(read, q, gates.weights, cached, grid)
+    return online + _sum_cached(read, q, gates.weights, cached, layout)
 
 
 def _read_soup(
-    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, grid: Grid
+    memory: Memory, writes: WriteResult, cached: Weights, q: Array, gates: Array, layout: CallLayout
 ) -> Array:
-    """Read the gates' mixture of all weights, mixed layer by layer; gates [b, t, h, n + 1]."""
+    """Read the gate-weighted mixture of all memories, layer by layer; gates [b, t, h, n + 1]."""
     assert writes.online is not None
-    own, online = to_places(gates[..., -1:], grid), online_apply(writes.online, q.dtype)
+    online_gate = to_call_chunks(gates[..., -1:], layout)
+    online = online_apply(writes.online, q.dtype)
 
     def one_layer(a: Array, weights: Weights) -> Array:
-        return product("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
+        return einsum_f32("...oi,...ci->...co", weights[0], a, dtype=a.dtype)
 
     def apply(layer: int, a: Array) -> Array:
         a = a.astype(q.dtype)
-        mixed = _sum_slots(one_layer, from_places(a, grid), gates, (cached[layer],), grid)
-        return own * online(layer, a) + to_places(mixed, grid)
+        mixed = _sum_cached(one_layer, from_call_chunks(a, layout), gates, (cached[layer],), layout)
+        return online_gate * online(layer, a) + to_call_chunks(mixed, layout)
 
-    return from_places(memory.read(apply, to_places(q, grid)), grid)
-
-
-def _sum_slots(read: SlotRead, x: Array, gates: Array, weights: Weights, grid: Grid) -> Array:
-    """Sum the cached memories' reads of x [b, t, h, i] by gates [b, t, h, n + 1]: [b, t, h, o]."""
-    x, share = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
-    return sum_over_slots(read, x, share, weights, grid.segment).swapaxes(1, 2)
+    return from_call_chunks(memory.read(apply, to_call_chunks(q, layout)), layout)
 
 
-def _read_online(memory: Memory, writes: Writes, queries: Array) -> Array:
-    """Return the online memory's reads [g, b, 1, h, c, v] of queries in their chunks."""
+def _sum_cached(
+    read: CachedRead, x: Array, gates: Array, weights: Weights, layout: CallLayout
+) -> Array:
+    """Sum the cached memories' reads of x [b, t, h, i], weighted by gates: [b, t, h, o]."""
+    x, weight = x.swapaxes(1, 2), gates[..., :-1].swapaxes(1, 2)
+    return sum_cached_reads(read, x, weight, weights, layout.segment).swapaxes(1, 2)
+
+
+def _read_online(memory: Memory, writes: WriteResult, queries: Array) -> Array:
+    """Return the online memory's reads [g, b, 1, h, c, v] of queries in chunks."""
     if writes.online is None:
         assert writes.read is not None
         return writes.read

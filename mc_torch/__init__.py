@@ -3,26 +3,25 @@
 from mc_torch.attention import AttentionLayer
 from mc_torch.backends import (
     Coefficients,
-    Events,
     MatrixMemory,
     Memory,
     MemoryState,
+    RankOneUpdates,
     register_backend,
 )
-from mc_torch.cache import Cache, KVCache, Segments, check_room, grow, init_cache
+from mc_torch.cache import Cache, KVCache, Segments, check_capacity, grow, init_cache
 from mc_torch.cache_file import load_cache, save_cache
+from mc_torch.cache_rows import take_rows
 from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.generation import generate, sample
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.model import LanguageModel
-from mc_torch.rows import take_rows
 
 __all__ = [
     "AttentionLayer",
     "Cache",
     "Coefficients",
-    "Events",
     "InnerLoop",
     "KVCache",
     "LanguageModel",
@@ -30,10 +29,11 @@ __all__ = [
     "Memory",
     "MemoryCachingLayer",
     "MemoryState",
+    "RankOneUpdates",
     "Result",
     "Segments",
     "Trace",
-    "check_room",
+    "check_capacity",
     "extend",
     "generate",
     "grow",

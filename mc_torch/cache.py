@@ -1,65 +1,64 @@
-"""The streaming state of a layer's memories: an immutable tree, valid between any two tokens."""
+"""Streaming state of a layer, valid between any two tokens."""
 
 from typing import Any, NamedTuple
 
 import torch
 
 from mc_core import cache_checks
-from mc_core.cache_checks import ENDED, check_cache_options
+from mc_core.cache_checks import INVALIDATED, check_cache_options
 from mc_core.config import MCConfig
-from mc_core.segmentation import check_streams
+from mc_core.segmentation import check_streaming_config
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
-from mc_torch.gates import pooled
-from mc_torch.host import move_to_host, put
-from mc_torch.layout import TensorPlan
+from mc_torch.cache_rows import Rows, take_rows
+from mc_torch.chunk_layout import TensorPlan
+from mc_torch.gates import finish_pooling
 from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
-from mc_torch.rows import Rows, take_rows
+from mc_torch.offload import move_to_host, update_in_place
 
 Tree = Any  # nested tuples of tensors
 
 
 class Segments(NamedTuple):
-    """The memory of every segment after its last token so far (section 4)."""
+    """Memory of each segment after its last token so far (section 4)."""
 
     weights: Weights  # first layer first, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
-    length: Array  # real tokens of the segment, int32 [b, n]
+    length: Array  # number of unmasked tokens of the segment, int32 [b, n]
 
 
 class Cache(NamedTuple):
-    """All that the next token needs to know of the ones before it; every row by itself."""
+    """State of the streams of a memory layer. Rows are independent."""
 
-    stored: Segments  # complete segments, in slots; read the online one's through `segments`
-    total: Weights  # sum of the complete segments' weights, where one read of it is enough
+    stored: Segments  # complete segments, in slots; `segments` adds the online one
+    total: Weights  # sum of the complete segments' weights, if only their sum is read
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
-    pool: Array  # its pooled key [b, h, k]
-    length: Array  # its real tokens, int32 [b]
-    slot: Array  # which segment it is, int32 [b]
-    position: Array  # tokens so far, masked ones included, int32 [b]
-    limit: Array  # tokens that there is room for, int32 []; NO_STREAM where none may follow
-    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+    pool: Array  # pooled key of the online segment [b, h, k]
+    length: Array  # number of unmasked tokens of the online segment, int32 [b]
+    slot: Array  # index of the online segment, int32 [b]
+    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
+    conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
     @property
     def segments(self) -> Segments:
-        """Every segment's memory, pooled key and length, the online segment's as they are now.
+        """Memory, pooled key and length of all segments, including the online one.
 
-        Slots to come are zero. There are no slots where no read needs them: under `none`, and under
-        `residual` and `mean` with matrix memories that are not normalised, in a cache of
-        `init_cache`.
+        Unused slots are zero. A cache of `init_cache` has no slots if no read needs them: under
+        `none`, and under `residual` and `mean` if reads are linear in the weights.
         """
         if not self.stored.length.shape[1]:
             return self.stored
         online = Segments(self.state.weights, self.pool, self.length)
-        return put_slots(self.stored, add_axis(online), self.slot[:, None])
+        return write_slots(self.stored, add_axis(online), self.slot[:, None])
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of heads h, and their width k."""
+        """Number of heads h and head width k."""
         return tuple(self.pool.shape[1:])
 
     def take(self, rows: Rows) -> "Cache":
-        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        """Return a cache with the streams of the given rows; see `take_rows`."""
         return take_rows(self, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -67,25 +66,25 @@ class Cache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens that the next ones may see; every row by itself.
+    """State of the streams of an attention layer. Rows are independent.
 
-    The token at position p lies in slot p % n of n.
+    The token at position p is stored in slot p % n of n.
     """
 
-    keys: Array  # turned to their positions [b, n, h, k]
+    keys: Array  # with rotary positions [b, n, h, k]
     values: Array  # [b, n, h, v]
-    real: Array  # bool [b, n], False where no token, or a masked one, is
-    position: Array  # tokens so far, masked ones included, int32 [b]
-    limit: Array  # tokens that there is room for, int32 []
-    conv: Weights = ()  # what q, k and v were before a layer's convolutions, each [b, width - 1, d]
+    mask: Array  # bool [b, n], False at empty slots and masked tokens
+    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    capacity: Array  # maximum number of tokens, int32 []
+    conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of heads h, and their width k."""
+        """Number of heads h and head width k."""
         return tuple(self.keys.shape[2:])
 
     def take(self, rows: Rows) -> "KVCache":
-        """Return the streams of some rows, in any order and any number; see `take_rows`."""
+        """Return a cache with the streams of the given rows; see `take_rows`."""
         return take_rows(self, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -104,7 +103,7 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     Args:
         memory: the memory kind.
         initial: W_0, first layer first, each [h, o, i].
-        k: keys [..., h, c, k]; the state's leading axes, device and dtype come from them.
+        k: keys [..., h, c, k], which set leading axes, device and dtype of the state.
         v: values [..., h, c, v].
     """
     dtype = state_dtype(k.dtype)
@@ -130,22 +129,22 @@ def init_cache(
     cache_dtype: Dtype = None,
     cache_device: str = "device",
 ) -> Cache:
-    """Return the cache of streams that have not begun, with room for `max_tokens` tokens each.
+    """Return an empty cache.
 
     Args:
         initial: W_0, first layer first, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
         batch: number of streams, 0 or more.
-        max_tokens: the most tokens that a stream may have.
-        dtype: of q, k and v; None = that of `initial`.
-        cache_dtype: of the cached memories; None = that of the online one, at least float32.
-        cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a call
-            moves what it reads (under `ssc` the selected ones alone).
+        max_tokens: capacity, the maximum number of tokens per stream.
+        dtype: dtype of q, k and v; None = that of `initial`.
+        cache_dtype: dtype of the cached memories; None = that of the online one, at least float32.
+        cache_device: where cached memories are stored: `device` or `host`. A call copies those that
+            it reads to the device (under `ssc` only the selected ones).
 
     Raises:
-        ValueError: a number is out of range, or the segments cannot stream.
+        ValueError: an argument is out of range, or the segments cannot stream.
     """
-    check_streams(config)
+    check_streaming_config(config)
     check_cache_options(batch, max_tokens, cache_device)
     memory = make_memory(config.memory)
     h, width = config.num_heads, initial[0].shape[-1]
@@ -156,27 +155,27 @@ def init_cache(
     slots = config.slots(max_tokens)
     cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
     # A sum of keys is its own pool, one tensor at two places, as after every step.
-    pool = pooled(cache.pool_sum, cache.length[:, None], config.pooling)
+    pool = finish_pooling(cache.pool_sum, cache.length[:, None], config.pooling)
     cache = cache._replace(pool=pool)
     if cache_device == "device":
         return cache
-    far = tree_map(move_to_host, cache.stored.weights)
-    return cache._replace(stored=cache.stored._replace(weights=far))
+    offloaded = tree_map(move_to_host, cache.stored.weights)
+    return cache._replace(stored=cache.stored._replace(weights=offloaded))
 
 
 def grow(cache: Cache, config: MCConfig, max_tokens: int) -> Cache:
-    """Return a cache with the same content and room for `max_tokens` tokens.
+    """Return a cache with the same content and a larger capacity.
 
     Raises:
-        ValueError: that is less than it has room for now.
+        ValueError: `max_tokens` is less than the current capacity.
     """
     check_growth(cache, max_tokens)
     stored = add_slots(cache.stored, config.slots(max_tokens))
-    return cache._replace(stored=stored, limit=torch.full_like(cache.limit, max_tokens))
+    return cache._replace(stored=stored, capacity=torch.full_like(cache.capacity, max_tokens))
 
 
 def add_slots(stored: Tree, slots: int) -> Tree:
-    """Return tensors [b, n, ...] with `slots` slots, or as many as they have; new ones are zero."""
+    """Pad tensors [b, n, ...] with zeros to at least `slots` slots."""
 
     def pad(x: Array) -> Array:
         more = x.new_zeros(x.shape[0], max(slots - x.shape[1], 0), *x.shape[2:])
@@ -185,8 +184,8 @@ def add_slots(stored: Tree, slots: int) -> Tree:
     return tree_map(pad, stored)
 
 
-def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
-    """Cast what a stream computes with; cached memories keep the dtype that they are stored in."""
+def cast_cache(cache: Cache, dtype: Dtype) -> Cache:
+    """Cast the state of a stream; cached memories keep their dtype."""
 
     def cast(tree: Tree) -> Tree:
         return tree_map(lambda x: x.to(dtype), tree)
@@ -201,55 +200,55 @@ def in_dtype(cache: Cache, dtype: Dtype) -> Cache:
 
 
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
-    """Refuse a room that is less than a cache has; says nothing inside of a compiled program.
+    """Check that `grow` does not shrink a cache. Without effect in a compiled program.
 
     Raises:
-        ValueError: names both, or the segments are not those of a stream.
+        ValueError: the new capacity is smaller, or the cache cannot be extended.
     """
-    if not is_traced(cache.limit):
-        cache_checks.check_growth(int(cache.limit), max_tokens)
+    if not is_traced(cache.capacity):
+        cache_checks.check_growth(int(cache.capacity), max_tokens)
 
 
-def check_room(cache: AnyCache, tokens: int | Array) -> None:
-    """Refuse tokens that a cache has no room for; says nothing inside of a compiled program.
+def check_capacity(cache: AnyCache, tokens: int | Array) -> None:
+    """Check that a cache has capacity for the next tokens. Without effect in a compiled program.
 
     Args:
         cache: the streams so far.
-        tokens: to come, for all rows or [b].
+        tokens: number of next tokens, of all rows or [b].
 
     Raises:
-        ValueError: names the position, and what to do, or the segments are not those of a stream.
+        ValueError: the capacity is exceeded, or the cache cannot be extended.
     """
     if is_traced(cache.position) or is_traced(tokens):
         return
     number = tokens.tolist() if isinstance(tokens, Array) else tokens
-    cache_checks.check_room(cache.position.tolist(), number, int(cache.limit))
+    cache_checks.check_capacity(cache.position.tolist(), number, int(cache.capacity))
 
 
-def in_room(y: Array, after: AnyCache) -> Array:
-    """Return outputs [b, t, h, v], NaN in rows past the limit of the cache after them, or ended."""
-    limit = after.limit.clamp(max=ENDED - 1)
-    room = (after.position <= limit)[:, None, None, None]
-    return torch.where(room, y, torch.nan)
+def nan_past_capacity(y: Array, after: AnyCache) -> Array:
+    """Return outputs [b, t, h, v], NaN in rows past the capacity and in invalidated rows."""
+    capacity = after.capacity.clamp(max=INVALIDATED - 1)
+    within_capacity = (after.position <= capacity)[:, None, None, None]
+    return torch.where(within_capacity, y, torch.nan)
 
 
 def is_traced(x: Any) -> bool:
-    """Whether a value is known only to the compiled program, or differs under `torch.vmap`."""
+    """Return True if a value is unknown: while compiling, or batched by `torch.vmap`."""
     return torch.compiler.is_compiling() or (isinstance(x, Array) and is_batched(x))
 
 
 def empty_cache(
-    start: MemoryState, k: Array, slots: int, limit: int, total: bool, dtype: Dtype = None
+    start: MemoryState, k: Array, slots: int, capacity: int, total: bool, dtype: Dtype = None
 ) -> Cache:
     """Return the cache before the first token.
 
     Args:
         start: the state before the first token [b, h, ...].
-        k: keys [b, h, k], which give the shapes of their pools.
-        slots: memories that it will hold.
-        limit: tokens that it will have room for.
-        total: whether the sum of complete segments is kept.
-        dtype: of stored memories; None = that of the state.
+        k: keys [b, h, k], which set the shape of the pooled keys.
+        slots: number of slots for cached memories.
+        capacity: maximum number of tokens per stream.
+        total: whether to keep the sum of the complete segments' weights.
+        dtype: dtype of the cached memories; None = that of the state.
     """
     zero = torch.zeros_like(k, dtype=state_dtype(k.dtype))
     count = torch.zeros_like(k[:, 0, 0], dtype=torch.int32)
@@ -257,7 +256,7 @@ def empty_cache(
     def stack(x: Array) -> Array:
         return x.new_zeros(x.shape[0], slots, *x.shape[1:])
 
-    # No tensor stands at two places: a step compiled for that would be compiled anew for the next.
+    # No two leaves share a tensor: a step compiled for shared leaves would be compiled again.
     return Cache(
         stored=Segments(
             weights=tuple(stack(w.to(dtype or w.dtype)) for w in start.weights),
@@ -271,17 +270,17 @@ def empty_cache(
         length=count,
         slot=count.clone(),
         position=count.clone(),
-        limit=torch.full((), limit, dtype=torch.int32, device=k.device),
+        capacity=torch.full((), capacity, dtype=torch.int32, device=k.device),
     )
 
 
 def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weights:
-    """Return the sum of complete segments' weights [b, h, o, i], where reads take it.
+    """Return the sum of complete segments' weights [b, h, o, i]; () if no read uses it.
 
     Args:
         config: the layer's configuration.
-        weights: of all segments, each [b, n, h, o, i].
-        plan: the segments; of those that `config` cuts the last may be incomplete.
+        weights: memories of all segments, each [b, n, h, o, i].
+        plan: the segments, of which the last may be incomplete.
     """
     if not config.reads_sum:
         return ()
@@ -289,33 +288,33 @@ def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weight
     return tuple(torch.sum(w[:, :complete], dim=1) for w in weights)
 
 
-def put_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
-    """Write `new` [b, s, ...] into the slots [b, s] of `stored` [b, n, ...]; none where it is n."""
+def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
+    """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
     number = torch.arange(stored[-1].shape[1], dtype=slots.dtype, device=slots.device)
-    here = slots[:, None, :] == number[:, None]  # [b, n, s]
-    # The caller still holds what is stored, so a write copies it all: not at every token's price.
-    if not is_traced(slots) and not here.any():
+    matches = slots[:, None, :] == number[:, None]  # [b, n, s]
+    # A write copies all slots, because the caller may still use the old cache: skip empty writes.
+    if not is_traced(slots) and not matches.any():
         return stored
     row = torch.arange(slots.shape[0], device=slots.device)[:, None]
-    written, which = here.any(dim=-1), here.to(torch.uint8).argmax(dim=-1)
+    write_mask, which = matches.any(dim=-1), matches.to(torch.uint8).argmax(dim=-1)
 
-    def choose_new(all_: Array, some: Array, written: Array) -> Array:
-        return choose(written, some, all_)
+    def choose_new(stored_leaf: Array, new_leaf: Array, write_mask: Array) -> Array:
+        return tree_where(write_mask, new_leaf, stored_leaf)
 
-    def write(all_: Array, some: Array) -> Array:
-        some = some if some.shape[1] == 1 else some[row, which]
-        return put(choose_new, all_, some.to(all_.dtype), written)
+    def write(stored_leaf: Array, new_leaf: Array) -> Array:
+        new_leaf = new_leaf if new_leaf.shape[1] == 1 else new_leaf[row, which]
+        return update_in_place(choose_new, stored_leaf, new_leaf.to(stored_leaf.dtype), write_mask)
 
     return tree_map(write, stored, new)
 
 
 def add_axis(tree: Tree) -> Tree:
-    """Give the tensors [b, ...] of a tree an axis of length 1 after the first."""
+    """Insert an axis of length 1 after the first axis of tensors [b, ...]."""
     return tree_map(lambda x: x[:, None], tree)
 
 
-def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
-    """Select whole states, or other trees; `condition` [b] or [b, r] matches their leading axes."""
+def tree_where(condition: Array, yes: Tree, no: Tree) -> Tree:
+    """`where` for trees; `condition` [b] or [b, r] matches the leading axes of the leaves."""
 
     def pick(a: Array, b: Array) -> Array:
         return torch.where(
@@ -326,7 +325,7 @@ def choose(condition: Array, yes: Tree, no: Tree) -> Tree:
 
 
 def _copy(cache: AnyCache, memo: dict[int, Any]) -> AnyCache:
-    """Copy a cache for `copy.deepcopy`, detached: PyTorch copies no result of a graph."""
+    """Copy a cache for `copy.deepcopy`, detached: PyTorch cannot deep-copy non-leaf tensors."""
 
     def copy(x: Array) -> Array:
         if id(x) not in memo:

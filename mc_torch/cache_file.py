@@ -1,20 +1,28 @@
-"""A stream's cache in a safetensors file, which either package may go on with."""
+"""A stream's cache in a safetensors file, which both packages read."""
 
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mc_core.cache_file import (
+    batch_and_capacity,
+    check_stream,
+    check_tensors,
+    is_offloaded,
+    to_field_names,
+    to_file_names,
+    to_metadata,
+)
 from mc_core.files import write_atomic
 from mc_core.pretrained import Config
-from mc_core.streams import batch_and_limit, check_stream, check_tensors, lies_far, to_metadata
-from mc_core.trees import flatten, unflatten
+from mc_core.tree_utils import flatten, unflatten
 from mc_core.weights import leaves
-from mc_torch.host import move_to_host
 from mc_torch.numerics import Array
+from mc_torch.offload import move_to_host
 
 
 def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
-    """Write a cache; the file appears whole or not at all.
+    """Write a cache to a file, atomically.
 
     Args:
         path: the file.
@@ -26,21 +34,21 @@ def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
     """
     from safetensors.torch import save
 
-    # Leaves may share memory, which the library refuses.
+    # safetensors refuses tensors that share memory.
     tensors = {name: leaf.detach().cpu().clone() for name, leaf in flatten(cache)}
-    write_atomic(Path(path), save(tensors, to_metadata(config)))
+    write_atomic(Path(path), save(to_file_names(tensors), to_metadata(config)))
 
 
 def load_cache(path: str | PathLike[str], module: Any, *, cache_device: str = "device") -> Any:
-    """Read a cache that goes on with a module.
+    """Read a cache with which a module continues a stream.
 
     Args:
         path: a file that `save_cache` of either package wrote.
-        module: a layer or model of the configuration that the stream began with.
-        cache_device: `device`, or `host`, where cached memories then lie; as in `init_cache`.
+        module: a layer or model with the configuration that the stream was started with.
+        cache_device: where cached memories are stored, `device` or `host`, as in `init_cache`.
 
     Raises:
-        ValueError: the file is damaged, or holds something else: lists all that is wrong.
+        ValueError: the file is damaged or holds something else; lists all mismatches.
         OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -49,13 +57,16 @@ def load_cache(path: str | PathLike[str], module: Any, *, cache_device: str = "d
         with safe_open(path, framework="pt") as file:
             check_stream(file.metadata(), module.config)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        fresh = module.init_cache(*batch_and_limit(tensors), cache_device=cache_device)
-        check_tensors(leaves(tensors), leaves(dict(flatten(fresh))))
+        new = module.init_cache(*batch_and_capacity(tensors), cache_device=cache_device)
+        fields = dict(flatten(new))
+        check_tensors(leaves(tensors), leaves(to_file_names(fields)))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     device = next(module.parameters()).device
 
-    def put(name: str, x: Array) -> Array:
-        return move_to_host(x) if cache_device == "host" and lies_far(name) else x.to(device)
+    def place(name: str, x: Array) -> Array:
+        offloaded = cache_device == "host" and is_offloaded(name)
+        return move_to_host(x) if offloaded else x.to(device)
 
-    return unflatten(fresh, {name: put(name, x) for name, x in tensors.items()})
+    tensors = to_field_names(tensors, fields)
+    return unflatten(new, {name: place(name, x) for name, x in tensors.items()})

@@ -1,76 +1,75 @@
-"""The chunked write: a loop over chunks carries the memory; all else is parallel (section 6).
+"""Chunked write: a loop over chunks carries the memory, all other work is parallel (section 6).
 
-The online memory of an MLP is read on the way, unless a soup or an inspection asks for it later.
+The online memory of an MLP is read during the scan, unless a soup or an inspection needs it later.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-from mc_torch.backends import ChunkMix, Coefficients, Events, Memory, MemoryState, Weights
+from mc_torch.backends import ChunkDecay, Coefficients, Memory, MemoryState, RankOneUpdates, Weights
 from mc_torch.backends.base import Apply
-from mc_torch.cache import choose, start_state
-from mc_torch.layout import TensorPlan, to_chunks
-from mc_torch.numerics import Array, product, remat, scale_rows, tree_map, unstack
+from mc_torch.cache import start_state, tree_where
+from mc_torch.chunk_layout import TensorPlan, to_chunks
+from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map, unstack
 
-# bool [g, b or 1, r], or [g] where all rows do the same and the host knows; None = nowhere.
+# bool [g, b or 1, r], or a tuple [g] on the host if equal for all rows; None = nowhere.
 _Restarts = Array | tuple[bool, ...] | None
 
 
 class Chunks(NamedTuple):
-    """Tokens in rows of chunks, as a write takes them."""
+    """Tokens in rows of chunks: the inputs of a write."""
 
-    k: Array  # keys [g, b, r, h, c, k], zero where nothing is written
+    k: Array  # keys [g, b, r, h, c, k], zero at masked tokens and padding
     v: Array  # values [g, b, r, h, c, v], likewise
-    at: Coefficients  # each [g, b, r, h, c]
-    written: Array  # 1 at real tokens, else 0 [g, b, r, 1, c]
-    # Queries [g, b, r, h, c, k] that read their own memory on the way, MLP memories alone; None =
-    # they come later, by `online_apply`.
+    coefficients: Coefficients  # each [g, b, r, h, c]
+    write_mask: Array  # 1 at unmasked tokens, else 0 [g, b, r, 1, c]
+    # Queries [g, b, r, h, c, k] that read the online memory during the scan (MLP memories only);
+    # None = read later, by `online_apply`.
     q: Array | None = None
-    # bool [g, b or 1, r], True where a chunk begins at the initial state; None = nowhere.
+    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = nowhere.
     restarts: _Restarts = None
-    # bool [g, b, r], True where a chunk begins with its first token: its gradients are taken at the
-    # memory as it is then, elsewhere at `state.anchor`, for what is here is the rest of a chunk.
-    # None = everywhere.
-    opens: Array | None = None
+    # bool [g, b, r], False where tokens continue a chunk of an earlier call: their gradients are
+    # taken at `state.anchor`, all others at the memory before the chunk. None = all True.
+    has_first_token: Array | None = None
 
 
-class Online(NamedTuple):
-    """The online memory of every token of chunks, as reads take it; arrays lead with [g, b, r]."""
+class OnlineMemory(NamedTuple):
+    """Online memory of every token, in the dual form. Leading axes are [g, b, r]."""
 
-    weights: Weights  # the memory as each chunk began [..., h, o, i]
+    weights: Weights  # memory before each chunk [..., h, o, i]
     momentum: Weights
-    events: Events
-    mix: ChunkMix
+    updates: RankOneUpdates
+    decay: ChunkDecay
 
 
-class Writes(NamedTuple):
-    """What a chunked write leaves for the reads."""
+class WriteResult(NamedTuple):
+    """Result of a chunked write."""
 
-    online: Online | None  # None where it has been read on the way
-    read: Array | None  # what it gave then [g, b, r, h, c, v]
-    ends: Weights  # the memory at each segment's end [b, n, h, o, i]
+    online: OnlineMemory | None  # None if read during the scan
+    read: Array | None  # reads of the online memory during the scan [g, b, r, h, c, v]
+    ends: Weights  # memory after each segment [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
 
 
-class ChunkWrite(NamedTuple):
-    """The memory after a chunk [b, r, h, ...], and what the reads take from the chunk."""
+class ChunkResult(NamedTuple):
+    """Memory after a chunk [b, r, h, ...], and the inputs of its reads."""
 
     weights: Weights
     momentum: Weights
-    events: Events | None  # None where the queries were read
-    read: Array | None  # of the queries [b, r, h, c, v]
+    updates: RankOneUpdates | None  # None if the queries were read
+    read: Array | None  # reads of the queries [b, r, h, c, v]
 
 
-class Scanned(NamedTuple):
-    """What a loop over chunks carried; arrays lead with [g, b, r], the final state with [b, r]."""
+class ScanResult(NamedTuple):
+    """Result of a loop over chunks. Leading axes are [g, b, r]; of the final state [b, r]."""
 
-    before: Weights  # the memory that came to each chunk, before any restart [..., h, o, i]
+    before: Weights  # memory before each chunk, before a restart [..., h, o, i]
     momentum: Weights
-    events: Events | None
-    mix: ChunkMix
+    updates: RankOneUpdates | None
+    decay: ChunkDecay
     final: MemoryState
-    read: Array | None = None  # of the queries that came along [..., h, c, v]; else None
+    read: Array | None = None  # reads of `Chunks.q` [..., h, c, v], if given
 
 
 def write_chunks(
@@ -83,8 +82,8 @@ def write_chunks(
     plan: TensorPlan,
     *,
     q: Array | None = None,
-) -> Writes:
-    """Write all tokens, chunk by chunk.
+) -> WriteResult:
+    """Write a sequence, chunk by chunk.
 
     Args:
         memory: the memory kind.
@@ -92,19 +91,21 @@ def write_chunks(
         v: values [b, t, h, v], zero at masked tokens.
         initial: W_0, first layer first, each [h, o, i].
         coefficients: each [b, t, h].
-        mask: [b, t] bool, True = a real token.
+        mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
-        q: queries [b, t, h, k] that read the online memory on the way, as `Chunks` has them.
+        q: queries [b, t, h, k] that read the online memory during the scan; see `Chunks`.
     """
     k, v = to_chunks(k, plan), to_chunks(v, plan)
-    at = tree_map(lambda x: to_chunks(x, plan), coefficients)
-    written = to_chunks(mask[:, :, None].to(at.step.dtype), plan)
+    coefficients = tree_map(lambda x: to_chunks(x, plan), coefficients)
+    write_mask = to_chunks(mask[:, :, None].to(coefficients.step.dtype), plan)
     queries = None if q is None else to_chunks(q, plan)
     restarts = plan.restarts if any(plan.restarts[1:]) else None
     start = start_state(memory, initial, k[0], v[0])
-    scanned = scan_chunks(memory, Chunks(k, v, at, written, queries, restarts), start, start)
+    scanned = scan_chunks(
+        memory, Chunks(k, v, coefficients, write_mask, queries, restarts), start, start
+    )
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
-    return Writes(
+    return WriteResult(
         online=online_memory(scanned, start, restarts),
         read=scanned.read,
         ends=tree_map(
@@ -114,177 +115,181 @@ def write_chunks(
     )
 
 
-def scan_chunks(memory: Memory, chunks: Chunks, state: MemoryState, start: MemoryState) -> Scanned:
-    """Write rows of chunks one after another.
+def scan_chunks(
+    memory: Memory, chunks: Chunks, state: MemoryState, start: MemoryState
+) -> ScanResult:
+    """Write the chunks of each row sequentially.
 
-    A chunk's write and the read of its own queries work on the same few arrays. Together they stay
-    in a cache, and neither the momentum nor the events of a chunk outlive it.
+    The queries of a chunk are read in the same step as its write, because both use the same
+    arrays: these stay in cache, and momentum and updates of a chunk are not stored.
 
     Args:
         memory: the memory kind.
         chunks: [g, b, r, ...].
-        state: the memory before the first chunk [b, r, h, ...].
-        start: the state before a stream's first token [b, r, h, ...].
+        state: state before the first chunk [b, r, h, ...].
+        start: initial state, used at restarts [b, r, h, ...].
     """
     k, v, restarts = chunks.k, chunks.v, chunks.restarts
-    mix = memory.chunk_mix(chunks.at, chunks.written)
+    decay = memory.chunk_decay(chunks.coefficients, chunks.write_mask)
     previous: Weights = ()
     if memory.config.uses_previous_token:
-        before, previous = _tokens_before(chunks, state.previous)
+        before, previous = _previous_tokens(chunks, state.previous)
         k, v = (
             torch.cat([p[..., None, :].to(x.dtype), x], dim=-2)
             for p, x in zip(before, (k, v), strict=True)
         )
     if memory.config.gradient_uses_weights:
-        return _loop_with_weights(memory, chunks._replace(k=k, v=v), mix, state, start)
-    events = memory.events((), k, v)
-    carried, final = _loop_sums(events, mix, state, start, restarts, k.dtype)
-    return Scanned(carried, (), events, mix, final._replace(previous=previous))
+        return _loop_with_weights(memory, chunks._replace(k=k, v=v), decay, state, start)
+    updates = memory.rank_one_updates((), k, v)
+    carried, final = _loop_sums(updates, decay, state, start, restarts, k.dtype)
+    return ScanResult(carried, (), updates, decay, final._replace(previous=previous))
 
 
-def online_memory(scanned: Scanned, start: MemoryState, restarts: _Restarts) -> Online | None:
-    """Return the online memory of chunks [g, b, r, ...]; None where the scan has read it."""
-    events = scanned.events
-    if events is None:
+def online_memory(
+    scanned: ScanResult, start: MemoryState, restarts: _Restarts
+) -> OnlineMemory | None:
+    """Return the online memory of chunks [g, b, r, ...]; None if it was read during the scan."""
+    updates = scanned.updates
+    if updates is None:
         return None
     if restarts is None:
-        return Online(scanned.before, scanned.momentum, events, scanned.mix)
+        return OnlineMemory(scanned.before, scanned.momentum, updates, scanned.decay)
     condition = _as_tensor(restarts, scanned.before[0])[..., None, None, None]
 
     def pick(start: Weights, before: Weights) -> Weights:
         return tuple(torch.where(condition, s, b) for s, b in zip(start, before, strict=True))
 
     weights, momentum = pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
-    return Online(weights, momentum, events, scanned.mix)
+    return OnlineMemory(weights, momentum, updates, scanned.decay)
 
 
-def online_apply(online: Online, dtype: torch.dtype) -> Apply:
-    """Return the online memory's linear maps for tokens [g, b, r, h, c, i]: the dual form.
+def online_apply(online: OnlineMemory, dtype: torch.dtype) -> Apply:
+    """Return the linear maps of the online memory for tokens [g, b, r, h, c, i] (dual form).
 
     `z_t = P_t (W_0 a_t) + Q_t (S_0 a_t) - Σ_{i<=t} C[t, i] <a_t, a_i> δ_i`.
     """
-    mix, events = online.mix, online.events
+    decay, updates = online.decay, online.updates
 
     def apply(layer: int, a: Array) -> Array:
-        # Scaled before the product, so that the scale's gradient needs no product again.
-        z = product(
-            "...oi,...ci->...co", online.weights[layer], scale_rows(mix.state, a), dtype=dtype
+        # Scaled before the product, so that the scale's gradient needs no additional product.
+        z = einsum_f32(
+            "...oi,...ci->...co", online.weights[layer], scale_rows(decay.state, a), dtype=dtype
         )
-        if mix.momentum is not None:
-            scaled = scale_rows(mix.momentum, a)
-            z = z + product("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
-        match = product("...ci,...ei->...ce", a, events.inputs[layer], dtype=dtype)
-        return z - product(
-            "...ce,...eo->...co", match * mix.events, events.deltas[layer], dtype=dtype
+        if decay.momentum is not None:
+            scaled = scale_rows(decay.momentum, a)
+            z = z + einsum_f32("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
+        similarity = einsum_f32("...ci,...ei->...ce", a, updates.activations[layer], dtype=dtype)
+        return z - einsum_f32(
+            "...ce,...eo->...co", similarity * decay.updates, updates.errors[layer], dtype=dtype
         )
 
     return apply
 
 
 def write_chunk(
-    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, mix: ChunkMix
-) -> ChunkWrite:
-    """Write the tokens of one chunk, whose gradients are all taken at one memory (section 6).
+    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, decay: ChunkDecay
+) -> ChunkResult:
+    """Write the tokens of one chunk; all gradients are gathered at the same memory (section 6).
 
-    1. Take every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
-    2. Read the queries, each from the memory after its own token, in the dual form.
-    3. Write: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, c being the last token.
-    4. Carry the momentum: `S_c = keep S_0 - Σ_i add_i G_i`.
+    1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
+    2. Read each query from the memory after its token, in the dual form.
+    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token.
+    4. Update the momentum: `S_c = momentum_retention S_0 - Σ_i momentum_updates[i] G_i`.
 
     Args:
         memory: the memory kind.
-        state: the memory before the chunk [b, r, h, ...]; its `anchor` is not empty.
-        k: keys [b, r, h, c, k], zero where nothing is written.
+        state: state before the chunk [b, r, h, ...], with an `anchor`.
+        k: keys [b, r, h, c, k], zero at masked tokens and padding.
         v: values [b, r, h, c, v], likewise.
-        q: queries [b, r, h, c, k], or None: the online memory is read later.
-        mix: the chunk's coefficients.
+        q: queries [b, r, h, c, k]; None = the online memory is read later.
+        decay: the chunk's decay weights.
     """
-    events = memory.events(state.anchor, k, v)  # 1
+    updates = memory.rank_one_updates(state.anchor, k, v)  # 1
 
     read = None  # 2
     if q is not None:
-        online = Online(state.weights, state.momentum, events, mix)
+        online = OnlineMemory(state.weights, state.momentum, updates, decay)
         read = memory.read(online_apply(online, k.dtype), q)
 
-    written = _outer(events, mix.events[..., -1, :], k.dtype)  # 3
-    kept = mix.state[..., -1, None, None]
-    weights = tuple(kept * w - g for w, g in zip(state.weights, written, strict=True))
+    gradients = _outer(updates, decay.updates[..., -1, :], k.dtype)  # 3
+    retention = decay.state[..., -1, None, None]
+    weights = tuple(retention * w - g for w, g in zip(state.weights, gradients, strict=True))
     momentum = state.momentum
-    if mix.momentum is not None:
-        carried = mix.momentum[..., -1, None, None]
-        weights = tuple(w + carried * s for w, s in zip(weights, momentum, strict=True))
+    if decay.momentum is not None:
+        momentum_weight = decay.momentum[..., -1, None, None]
+        weights = tuple(w + momentum_weight * s for w, s in zip(weights, momentum, strict=True))
 
-        assert mix.momentum_add is not None  # 4
-        assert mix.momentum_keep is not None
-        added = _outer(events, mix.momentum_add, k.dtype)
-        kept = mix.momentum_keep[..., None, None]
-        momentum = tuple(kept * s - g for s, g in zip(momentum, added, strict=True))
+        assert decay.momentum_updates is not None  # 4
+        assert decay.momentum_retention is not None
+        gradients = _outer(updates, decay.momentum_updates, k.dtype)
+        retention = decay.momentum_retention[..., None, None]
+        momentum = tuple(retention * s - g for s, g in zip(momentum, gradients, strict=True))
 
-    return ChunkWrite(weights, momentum, events if q is None else None, read)
+    return ChunkResult(weights, momentum, updates if q is None else None, read)
 
 
 def _loop_with_weights(
-    memory: Memory, chunks: Chunks, mix: ChunkMix, state: MemoryState, start: MemoryState
-) -> Scanned:
-    k, v, _, _, q, restarts, opens = chunks
+    memory: Memory, chunks: Chunks, decay: ChunkDecay, state: MemoryState, start: MemoryState
+) -> ScanResult:
+    k, v, _, _, q, restarts, has_first_token = chunks
 
-    def write(*chunk: Any) -> ChunkWrite:
+    def write(*chunk: Any) -> ChunkResult:
         return write_chunk(memory, *chunk)
 
-    done, number = [], k.shape[0]
-    each = zip(
-        unstack((k, v, mix)),
+    results, number = [], k.shape[0]
+    inputs = zip(
+        unstack((k, v, decay)),
         (None,) * number if q is None else q.unbind(0),
         _each(restarts, number),
-        _each(opens, number),
+        _each(has_first_token, number),
         strict=True,
     )
-    for (keys, values, weights), queries, restart, opening in each:
+    for (keys, values, weights), queries, restart, has_first_token in inputs:
         before = state.weights, () if q is not None else state.momentum
         state = _restarted(restart, start, state)
         anchor = state.weights
-        if opening is not None:
-            anchor = choose(opening, state.weights, state.anchor)
+        if has_first_token is not None:
+            anchor = tree_where(has_first_token, state.weights, state.anchor)
             state = state._replace(anchor=anchor)
         new = remat(write)(state._replace(anchor=anchor), keys, values, queries, weights)
         state = state._replace(weights=new.weights, momentum=new.momentum)
-        done.append((*before, new.events, new.read))
-    carried, momentum, events, read = _stack(done)
-    return Scanned(carried, momentum, events, mix, state, read)
+        results.append((*before, new.updates, new.read))
+    carried, momentum, updates, read = _stack(results)
+    return ScanResult(carried, momentum, updates, decay, state, read)
 
 
 def _loop_sums(
-    events: Events,
-    mix: ChunkMix,
+    updates: RankOneUpdates,
+    decay: ChunkDecay,
     state: MemoryState,
     start: MemoryState,
     restarts: _Restarts,
     dtype: torch.dtype,
 ) -> tuple[Weights, MemoryState]:
-    # No gradient depends on the memory: all products are taken at once, the loop only adds.
-    (add,) = _outer(events, mix.events[..., -1, :], dtype)
-    keep = mix.state[..., -1, None, None]
+    # No gradient depends on the memory: all products are computed at once, the loop only adds.
+    (add,) = _outer(updates, decay.updates[..., -1, :], dtype)
+    retention = decay.state[..., -1, None, None]
     carried = []
-    for kept, added, restart in zip(
-        keep.unbind(0), add.unbind(0), _each(restarts, len(add)), strict=True
+    for factor, added, restart in zip(
+        retention.unbind(0), add.unbind(0), _each(restarts, len(add)), strict=True
     ):
         carried.append(state.weights)
         state = _restarted(restart, start, state)
-        state = state._replace(weights=(kept * state.weights[0] - added,))
+        state = state._replace(weights=(factor * state.weights[0] - added,))
     return _stack(carried), state
 
 
-def _outer(events: Events, scale: Array, dtype: torch.dtype) -> Weights:
+def _outer(updates: RankOneUpdates, scale: Array, dtype: torch.dtype) -> Weights:
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
 
-    def one(a: Array, delta: Array) -> Array:
+    def layer_sum(a: Array, delta: Array) -> Array:
         scaled = scale_rows(scale, delta)
-        # The wider factor goes last: XLA's CPU takes half as long for it.
+        # perf(cpu): products are faster if the wider operand comes last.
         if delta.shape[-1] > a.shape[-1]:
-            return product("...eo,...ei->...io", scaled, a, dtype=dtype).transpose(-1, -2)
-        return product("...eo,...ei->...oi", scaled, a, dtype=dtype)
+            return einsum_f32("...eo,...ei->...io", scaled, a, dtype=dtype).transpose(-1, -2)
+        return einsum_f32("...eo,...ei->...oi", scaled, a, dtype=dtype)
 
-    return tuple(map(one, events.inputs, events.deltas))
+    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def _stack(trees: list[Any]) -> Any:
@@ -292,17 +297,17 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def _each(flags: _Restarts, chunks: int) -> Any:
-    """Return the flags of every chunk."""
+    """Return one flag per chunk."""
     if flags is None:
         return (None,) * chunks
     return flags if isinstance(flags, tuple) else flags.unbind(0)
 
 
 def _restarted(restart: Any, start: MemoryState, state: MemoryState) -> MemoryState:
-    """Return the state with which a chunk begins."""
+    """Return the state at the start of a chunk."""
     if restart is None or isinstance(restart, bool):
         return start if restart else state
-    return choose(restart, start, state)
+    return tree_where(restart, start, state)
 
 
 def _as_tensor(restarts: Array | tuple[bool, ...], like: Array) -> Array:
@@ -313,49 +318,49 @@ def _as_tensor(restarts: Array | tuple[bool, ...], like: Array) -> Array:
 
 
 def _segment_ends(before: Array, final: Array, plan: TensorPlan) -> Array:
-    """Gather [b, n, h, ...] from what chunks began with [g, b, r, ...] and the final states."""
+    """Return the memory after each segment [b, n, h, ...] from the memories before chunks."""
     if plan.rows > 1:
         return final
     chunks = before.unbind(0)
     return torch.cat([*(chunks[last + 1] for last in plan.last_chunk[:-1]), final], dim=1)
 
 
-def _anchor(memory: Memory, scanned: Scanned, plan: TensorPlan) -> Weights:
-    """Return the weights [b, r, ...] with which the last token's chunk began."""
+def _anchor(memory: Memory, scanned: ScanResult, plan: TensorPlan) -> Weights:
+    """Return the weights [b, r, ...] at the start of the last token's chunk."""
     if not memory.config.gradient_uses_weights:
         return ()
     last = plan.last_chunk[-1] % len(plan.restarts)
-    # No chunk changed the anchor of the state that the loop began with: the initial memory.
+    # A chunk that restarts keeps the anchor of the initial state, which is the initial memory.
     return scanned.final.anchor if plan.restarts[last] else tuple(b[last] for b in scanned.before)
 
 
-def _tokens_before(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
-    """Return k and v of the last real token before each chunk [g, b, r, h, ...], and of the last.
+def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
+    """Return k and v of the last unmasked token before each chunk [g, b, r, h, ...] and at the end.
 
-    They are zero where there is none since the last restart.
+    They are zero if there is no such token since the last restart.
     """
-    k, v, written, restarts = chunks.k, chunks.v, chunks.written > 0, chunks.restarts
-    g, b, r, _, c = written.shape
+    k, v, write_mask, restarts = chunks.k, chunks.v, chunks.write_mask > 0, chunks.restarts
+    g, b, r, _, c = write_mask.shape
     number = torch.arange(1, g * c + 1, device=k.device).reshape(g, 1, 1, c)
-    # The number of the last real token before each chunk, and before the end; 0 is none.
-    latest = torch.where(written[:, :, :, 0], number, 0).amax(dim=-1).cummax(dim=0).values
+    # Index (from 1) of the last unmasked token before each chunk and before the end; 0 = none.
+    latest = torch.where(write_mask[:, :, :, 0], number, 0).amax(dim=-1).cummax(dim=0).values
     latest = torch.cat([torch.zeros_like(latest[:1]), latest])
-    # How many tokens came before the last restart.
+    # Number of tokens before the last restart.
     begin = torch.full_like(latest, -1)
     if restarts is not None:
         first = torch.where(_as_tensor(restarts, k), number[..., 0] - 1, -1)
         first = first.cummax(dim=0).values.expand(g, b, r)
         begin = torch.cat([first, first[-1:]])
-    found = (latest > begin.clamp(min=0))[..., None, None]
+    has_previous = (latest > begin.clamp(min=0))[..., None, None]
     carried = (begin < 0)[..., None, None]
 
     def gather(x: Array, old: Array) -> Array:
         h, width = x.shape[3], x.shape[5]
         flat = x.permute(1, 2, 0, 4, 3, 5).reshape(b, r, g * c, h, width)
         index = (latest - 1).clamp(min=0).permute(1, 2, 0)[..., None, None]
-        taken = torch.gather(flat, 2, index.expand(b, r, g + 1, h, width))
-        taken = taken.permute(2, 0, 1, 3, 4).to(old.dtype)
-        return torch.where(found, taken, torch.where(carried, old, torch.zeros_like(old)))
+        gathered = torch.gather(flat, 2, index.expand(b, r, g + 1, h, width))
+        gathered = gathered.permute(2, 0, 1, 3, 4).to(old.dtype)
+        return torch.where(has_previous, gathered, torch.where(carried, old, torch.zeros_like(old)))
 
     tokens = tuple(gather(x, old) for x, old in zip((k, v), previous, strict=True))
     return tuple(x[:-1] for x in tokens), tuple(x[-1] for x in tokens)

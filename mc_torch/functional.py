@@ -5,30 +5,29 @@ from typing import NamedTuple
 
 import torch
 
-from mc_core.arguments import check_arguments, check_method
+from mc_core.argument_checks import check_arguments, check_method
 from mc_core.config import MCConfig
-from mc_core.segmentation import check_streams
-from mc_torch.aggregate import read_all
+from mc_core.segmentation import check_streaming_config
 from mc_torch.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
-from mc_torch.cache import Cache, Segments, in_dtype, in_room, sum_complete
+from mc_torch.cache import Cache, Segments, cast_cache, nan_past_capacity, sum_complete
+from mc_torch.cache_rows import add_row, drop_rows, map_rows
+from mc_torch.chunk_layout import TensorPlan, first_tokens, make_plan
 from mc_torch.chunked import write_chunks
-from mc_torch.gates import gate, pool_keys, spread
-from mc_torch.grid import first_tokens
-from mc_torch.inspection import InnerLoop, watch_writes
-from mc_torch.layout import TensorPlan, make_plan
-from mc_torch.numerics import Array, is_fixed, state_dtype, tree_map
+from mc_torch.gates import compute_gates, pool_keys, scatter_gates
+from mc_torch.inspection import InnerLoop, measure_writes
+from mc_torch.numerics import Array, is_static, state_dtype, tree_map
+from mc_torch.reads import read_all
 from mc_torch.recurrent import run_tokens
-from mc_torch.rows import add_row, drop_rows, map_rows
 from mc_torch.streaming import extend_chunks
 
 
 class Result(NamedTuple):
-    """What `memory_caching` returns."""
+    """Result of `memory_caching`."""
 
     output: Array  # [b, t, h, v], in the dtype of v
-    cache: Cache  # the stream's state after the last token
+    cache: Cache  # state after the last token
     gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
-    inner: InnerLoop | None = None  # what each write did; on request
+    inner: InnerLoop | None = None  # statistics of the writes, if inspected
 
 
 def memory_caching(
@@ -46,50 +45,50 @@ def memory_caching(
     method: str = "chunked",
     inspect: bool = False,
 ) -> Result:
-    """Write a sequence into its memory, cache it at segment ends, and read (arXiv:2602.24281).
+    """Write a sequence to its memory, cache the memory after each segment, and read it.
 
-    q, k and u are taken as given: the feature map is the memory's; projections, convolution and
-    norms of q, k and the output are the layer's.
+    Implements arXiv:2602.24281. Projections, convolutions and norms of q, k and the output are part
+    of the layer; the feature map is part of the memory.
 
     Args:
         q: queries [b, t, h, k].
         k: keys [b, t, h, k].
         v: values [b, t, h, v].
-        u: connectors [b, t, h, k]; None where the aggregation has no gates, or `use_q_as_u`.
+        u: connectors [b, t, h, k]; None if the aggregation has no gates, or with `use_q_as_u`.
         initial: W_0, first layer first, each [h, out, in]; a matrix memory has one, [h, v, k].
         coefficients: step, retention, momentum, previous, each [b, t, h] or None.
         config: the layer's configuration.
-        mask: [b, t] bool, True = a real token; a masked one writes nothing and reads 0.
-        segment_lengths: explicit lengths that cover t, instead of the configuration's.
-            Where the configuration would cut elsewhere, the cache does not go on as a stream.
-        norm: (gain, bias), each [h, v], where the memory has `norm="layer"`.
-        method: `chunked`, the parallel form, or `recurrent`, token by token: the definition.
-            Both give the same result.
-        inspect: fill the result's `inner`, too; `chunked` alone.
+        mask: [b, t] bool, False at masked tokens, which write nothing and have output 0.
+        segment_lengths: explicit segment lengths that add up to t. If they differ from those of the
+            configuration, the cache cannot be extended.
+        norm: (gain, bias), each [h, v], for a memory with `norm="layer"`.
+        method: `chunked`, the parallel form, or `recurrent`, the token-by-token definition. Both
+            give the same result.
+        inspect: also return `inner`; only for `chunked`.
 
     Raises:
-        ValueError: a shape, a missing argument or a name that does not fit.
+        ValueError: a wrong shape, a missing argument or an unknown name.
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_static)
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths, q.device)
     mask = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
     if not b:
-        # A reshape or a product of no rows may fail.
+        # Reshapes and products of 0 rows may fail: add a row, and drop it from the result.
         rows = q, k, v, u, coefficients, mask
         q, k, v, u, coefficients, mask = tree_map(add_row, rows)
-    tokens = _cleaned(q, k, v, u, coefficients, mask)
+    tokens = _zero_masked(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
     if method == "recurrent":
         output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
     else:
         output, cache, gates, inner = _run_chunks(memory, config, tokens, initial, plan, inspect)
-    real = mask[:, :, None, None]
-    output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
-    gates = torch.where(real, gates, torch.zeros_like(gates))
+    head_mask = mask[:, :, None, None]
+    output = torch.where(head_mask, output, torch.zeros_like(output)).to(v.dtype)
+    gates = torch.where(head_mask, gates, torch.zeros_like(gates))
     result = Result(output, cache, gates, inner)
     return result if b else _drop_rows(result)
 
@@ -108,13 +107,13 @@ def extend(
     count: Array | None = None,
     norm: Norm = None,
 ) -> Result:
-    """Go on with a stream: any split of a sequence gives what the whole gives.
+    """Process the next tokens of a stream; equal to `memory_caching` for any split of a sequence.
 
-    Where positions would pass the cache's limit, the output is NaN: a compiled program cannot
-    raise. `check_room` can, before it runs.
+    A compiled program cannot raise: rows that exceed the capacity of the cache have output NaN.
+    Call `check_capacity` before to raise instead.
 
     Args:
-        q: as `memory_caching` takes it, like k, v, u, initial, coefficients, mask and norm.
+        q: as in `memory_caching`, like k, v, u, initial, coefficients, mask and norm.
         k: as above.
         v: as above.
         u: as above.
@@ -123,40 +122,42 @@ def extend(
         cache: the stream so far.
         config: the layer's configuration, with segments of constant size.
         mask: as above.
-        count: tokens of each row, its first ones, int32 [b]; the others do not exist: they take
-            no position, and their output is 0. None = all.
+        count: number of tokens of each row, its first ones, int32 [b]; the rest is padding, which
+            takes no position and has output 0. None = all.
         norm: as above.
 
     Raises:
-        ValueError: a shape, a missing argument or a name that does not fit.
+        ValueError: a wrong shape, a missing argument or an unknown name.
     """
-    check_streams(config)
+    check_streaming_config(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients, config, norm, mask, is_fixed)
+    check_arguments(tensors, initial, coefficients, config, norm, mask, is_static)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
-    exists = torch.ones(b, t, dtype=torch.bool, device=q.device)
+    valid = torch.ones(b, t, dtype=torch.bool, device=q.device)
     if count is not None:
-        exists = first_tokens(count, t)
-    mask = exists if mask is None else mask & exists
+        valid = first_tokens(count, t)
+    mask = valid if mask is None else mask & valid
     if not b:
-        rows = q, k, v, u, coefficients, mask, exists
-        q, k, v, u, coefficients, mask, exists = tree_map(add_row, rows)
+        rows = q, k, v, u, coefficients, mask, valid
+        q, k, v, u, coefficients, mask, valid = tree_map(add_row, rows)
         cache = map_rows(add_row, cache)
-    count = torch.sum(exists, dim=1, dtype=torch.int32)
-    tokens = _cleaned(q, k, v, u, coefficients, mask)
-    cache = in_dtype(cache, state_dtype(q.dtype))
+    count = torch.sum(valid, dim=1, dtype=torch.int32)
+    tokens = _zero_masked(q, k, v, u, coefficients, mask)
+    cache = cast_cache(cache, state_dtype(q.dtype))
     memory = make_memory(config.memory, norm)
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
-    real = mask[:, :, None, None]
-    output = torch.where(real, output, torch.zeros_like(output)).to(v.dtype)
-    result = Result(in_room(output, new), new, torch.where(real, gates, torch.zeros_like(gates)))
+    head_mask = mask[:, :, None, None]
+    output = torch.where(head_mask, output, torch.zeros_like(output)).to(v.dtype)
+    result = Result(
+        nan_past_capacity(output, new), new, torch.where(head_mask, gates, torch.zeros_like(gates))
+    )
     return result if b else _drop_rows(result)
 
 
 def _drop_rows(result: Result) -> Result:
-    """Return the result of no rows, from that of one."""
+    """Drop the row of a result, which leaves 0 rows."""
     output, cache, gates, inner = result
     output, gates, inner = tree_map(drop_rows, (output, gates, inner))
     return Result(output, map_rows(drop_rows, cache), gates, inner)
@@ -171,15 +172,15 @@ def _run_chunks(
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
-    # A soup mixes layer by layer with memories that the write has yet to make.
-    later = inspect or (config.mixes_layers and plan.segments > 1)
-    queries = q if config.memory.gradient_uses_weights and not later else None
+    # A soup needs the cached memories, so it can only be read after the write.
+    read_later = inspect or (config.mixes_layers and plan.segments > 1)
+    queries = q if config.memory.gradient_uses_weights and not read_later else None
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = torch.tensor(plan.segment_of, device=q.device)
-    weights, selected = gate(u, pools.segment, pools.running, segment, config)
+    weights, selected = compute_gates(u, pools.segment, pools.running, segment, config)
     output = read_all(memory, config, writes, q, weights, selected, plan)
-    gates = spread(weights, selected, plan.segments)
+    gates = scatter_gates(weights, selected, plan.segments)
     length = pools.length[:, -1]
     cache = Cache(
         stored=Segments(writes.ends, pools.segment, pools.length),
@@ -190,22 +191,22 @@ def _run_chunks(
         length=length,
         slot=torch.full_like(length, plan.segments - 1),
         position=torch.full_like(length, plan.tokens),
-        limit=torch.full((), plan.limit, dtype=torch.int32, device=q.device),
+        capacity=torch.full((), plan.capacity, dtype=torch.int32, device=q.device),
     )
     inner = None
     if inspect:
         assert writes.online is not None
-        inner = watch_writes(memory, writes.online, k, v, coefficients, mask, plan)
+        inner = measure_writes(memory, writes.online, k, v, coefficients, mask, plan)
     return output, cache, gates, inner
 
 
-def _cleaned(
+def _zero_masked(
     q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
 ) -> Tokens:
-    # Whatever stands at a masked token, NaN included, must not reach a product.
-    real = mask[:, :, None, None]
-    q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
-    u = q if u is None else torch.where(real, u, torch.zeros_like(u))
+    # Values at masked tokens, including NaN, must not reach a product.
+    head_mask = mask[:, :, None, None]
+    q, k, v = (torch.where(head_mask, x, torch.zeros_like(x)) for x in (q, k, v))
+    u = q if u is None else torch.where(head_mask, u, torch.zeros_like(u))
     dtype = state_dtype(q.dtype)
     coefficients = tree_map(
         lambda x: torch.where(mask[:, :, None], x.to(dtype), torch.ones_like(x, dtype=dtype)),

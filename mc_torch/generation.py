@@ -1,4 +1,4 @@
-"""Next tokens, one after another: prompts in chunks, then one step a token."""
+"""Autoregressive generation: prompts in blocks, then one step per token."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from mc_core.generation import (
     PROMPT_BLOCK,
-    Block,
+    PromptBlock,
     bucket,
     check_generation,
     check_sampling,
@@ -27,24 +27,23 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Array:
-    """Choose a token from the logits of each row.
+    """Sample a token from the logits of each row.
 
-    The logits are divided by the temperature; of these `top_k` remain, and of those the fewest
-    whose probabilities add up to `top_p`. Of equal logits the lower id goes first.
+    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the fewest
+    whose probabilities sum to `top_p`. Among equal logits the lower id comes first.
 
     Args:
         logits: [b, vocab_size].
-        rng: generators [b], one a row; a row's draw depends on its own. None where the temperature
-            is 0.
-        temperature: 0 takes the largest logit.
-        top_k: keep so many; None = all.
-        top_p: keep this probability, in (0, 1]; None = all.
+        rng: generators [b], one per row; None with temperature 0.
+        temperature: 0 = greedy.
+        top_k: number of logits to keep; None = all.
+        top_p: probability to keep, in (0, 1]; None = all.
 
     Returns:
-        ids [b], int64; -1 where the largest logit is not finite.
+        ids [b], int64; -1 if the largest logit is not finite.
 
     Raises:
-        ValueError: an option out of range, or no `rng` where one is needed.
+        ValueError: an option is out of range, or `rng` is missing.
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits.to(state_dtype(logits.dtype))
@@ -75,26 +74,26 @@ def generate(
     cache_device: str = "device",
     block: int = PROMPT_BLOCK,
 ) -> Iterator[Array]:
-    """Go on with prompts; every row gives what it gives alone.
+    """Continue prompts. The result of a row does not depend on the other rows.
 
     Args:
         model: the language model; its segments must stream.
-        prompts: ids of each row, one or more; of no rows every step is empty.
-        max_new_tokens: the most tokens that come out; a caller may stop before.
-        temperature: as `sample` takes it, like top_k and top_p.
-        top_k: as above.
-        top_p: as above.
-        seed: of all random streams.
-        rows: the number of each row, which tells its random stream from the others'; None = 0, 1...
-        cache_dtype: of the cached memories; None = that of the online one.
-        cache_device: where the cached memories lie, `device` or `host`.
-        block: the most tokens of the prompts that are read at once.
+        prompts: ids of each row, at least one per row.
+        max_new_tokens: number of steps; a caller may stop earlier.
+        temperature: as in `sample`.
+        top_k: as in `sample`.
+        top_p: as in `sample`.
+        seed: seed of all random streams.
+        rows: index of each row's random stream; None = 0, 1, ...
+        cache_dtype: dtype of the cached memories; None = that of the online one.
+        cache_device: where cached memories are stored, `device` or `host`.
+        block: maximum number of prompt tokens per call.
 
     Returns:
-        An iterator of the next id of each row, int64 [b]; -1 as `sample` gives it.
+        An iterator over the next id of each row, int64 [b]; -1 as in `sample`.
 
     Raises:
-        ValueError: an argument out of range, or segments that cannot stream.
+        ValueError: an argument is out of range, or the segments cannot stream.
     """
     rows = range(len(prompts)) if rows is None else rows
     b, vocab_size = len(prompts), model.config.vocab_size
@@ -103,8 +102,8 @@ def generate(
     if not b:
         device = next(model.parameters()).device
         return iter([torch.zeros(0, dtype=torch.int64, device=device)] * max_new_tokens)
-    room = bucket(max(map(len, prompts)) + max_new_tokens)
-    cache = model.init_cache(b, room, cache_dtype=cache_dtype, cache_device=cache_device)
+    capacity = bucket(max(map(len, prompts)) + max_new_tokens)
+    cache = model.init_cache(b, capacity, cache_dtype=cache_dtype, cache_device=cache_device)
     rng = [_generator(seed, row) for row in rows]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return _run(model, make_blocks(prompts, block), max_new_tokens, cache, rng, options)
@@ -112,7 +111,7 @@ def generate(
 
 def _run(
     model: LanguageModel,
-    blocks: list[Block],
+    blocks: list[PromptBlock],
     max_new_tokens: int,
     cache: tuple[AnyCache, ...],
     rng: list[torch.Generator],
@@ -130,7 +129,7 @@ def _run(
         yield new
 
 
-# A decorator, not a block of the iterator: that would stay in force in the caller between tokens.
+# A decorator: a `with` block in the iterator would stay active in the caller between tokens.
 @torch.no_grad()
 def _extend(
     model: LanguageModel,
@@ -141,23 +140,23 @@ def _extend(
 ) -> tuple[Array, tuple[AnyCache, ...]]:
     """Return the logits after each row's last token of [b, w], [b, s].
 
-    A row without a token in the block keeps the logits that it had. After -1 they are NaN.
+    A row without tokens in the block keeps its previous logits. After -1 they are NaN.
     """
-    # A check of every new token would wait for the device.
+    # Checking every new token would synchronize with the device.
     logits, cache = model.extend(tokens, cache, padding=padding, check=padding is not None)
     if padding is None:
         return logits[:, -1], cache
     count = torch.sum(~padding, dim=1)[:, None]
-    at = torch.clamp(count - 1, min=0)[:, :, None].expand(-1, -1, logits.shape[-1])
-    after = torch.gather(logits, 1, at)[:, 0]
+    index = torch.clamp(count - 1, min=0)[:, :, None].expand(-1, -1, logits.shape[-1])
+    after = torch.gather(logits, 1, index)[:, 0]
     return after if last is None else torch.where(count > 0, after, last), cache
 
 
 def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Array, Array]:
-    """Put -inf in the place of logits that are not kept.
+    """Set logits that are not kept to -inf.
 
     Returns:
-        logits [b, s], from the largest on where some may go, and the id of each, int64 [b, s].
+        logits [b, s], in descending order if truncated, and the id of each, int64 [b, s].
     """
     ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     if top_k is None and (top_p is None or top_p == 1):
@@ -167,27 +166,27 @@ def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Ar
     if top_k is not None:
         ranked = torch.where(ids < top_k, ranked, -torch.inf)
     if top_p is not None and top_p < 1:
-        shares = torch.softmax(ranked, dim=-1)
-        before = torch.cumsum(shares, dim=-1) - shares
+        probabilities = torch.softmax(ranked, dim=-1)
+        before = torch.cumsum(probabilities, dim=-1) - probabilities
         ranked = torch.where(before < top_p, ranked, -torch.inf)
     return ranked, order
 
 
 def _first_largest(x: Array) -> Array:
-    """Return the index of the largest value of each row [b, s], the first of equal ones."""
-    # argmax promises no order among equal values; of equal booleans neither, but a sum counts them.
+    """Return the index of the first maximum of each row [b, s]."""
+    # torch.argmax does not guarantee which of several maxima it returns.
     largest = x == torch.amax(x, dim=-1, keepdim=True)
     return torch.sum(torch.cumsum(largest, dim=-1) == 0, dim=-1).clamp(max=x.shape[-1] - 1)
 
 
 def _gumbel(like: Array, generator: torch.Generator) -> Array:
     """Draw standard Gumbel noise in the shape of `like`."""
-    drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
-    drawn = drawn.exponential_(generator=generator).clamp(min=torch.finfo(like.dtype).tiny)
-    return -torch.log(drawn).to(like.device)
+    noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+    noise = noise.exponential_(generator=generator).clamp(min=torch.finfo(like.dtype).tiny)
+    return -torch.log(noise).to(like.device)
 
 
 def _generator(seed: int, row: int) -> torch.Generator:
-    """Return the random stream of a row; on the CPU, so that every device draws the same."""
+    """Return the random stream of a row, on the CPU, so that it is the same on all devices."""
     (state,) = np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

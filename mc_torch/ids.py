@@ -1,7 +1,7 @@
-"""Token ids and indices: a check where their values are known, a safe look-up where they are not.
+"""Range checks of token ids and indices, and safe lookups where the values are unknown.
 
-A compiled program cannot raise. There an id out of range reads row 0, and the caller puts NaN in
-the place of all that follows from it.
+A compiled program cannot raise. There, an id out of range reads row 0, and the caller sets all
+dependent outputs to NaN.
 """
 
 import torch
@@ -13,23 +13,23 @@ from mc_torch.numerics import Array
 def check_ids(
     name: str, ids: Array, size: int, read: Array | None = None, values: bool = True
 ) -> bool:
-    """Refuse ids or indices outside of `0..size - 1`.
+    """Check that ids or indices are in `0..size - 1`.
 
-    Waits for the ids where a device has yet to compute them.
+    Synchronizes with the device that computes the ids.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         ids: integers [...], any shape.
         size: number of ids.
-        read: bool, the shape of `ids`: False where an id is not looked at; None = all are.
-        values: False checks the dtype alone.
+        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
+        values: False checks only the dtype.
 
     Returns:
         True where the ids are known to be in range; False where only a compiled program, or a
         transform of `torch.func`, knows them.
 
     Raises:
-        ValueError: no integers, or names the first id that is out of range, and its position.
+        ValueError: the ids are not integers, or one is out of range.
     """
     checks.check_integers(name, str(ids.dtype).removeprefix("torch."))
     if not values or torch.compiler.is_compiling():
@@ -50,53 +50,53 @@ def check_ids(
 
 
 def safe_ids(ids: Array, size: int, read: Array | None = None) -> tuple[Array, Array]:
-    """Return ids that are all in range: 0 where one is not read or was out of range.
+    """Replace ids that are out of range or not read by 0.
 
     Args:
         ids: integers [...] of any dtype and shape.
         size: number of ids.
-        read: as `check_ids` takes it.
+        read: as in `check_ids`.
 
     Returns:
-        ids, int64, and bool, True where one that is read was out of range.
+        ids, int64, and bool, True at ids that are read and out of range.
     """
     ids = ids.long()
     inside = (ids >= 0) & (ids < size)
-    kept, wrong = inside, ~inside
+    readable, out_of_range = inside, ~inside
     if read is not None:
-        kept, wrong = inside & read, wrong & read
-    return torch.where(kept, ids, 0), wrong
+        readable, out_of_range = inside & read, out_of_range & read
+    return torch.where(readable, ids, 0), out_of_range
 
 
-def from_first(wrong: Array) -> Array:
-    """Return bool [b, t], True from the first place of each row on where `wrong` [b, t] is."""
-    return torch.cumsum(wrong, dim=1) > 0
+def cumulative_any(mask: Array) -> Array:
+    """Return the cumulative logical or of `mask` [b, t] along its rows: bool [b, t]."""
+    return torch.cumsum(mask, dim=1) > 0
 
 
-def safe_places(places: Array, lost: Array | None, tokens: int) -> tuple[Array, Array | None]:
-    """Return places [b, p] that are all below `tokens`, and where their logits can only be NaN.
+def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Array, Array | None]:
+    """Return places [b, p] in range, and a mask of those whose logits must be NaN.
 
     Args:
         places: integers [b, p].
-        lost: bool [b, t], True at tokens whose logits can only be NaN; None = nowhere.
+        invalid: bool [b, t], True at tokens whose logits must be NaN; None = nowhere.
         tokens: t.
 
     Returns:
-        places, and bool [b, p], or None = nowhere.
+        places, and bool [b, p] or None = nowhere.
 
     Raises:
-        ValueError: as `check_ids`.
+        ValueError: see `check_ids`.
     """
-    known = check_ids("places", places, tokens)
-    places, wrong = safe_ids(places, tokens)
-    if lost is None:
-        return places, None if known else wrong
-    return places, wrong | torch.take_along_dim(lost, places, dim=1)
+    in_range = check_ids("places", places, tokens)
+    places, out_of_range = safe_ids(places, tokens)
+    if invalid is None:
+        return places, None if in_range else out_of_range
+    return places, out_of_range | torch.take_along_dim(invalid, places, dim=1)
 
 
-def nan_where(wrong: Array | None, x: Array) -> Array:
-    """Put NaN in the place of `x` [b, t, ...] where `wrong` [b, t] is; None = nowhere."""
-    if wrong is None:
+def nan_where(invalid: Array | None, x: Array) -> Array:
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    if invalid is None:
         return x
-    wrong = wrong.reshape(wrong.shape + (1,) * (x.ndim - 2))
-    return torch.where(wrong, torch.nan, x)
+    invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))
+    return torch.where(invalid, torch.nan, x)

@@ -1,4 +1,4 @@
-"""The Memory Caching layer: projections, write coefficients, heads, around `memory_caching`."""
+"""The Memory Caching layer: `memory_caching` with projections, write coefficients and norms."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mc_core.arguments import check_inputs
-from mc_core.cache_checks import check_rows
+from mc_core.argument_checks import check_inputs
+from mc_core.cache_checks import check_extend_inputs
 from mc_core.config import MCConfig
-from mc_core.segmentation import check_streams
+from mc_core.segmentation import check_streaming_config
 from mc_torch.backends import Coefficients, Norm, Weights
 from mc_torch.cache import Cache, grow, init_cache
+from mc_torch.chunk_layout import first_tokens, make_plan
 from mc_torch.functional import Result, extend, memory_caching
-from mc_torch.grid import first_tokens
 from mc_torch.inspection import Trace, make_trace
-from mc_torch.layout import make_plan
 from mc_torch.mixer import Mixer, extend_rows
 from mc_torch.modules import (
     Coefficient,
@@ -26,18 +25,18 @@ from mc_torch.modules import (
     project,
     split_heads,
 )
-from mc_torch.numerics import Array, Dtype, is_fixed, l2_normalize, state_dtype
+from mc_torch.numerics import Array, Dtype, is_static, l2_normalize, state_dtype
 
 
 class MemoryCachingLayer(Mixer):
-    """A recurrent memory that caches its states, in the place of attention.
+    """Memory Caching layer, a recurrent memory that caches its states. Replaces attention.
 
-    The compute dtype of matrix products is autocast's where it is on, else that of the input; the
-    memory's state is float32 at least.
+    The compute dtype of matrix products is that of autocast if enabled, else that of the input. The
+    memory's state is at least float32.
 
     Args:
         config: the layer's configuration.
-        device: where the parameters are.
+        device: device of the parameters.
         dtype: dtype of the parameters.
 
     Example:
@@ -80,8 +79,8 @@ class MemoryCachingLayer(Mixer):
 
         Args:
             x: [b, t, d].
-            mask: bool [b, t], True = a real token; the output of a masked one is 0.
-            segment_lengths: explicit lengths that cover t.
+            mask: bool [b, t], False at masked tokens, whose output is 0.
+            segment_lengths: explicit segment lengths that add up to t.
 
         Returns:
             [b, t, d] in the dtype of `x`.
@@ -89,11 +88,11 @@ class MemoryCachingLayer(Mixer):
         return self._run(x, mask, segment_lengths)[0]
 
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
-        """Mix tokens x [b, t, d] -> [b, t, d], and return the stream's cache after them."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return the cache after the last token."""
         return call_hooked(self, self._forward_with_cache, x, mask)
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
-        """Mix tokens x [b, t, d] -> [b, t, d], and return the gates and norms of all writes."""
+        """Mix tokens x [b, t, d] -> [b, t, d], and return statistics of gates and writes."""
         return call_hooked(self, self._inspect, x, mask)
 
     def init_cache(
@@ -104,26 +103,27 @@ class MemoryCachingLayer(Mixer):
         cache_dtype: Dtype = None,
         cache_device: str = "device",
     ) -> Cache:
-        """Return the cache of streams that have not begun.
+        """Return an empty cache.
 
         Args:
             batch: number of streams.
-            max_tokens: the most tokens that a stream may have; `grow` makes room for more.
-            cache_dtype: of the cached memories; None = that of the online one, at least float32.
-            cache_device: `device`, or `host`: the cached memories lie in the host's memory, and a
-                call moves what it reads (under `ssc` the selected ones alone).
+            max_tokens: capacity, the maximum number of tokens per stream; `grow` increases it.
+            cache_dtype: dtype of the cached memories; None = that of the online one, at least
+                float32.
+            cache_device: where cached memories are stored: `device` or `host`. A call copies those
+                that it reads to the device (under `ssc` only the selected ones).
 
         Raises:
-            ValueError: a number is not positive, or the segments cannot stream.
+            ValueError: an argument is out of range, or the segments cannot stream.
         """
         args = (batch, max_tokens, cache_dtype, cache_device)
         return call_hooked(self, self._init_cache, None, *args)[1]
 
     def grow(self, cache: Cache, max_tokens: int) -> Cache:
-        """Return a cache with the same content and room for `max_tokens` tokens.
+        """Return a cache with the same content and a larger capacity.
 
         Raises:
-            ValueError: that is less than it has room for now.
+            ValueError: `max_tokens` is less than the current capacity.
         """
         return grow(cache, self.config, max_tokens)
 
@@ -135,26 +135,26 @@ class MemoryCachingLayer(Mixer):
         *,
         padding: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Mix the next tokens of a stream; any split of a sequence gives what the whole gives.
+        """Mix the next tokens of a stream. Equal to a call on the whole sequence, for any split.
 
-        `torch.compile` of this method compiles once for each number of tokens, whatever the
-        position. A compiled program cannot raise: past the cache's limit its output is NaN.
+        `torch.compile` of this method compiles once per number of tokens, independent of the
+        position. A compiled program cannot raise: past the capacity of the cache its output is NaN.
 
         Args:
-            x: [b, t, d], one token or more.
+            x: [b, t, d], t >= 1.
             cache: the stream so far, from `init_cache`, `extend` or `forward_with_cache`.
-            mask: bool [b, t], True = a real token; a masked one still takes its position.
-            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place, whose output is 0.
+            mask: bool [b, t], False at masked tokens, which still take a position.
+            padding: bool [b, t], True at padding, which takes no position and has output 0. The
+                result of a row does not depend on its padding.
 
         Returns:
-            [b, t, d] in the dtype of `x`, and the stream with these tokens.
+            [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a shape that does not fit, or tokens that the cache has no room for.
+            ValueError: a wrong shape, or the capacity of the cache is exceeded.
         """
-        check_streams(self.config)
-        check_rows(x, cache, Cache, self.config, is_fixed)
+        check_streaming_config(self.config)
+        check_extend_inputs(x, cache, Cache, self.config, is_static)
         return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
 
     def _forward_with_cache(self, x: Array, mask: Array | None) -> tuple[Array, Cache]:
@@ -181,19 +181,19 @@ class MemoryCachingLayer(Mixer):
             cache_dtype=cache_dtype,
             cache_device=cache_device,
         )
-        return None, cache._replace(conv=self._start_conv(batch))
+        return None, cache._replace(conv=self._init_conv(batch))
 
     def _extend(
         self, x: Array, cache: Cache, mask: Array | None, count: Array | None = None
     ) -> tuple[Array, Cache]:
-        """Do the same for tokens that stand on the left of their rows, `count` [b] in each."""
-        exists = mask
+        """Implement `extend` for right-padded rows of `count` [b] tokens; None = no padding."""
+        valid = mask
         if count is not None:
-            exists = first_tokens(count, x.shape[1])
-            exists = exists if mask is None else exists & mask
-        inputs, conv = self._inputs(self._enter(x, exists), cache.conv, count)
+            valid = first_tokens(count, x.shape[1])
+            valid = valid if mask is None else valid & mask
+        inputs, conv = self._inputs(self._prepare_inputs(x, valid), cache.conv, count)
         result = extend(**inputs, cache=cache, config=self.config, mask=mask, count=count)
-        return self._leave(result.output, x.dtype), result.cache._replace(conv=conv)
+        return self._project_out(result.output, x.dtype), result.cache._replace(conv=conv)
 
     def _run(
         self,
@@ -202,8 +202,8 @@ class MemoryCachingLayer(Mixer):
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
     ) -> tuple[Array, Result]:
-        check_inputs(x, mask, self.config.d_model, is_fixed)
-        inputs, conv = self._inputs(self._enter(x, mask))
+        check_inputs(x, mask, self.config.d_model, is_static)
+        inputs, conv = self._inputs(self._prepare_inputs(x, mask))
         result = memory_caching(
             **inputs,
             config=self.config,
@@ -212,17 +212,17 @@ class MemoryCachingLayer(Mixer):
             inspect=inspect,
         )
         result = result._replace(cache=result.cache._replace(conv=conv))
-        return self._leave(result.output, x.dtype), result
+        return self._project_out(result.output, x.dtype), result
 
     def _inputs(
         self, x: Array, before: Weights = (), count: Array | None = None
     ) -> tuple[dict[str, Any], Weights]:
-        """Return the arguments of `memory_caching` that follow from tokens and parameters.
+        """Compute the arguments of `memory_caching` from tokens and parameters.
 
         Args:
-            x: tokens [b, t, d], zero where they are masked.
-            before: the cache's `conv`.
-            count: tokens of each row, its first ones, int32 [b]; None = all.
+            x: tokens [b, t, d], zero at masked tokens.
+            before: `conv` of the cache.
+            count: number of tokens of each row, its first ones, int32 [b]; None = all.
 
         Returns:
             the arguments by name, and the `conv` of the cache after these tokens.
@@ -250,7 +250,7 @@ class MemoryCachingLayer(Mixer):
         return inputs | {"coefficients": coefficients, "norm": norm}, conv
 
     def _initial(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """Return W_0; zeros of `dtype` on `device` where it is not learned."""
+        """Return W_0; if not learned, zeros of `dtype` on `device`."""
         if len(self.initial):
             return tuple(self.initial)
         h, width = self.config.num_heads, self.config.head_dim

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mc_core.arguments import check_tokens
-from mc_core.cache_checks import ENDED, check_next_ids
+from mc_core.argument_checks import check_tokens
+from mc_core.cache_checks import INVALIDATED, check_extend_tokens
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
-from mc_torch.grid import first_tokens
-from mc_torch.ids import check_ids, from_first, nan_where, safe_ids, safe_places
+from mc_torch.cache_rows import invalidate_rows
+from mc_torch.chunk_layout import first_tokens
+from mc_torch.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.mixer import extend_rows
@@ -26,11 +27,10 @@ from mc_torch.modules import (
     embedding_matrix,
     project,
 )
-from mc_torch.numerics import Array, Dtype, compute_dtype, is_fixed, product, remat, take_along
+from mc_torch.numerics import Array, Dtype, compute_dtype, einsum_f32, is_static, remat, take_along
 from mc_torch.pretrained import Pretrained
-from mc_torch.rows import end_rows
 
-# What the blocks mix tokens with, by the class of its configuration; see `mc_core.config.MIXERS`.
+# Token mixers by the class of their configuration; see `mc_core.config.MIXERS`.
 LAYERS: dict[type, Callable[..., Any]] = {
     kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
 }
@@ -55,7 +55,7 @@ class SwiGLU(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)
 
     def forward(self, x: Array) -> Array:
-        """Transform each token of [b, t, d] by itself."""
+        """Transform tokens [b, t, d] independently."""
         hidden = F.silu(project(self.gate_proj, x)) * project(self.up_proj, x)
         return project(self.down_proj, hidden)
 
@@ -65,8 +65,8 @@ class Block(nn.Module, Hooked):
 
     Args:
         config: the model's configuration.
-        layer: that of the block's mixer.
-        device: where the parameters are.
+        layer: configuration of the block's mixer.
+        device: device of the parameters.
         dtype: dtype of the parameters.
     """
 
@@ -93,13 +93,13 @@ class Block(nn.Module, Hooked):
     def extend(
         self, x: Array, cache: AnyCache, mask: Array | None = None, count: Array | None = None
     ) -> tuple[Array, AnyCache]:
-        """Do the same for the next tokens of a stream, of which row i has its first `count[i]`."""
+        """Process the next tokens [b, t, d] of a stream; row i has `count[i]`, right-padded."""
         mixer = self.mixer
         y, cache = call_hooked(mixer, mixer._extend, self.mixer_norm(x), cache, mask, count)
         return self._transform(x + y), cache
 
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace | None]:
-        """Do the same for a whole sequence [b, t, d]; return the memory's trace, if any."""
+        """Process a whole sequence [b, t, d], and return the trace of the memory, if any."""
         y, trace = call_hooked(self.mixer, self.mixer._inspect, self.mixer_norm(x), mask)
         return self._transform(x + y), trace
 
@@ -111,14 +111,14 @@ class Block(nn.Module, Hooked):
 
 
 class LanguageModel(nn.Module, Hooked, Pretrained):
-    """Token ids in, next-token logits out.
+    """Language model: token ids to next-token logits.
 
-    The compute dtype of activations and matrix products is autocast's where it is on, else that of
-    the parameters.
+    The compute dtype of activations and matrix products is that of autocast if enabled, else that
+    of the parameters.
 
     Args:
         config: the model's configuration.
-        device: where the parameters are.
+        device: device of the parameters.
         dtype: dtype of the parameters.
     """
 
@@ -146,40 +146,40 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
     def forward(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
     ) -> Array:
-        """Predict the next token at every place, or at chosen ones.
+        """Return next-token logits at all tokens or at given places.
 
         Args:
             tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
-            mask: bool [b, t], True = a real token. The id of a masked one is not read.
-            places: integers [b, p], each in `0..t - 1`; the head then computes no other logits.
+            mask: bool [b, t], False at masked tokens, whose ids are not read.
+            places: integers [b, p], indices in `0..t - 1` of the tokens whose logits are computed;
                 None = all.
 
         Returns:
-            logits [b, t or p, vocab_size], float32 (float64 where the model computes in it).
+            logits [b, t or p, vocab_size], float32 (float64 if the model computes in float64).
 
         Raises:
-            ValueError: a shape or dtype that does not fit, or an id or place out of range. A
-                compiled program cannot raise: from an id out of range on, its row is NaN.
+            ValueError: a wrong shape or dtype, or an id or place out of range. A compiled program
+                cannot raise: from the first id out of range on, its row is NaN.
         """
-        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
-            places, lost = safe_places(places, lost, ids.shape[1])
+            places, invalid = safe_places(places, invalid, ids.shape[1])
         x = self._embed(ids)
         for block in self.blocks:
             run = remat(block) if self.config.remat else block
             x = run(x, mask)
         if places is not None:
             x = take_along(x, places[..., None], 1)
-        return nan_where(lost, self._logits(x))
+        return nan_where(invalid, self._logits(x))
 
     def inspect(
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
-        """Return logits [b, t, vocab_size] and each block's trace; None where it has no memory.
+        """Return logits [b, t, vocab_size] and the trace of each block; None without memory.
 
         Args:
-            tokens: as `forward` takes them.
-            mask: as above.
+            tokens: as in `forward`.
+            mask: as in `forward`.
         """
         return call_hooked(self, self._inspect, tokens, mask)
 
@@ -191,14 +191,14 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         cache_dtype: Dtype = None,
         cache_device: str = "device",
     ) -> tuple[AnyCache, ...]:
-        """Return the caches of all blocks, for streams that have not begun; as the layer's."""
+        """Return empty caches of all blocks; arguments as in the layer's `init_cache`."""
         args = (batch, max_tokens, cache_dtype, cache_device)
         return call_hooked(self, self._init_cache, None, *args)[1]
 
     def grow(self, cache: tuple[AnyCache, ...], max_tokens: int) -> tuple[AnyCache, ...]:
-        """Return caches with the same content and room for `max_tokens` tokens."""
+        """Return caches with the same content and the capacity `max_tokens`."""
         blocks: Any = zip(self.blocks, cache, strict=True)
-        return tuple(block.mixer.grow(one, max_tokens) for block, one in blocks)
+        return tuple(block.mixer.grow(block_cache, max_tokens) for block, block_cache in blocks)
 
     def extend(
         self,
@@ -209,37 +209,38 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         padding: Array | None = None,
         check: bool = True,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
-        """Predict after the next tokens of a stream; any split gives what the whole gives.
+        """Return logits of the next tokens of a stream. Equal to a full pass, for any split.
 
         Args:
             tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
             cache: the stream so far, from `init_cache` or `extend`.
-            mask: bool [b, t], True = a real token; a masked one still takes its position.
-            padding: bool [b, t], True where a row has no token at all: each row gives what it gives
-                alone without that place. Masked and padded ids are not read.
-            check: False spares the check of ids, which waits for the device: as in a compiled
-                program, a row is then NaN from an id out of range on, in later calls too.
+            mask: bool [b, t], False at masked tokens, which still take a position.
+            padding: bool [b, t], True at padding, which takes no position. The result of a row does
+                not depend on its padding. Masked and padded ids are not read.
+            check: False skips the check of ids, which synchronizes with the device. As in a
+                compiled program, a row is then NaN from the first id out of range on, also in
+                later calls.
 
         Returns:
-            logits [b, t, vocab_size], and the stream with these tokens.
+            logits [b, t, vocab_size], and the cache after these tokens.
 
         Raises:
-            ValueError: a shape or dtype that does not fit, an id out of range, or tokens that the
-                cache has no room for.
+            ValueError: a wrong shape or dtype, an id out of range, or the capacity of the cache is
+                exceeded.
         """
-        check_next_ids(tokens, cache, len(self.blocks), is_fixed)
-        known = self._check(tokens, mask, padding, check)
-        extend = partial(call_hooked, self, partial(self._extend, known=known))
+        check_extend_tokens(tokens, cache, len(self.blocks), is_static)
+        in_range = self._check(tokens, mask, padding, check)
+        extend = partial(call_hooked, self, partial(self._extend, in_range=in_range))
         return extend_rows(extend, tokens, cache, mask, padding)
 
     def _inspect(self, tokens: Array, mask: Array | None) -> tuple[Array, tuple[Trace | None, ...]]:
-        ids, lost = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         x, traces = self._embed(ids), []
         blocks: Any = self.blocks
         for block in blocks:
             x, trace = call_hooked(block, block.inspect, x, mask)
             traces.append(trace)
-        return nan_where(lost, self._logits(x)), tuple(traces)
+        return nan_where(invalid, self._logits(x)), tuple(traces)
 
     def _init_cache(self, x: None, *args: Any) -> tuple[None, tuple[AnyCache, ...]]:
         blocks: Any = self.blocks
@@ -251,22 +252,22 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         cache: tuple[AnyCache, ...],
         mask: Array | None,
         count: Array | None = None,
-        known: bool = False,
+        in_range: bool = False,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
         read = mask
         if count is not None:
             read = first_tokens(count, tokens.shape[1])
             read = read if mask is None else read & mask
-        ids, lost = self._safe_ids(tokens, read, known)
+        ids, invalid = self._safe_ids(tokens, read, in_range)
         x, new = self._embed(ids), []
         blocks: Any = zip(self.blocks, cache, strict=True)
-        for block, one in blocks:
-            x, one = call_hooked(block, block.extend, x, one, mask, count)
-            new.append(one)
-        if lost is not None:
-            lost = lost | (cache[0].position >= ENDED)[:, None]
-            new = [end_rows(one, lost[:, -1]) for one in new]
-        return nan_where(lost, self._logits(x)), tuple(new)
+        for block, block_cache in blocks:
+            x, block_cache = call_hooked(block, block.extend, x, block_cache, mask, count)
+            new.append(block_cache)
+        if invalid is not None:
+            invalid = invalid | (cache[0].position >= INVALIDATED)[:, None]
+            new = [invalidate_rows(block_cache, invalid[:, -1]) for block_cache in new]
+        return nan_where(invalid, self._logits(x)), tuple(new)
 
     def _check(
         self,
@@ -275,16 +276,16 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         padding: Array | None = None,
         values: bool = True,
     ) -> bool:
-        """Return whether ids are known to be in range; without `values` check the dtype alone."""
-        read = check_tokens(tokens, mask, padding, is_fixed)
+        """Return True if ids are known to be in range; without `values`, check only the dtype."""
+        read = check_tokens(tokens, mask, padding, is_static)
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(
-        self, tokens: Array, read: Array | None, known: bool
+        self, tokens: Array, read: Array | None, in_range: bool
     ) -> tuple[Array, Array | None]:
-        """Return ids to look up, and where rows can only give NaN, bool [b, t]; None = nowhere."""
-        ids, wrong = safe_ids(tokens, self.config.vocab_size, read)
-        return ids, None if known else from_first(wrong)
+        """Return ids in range, and where outputs must be NaN, bool [b, t]; None = nowhere."""
+        ids, out_of_range = safe_ids(tokens, self.config.vocab_size, read)
+        return ids, None if in_range else cumulative_any(out_of_range)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed(tokens)
@@ -295,4 +296,4 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         if not self.config.tie_embeddings:
             return project(self.head, x, exact=True)
         weight = embedding_matrix(self.embed, self.config.vocab_size, x.device)
-        return product("btd,sd->bts", x, weight, dtype=x.dtype)
+        return einsum_f32("btd,sd->bts", x, weight, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""The layer's parts that hold parameters, and calls of modules that users may have wrapped."""
+"""Submodules of the layers, and calls of modules that users may have wrapped or replaced."""
 
 import sys
 from collections.abc import Callable
@@ -13,21 +13,29 @@ from torch import nn
 from torch.func import functional_call
 
 from mc_core.config import MCConfig
-from mc_torch.numerics import Array, Dtype, align, autocasts, product, rms_norm, state_dtype
+from mc_torch.numerics import (
+    Array,
+    Dtype,
+    autocasts,
+    einsum_f32,
+    expand_leading_dims,
+    rms_norm,
+    state_dtype,
+)
 
-START_MARGIN = 1e-3  # how near to the ends of its range a learned coefficient may start
+START_MARGIN = 1e-3  # minimum relative distance of initial coefficients to their range's ends
 
 
 def Linear(
     into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
 ) -> nn.Linear:
-    """Return `W x` without bias; starts as Flax's (LeCun's truncated normal).
+    """Return an `nn.Linear` without bias, initialized as in Flax (LeCun normal).
 
-    No class of its own: `quantize_dynamic` skips subclasses without a word. `project` calls it.
+    Not a subclass, because `quantize_dynamic` silently skips those. Call it through `project`.
     """
     linear = nn.Linear(into, out, bias=False, device="meta", dtype=dtype)  # draws nothing
     linear.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
-    std = into**-0.5 / 0.87962566103423978  # of a normal cut off at 2 deviations
+    std = into**-0.5 / 0.87962566103423978  # std of a normal truncated at 2 standard deviations
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     return linear
 
@@ -36,16 +44,16 @@ def project(linear: nn.Module, x: Array, *, exact: bool = False) -> Array:
     """Call a linear map with its weights in the dtype of `x`.
 
     Args:
-        linear: an `nn.Linear`, or a module in its place: with adapters, quantised, sharded.
+        linear: an `nn.Linear`, or its replacement: with adapters, quantized or sharded.
         x: [..., in].
-        exact: accumulate in the state dtype and return it, as `numerics.product` does.
+        exact: accumulate in the state dtype and return it, as `numerics.einsum_f32` does.
 
     Returns:
         [..., out] in the dtype of `x`, or its state dtype.
     """
     out = state_dtype(x.dtype) if exact else x.dtype
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Array):  # packed by quantisation, which computes in float32
+    if not isinstance(weight, Array):  # packed by quantization, which computes in float32
         return linear(x.float()).to(out)
     if weight.dtype == x.dtype == out:
         return linear(x)
@@ -61,15 +69,15 @@ def project(linear: nn.Module, x: Array, *, exact: bool = False) -> Array:
 
 
 def embedding_matrix(embed: nn.Module, rows: int, device: torch.device) -> Array:
-    """Return the weights [rows, d] of an embedding, or of a module in its place."""
+    """Return the weights [rows, d] of an embedding or its replacement."""
     if type(embed) is nn.Embedding and not _is_distributed(embed.weight):
         return embed.weight
-    # With an adapter, quantised or sharded, the weights are what the lookup returns.
+    # A replacement (with adapters, quantized, sharded) returns its weights by looking up all ids.
     return embed(torch.arange(rows, device=device))
 
 
 class Hooked:
-    """Base of modules with methods for which the hooks of `forward` must run."""
+    """Base class of modules with methods that must run the hooks of `forward`."""
 
     def _call(self, method: Callable[..., Any], x: Array | None) -> Any:
         return method(x)
@@ -78,13 +86,13 @@ class Hooked:
 def call_hooked(
     module: Any, method: Callable[..., tuple[Any, Any]], x: Array | None, *args: Any
 ) -> tuple[Any, Any]:
-    """Return `method(x, *args)`, with the hooks that `fully_shard` runs around `forward`.
+    """Return `method(x, *args)`, run with the hooks of `fully_shard` for `forward`.
 
     Args:
         module: a `Hooked` module, or a wrapper that forwards attributes to one.
-        method: of that module; returns a pair.
-        x: the first argument [b, t, ...]. FSDP casts it, and the first result, by its policy.
-        args: the others, which FSDP does not see: a cache keeps its dtypes and devices.
+        method: method of that module that returns a pair.
+        x: first argument [b, t, ...]. FSDP casts it and the first result by its policy.
+        args: other arguments. They bypass FSDP, so that a cache keeps its dtypes and devices.
     """
     if not _is_sharded(module):
         return method(x, *args)
@@ -99,7 +107,7 @@ def call_hooked(
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP shards a module or what it wraps; registers `_call` there, once."""
+    """Return True if FSDP shards a module or the module it wraps; register `_call` there once."""
     kind, sharded = _imported("torch.distributed.fsdp", "FSDPModule"), False
     if not kind:
         return False
@@ -121,14 +129,14 @@ def _is_distributed(x: Array) -> bool:
 
 
 def _imported(module: str, name: str) -> Any:
-    """Return a class of a slow import, or () where that was not made and nothing can be of it."""
+    """Return a class of a module that is slow to import, or () if it has not been imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def _cast_weights(linear: nn.Module, dtype: torch.dtype, out: torch.dtype) -> dict[str, Array]:
-    """Return a module's floating-point parameters, rounded to one dtype and widened to another.
+    """Return a module's floating-point parameters, cast to `dtype`, then to `out`.
 
-    None where parameters are distributed, or replaced by the hooks of FSDP.
+    Skips parameters that are distributed, or replaced by the hooks of FSDP.
     """
     if isinstance(linear, _imported("torch.distributed.fsdp", "FSDPModule")):
         return {}
@@ -141,12 +149,12 @@ def _cast_weights(linear: nn.Module, dtype: torch.dtype, out: torch.dtype) -> di
 
 
 class Coefficient(nn.Module):
-    """One write coefficient: constant, or a sigmoid of a head's bias or of the token (section 2).
+    """A write coefficient: constant, or a scaled sigmoid of a bias or of the token (section 2).
 
     Args:
         config: the layer's configuration.
-        name: the memory configuration's field, which is also where the coefficient starts.
-        device: where the parameters are.
+        name: field of the memory configuration, which holds the constant or initial value.
+        device: device of the parameters.
         dtype: dtype of the parameters.
     """
 
@@ -163,12 +171,12 @@ class Coefficient(nn.Module):
         self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
         self.low, self.high = memory.ranges[name]
-        share = (self.start - self.low) / (self.high - self.low)
-        share = min(max(share, START_MARGIN), 1 - START_MARGIN)
+        fraction = (self.start - self.low) / (self.high - self.low)
+        fraction = min(max(fraction, START_MARGIN), 1 - START_MARGIN)
         self.heads = config.num_heads
         if self.mode == "constant":
             return
-        bias = float(np.log(share) - np.log1p(-share))
+        bias = float(np.log(fraction) - np.log1p(-fraction))
         self.bias = nn.Parameter(torch.full((self.heads,), bias, device=device, dtype=dtype))
         if self.mode == "token":
             shape = (self.heads, config.d_model)
@@ -181,14 +189,14 @@ class Coefficient(nn.Module):
         shape = (*x.shape[:2], self.heads)
         if self.mode == "constant":
             return torch.full(shape, self.start, device=x.device, dtype=dtype)
-        logit = align(self.bias.to(dtype), 3).expand(shape)
+        logit = expand_leading_dims(self.bias.to(dtype), 3).expand(shape)
         if self.mode == "token":
-            logit = logit + product("btd,hd->bth", x, self.weight, dtype=x.dtype)
+            logit = logit + einsum_f32("btd,hd->bth", x, self.weight, dtype=x.dtype)
         return self.low + (self.high - self.low) * torch.sigmoid(logit)
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution (Titans, section 4.4); starts as the identity."""
+    """Causal depthwise convolution (Titans, section 4.4), initialized to the identity."""
 
     def __init__(
         self,
@@ -204,29 +212,32 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Array, before: Array | None = None) -> Array:
-        """Convolve tokens [b, t, d] over t; `before` [b, width - 1, d], or zero, came first."""
+        """Convolve tokens [b, t, d] over t, after `before` [b, width - 1, d] or zeros."""
         weight, t = self.weight.to(x.dtype), x.shape[1]
-        padded = self._joined(x, before)
-        taps = [padded[:, i : i + t] * align(tap, 3) for i, tap in enumerate(weight.unbind(1))]
+        padded = self._with_before(x, before)
+        taps = [
+            padded[:, i : i + t] * expand_leading_dims(tap, 3)
+            for i, tap in enumerate(weight.unbind(1))
+        ]
         return sum(taps[1:], taps[0])
 
     def tail(self, x: Array, before: Array | None = None, count: Array | None = None) -> Array:
-        """Return what comes before the next tokens [b, width - 1, d], in the state dtype.
+        """Return `before` of the next call [b, width - 1, d], in the state dtype.
 
         Args:
             x: tokens [b, t, d].
-            before: what came before them.
-            count: tokens of each row, its first ones, int32 [b]; None = all.
+            before: last inputs of the previous call.
+            count: number of tokens of each row, its first ones, int32 [b]; None = all.
         """
-        joined = self._joined(x, before).to(state_dtype(x.dtype))
+        joined = self._with_before(x, before).to(state_dtype(x.dtype))
         if count is None:
-            # Copied, or the cache would keep all tokens, and their strides, for a few of them.
+            # Cloned: a view would keep the storage of all tokens alive.
             return joined[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
         width = self.weight.shape[1]
-        index = count[:, None] + align(torch.arange(width - 1, device=x.device), 2)
+        index = count[:, None] + expand_leading_dims(torch.arange(width - 1, device=x.device), 2)
         return torch.gather(joined, 1, index[..., None].expand(-1, -1, x.shape[2]))
 
-    def _joined(self, x: Array, before: Array | None) -> Array:
+    def _with_before(self, x: Array, before: Array | None) -> Array:
         if before is None:
             return F.pad(x, (0, 0, self.weight.shape[1] - 1, 0))
         return torch.cat([before.to(x.dtype), x], dim=1)
@@ -235,7 +246,7 @@ class ShortConv(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm over the last axis, with a learned scale of the given shape.
 
-    It is no `nn.RMSNorm`: there the parameter is `weight`, and keys equal the NNX paths (`scale`).
+    Not `nn.RMSNorm`, which names its parameter `weight`: keys equal the NNX paths (`scale`).
     """
 
     def __init__(self, *shape: int, device: torch.device | str | None = None, dtype: Dtype = None):
@@ -243,12 +254,12 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
 
     def forward(self, x: Array) -> Array:
-        """Normalise `x` [..., *shape]."""
+        """Normalize `x` [..., *shape]."""
         return rms_norm(x, self.scale)
 
 
 class MemoryNorm(nn.Module):
-    """Gain and bias of a memory's layer norm; ordinary parameters that no inner step writes."""
+    """Gain and bias of a memory's layer norm; not updated by the inner loop."""
 
     def __init__(
         self,
@@ -264,14 +275,14 @@ class MemoryNorm(nn.Module):
 
 
 def split_heads(x: Array, heads: int) -> Array:
-    """Bring [b, t, d] to [b, t, h, d / h]."""
+    """Reshape [b, t, d] to [b, t, h, d / h]."""
     return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads)
 
 
 def initial_memory(
     config: MCConfig, device: torch.device | str | None = None, dtype: Dtype = None
 ) -> list[nn.Parameter]:
-    """Return W_0, each [h, out, in]: random or zero, as the memory asks; empty if not learned."""
+    """Return the parameters W_0, each [h, out, in], random or zero; empty if not learned."""
     memory, h, width = config.memory, config.num_heads, config.head_dim
     if not memory.learns_initial:
         return []

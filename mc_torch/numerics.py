@@ -1,8 +1,8 @@
-"""Products, norms and activations with the precision that section 8 of the equations fixes.
+"""Matrix products, norms and activations, in the precision of section 8 of the equations.
 
-Shapes use one legend: b batch, t tokens, d model width, h heads, k key width, v value width,
-f hidden width, n segments, c tokens of a chunk or segment, g chunks, e write events of a chunk,
-o and i a weight's output and input width. `...` stands for any leading axes.
+Dimensions: b batch, t tokens, d model width, h heads, k key width, v value width,
+f hidden width, n segments, c tokens of a chunk or segment, g chunks, e rank-one updates of a
+chunk, o and i output and input width of a weight. `...` are any leading axes.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,25 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(x: Array) -> torch.dtype:
-    """Return the dtype of products with x [...]: autocast's where it is on, else that of x."""
+    """Return the compute dtype of x [...]: that of autocast if enabled, else that of x."""
     if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def product(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = False) -> Array:
-    """Einsum with operands in the compute dtype; accumulates and returns the state dtype.
+def einsum_f32(spec: str, *operands: Array, dtype: Dtype = None, exact: bool = False) -> Array:
+    """Einsum of operands in the compute dtype, accumulated and returned in the state dtype.
 
     Args:
         spec: einsum subscripts.
-        operands: the factors, each [...] as `spec` says.
-        dtype: compute dtype; None keeps the operands' own.
-        exact: full float32 products, where a GPU may round their factors (TF32).
+        operands: arrays [...] with the axes of `spec`.
+        dtype: compute dtype; None = the dtypes of the operands.
+        exact: do not round float32 operands to TF32 on a GPU.
     """
     cast = [x if dtype is None else x.to(dtype) for x in operands]
     out = state_dtype(cast[0].dtype)
-    # A product of two bfloat16 matrices would be rounded to bfloat16 at its end. Their float32
-    # product is not, and TF32, where it is allowed, holds bfloat16 factors without loss.
+    # A bfloat16 product would round its result to bfloat16. A float32 product does not, and TF32
+    # represents bfloat16 operands exactly.
     wide = torch.float64 if exact and _rounds_products() else out
     cast = [x.to(wide) for x in cast]
     if not autocasts(cast[0]):
@@ -61,29 +61,29 @@ def scale_rows(scale: Array, x: Array) -> Array:
     return scale[..., None] * x.to(scale.dtype)
 
 
-def align(x: Array, ndim: int) -> Array:
+def expand_leading_dims(x: Array, ndim: int) -> Array:
     """Prepend axes of length 1 to x [...] until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def maximum(x: Array, floor: float) -> Array:
-    """Elementwise maximum of x [...] and a number; at a tie each side gets half the gradient."""
+    """Elementwise maximum of x [...] and a number; a tie gives x half the gradient, as in JAX."""
     return torch.maximum(x, torch.full((), floor, dtype=x.dtype, device=x.device))
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU of x [...], elementwise."""
+    """Exact (erf) GELU of x [...]."""
     return F.gelu(x, approximate="none")
 
 
 def gelu_slope(x: Array) -> Array:
-    """Derivative of the exact GELU at x [...], elementwise."""
+    """Derivative of the exact GELU at x [...]."""
     density = torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
     return 0.5 * torch.erfc(-(2**-0.5) * x) + x * density
 
 
 def l2_normalize(x: Array) -> Array:
-    """Scale the last axis of x [..., k] to unit length, computed in the state dtype."""
+    """Normalize the last axis of x [..., k] to unit L2 norm, computed in the state dtype."""
     x32 = x.to(state_dtype(x.dtype))
     squares = torch.sum(x32 * x32, dim=-1, keepdim=True)
     return (x32 * torch.rsqrt(squares + NORM_EPS)).to(x.dtype)
@@ -93,24 +93,24 @@ def rms_norm(x: Array, scale: Array) -> Array:
     """RMS norm over the last axis of x [..., *s]; `scale` has the shape [*s]."""
     x32 = x.to(state_dtype(x.dtype))
     inverse = torch.rsqrt(torch.mean(x32 * x32, dim=-1, keepdim=True) + NORM_EPS)
-    return (x32 * inverse * align(scale.to(x32.dtype), x.ndim)).to(x.dtype)
+    return (x32 * inverse * expand_leading_dims(scale.to(x32.dtype), x.ndim)).to(x.dtype)
 
 
 def standardize(x: Array) -> tuple[Array, Array]:
-    """Return x [..., v] with zero mean and unit variance, and the inverse deviation [..., 1]."""
+    """Return x [..., v] with zero mean and unit variance, and 1 / standard deviation [..., 1]."""
     centred = x - torch.mean(x, dim=-1, keepdim=True)
     inverse = torch.rsqrt(torch.mean(centred * centred, dim=-1, keepdim=True) + NORM_EPS)
     return centred * inverse, inverse
 
 
 def remat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Recompute a function in the backward pass in place of keeping what it computed.
+    """Recompute the intermediates of a function in the backward pass.
 
-    Under a transform of `torch.func`, everything computed is kept.
+    Without effect under transforms of `torch.func`.
     """
 
     def run(*args: Any) -> Any:
-        # A compiler decides by itself what it keeps; torch.func has no hooks on saved tensors.
+        # torch.compile decides what to save; torch.func does not support hooks on saved tensors.
         if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -119,12 +119,12 @@ def remat(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` (`grad`, `vmap`, `jvp`, ...) is running."""
+    """Return True inside a transform of `torch.func` (`grad`, `vmap`, `jvp`, ...)."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_batched(x: Array) -> bool:
-    """Whether x [...] is one of several under `torch.vmap`, so that no value of it is known."""
+    """Return True if x [...] is batched by `torch.vmap`, so that its values are unknown."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
             return True
@@ -132,8 +132,8 @@ def is_batched(x: Array) -> bool:
     return False
 
 
-def is_fixed(size: int) -> bool:
-    """Whether a size is a number: `torch.export` has symbols for dynamic ones."""
+def is_static(size: int) -> bool:
+    """Return True if a size is a number, not a symbol of `torch.export`."""
     if not torch.compiler.is_exporting():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value  # a slow import
@@ -143,25 +143,25 @@ def is_fixed(size: int) -> bool:
 
 def take_along(x: Array, index: Array, dim: int) -> Array:
     """Return `torch.take_along_dim(x, index, dim)`; index [...] broadcasts along other axes."""
-    # That function would make a symbolic batch size, as `torch.export` has it, a number.
+    # torch.take_along_dim would specialize a symbolic batch size of `torch.export`.
     shape = list(x.shape)
     shape[dim] = index.shape[dim]
     return torch.gather(x, dim, index.expand(shape))
 
 
-def windows(x: Array, dim: int, size: int, step: int) -> Array:
-    """Return `x.unfold(dim, size, step)` of x [...]: windows along `dim`, on a new last axis."""
+def unfold(x: Array, dim: int, size: int, step: int) -> Array:
+    """Return `x.unfold(dim, size, step)` of x [...]: windows along `dim` on a new last axis."""
     if not is_transformed():
         return x.unfold(dim, size, step)
     # torch.vmap has no batching rule for the gradient of `unfold`.
     count = (x.shape[dim] - size) // step + 1
-    start, place = (torch.arange(n, device=x.device) for n in (count, size))
-    taken = x.index_select(dim, (start[:, None] * step + place).reshape(-1))
-    return taken.unflatten(dim, (count, size)).movedim(dim + 1, -1)
+    start, offset = (torch.arange(n, device=x.device) for n in (count, size))
+    gathered = x.index_select(dim, (start[:, None] * step + offset).reshape(-1))
+    return gathered.unflatten(dim, (count, size)).movedim(dim + 1, -1)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply a function to the tensors of nested tuples; None stays None."""
+    """Apply a function to the tensors of nested tuples. None is preserved."""
     if tree is None:
         return None
     if not isinstance(tree, tuple):
@@ -171,8 +171,8 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def unstack(tree: Any, dim: int = 0) -> list[Any]:
-    """Split the tensors of nested tuples along an axis, into one tree a place."""
-    # Unbound at once: indexing place by place would add a full gradient for every one.
+    """Split the tensors of nested tuples along an axis, into one tree per index."""
+    # `unbind` has a single backward; indexing one by one would create a full gradient per index.
     parts = tree_map(lambda x: list(x.unbind(dim)), tree)
     leaf = tree
     while isinstance(leaf, tuple):
@@ -186,6 +186,6 @@ def _rounds_products() -> bool:
 
 
 def autocasts(x: Array) -> bool:
-    """Whether autocast is on for the device of x [...]."""
+    """Return True if autocast is enabled for the device of x [...]."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -1,4 +1,4 @@
-"""The weights of a module as plain tensors, and a module from a file of them."""
+"""Weights of a module as plain tensors, and modules from files of weights."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -25,11 +25,11 @@ def get_weights(module: nn.Module) -> Flat:
 
 
 def set_weights(module: nn.Module, flat: Flat) -> None:
-    """Put weights into a module, in place and where its parameters lie now.
+    """Set the weights of a module in place; parameters keep their device.
 
     Raises:
-        ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
-            the module is as before.
+        ValueError: lists all parameters that are missing, unexpected, or of another shape or dtype.
+            The module is then unchanged.
     """
     check_leaves(leaves(flat), leaves(get_weights(module)))
     names, _ = plain_names(module.state_dict())
@@ -37,17 +37,17 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
-    """Return a safetensors file's configuration and tensors.
+    """Return the configuration and the tensors of a safetensors file.
 
-    Prefixes that wrappers put into names are removed, with a line in the log.
+    Prefixes that wrappers add to names are removed and logged.
 
     Args:
         path: a file that `mc convert` wrote.
-        kind: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union: what the file may hold.
+        kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
-        ValueError: the file is damaged, of another format or kind, or its configuration is not
-            valid.
+        ValueError: the file is damaged, of another format or class, or its configuration is
+            invalid.
         OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -62,7 +62,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
 
 class Pretrained:
-    """A module that a safetensors file holds whole: its configuration, of a class, and weights."""
+    """Mixin of modules that load from a safetensors file with configuration and weights."""
 
     config_class: ClassVar[Any]
 
@@ -77,7 +77,7 @@ class Pretrained:
         """Build from a safetensors file; `dtype` None = the file's.
 
         Raises:
-            ValueError: the file is damaged, or holds something else: lists all that is wrong.
+            ValueError: the file is damaged or holds something else; lists all mismatches.
             OSError: the file cannot be read.
         """
         make: Any = cls

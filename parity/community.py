@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mc_core import DLAConfig, MCConfig, MemoryConfig, MLPConfig, SWLAConfig, TitansConfig
-from mc_core.checks import check_keys, fail
+from mc_core.checks import check_keys, raise_config_error
 from mc_core.prefixes import strip_prefixes
 from mc_core.pretrained import one_dtype
 from mc_core.weights import Flat, Leaf, check_leaves, leaves
@@ -116,9 +116,11 @@ def map_config(fields: dict[str, Any]) -> MCConfig:
     check_keys("config", fields, FIELDS, FIELDS)
     kind = fields["backend"]
     if kind not in BACKENDS:
-        fail("config", "backend", kind, "one of " + ", ".join(map(repr, BACKENDS)))
+        raise_config_error("config", "backend", kind, "one of " + ", ".join(map(repr, BACKENDS)))
     if fields["aggregation"] not in ("residual", "grm", "soup", "ssc"):
-        fail("config", "aggregation", fields["aggregation"], "'residual', 'grm', 'soup' or 'ssc'")
+        raise_config_error(
+            "config", "aggregation", fields["aggregation"], "'residual', 'grm', 'soup' or 'ssc'"
+        )
     ours = MCConfig(
         **{name: fields[name] for name in SAME}, pooling="sum", qk_norm="none", output_norm="none"
     )
@@ -134,7 +136,7 @@ def map_config(fields: dict[str, Any]) -> MCConfig:
 def _swla(part: dict[str, Any]) -> SWLAConfig:
     alpha = part["alpha"]
     if not 0 < alpha <= 1:
-        fail("config", "swla.alpha", alpha, "in (0, 1]: it is a retention here")
+        raise_config_error("config", "swla.alpha", alpha, "in (0, 1]: it is a retention here")
     return SWLAConfig("constant", retention=alpha, previous=part["beta"], newest=part["lam"])
 
 
@@ -142,13 +144,13 @@ def _mlp(kind: str, part: dict[str, Any], head: int) -> MemoryConfig:
     if part["inner_update_mode"] != "differentiable":
         mode = part["inner_update_mode"]
         allowed = "'differentiable': writes are always differentiated here"
-        fail("config", f"{kind}.inner_update_mode", mode, allowed)
+        raise_config_error("config", f"{kind}.inner_update_mode", mode, allowed)
     if kind == "titans" and part["update_convention"] != "gradient_descent":
         convention, allowed = part["update_convention"], "'gradient_descent': the other climbs"
-        fail("config", "titans.update_convention", convention, allowed)
+        raise_config_error("config", "titans.update_convention", convention, allowed)
     if part["memory_width"] % head:
         allowed = f"a multiple of the head width {head}"
-        fail("config", f"{kind}.memory_width", part["memory_width"], allowed)
+        raise_config_error("config", f"{kind}.memory_width", part["memory_width"], allowed)
     same: dict[str, Any] = {
         "depth": part["memory_depth"],
         "expansion": part["memory_width"] // head,

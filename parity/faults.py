@@ -121,10 +121,10 @@ def summary(findings: list[Finding], seconds: float) -> str:
     )
 
 
-def _wrong_sign(chunk_mix: Any) -> Any:
+def _wrong_sign(chunk_decay: Any) -> Any:
     def ascending(*args: Any) -> Any:
-        mix = chunk_mix(*args)
-        return mix._replace(events=-mix.events, momentum=-mix.momentum)
+        decay = chunk_decay(*args)
+        return decay._replace(updates=-decay.updates, momentum=-decay.momentum)
 
     return ascending
 
@@ -215,19 +215,19 @@ def _large_eps(_: Any) -> Any:
 
 
 def _undecayed_only(_: Any) -> Any:
-    return lambda at, written: at._replace(step=at.step * written)
+    return lambda at, write_mask: at._replace(step=at.step * write_mask)
 
 
-def _every_token_opens_a_chunk(make_grid: Any) -> Any:
+def _every_token_opens_a_chunk(make_call_layout: Any) -> Any:
     def refreshed(*args: Any) -> Any:
-        grid = make_grid(*args)
-        return grid._replace(opens=torch.ones_like(grid.opens))
+        grid = make_call_layout(*args)
+        return grid._replace(has_first_token=torch.ones_like(grid.has_first_token))
 
     return refreshed
 
 
-def _next_slot(put_slots: Any) -> Any:
-    return lambda stored, segments, slots: put_slots(stored, segments, slots + 1)
+def _next_slot(write_slots: Any) -> Any:
+    return lambda stored, segments, slots: write_slots(stored, segments, slots + 1)
 
 
 def _pool_of_the_call(pool: Any) -> Any:
@@ -245,7 +245,9 @@ FAULTS = (
         LINEAR,
         STATE,
         {
-            "mc_torch.functional._cleaned": lambda f: lambda *a: f(*a)._replace(coefficients=a[4]),
+            "mc_torch.functional._zero_masked": lambda f: (
+                lambda *a: f(*a)._replace(coefficients=a[4])
+            ),
             "mc_torch.backends.base.mask_coefficients": _undecayed_only,
         },
     ),
@@ -255,7 +257,7 @@ FAULTS = (
         STATE,
         {"mc_torch.chunked._segment_ends": _state_of_the_segment_before},
     ),
-    Fault("float32 in a float64 path", LINEAR, STATE, {"mc_torch.chunked.product": _in_float32}),
+    Fault("float32 in a float64 path", LINEAR, STATE, {"mc_torch.chunked.einsum_f32": _in_float32}),
     Fault(
         "pool off by one token",
         LINEAR,
@@ -266,7 +268,7 @@ FAULTS = (
         "softmax without the online memory",
         LINEAR,
         "gates",
-        {"mc_torch.gates.weigh": _softmax_of_cached},
+        {"mc_torch.gates.normalize_scores": _softmax_of_cached},
     ),
     Fault(
         "output in another dtype",
@@ -278,7 +280,7 @@ FAULTS = (
         "dropped gradient path: cached pools",
         LINEAR,
         "gradient.k",
-        {"mc_torch.gates.scores": _detached_pools},
+        {"mc_torch.gates.gate_scores": _detached_pools},
     ),
     Fault(
         "tanh gelu",
@@ -287,7 +289,7 @@ FAULTS = (
         {"mc_torch.backends.mlp.gelu": lambda _: lambda x: F.gelu(x, approximate="tanh")},
     ),
     Fault(
-        "momentum sign", TITANS, STATE, {"mc_torch.backends.titans.Titans.chunk_mix": _wrong_sign}
+        "momentum sign", TITANS, STATE, {"mc_torch.backends.titans.Titans.chunk_decay": _wrong_sign}
     ),
     Fault(
         "half the inner gradient",
@@ -301,7 +303,7 @@ FAULTS = (
         "gradient.k",
         {"mc_torch.backends.mlp._clipped": _clip_without_gradient},
     ),
-    Fault("top-k tie order", TIES, "gates", {"mc_torch.gates.select": _latest_of_ties}),
+    Fault("top-k tie order", TIES, "gates", {"mc_torch.gates.select_top_k": _latest_of_ties}),
     Fault("transposed weight", LAYER, STATE, {"parity.run_torch.to_torch": _transposed}),
     Fault(
         "convolution one token ahead",
@@ -313,7 +315,7 @@ FAULTS = (
         "memory after a write in the place of the one before",
         LAYER,
         "trace.update_norm",
-        {"mc_torch.inspection._token_before": lambda _: lambda mix: mix},
+        {"mc_torch.inspection._previous_token": lambda _: lambda decay: decay},
     ),
     Fault("wrong norm eps", LAYER, "output", {"mc_torch.modules.rms_norm": _large_eps}),
     Fault(
@@ -332,13 +334,13 @@ FAULTS = (
         "anchor refreshed inside a chunk",
         STREAM,
         STATE,
-        {"mc_torch.streaming.make_grid": _every_token_opens_a_chunk},
+        {"mc_torch.streaming.make_call_layout": _every_token_opens_a_chunk},
     ),
     Fault(
         "completed segment in the next slot",
         STREAM,
         STATE,
-        {"mc_torch.streaming.put_slots": _next_slot},
+        {"mc_torch.streaming.write_slots": _next_slot},
     ),
     Fault(
         "pool begins anew with a call",

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mc_core.segmentation import make_plan
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_core.weights import check_leaves, leaves
 from mc_jax import (
     Coefficients,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_torch import (
     Coefficients,
     LanguageModel,
@@ -15,8 +15,8 @@ from mc_torch import (
     init_cache,
     memory_caching,
 )
+from mc_torch.chunk_layout import make_plan
 from mc_torch.inspection import make_trace
-from mc_torch.layout import make_plan
 from mc_torch.numerics import tree_map
 from parity.cases import Case, FunctionInputs, Inputs, state_dtype
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent

@@ -9,7 +9,7 @@ import optax
 from rich.console import Console
 
 from mc_core.errors import UserError
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from train.checkpoint import load_state
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import tokenizer_hash

@@ -1,18 +1,27 @@
-"""The MLP memory of `dla` and `titans`: its read and its inner gradient, in closed form.
+"""MLP memory of `dla` and `titans`: read and inner gradient in closed form.
 
 z_1 = W_1 x, a_l = gelu(z_l), z_{l+1} = W_{l+1} a_l, M(x) = z_L (+ x), or x + LN(z_L).
-Losses: dot `-<M(k), v>`, with gradient -v at the output; l2 `||M(k) - v||²`, with 2(M(k) - v).
+Losses: `dot`, `-<M(k), v>`, with output gradient -v; `l2`, `||M(k) - v||²`, with 2(M(k) - v).
 """
 
 import jax.numpy as jnp
 
 from mc_core.config import CLIP_EPS
-from mc_jax.backends.base import Apply, Events, Memory, Weights
-from mc_jax.numerics import Array, align, gelu, gelu_slope, keep, product, scale_rows, standardize
+from mc_jax.backends.base import Apply, Memory, RankOneUpdates, Weights
+from mc_jax.numerics import (
+    Array,
+    einsum_f32,
+    expand_leading_dims,
+    gelu,
+    gelu_slope,
+    save_for_backward,
+    scale_rows,
+    standardize,
+)
 
 
 class MLPMemory(Memory):
-    """What `dla` and `titans` share; they differ in how the gradients are written."""
+    """Base class of `dla` and `titans`, which differ only in the write."""
 
     def read(self, apply: Apply, q: Array) -> Array:
         return self._output(apply(self.config.depth - 1, self._hidden(apply, q)), q)
@@ -30,25 +39,25 @@ class MLPMemory(Memory):
             return jnp.sum((y - target) * (y - target), axis=-1)
         return -jnp.sum(y * target, axis=-1)
 
-    def events(self, weights: Weights, k: Array, v: Array) -> Events:
+    def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
         dtype, last = k.dtype, self.config.depth - 1
-        inputs, outputs = [k], []
+        activations, outputs = [k], []
         for layer, weight in enumerate(weights):
-            z = product("...oi,...ci->...co", weight, inputs[-1], dtype=dtype)
-            outputs.append(keep(z))
+            z = einsum_f32("...oi,...ci->...co", weight, activations[-1], dtype=dtype)
+            outputs.append(save_for_backward(z))
             if layer < last:
-                inputs.append(gelu(outputs[-1]))
-        deltas = [self._output_gradient(outputs[-1], k, v)]
+                activations.append(gelu(outputs[-1]))
+        errors = [self._output_gradient(outputs[-1], k, v)]
         for layer in range(last, 0, -1):
-            back = product("...oi,...co->...ci", weights[layer], deltas[0], dtype=dtype)
-            deltas.insert(0, keep(back) * gelu_slope(outputs[layer - 1]))
+            gradient = einsum_f32("...oi,...co->...ci", weights[layer], errors[0], dtype=dtype)
+            errors.insert(0, save_for_backward(gradient) * gelu_slope(outputs[layer - 1]))
         if self.config.inner_clip is not None:
             clip = self.config.inner_clip
-            deltas = [_clipped(d, a, clip) for d, a in zip(deltas, inputs, strict=True)]
-        return Events(tuple(inputs), tuple(deltas))
+            errors = [_clipped(d, a, clip) for d, a in zip(errors, activations, strict=True)]
+        return RankOneUpdates(tuple(activations), tuple(errors))
 
     def _hidden(self, apply: Apply, q: Array) -> Array:
-        """Return what the last layer reads."""
+        """Return the input of the last layer."""
         for layer in range(self.config.depth - 1):
             q = gelu(apply(layer, q))
         return q
@@ -70,13 +79,13 @@ class MLPMemory(Memory):
         unit, inverse = standardize(z)
         scaled = gradient * _by_head(self.norm[0], z)
         mean = jnp.mean(scaled, axis=-1, keepdims=True)
-        along = jnp.mean(scaled * unit, axis=-1, keepdims=True)
-        return inverse * (scaled - mean - unit * along)
+        projection = jnp.mean(scaled * unit, axis=-1, keepdims=True)
+        return inverse * (scaled - mean - unit * projection)
 
 
 def _by_head(parameter: Array, like: Array) -> Array:
-    """Align [h, v] with [..., h, c, v]."""
-    return align(parameter.astype(like.dtype)[:, None, :], like.ndim)
+    """Reshape [h, v] to broadcast with [..., h, c, v]."""
+    return expand_leading_dims(parameter.astype(like.dtype)[:, None, :], like.ndim)
 
 
 def _clipped(delta: Array, a: Array, clip: float) -> Array:

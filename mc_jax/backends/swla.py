@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mc_core.memories import SWLAConfig
 from mc_jax.backends.base import (
-    ChunkMix,
+    ChunkDecay,
     Coefficients,
     MatrixMemory,
     MemoryState,
@@ -16,35 +16,37 @@ from mc_jax.backends.base import (
     mask_coefficients,
     register_backend,
 )
-from mc_jax.numerics import Array, align, product
+from mc_jax.numerics import Array, einsum_f32, expand_leading_dims
 
 
 @register_backend(SWLAConfig.kind)
 class SWLA(MatrixMemory):
-    """See the module; implements `base.Memory`."""
+    """SWLA memory; implements `base.Memory`."""
 
-    def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
-        assert at.previous is not None
+    def update(
+        self, state: MemoryState, k: Array, v: Array, coefficients: Coefficients
+    ) -> MemoryState:
+        assert coefficients.previous is not None
         (weight,) = state.weights
         k, v = k[..., 0, :].astype(weight.dtype), v[..., 0, :].astype(weight.dtype)
         old_k, old_v = state.previous
-        old = at.previous[..., None, None] * (old_v[..., :, None] * old_k[..., None, :])
-        new = at.step[..., None, None] * (v[..., :, None] * k[..., None, :])
-        weight = at.retention[..., None, None] * weight + old + new
+        old = coefficients.previous[..., None, None] * (old_v[..., :, None] * old_k[..., None, :])
+        new = coefficients.step[..., None, None] * (v[..., :, None] * k[..., None, :])
+        weight = coefficients.retention[..., None, None] * weight + old + new
         return state._replace(weights=(weight,), previous=(k, v))
 
-    def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
-        at = mask_coefficients(at, written)
-        assert at.previous is not None
-        c = written.shape[-1]
-        decay = decay_products(at.retention)
-        # Event 0 is the real token before the chunk, event i its i-th token.
-        number = align(jnp.arange(1, c + 1), written.ndim)
-        latest = jax.lax.cummax(jnp.where(written > 0, number, 0), axis=written.ndim - 1)
+    def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
+        coefficients = mask_coefficients(coefficients, write_mask)
+        assert coefficients.previous is not None
+        c = write_mask.shape[-1]
+        decay = decay_products(coefficients.retention)
+        # Update 0 is the last unmasked token before the chunk, update i its i-th token.
+        number = expand_leading_dims(jnp.arange(1, c + 1), write_mask.ndim)
+        latest = jax.lax.cummax(jnp.where(write_mask > 0, number, 0), axis=write_mask.ndim - 1)
         before = jnp.concatenate([jnp.zeros_like(latest[..., :1]), latest[..., :-1]], axis=-1)
-        event = align(jnp.arange(c + 1), written.ndim + 1)
-        newest = (number[..., None] == event).astype(decay.dtype)
-        previous = (before[..., None] == event).astype(decay.dtype)
-        band = at.step[..., None] * newest + at.previous[..., None] * previous
-        events = product("...tj,...ji->...ti", decay[..., 1:], band, exact=True)
-        return ChunkMix(state=decay[..., 0], events=events)
+        update = expand_leading_dims(jnp.arange(c + 1), write_mask.ndim + 1)
+        newest = (number[..., None] == update).astype(decay.dtype)
+        previous = (before[..., None] == update).astype(decay.dtype)
+        band = coefficients.step[..., None] * newest + coefficients.previous[..., None] * previous
+        updates = einsum_f32("...tj,...ji->...ti", decay[..., 1:], band, exact=True)
+        return ChunkDecay(state=decay[..., 0], updates=updates)

@@ -1,6 +1,6 @@
 """Titans: an MLP memory trained by gradient steps with momentum (equations 34 and 35).
 
-S_t = β_t S_{t-1} - η_t ∇ℓ(W; k_t, v_t), the gradient taken at the memory that the chunk began with
+S_t = β_t S_{t-1} - η_t ∇ℓ(W; k_t, v_t), with the gradient at the chunk's initial memory W
 W_t = α_t W_{t-1} + S_t
 """
 
@@ -8,7 +8,7 @@ import jax
 
 from mc_core.memories import TitansConfig
 from mc_jax.backends.base import (
-    ChunkMix,
+    ChunkDecay,
     Coefficients,
     MemoryState,
     decay_products,
@@ -17,34 +17,36 @@ from mc_jax.backends.base import (
     register_backend,
 )
 from mc_jax.backends.mlp import MLPMemory
-from mc_jax.numerics import Array, product
+from mc_jax.numerics import Array, einsum_f32
 
 
 @register_backend(TitansConfig.kind)
 class Titans(MLPMemory):
-    """See the module; implements `base.Memory`."""
+    """Titans memory; implements `base.Memory`."""
 
-    def update(self, state: MemoryState, k: Array, v: Array, at: Coefficients) -> MemoryState:
-        assert at.momentum is not None
-        gradient = outer_products(self.events(state.anchor, k, v), state.weights[0].dtype)
-        step, momentum = at.step[..., None, None], at.momentum[..., None, None]
-        retention = at.retention[..., None, None]
+    def update(
+        self, state: MemoryState, k: Array, v: Array, coefficients: Coefficients
+    ) -> MemoryState:
+        assert coefficients.momentum is not None
+        gradient = outer_products(self.rank_one_updates(state.anchor, k, v), state.weights[0].dtype)
+        step, momentum = coefficients.step[..., None, None], coefficients.momentum[..., None, None]
+        retention = coefficients.retention[..., None, None]
         surprise = jax.tree.map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
         weights = jax.tree.map(lambda w, s: retention * w + s, state.weights, surprise)
         return state._replace(weights=weights, momentum=surprise)
 
-    def chunk_mix(self, at: Coefficients, written: Array) -> ChunkMix:
-        at = mask_coefficients(at, written)
-        assert at.momentum is not None
-        decay = decay_products(at.retention)
-        speed = decay_products(at.momentum)
-        # A masked token carries the momentum on but does not add it to the weights.
-        added = decay[..., 1:] * written[..., None, :]
-        both = product("...tj,...ji->...ti", added, speed, exact=True)
-        return ChunkMix(
+    def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
+        coefficients = mask_coefficients(coefficients, write_mask)
+        assert coefficients.momentum is not None
+        decay = decay_products(coefficients.retention)
+        momentum_decay = decay_products(coefficients.momentum)
+        # A masked token keeps the momentum but does not add it to the weights.
+        masked_decay = decay[..., 1:] * write_mask[..., None, :]
+        updates = einsum_f32("...tj,...ji->...ti", masked_decay, momentum_decay, exact=True)
+        return ChunkDecay(
             state=decay[..., 0],
-            events=both[..., 1:] * at.step[..., None, :],
-            momentum=both[..., 0],
-            momentum_keep=speed[..., -1, 0],
-            momentum_add=speed[..., -1, 1:] * at.step,
+            updates=updates[..., 1:] * coefficients.step[..., None, :],
+            momentum=updates[..., 0],
+            momentum_retention=momentum_decay[..., -1, 0],
+            momentum_updates=momentum_decay[..., -1, 1:] * coefficients.step,
         )

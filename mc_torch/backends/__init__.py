@@ -1,34 +1,34 @@
 """The memory kinds, one file each; importing this package registers them."""
 
 from mc_torch.backends.base import (
-    ChunkMix,
+    ChunkDecay,
     Coefficients,
-    Events,
     MatrixMemory,
     Memory,
     MemoryState,
     Norm,
+    RankOneUpdates,
     Tokens,
     Weights,
     make_memory,
     register_backend,
 )
 from mc_torch.backends.dla import DLA
-from mc_torch.backends.linear import Linear
+from mc_torch.backends.linear import LinearMemory
 from mc_torch.backends.swla import SWLA
 from mc_torch.backends.titans import Titans
 
 __all__ = [
     "DLA",
     "SWLA",
-    "ChunkMix",
+    "ChunkDecay",
     "Coefficients",
-    "Events",
-    "Linear",
+    "LinearMemory",
     "MatrixMemory",
     "Memory",
     "MemoryState",
     "Norm",
+    "RankOneUpdates",
     "Titans",
     "Tokens",
     "Weights",

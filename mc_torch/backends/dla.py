@@ -1,6 +1,6 @@
 """Deep linear attention: an MLP memory trained by gradient steps (equation 30).
 
-W_t = α_t W_{t-1} - η_t ∇ℓ(W; k_t, v_t), the gradient taken at the memory that the chunk began with.
+W_t = α_t W_{t-1} - η_t ∇ℓ(W; k_t, v_t), with the gradient at the chunk's initial memory W.
 """
 
 from mc_core.memories import DLAConfig
@@ -10,4 +10,4 @@ from mc_torch.backends.mlp import MLPMemory
 
 @register_backend(DLAConfig.kind)
 class DLA(MLPMemory):
-    """See the module; the write is the default of `base.Memory`."""
+    """Deep linear attention, with the default write of `base.Memory`."""

@@ -1,22 +1,22 @@
 """Linear attention as a matrix memory (equations 2 and 12).
 
     W_t = α_t W_{t-1} + η_t v_t φ(k_t)ᵀ        y = W_t φ(q)
-    s_t = α_t s_{t-1} + η_t φ(k_t)             y = W_t φ(q) / max(s_t·φ(q), ε) where normalised
+    s_t = α_t s_{t-1} + η_t φ(k_t)             y = W_t φ(q) / max(s_t·φ(q), ε) if normalized
 
-The normaliser s is one more output row of W, whose value is always 1.
+The normalizer s is stored as one more output row of W, with the constant value 1.
 """
 
 import torch
 
 from mc_core.config import NORMALIZER_FLOOR
 from mc_core.memories import LinearConfig
-from mc_torch.backends.base import Apply, Events, MatrixMemory, Weights, register_backend
+from mc_torch.backends.base import Apply, MatrixMemory, RankOneUpdates, Weights, register_backend
 from mc_torch.numerics import Array, maximum, scale_rows
 
 
 @register_backend(LinearConfig.kind)
-class Linear(MatrixMemory):
-    """See the module; the write is the default of `base.Memory`."""
+class LinearMemory(MatrixMemory):
+    """Linear attention memory, with the default write of `base.Memory`."""
 
     def prepare(self, initial: Weights) -> Weights:
         if not self.config.normalize:
@@ -39,14 +39,14 @@ class Linear(MatrixMemory):
         y = apply(0, self._feature(k))[..., : v.shape[-1]]
         return -torch.sum(y * v.to(y.dtype), dim=-1)
 
-    def events(self, weights: Weights, k: Array, v: Array) -> Events:
+    def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
         del weights
-        return Events((self._feature(k),), (-self._value(v),))
+        return RankOneUpdates((self._feature(k),), (-self._value(v),))
 
     def _feature(self, x: Array) -> Array:
         if self.config.feature_map == "identity":
             return x
-        # elu(x) + 1 in its two parts: compiled, the backward pass of `F.elu` fails (torch 2.13).
+        # Not `F.elu`: its compiled backward pass fails (torch 2.13).
         return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
     def _value(self, v: Array) -> Array:

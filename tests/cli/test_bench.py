@@ -31,6 +31,12 @@ MEMORIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Collecting takes longer than the tiny subjects, and nothing here depends on it."""
+    monkeypatch.setattr("bench.timing.gc.collect", lambda: None)
+
+
 def layer_of(memory, aggregation):
     config = MCConfig(8, 2, memory=memory, aggregation=aggregation, segment_size=8, chunk_size=4)
     return MemoryCachingLayer(config, rngs=nnx.Rngs(0))
@@ -196,6 +202,7 @@ def test_layer_command_writes_results(monkeypatch, tmp_path, capsys):
     assert "| jax swla+grm t=8" in files["markdown"].read_text()
 
 
+@pytest.mark.slow
 def test_batch_split_over_devices_is_equal_work():
     """Outputs, gradients and operations are those of one device; each of two has half the rows."""
     config = MCConfig(8, 2, memory=TitansConfig(expansion=1), segment_size=4, chunk_size=2)
@@ -233,6 +240,7 @@ def test_peers_are_compared_with_subjects_on_as_many_devices(monkeypatch):
         assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
 
 
+@pytest.mark.slow
 def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
     jax.devices()  # the command would ask for two, and there are four
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--runs", 0]

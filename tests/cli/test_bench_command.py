@@ -9,7 +9,13 @@ from flax import nnx
 
 from bench import decode
 from helpers.tiny_run import TINY, mc, write_config
-from mc_jax.sharding import split_heads
+from mc_jax.sharding import shard_heads
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Collecting takes longer than the tiny subjects, and nothing here depends on it."""
+    monkeypatch.setattr("bench.timing.gc.collect", lambda: None)
 
 
 def test_memory_table(tmp_path, monkeypatch, capsys):
@@ -76,7 +82,7 @@ def test_prompt_on_two_devices_equals_single_steps(tmp_path, monkeypatch):
     row = decode.compare_prefill(config, 14, 0, jax.devices()[:2], runs=1)
     assert row["difference"] < 1e-5
     layer, _, params = decode._build(config, 0)
-    split = nnx.merge(nnx.split(layer)[0], split_heads(params, jax.devices()[:2]))
+    split = nnx.merge(nnx.split(layer)[0], shard_heads(params, jax.devices()[:2]))
     _, cache = split.extend(jnp.ones((1, 5, 8)), layer.init_cache(1, 8))
     sharding = cache.state.weights[0].sharding
     assert len(sharding.device_set) == 2

@@ -17,6 +17,7 @@ from mc_core.errors import NotFiniteError, UserError
 from train.checkpoint import Checkpoints, Meta
 from train.config import load_config, to_dict
 from train.evaluation import generate
+from train.evaluation.prompts import read_prompts
 from train.step import build
 from train.tasks.task import load_task
 

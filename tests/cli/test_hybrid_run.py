@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from helpers.tiny_run import TINY, mc, write_config
 
 
@@ -29,6 +31,7 @@ def test_hybrid_inspects_only_memory_blocks(tmp_path, monkeypatch, capsys):
     assert (run / "router.png").exists()
 
 
+@pytest.mark.slow
 def test_transformer_trains_but_cannot_be_inspected(tmp_path, monkeypatch, capsys):
     run = start(tmp_path, monkeypatch, mixers=["attention"])
     capsys.readouterr()

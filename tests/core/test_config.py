@@ -1,4 +1,4 @@
-"""Configurations: every refusal names field, value and what is allowed; dictionaries are strict."""
+"""Configurations: error messages, and strict conversion to and from dictionaries."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ CHOICES = {
 }
 FIELDS = [(cls, field.name) for cls in CONFIGS for field in dataclasses.fields(cls)]
 MLP, LEARNED = (DLAConfig, TitansConfig), {"coefficients": "token"}
-# (configurations, field, values, what is allowed, other fields)
+# (configurations, field, values, allowed, other fields)
 RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]] = [
     (MLP, "depth", (0, -1), ">= 1", {}),
     (MLP, "expansion", (0,), ">= 1", {}),
@@ -85,7 +85,7 @@ def refused(cls: type, field: str, value: Any, allowed: str, **others: Any) -> N
 
 
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_field_refuses_other_types(cls, field):
+def test_fields_reject_other_types(cls, field):
     refused(cls, field, [1], "must be of type ")
     hint = str(next(f.type for f in dataclasses.fields(cls) if f.name == field))
     if "bool" not in hint:
@@ -102,7 +102,7 @@ def test_a_field_refuses_other_types(cls, field):
     [x for x in FIELDS if x[1] in CHOICES],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_a_name_is_one_of_a_few(cls, field):
+def test_names_must_be_known(cls, field):
     allowed = "must be one of " + ", ".join(map(repr, CHOICES[field]))
     refused(cls, field, "unheard-of", allowed)
     for name in CHOICES[field]:
@@ -110,23 +110,23 @@ def test_a_name_is_one_of_a_few(cls, field):
 
 
 @pytest.mark.parametrize(("classes", "field", "values", "allowed", "others"), RANGES)
-def test_a_number_stays_in_its_range(classes, field, values, allowed, others):
+def test_numbers_must_be_in_range(classes, field, values, allowed, others):
     for cls in classes:
         for value in values:
             refused(cls, field, value, f"must be {allowed}", **others)
 
 
-def test_ends_that_belong_to_a_range():
+def test_closed_range_ends_are_accepted():
     for cls in (LinearConfig, DLAConfig, TitansConfig):
         cls(step=cls.ranges["step"][1], retention=1.0, coefficients="token")
-        cls(step=50, coefficients="constant")  # an int where a float is meant; no upper end
+        cls(step=50, coefficients="constant")  # an int for a float; no upper bound
     TitansConfig(momentum=0.0, inner_clip=None, depth=1, expansion=1)
     SWLAConfig(newest=0.0, previous=-1.0, retention=1e-9)
     SWLAConfig(newest=-7.0, previous=9.0, coefficients="constant")
     MCConfig(1, 1, segment_size=1, ssc_top_k=1, chunk_size=1, conv_width=0)
 
 
-def test_configurations_are_frozen_and_their_derived_values():
+def test_configurations_are_frozen_with_derived_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MCConfig(**LAYER).d_model = 9  # type: ignore[misc]
     assert MCConfig(**LAYER).head_dim == 4
@@ -143,7 +143,7 @@ def test_configurations_are_frozen_and_their_derived_values():
     assert ModelConfig(**MODEL, ffn_width=0).ffn_dim == 0
 
 
-def test_a_pattern_of_mixers_repeats_over_the_blocks():
+def test_mixer_pattern_repeats_over_blocks():
     layer = MCConfig(8, 2, conv_width=4, output_norm="none")
     options = {"attention_window": 5, "rope_base": 7.0}
     full, few = (AttentionConfig(8, 2, window, 7.0, 4, "none") for window in (None, 5))
@@ -163,7 +163,7 @@ def test_a_pattern_of_mixers_repeats_over_the_blocks():
         ModelConfig(11, 1, MCConfig(6, 2), mixers=("attention",))
 
 
-def test_a_configuration_from_before_mixers_is_one_of_memories():
+def test_configuration_without_mixers_uses_memories():
     old = {
         "vocab_size": 11, "num_layers": 2, "layer": LAYER, "ffn_width": None,
         "tie_embeddings": True, "remat": False,
@@ -175,7 +175,7 @@ def test_a_configuration_from_before_mixers_is_one_of_memories():
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_dictionaries_give_the_configuration_back(name):
+def test_configuration_dictionaries_round_trip(name):
     layer = MCConfig(8, 2, MEMORIES[name], "ssc", segment_size=5, qk_norm="none", conv_width=4)
     model = ModelConfig(11, 3, layer, tie_embeddings=False, mixers=("window", "memory"))
     for config in (MEMORIES[name], layer, AttentionConfig(8, 2, 3), model):
@@ -188,7 +188,7 @@ def test_dictionaries_give_the_configuration_back(name):
     assert MCConfig.from_dict(older) == layer
 
 
-def test_dictionaries_are_strict():
+def test_configuration_dictionaries_are_strict():
     memory = {"kind": "titans"}
     wrong: list[tuple[type, Any, str]] = [
         (MCConfig, {**LAYER, "segments": 3}, "MCConfig: unknown key 'segments'; allowed are d_mo"),
@@ -214,7 +214,7 @@ def test_dictionaries_are_strict():
             cls.from_dict(data)
 
 
-def test_plans_refuse_what_does_not_cover_the_tokens():
+def test_plans_reject_lengths_that_do_not_sum_to_tokens():
     config = MCConfig(**LAYER)
     for lengths in ([], [3, 4], [8, 0], [9, -1], [5, 4]):
         message = f"segment_lengths = {lengths}: must be positive and add up to 8 tokens"
@@ -275,7 +275,7 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
         "dla",
         "none",
         lambda x: {"v": x["v"][..., :3]},
-        "v has width 3: must be 4, as k, where M add",
+        "v has width 3: must be 4, as k, where the memory adds",
     ),
     ("dla", "none", lambda x: {"norm": (1, 2)}, "norm is given: memory = DLAConfig(depth=2"),
     (
@@ -289,7 +289,7 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("memory", "aggregation", "change", "message"), ARGUMENTS)
-def test_memory_caching_names_the_argument_that_does_not_fit(memory, aggregation, change, message):
+def test_memory_caching_names_the_invalid_argument(memory, aggregation, change, message):
     case = make_case(memory, aggregation)
     inputs = arrays(case, np.float32)
     inputs |= change(inputs)
@@ -298,7 +298,7 @@ def test_memory_caching_names_the_argument_that_does_not_fit(memory, aggregation
 
 
 def test_norms_and_matrix_memories():
-    """A gain and bias belong to `norm="layer"` alone, and each is [h, v]."""
+    """Only `norm="layer"` takes a gain and a bias, each [h, v]."""
     case = make_case("linear", "none")
     inputs = arrays(case, np.float32)
     with pytest.raises(ValueError, match="norm is given"):
@@ -309,5 +309,5 @@ def test_norms_and_matrix_memories():
         memory_caching(**{**inputs, "norm": (np.ones((2, 5)),) * 2}, config=case.config)
 
 
-def test_coefficients_stand_in_one_order_everywhere():
+def test_coefficient_order_is_consistent():
     assert Coefficients._fields == type(make_case().coefficients)._fields

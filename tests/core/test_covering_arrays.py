@@ -1,4 +1,4 @@
-"""The covering arrays that other tests draw their configurations from."""
+"""Covering arrays, from which other tests take their configurations."""
 
 from itertools import combinations, product
 
@@ -19,7 +19,7 @@ from helpers.covering_arrays import pairwise
     ],
     ids=["two", "binary", "square", "suite", "equal"],
 )
-def test_every_pair_of_choices_occurs_in_few_rows(choices, most):
+def test_covering_array_contains_every_pair(choices, most):
     rows = pairwise(**choices)
     assert len(rows) <= most
     for a, b in combinations(choices, 2):
@@ -27,11 +27,11 @@ def test_every_pair_of_choices_occurs_in_few_rows(choices, most):
             assert any(row[a] is x and row[b] is y for row in rows), (a, x, b, y)
 
 
-def test_rows_are_deterministic_and_name_every_choice():
+def test_covering_array_is_deterministic_and_names_choices():
     choices = {"a": "xyz", "b": (1, 2), "c": (True, False)}
     assert pairwise(**choices) == pairwise(**choices)
     assert all(list(row) == list(choices) for row in pairwise(**choices))
 
 
-def test_one_name_takes_each_of_its_values():
+def test_covering_array_of_one_factor():
     assert pairwise(a="xy") == [{"a": "x"}, {"a": "y"}]

@@ -1,11 +1,11 @@
-"""Files are replaced as a whole."""
+"""Atomic writes of files."""
 
 import os
 
 from mc_core.files import write_atomic
 
 
-def test_an_open_reader_keeps_the_old_file(tmp_path):
+def test_atomic_write_keeps_the_old_file_for_open_readers(tmp_path):
     path, reader = tmp_path / "a.json", tmp_path / "link"
     path.write_bytes(b"old")
     os.link(path, reader)

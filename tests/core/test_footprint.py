@@ -1,4 +1,4 @@
-"""Parameters, bytes and FLOPs from the configuration alone are what modules and caches have."""
+"""Parameter, byte and FLOP counts of configurations match modules and caches."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from mc_core.footprint import (
     outgrows_kv,
     state_bytes,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_jax import AttentionLayer, LanguageModel, MemoryCachingLayer
 
 ATTENTION = {
@@ -31,14 +31,14 @@ ATTENTION = {
 
 
 def build(config: Any) -> Any:
-    """Return a module whose parameters are shapes."""
+    """Return a module with abstract parameters."""
     kinds = {MCConfig: MemoryCachingLayer, AttentionConfig: AttentionLayer}
     kind = kinds.get(type(config), LanguageModel)
     return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
 
 
 def held(config: Any, tokens: int, dtype: str = "float32") -> int:
-    """Return the bytes of the arrays of a stream's cache."""
+    """Return the bytes of a stream's cache."""
     graph, state = nnx.split(build(config))
     cache = jax.eval_shape(
         lambda state: nnx.merge(graph, state).init_cache(1, tokens, cache_dtype=dtype), state
@@ -48,14 +48,14 @@ def held(config: Any, tokens: int, dtype: str = "float32") -> int:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_bytes_of_a_cache(memory, aggregation):
+def test_cache_bytes_match_footprint(memory, aggregation):
     config = MCConfig(8, 2, MEMORIES[memory], aggregation, segment_size=4, conv_width=3)
     for tokens, dtype, item in ((13, "float32", 4), (64, "bfloat16", 2)):
         assert cache_footprint(config, tokens, item).total == held(config, tokens, dtype)
 
 
-def test_what_a_token_reads():
-    """`ssc` reads so many memories, `grm` all: equations 9 and 17."""
+def test_bytes_read_per_token():
+    """`ssc` reads `top_k` memories, `grm` all (equations 9 and 17)."""
     configs = [MCConfig(64, 4, TitansConfig(), a, segment_size=64) for a in ("ssc", "grm", "none")]
     short, long = ([cache_footprint(c, n).read for c in configs] for n in (1024, 65536))
     assert short[0] == long[0]
@@ -63,8 +63,8 @@ def test_what_a_token_reads():
     assert short[2] == long[2]
 
 
-def test_memories_that_outgrow_a_kv_cache():
-    """An MLP of expansion 4 needs segments of more than 4 times the head's width."""
+def test_outgrows_kv_compares_with_kv_cache():
+    """An MLP of expansion 4 is smaller only for segments longer than 4 times the head width."""
 
     def config(size, memory=TitansConfig()):
         return MCConfig(64, 4, memory, "grm", segment_size=size)
@@ -79,14 +79,14 @@ def test_memories_that_outgrow_a_kv_cache():
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, *MODELS])
-def test_bytes_of_attention_and_of_whole_models(name):
+def test_attention_and_model_cache_bytes(name):
     config = {**ATTENTION, **MODELS}[name]
     for tokens, dtype, item in ((3, "float32", 4), (64, "bfloat16", 2)):
         assert state_bytes(config, tokens, item) == held(config, tokens, dtype)
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *ATTENTION, *MODELS])
-def test_parameters(name):
+def test_parameter_counts(name):
     config = {**LAYERS, **ATTENTION, **MODELS}[name]
     count = model_parameters if isinstance(config, ModelConfig) else layer_parameters
     leaves = jax.tree.leaves(nnx.state(build(config), nnx.Param))
@@ -94,7 +94,7 @@ def test_parameters(name):
 
 
 def counted(config: Any, tokens: int) -> float:
-    """Return the FLOPs a token of the products that the forward pass takes."""
+    """Return the FLOPs per token of the forward pass's matrix products."""
     graph, state = nnx.split(build(config))
     x = jax.ShapeDtypeStruct((1, tokens, config.d_model), jnp.float32)
     return count_flops(lambda s, x: nnx.merge(graph, s)(x), state, x) / tokens
@@ -103,14 +103,14 @@ def counted(config: Any, tokens: int) -> float:
 @pytest.mark.parametrize("tokens", [128, 1024])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_flops_of_a_memory_layer_are_those_of_its_program(memory, aggregation, tokens):
-    """The program takes up to a quarter more: running sums, mixes, and reads that count for 0."""
+def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):
+    """The program needs up to 25% more, for running sums, mixtures and reads with weight 0."""
     config = MCConfig(256, 4, MEMORIES[memory], aggregation, segment_size=128, chunk_size=16)
     found = counted(config, tokens)
     assert flops_per_token(config, tokens) <= found <= 1.25 * flops_per_token(config, tokens)
 
 
-def test_flops_by_hand():
+def test_flops_match_hand_computation():
     tokens, d = 23, 64
     assert flops_per_token(ATTENTION["full"], tokens) == pytest.approx(
         8 * d * d + 6 * 4 * d + 4 * d * sum(i + 1 for i in range(tokens)) / tokens

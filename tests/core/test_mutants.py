@@ -1,4 +1,4 @@
-"""The mutation check itself: every mutant still applies, and what pytest says is read correctly."""
+"""The mutation check: all mutants apply, and pytest's results are parsed correctly."""
 
 import subprocess
 
@@ -12,7 +12,7 @@ MUTANTS = load_mutants()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
-def test_a_mutant_applies_and_its_test_files_exist(mutant):
+def test_mutant_applies_and_its_test_files_exist(mutant):
     mutated = mutant.apply(ROOT)
     compile(mutated, mutant.file, "exec")
     for name in mutant.tests:
@@ -20,7 +20,7 @@ def test_a_mutant_applies_and_its_test_files_exist(mutant):
 
 
 @pytest.mark.parametrize("source", ["x = 2\n", "x = 1\nx = 1\n"])
-def test_text_that_does_not_occur_once_is_an_error(tmp_path, source):
+def test_patch_text_must_occur_exactly_once(tmp_path, source):
     (tmp_path / "a.py").write_text(source)
     mutant = Mutant("one", "x is 3", "a.py", "x = 1", "x = 3", {})
     with pytest.raises(ValueError, match=r"a\.py: must have exactly one 'x = 1'"):
@@ -35,7 +35,7 @@ def test_text_that_does_not_occur_once_is_an_error(tmp_path, source):
         ("a: {fault: f, file: f, old: x, new: y, tests: {}}", "must map test files"),
     ],
 )
-def test_a_table_is_read_strictly(tmp_path, text, message):
+def test_mutant_table_is_strict(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_mutants(tmp_path)
@@ -49,7 +49,7 @@ def test_names_select_mutants():
         choose(MUTANTS, ["no-such"])
 
 
-def test_the_baseline_runs_every_test_that_a_mutant_selects():
+def test_baseline_runs_all_selected_tests():
     one, two, all_ = (
         Mutant(name, "", "", "", "", tests)
         for name, tests in (("a", {"t": "x or y"}), ("b", {"t": "z", "s": "w"}), ("c", {"s": None}))
@@ -63,14 +63,14 @@ def test_the_baseline_runs_every_test_that_a_mutant_selects():
     [(0, "survived"), (1, "caught"), (2, "does not import"), (4, "pytest exits with 4"),
      (5, "selects no test")],
 )  # fmt: skip
-def test_only_a_failed_test_catches_a_mutant(monkeypatch, code, status):
+def test_only_failing_tests_catch_a_mutant(monkeypatch, code, status):
     done = subprocess.CompletedProcess([], code, "FAILED tests/a/test_b.py::test_c[1 - 2] - x\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     found = run_tests(ROOT, OWN_TEST, None, limit=60.0)
     assert found[:2] == (status, "test_b.py::test_c[1 - 2]")
 
 
-def test_a_failing_test_is_named(tmp_path):
+def test_failing_test_is_reported(tmp_path):
     (tmp_path / "tests" / "sub").mkdir(parents=True)
     (tmp_path / "tests" / "sub" / "test_it.py").write_text(
         "def test_good(): assert True\ndef test_bad(): assert False\n"
@@ -79,13 +79,13 @@ def test_a_failing_test_is_named(tmp_path):
     assert found[:2] == ("caught", "test_it.py::test_bad")
 
 
-def test_a_missing_test_file_is_no_failure(tmp_path):
+def test_missing_test_file_is_not_a_failure(tmp_path):
     found = run_tests(tmp_path, "test_missing", None, limit=60.0)
     assert found.status == "has no tests"
     assert "test_missing.py: must be one file under tests/" in found.test
 
 
-def test_the_table_counts_what_was_caught():
+def test_table_counts_caught_mutants():
     mutants = [Mutant(name, "f", "a.py", "x", "y", {}) for name in ("one", "two")]
     outcomes = {"one": Outcome("caught", "t.py::test[a|b]", 1.0), "two": Outcome("survived", "", 2)}
     lines = make_table(mutants, outcomes, 3.0).splitlines()

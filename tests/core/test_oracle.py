@@ -1,4 +1,4 @@
-"""The oracle against finite differences, cases written out by hand, and exact identities."""
+"""The oracle against finite differences, hand computations and exact identities."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ every_mode = pytest.mark.parametrize("mode", ["checkpoint", "restart"])
 
 
 def single(values: Any) -> Array:
-    """Put tokens, and what follows them, under a batch and a head of one."""
+    """Add batch and head axes of size 1."""
     return np.asarray(values, np.float64)[None, :, None]
 
 
@@ -35,8 +35,8 @@ def same(a: OracleResult, b: OracleResult) -> None:
             np.testing.assert_array_equal(left, right, err_msg=name)
 
 
-def test_each_layer_is_clipped_by_its_own_unscaled_gradient():
-    """A δ that was clipped before it went down would leave too small a gradient below."""
+def test_inner_clip_uses_unscaled_gradient_per_layer():
+    """The unclipped δ is backpropagated to the layer below."""
     case = make_case(DLAConfig(expansion=2, inner_clip=0.5), tokens=1)
     case = case._replace(initial=(case.initial[0], 0.02 * case.initial[1]), v=1000.0 * case.v)
     weights = [w[1] for w in case.initial]
@@ -50,7 +50,7 @@ def test_each_layer_is_clipped_by_its_own_unscaled_gradient():
         close(after[0, 0, 1], retention * before - step * change, 1e-9)
 
 
-def test_linear_two_tokens_by_hand():
+def test_linear_matches_hand_computation():
     q, k, v = single([[1, 1], [2, -1]]), single([[1, 2], [3, 0]]), single([[5], [7]])
     coefficients = Coefficients(step=single([2, 3]), retention=single([0.5, 0.1]))
     case = OracleCase(q, k, v, None, (single([[1, -1]])[0],), coefficients, LinearConfig(), None)
@@ -58,18 +58,18 @@ def test_linear_two_tokens_by_hand():
     # W_1 = 0.5 (1, -1) + 2·5 (1, 2) = (10.5, 19.5); W_2 = 0.1 W_1 + 3·7 (3, 0) = (64.05, 1.95)
     close(result.output.ravel(), [10.5 + 19.5, 2 * 64.05 - 1.95])
     close(result.states[0].ravel(), [64.05, 1.95])
-    assert result[-2:] == (None, None)  # neither normaliser nor momentum
+    assert result[-2:] == (None, None)  # neither normalizer nor momentum
     close(case._replace(coefficients=Coefficients()).run("none").states[0].ravel(), [27, 9])
 
 
-def test_normalized_linear_read_is_the_weighted_average_of_the_values():
-    """Equation 2, for one memory, for residual caching and for a soup."""
+def test_normalized_linear_read_is_weighted_average():
+    """Equation 2, for a single memory, residual caching and a soup."""
     case = make_case(MEMORIES["linear-normalized"], tokens=4, batch=1, heads=1)
     coefficients = Coefficients(retention=single([0.5, 0.5, 0.5, 1.0]))
     case = case._replace(initial=(np.zeros((1, 4, 4)),), coefficients=coefficients)
     q, k, v = (x[0, :, 0] for x in (case.q, case.k, case.v))
     phi = lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))  # noqa: E731
-    kept = np.array([0.25, 0.5, 1.0, 1.0])[:, None] * phi(k)  # in each of the segments too
+    kept = np.array([0.25, 0.5, 1.0, 1.0])[:, None] * phi(k)  # also in each segment
     similar = kept @ phi(q[3])  # [t]
     whole, soup, residual = (
         case.run(a, state_init_mode="restart", segment_size=size)
@@ -84,11 +84,11 @@ def test_normalized_linear_read_is_the_weighted_average_of_the_values():
     close(faint.run("none").output[0, 3, 0], 1e-9 * similar @ v / 1e-6)  # at the floor
 
 
-def test_swla_three_tokens_by_hand():
+def test_swla_matches_hand_computation():
     k, v = single([[1, 0], [0, 1], [1, 1]]), single([[1], [2], [3]])
     coefficients = Coefficients(single([1, 2, 3]), single([0.5] * 3), None, single([9, 0.1, 0.2]))
     case = OracleCase(k, k, v, None, (single([[4, 8]])[0],), coefficients, SWLAConfig(), None)
-    # W_1 = (2, 4) + 1·1 (1, 0): no token came before
+    # W_1 = (2, 4) + 1·1 (1, 0): no previous token
     # W_2 = (1.5, 2) + 0.1·1 (1, 0) + 2·2 (0, 1) = (1.6, 6)
     # W_3 = (0.8, 3) + 0.2·2 (0, 1) + 3·3 (1, 1) = (9.8, 12.4)
     close(case.run("none").states[0].ravel(), [9.8, 12.4])
@@ -97,15 +97,15 @@ def test_swla_three_tokens_by_hand():
     fresh = case.run("none", state_init_mode="restart", segment_size=2)
     close(fresh.states[0].ravel(), [1.6, 6.0, 2.0 + 9.0, 4.0 + 9.0])
     masked = case.run("none", mask=np.array([[True, False, True]]))
-    # W_3 = (1.5, 2) + 0.2·1 (1, 0) + 3·3 (1, 1): the masked token is not the one before
+    # W_3 = (1.5, 2) + 0.2·1 (1, 0) + 3·3 (1, 1): the masked token is not the previous one
     close(masked.states[0].ravel(), [1.5 + 0.2 + 9.0, 2.0 + 9.0])
 
 
 @pytest.mark.parametrize(("chunk_size", "starts"), [(1, range(7)), (2, (0, 2, 3, 5))])
-def test_titans_of_one_layer_is_the_delta_rule_with_momentum(chunk_size, starts):
-    """Equations 34 and 35 with the sign that descends, over two segments that carry S on.
+def test_depth_one_titans_is_delta_rule_with_momentum(chunk_size, starts):
+    """Equations 34 and 35 with gradient descent, over two segments that share the momentum.
 
-    The grid of chunks starts anew at a segment's first token; a masked token keeps its place.
+    Chunks restart at a segment's first token; masked tokens take positions.
     """
     case = make_case(TitansConfig(depth=1, residual=False, inner_clip=None), tokens=7)
     mask = np.array([[True] * 7, [True] * 4 + [False] + [True] * 2])
@@ -124,13 +124,13 @@ def test_titans_of_one_layer_is_the_delta_rule_with_momentum(chunk_size, starts)
         close(result.momentum[0][b, h], s, 1e-10)
 
 
-def test_dla_of_one_layer_with_the_dot_loss_is_linear_attention():
+def test_depth_one_dla_with_dot_loss_is_linear_attention():
     case = make_case(DLAConfig(depth=1, residual=False, inner_clip=None))
     close(case.run().output, case._replace(memory=LinearConfig()).run().output)
 
 
 @every_memory
-def test_chunks_matter_only_to_memories_whose_gradient_sees_them(name):
+def test_chunk_size_only_affects_gradients_that_use_weights(name):
     case = make_case(MEMORIES[name])
     apart = np.abs(case.run(chunk_size=4, segment_size=8).output - case.run(segment_size=8).output)
     assert (apart.max() > 1e-6) == (case.memory.kind in ("dla", "titans"))
@@ -150,8 +150,8 @@ def test_segment_lengths():
 
 @every_memory
 @every_mode
-def test_where_a_segment_starts(name, mode):
-    """Restart is a run of the segment alone; checkpoint is the undivided run cut open."""
+def test_segment_initial_state(name, mode):
+    """`restart` equals a run of the segment alone, `checkpoint` an undivided run."""
     case = make_case(MEMORIES[name])
     parts = case.run("none", state_init_mode=mode)
     for i, (begin, end) in enumerate([(0, 3), (3, 6), (6, 8)]):
@@ -165,7 +165,7 @@ def test_where_a_segment_starts(name, mode):
 @every_memory
 @every_mode
 @pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc", "residual", "mean"])
-def test_masked_token_changes_nothing(name, mode, aggregation):
+def test_masked_token_does_not_change_state(name, mode, aggregation):
     case, gone = make_case(MEMORIES[name]), [1, 3, 6]
     mask = ~np.isin(np.arange(8), gone)[None].repeat(2, 0)
     spoilt = case.each(lambda x: np.where(mask.reshape(2, 8, *[1] * (x.ndim - 2)), x, np.nan))
@@ -178,7 +178,7 @@ def test_masked_token_changes_nothing(name, mode, aggregation):
     same(result._replace(output=output, gates=gates), without)
 
 
-def test_batches_and_heads_do_not_meet():
+def test_batch_and_heads_are_independent():
     case = make_case(MEMORIES["titans-layer-norm"])
     alone = case._replace(initial=(case.initial[0][1:],), norm=tuple(x[1:] for x in case.norm))
     whole, alone = case.run(), alone.each(lambda x: x[1:, :, 1:]).run()
@@ -194,8 +194,8 @@ def test_batches_and_heads_do_not_meet():
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_gates_and_reads_by_hand(pooling):
-    """Equations 9, 10 and 15 at the last token, whose online memory is the last state."""
+def test_gates_and_reads_match_hand_computation(pooling):
+    """Equations 9, 10 and 15 at the last token, whose online memory is the final state."""
     case = make_case(DLAConfig(expansion=2))
     mask = np.isin(np.arange(8), [0, 2, 6, 7])[None].repeat(2, 0)
     options = {"pooling": pooling, "softmax_temperature": 0.3, "mask": mask}
@@ -223,7 +223,7 @@ def test_gates_and_reads_by_hand(pooling):
 @every_memory
 @every_mode
 @pytest.mark.parametrize("aggregation", ["residual", "grm", "soup", "ssc", "mean"])
-def test_one_segment_is_no_caching(name, mode, aggregation):
+def test_single_segment_equals_no_caching(name, mode, aggregation):
     case = make_case(MEMORIES[name])
     result = case.run(aggregation, state_init_mode=mode, segment_size=8)
     close(result.output, case.run("none", state_init_mode=mode, segment_size=8).output)
@@ -232,13 +232,13 @@ def test_one_segment_is_no_caching(name, mode, aggregation):
 
 @pytest.mark.parametrize("name", ["linear", "linear-elu", "swla"])
 @every_mode
-def test_soup_of_matrices_is_grm(name, mode):
+def test_soup_equals_grm_for_matrix_memories(name, mode):
     case = make_case(MEMORIES[name])
     close(case.run(state_init_mode=mode).output, case.run("soup", state_init_mode=mode).output)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear-elu"])
-def test_residual_reads_of_restarted_matrices_are_one_linear_attention(name):
+def test_residual_with_restart_equals_undivided_linear_attention(name):
     """Equation 7 without decay, from zero."""
     case = make_case(MEMORIES[name])
     steps = Coefficients(case.coefficients.step)
@@ -250,7 +250,7 @@ def test_residual_reads_of_restarted_matrices_are_one_linear_attention(name):
 @every_memory
 @every_mode
 def test_identities_of_grm(name, mode):
-    """It is ssc that selects every segment; without a connector it is the mean."""
+    """`grm` equals `ssc` with all segments selected, and `mean` with a zero connector."""
     case, start = make_case(MEMORIES[name]), {"state_init_mode": mode}
     same(case.run("ssc", ssc_top_k=9, **start), case.run(**start))
     mean = case._replace(u=None).run("mean", **start)
@@ -260,7 +260,7 @@ def test_identities_of_grm(name, mode):
     close(mean.gates[0, 7, 0], [1 / 3, 1 / 3, 0, 1 / 3])
 
 
-def test_ssc_reads_the_highest_scores_and_ties_go_to_the_earlier_segment():
+def test_ssc_selects_highest_scores_with_ties_to_earlier_segment():
     """Equations 16 and 17, with scores 1, 2, 2, 0 of four cached segments and 5 online."""
     k, v = single([[1], [2], [2], [0], [5]]), single([[1], [10], [100], [1000], [10000]])
     ones = np.ones_like(k)
@@ -277,8 +277,8 @@ def test_ssc_reads_the_highest_scores_and_ties_go_to_the_earlier_segment():
         close(result.output[0, 4, 0, 0], gates @ reads)
 
 
-def test_gates_of_the_token_by_hand():
-    """Memories of ages 4 to 1, and the online one; heads of width 3 have no level 3."""
+def test_token_gates_match_hand_computation():
+    """Cached memories of ages 4 to 1 and the online one; heads of width 3 have levels 0 to 2."""
     case = make_case(LinearConfig(), tokens=5)
     for width, order in ((4, [3, 2, 2, 1, 0]), (3, [2, 2, 2, 1, 0])):
         u = case.u[..., :width]
@@ -294,7 +294,7 @@ def test_gates_of_the_token_by_hand():
         assert np.flatnonzero(sparse).tolist() == [np.argmax(u[0, 4, 0, order[:4]])]
 
 
-def test_connector_may_be_the_query():
+def test_query_as_connector():
     case = make_case(LinearConfig())
     same(case.run(use_q_as_u=True), case.run())
     same(case._replace(u=None).run(use_q_as_u=True), case._replace(u=case.q).run())
@@ -305,7 +305,7 @@ def test_connector_may_be_the_query():
 @every_memory
 @every_mode
 @pytest.mark.parametrize("aggregation", ["grm", "ssc", "soup"])
-def test_no_token_sees_a_later_one(name, mode, aggregation):
+def test_outputs_are_causal(name, mode, aggregation):
     case, halves = make_case(MEMORIES[name]), np.where(np.arange(8) >= 4, 0.5, 1.0)
     changed = case.each(lambda x: x * halves.reshape(8, *[1] * (x.ndim - 2)))
     options = {"state_init_mode": mode, "chunk_size": 2, "ssc_top_k": 1}

@@ -1,4 +1,4 @@
-"""The oracle's MLP memory: its read and its inner gradient, by hand and by finite differences."""
+"""The oracle's MLP memory against hand computations and finite differences."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from oracle import clipped, gelu, inner_gradient, inner_loss, mlp
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["dot", "l2"])
 @pytest.mark.parametrize(("residual", "norm"), [(True, "none"), (False, "none"), (False, "layer")])
-def test_inner_gradient_is_the_slope_of_the_inner_loss(depth, objective, residual, norm):
+def test_inner_gradient_matches_finite_differences(depth, objective, residual, norm):
     memory = DLAConfig(depth, 2, residual, norm, objective, inner_clip=None)
     case = make_case(memory)
     weights, k, v = [w[0].copy() for w in case.initial], case.k[0, 0, 0], case.v[0, 0, 0]
@@ -28,7 +28,7 @@ def test_inner_gradient_is_the_slope_of_the_inner_loss(depth, objective, residua
         assert np.abs(np.outer(delta, activation)).max() > 1e-3
 
 
-def test_mlp_read_by_hand():
+def test_mlp_read_matches_hand_computation():
     x = np.array([1.0, -2.0])
     hidden = gelu(x)
     close(hidden, [0.8413447460685429, -0.04550026389635842])  # Φ(1) and -2 Φ(-2)
@@ -44,7 +44,7 @@ def test_mlp_read_by_hand():
         close(mlp((swap,), x, memory, (gain, bias))[0], x + unit * gain + bias)
 
 
-def test_clipped_gradient_has_at_most_the_norm_c():
+def test_inner_clip_bounds_gradient_norm():
     rng = np.random.default_rng(0)
     for scale in (1e-3, 0.1, 1.0, 100.0):
         delta, activation = scale * rng.standard_normal(5), rng.standard_normal(3)

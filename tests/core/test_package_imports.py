@@ -1,4 +1,4 @@
-"""Imports between packages go one way, and each package imports the libraries that it may."""
+"""Imports between packages follow their layers, and each package imports only allowed libraries."""
 
 import ast
 from pathlib import Path
@@ -27,7 +27,7 @@ FOREIGN = {
 
 
 def imported(file: Path) -> set[str]:
-    """Return the first words of all that a file imports, inside functions too."""
+    """Return the top-level packages that a file imports, including inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def imported(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", BELOW)
-def test_a_package_imports_only_lower_layers(package):
+def test_packages_do_not_import_higher_layers(package):
     files = [
         f for f in (ROOT / package).rglob("*.py") if str(f.relative_to(ROOT)) not in ENTRY_POINTS
     ]

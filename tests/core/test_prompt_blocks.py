@@ -1,4 +1,4 @@
-"""Widths of the blocks in which prompts are read."""
+"""Widths of prompt blocks."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mc_core.generation import bucket, make_blocks
 
 
 @pytest.mark.parametrize("tokens", range(1, 41))
-def test_the_last_block_is_the_smallest_power_of_two_that_holds_the_rest(tokens):
+def test_last_prompt_block_has_power_of_two_width(tokens):
     widths = [block.tokens.shape[1] for block in make_blocks([range(tokens)], 8)]
     rest = tokens - sum(widths[:-1])
     assert widths[:-1] == [8] * (len(widths) - 1)
@@ -14,5 +14,5 @@ def test_the_last_block_is_the_smallest_power_of_two_that_holds_the_rest(tokens)
     assert widths[-1] // 2 < rest <= widths[-1]
 
 
-def test_rooms_are_powers_of_two_and_then_multiples_of_a_block():
+def test_capacity_buckets():
     assert [bucket(n, 8) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [1, 2, 4, 4, 8, 8, 16, 16, 24]

@@ -14,7 +14,7 @@ from mc_core import MCConfig, MemoryConfig, ModelConfig, register_memory
 from mc_core.checks import check_range
 from mc_core.memories import MEMORIES
 from mc_core.optimizer import OptimizerConfig
-from mc_core.plain import Tag, from_dict, to_dict
+from mc_core.serialization import Tag, from_dict, to_dict
 from train.config import MQARConfig, NIAHConfig, RunConfig, TextConfig, TrainConfig
 from train.sweeps.sweep_config import SweepConfig
 

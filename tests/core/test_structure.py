@@ -1,4 +1,4 @@
-"""Rules of the source tree: layers, one place for each concept, documented shapes, short files."""
+"""Rules of the source tree: import layers, single definitions, documented shapes, file length."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ PACKAGES = ("mc_core", "mc_jax", "mc_torch", "parity", "bench", "train")
 LINES = 400
 POSITIONAL = 7
 
-# What each package may import of the others.
+# Allowed imports between packages.
 LAYERS = {
     "mc_core": set(),
     "mc_jax": {"mc_core"},
@@ -26,15 +26,15 @@ LAYERS = {
 }
 FRAMEWORKS = {"jax", "flax", "torch"}
 MAY_IMPORT = {"mc_core": set(), "mc_jax": {"jax", "flax"}, "mc_torch": {"torch"}}
-# `python -m parity` hands over to the command line, which lives in train.
+# `python -m parity` calls the command line, which is in train.
 EXCEPTIONS = {("parity/__main__.py", "train")}
 
-NAMES = {*MEMORIES, *AGGREGATIONS} - {"none", "mean"}  # those two mean other things elsewhere, too
+NAMES = {*MEMORIES, *AGGREGATIONS} - {"none", "mean"}  # these two also have other meanings
 CONFIGS = {cls.__name__ for cls in MEMORIES.values()} | {"MLPConfig"}
-# What `mc bench` measures; all other packages do without it.
+# The only importer of bench.
 BENCH_COMMANDS = "train/cli/bench.py"
-# Files that may tell memories or aggregations apart by name: they define them, or translate to
-# packages that have no others.
+# Files that may branch on names of memories or aggregations: they define them, or convert from
+# packages with other names.
 DEFINE = {
     "mc_core/aggregations.py",
     "mc_core/memories.py",
@@ -53,7 +53,7 @@ def relative(file: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the top-level package of every import, those inside functions included."""
+    """Yield the top-level package of every import, including inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -62,7 +62,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def modules(tree: ast.AST) -> Iterator[str]:
-    """Yield every module that is imported, and every name that may be one."""
+    """Yield every imported module, and every imported name that may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -72,7 +72,7 @@ def modules(tree: ast.AST) -> Iterator[str]:
 
 
 def imported_tests(tree: ast.AST, tests: set[str]) -> set[str]:
-    """Return what a file imports out of test modules."""
+    """Return the test modules that a file imports."""
     return {name for name in modules(tree) if tests.intersection(name.split("."))}
 
 
@@ -84,7 +84,7 @@ def forbidden_imports(package: str, name: str, tree: ast.AST) -> set[str]:
 
 
 def branches(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield the line and the word of every branch on the name or the class of a concept."""
+    """Yield line and name of every branch on the name or class of a memory or aggregation."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             for part in ast.walk(node):
@@ -121,19 +121,19 @@ def takes_arrays(function: ast.FunctionDef) -> bool:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_packages_import_only_what_lies_below_them(package):
+def test_package_imports_follow_layers(package):
     for file in sources(package):
         wrong = forbidden_imports(package, relative(file), ast.parse(file.read_text()))
         assert not wrong, f"{relative(file)} imports {', '.join(sorted(wrong))}"
 
 
-def test_bench_is_imported_by_its_commands_alone():
+def test_bench_is_imported_only_by_its_command():
     others = [file for package in PACKAGES if package != "bench" for file in sources(package)]
     users = [relative(file) for file in others if "bench" in imports(ast.parse(file.read_text()))]
     assert users == [BENCH_COMMANDS]
 
 
-def test_no_file_imports_a_test_file():
+def test_test_files_are_not_imported():
     tests = {file.stem for file in sources("tests") if file.stem.startswith("test_")}
     found = {
         relative(file): names
@@ -143,13 +143,13 @@ def test_no_file_imports_a_test_file():
     assert not found
 
 
-def test_test_files_have_names_of_their_own():
-    """Test modules are imported by their file's name alone, whatever their folder."""
+def test_test_file_names_are_unique():
+    """Test modules are imported by file name, regardless of their folder."""
     names = [file.stem for file in sources("tests") if file.stem != "__init__"]
     assert len(names) == len(set(names))
 
 
-def test_memories_and_aggregations_are_told_apart_only_where_they_are_defined():
+def test_no_branches_on_memory_or_aggregation_names():
     found = [
         f"{relative(file)}:{line} branches on {word}"
         for file in sources(*PACKAGES)
@@ -171,9 +171,9 @@ def test_public_functions_on_arrays_document_shapes():
 
 
 def crowded(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield the line and the name of functions that take too many arguments by position.
+    """Yield line and name of functions with too many positional arguments.
 
-    Commands and tests are called by name, by Typer and pytest.
+    Commands and tests are excluded: Typer and pytest pass arguments by name.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -191,7 +191,7 @@ def crowded(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, getattr(node, "name", "lambda")
 
 
-def test_no_function_takes_more_than_7_arguments_by_position():
+def test_functions_take_at_most_7_positional_arguments():
     found = [
         f"{relative(file)}:{line} {name}"
         for file in sources(*PACKAGES, "tests", "tools", "examples")
@@ -200,7 +200,7 @@ def test_no_function_takes_more_than_7_arguments_by_position():
     assert not found, "\n".join(found)
 
 
-def test_no_file_has_more_than_400_lines():
+def test_files_have_at_most_400_lines():
     files = [*sources(*PACKAGES, "tests"), *(ROOT / "examples").glob("*.py")]
     long = {
         relative(file): count for file in files if (count := file.read_text().count("\n")) > LINES
@@ -208,7 +208,7 @@ def test_no_file_has_more_than_400_lines():
     assert not long
 
 
-def test_the_rules_see_what_they_are_for():
+def test_structure_rules_detect_violations():
     assert forbidden_imports("mc_core", "", ast.parse("def f():\n    import jax")) == {"jax"}
     assert forbidden_imports("mc_jax", "", ast.parse("from parity.cases import Case")) == {"parity"}
     for source in ("from test_a import b", "def f():\n    import test_a", "from x import test_a"):

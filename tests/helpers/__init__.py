@@ -1,1 +1,1 @@
-"""Shared inputs, references, runs and commands of the tests."""
+"""Shared helpers of the tests: inputs, references, runs and commands."""

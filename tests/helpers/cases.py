@@ -1,4 +1,4 @@
-"""Random inputs and the tables that every test module draws on. NumPy only."""
+"""Random inputs and tables of cases for all tests. NumPy only."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,7 +23,7 @@ MEMORIES: dict[str, Any] = {
     "titans-norm": TitansConfig(expansion=1, norm="layer", inner_clip=0.5),
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
 }
-MATRICES = ("linear", "linear-elu", "swla")  # their reads are linear in the weights
+MATRICES = ("linear", "linear-elu", "swla")  # reads are linear in the weights
 MAIN = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
@@ -42,7 +42,7 @@ class Coefficients(NamedTuple):
 
 
 class FunctionCase(NamedTuple):
-    """All that `memory_caching` is given."""
+    """Arguments of `memory_caching`."""
 
     q: Array  # [b, t, h, k], as k and u
     k: Array
@@ -61,7 +61,7 @@ class FunctionCase(NamedTuple):
 
     @property
     def oracle_options(self) -> dict[str, Any]:
-        """What the oracle takes after the tensors."""
+        """Return the options of the oracle."""
         return {
             "config": self.config,
             "mask": self.mask,
@@ -74,7 +74,7 @@ class FunctionCase(NamedTuple):
         return self._replace(config=MCConfig(**{**vars(self.config), **options}))
 
     def closing(self) -> "FunctionCase":
-        """Let what is kept of the past be 0 at some tokens, and next to nothing at others."""
+        """Set retention and momentum to 0 at some tokens and close to 0 at others."""
         at = self.coefficients
         token = np.arange(self.tokens)[:, None]
 
@@ -127,7 +127,7 @@ def make_case(
     )
     q, k, u = rng.standard_normal((3, batch, tokens, heads, width))
     v = rng.standard_normal((batch, tokens, heads, value_width))
-    if mlp:  # as the layer gives them: without it the unclipped inner loop diverges
+    if mlp:  # as in the layer: otherwise the unclipped inner loop diverges
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     depth = getattr(memory, "depth", 1)
     dims = [width, *[width * getattr(memory, "expansion", 1)] * (depth - 1), value_width]
@@ -174,16 +174,16 @@ def make_mask(
 
 
 def spread(mask: Array, like: Array) -> Array:
-    """Give a mask [b, t] the axes of `like` [b, t, ...]."""
+    """Add trailing axes to a mask [b, t], to broadcast with `like` [b, t, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 
 
 def assert_close(
     actual: Any, expected: Any, tolerance: float, floor: float = 1e-3, name: str = ""
 ) -> None:
-    """Hold trees of arrays to each other: the RMS of each leaf's difference, by name.
+    """Compare trees of arrays by the RMS error of each leaf.
 
-    The error is relative to the leaf's RMS, or to `floor` where that is larger.
+    The error is relative to the leaf's RMS, or to `floor` if that is larger.
     """
     if expected is None or actual is None:
         assert actual is expected, f"{name}: only one is None"

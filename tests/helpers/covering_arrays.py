@@ -1,4 +1,4 @@
-"""Covering arrays: few configurations in which every pair of choices occurs."""
+"""Covering arrays: few configurations that contain every pair of choices."""
 
 from collections.abc import Sequence
 from itertools import combinations, product
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return rows such that any two values of two different names stand together in some row.
+    """Return rows that contain every pair of values of two different names.
 
-    Most faults need one or two choices to show, so that these rows find nearly what the full
-    product finds. Rows are deterministic; each begins with a pair that is still missing, and takes
-    for every other name the value that covers most missing pairs.
+    Most faults are triggered by one or two choices, so these rows find nearly as many as the full
+    product. Rows are deterministic. Each starts with a missing pair and takes
+    for every other name the value that covers the most missing pairs.
 
     Args:
         choices: the values of each name.
@@ -28,7 +28,7 @@ def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
         row = dict(next(iter(missing)))
         for name in names:
             if name not in row:
-                # Of equal values the one that is next in turn, so that all occur about as often.
+                # Ties go to the value that is next in turn, so that all occur about equally often.
                 values = range(len(choices[name]))
                 turn = [*values[len(rows) % len(values) :], *values[: len(rows) % len(values)]]
                 row[name] = max(turn, key=lambda value, name=name: _gain(name, value, row, missing))

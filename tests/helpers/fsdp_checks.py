@@ -1,8 +1,8 @@
-"""Two gloo processes that hold shards of models; each compares them with unsharded ones.
+"""Comparison of sharded with unsharded models in two gloo processes.
 
     python fsdp_worker.py FILE
 
-FILE is where the processes find each other; it must not exist. Each check is printed as it begins.
+FILE is the rendezvous of the processes and must not exist. Each check is printed when it starts.
 """
 
 import os
@@ -32,21 +32,21 @@ PROMPTS = ([1, 2, 3], [4])
 
 
 def make_model(**options):
-    """Build a model, every time with the same weights."""
+    """Build a model with fixed weights."""
     torch.manual_seed(0)
     options = {"num_layers": 2, "mixers": ("memory", "attention"), "ffn_width": 8} | options
     return LanguageModel(ModelConfig(vocab_size=11, layer=LAYER, **options))
 
 
 def parted(module):
-    """Return a module with its parameters in shards: FSDP keeps a root's whole after a call."""
+    """Reshard a module, because FSDP keeps the root's parameters unsharded after a call."""
     if isinstance(module, FSDPModule):
         module.reshard()
     return module
 
 
 def stream(module, x):
-    """Return what a stream of two calls gives: outputs, and the cache at its end."""
+    """Return outputs and final cache of a stream of two calls."""
     cache = parted(module).init_cache(len(x), 3)
     first, cache = parted(module).extend(x[:, :3], cache)
     second, cache = module.extend(x[:, 3:], module.grow(cache, x.shape[1]))
@@ -54,7 +54,7 @@ def stream(module, x):
 
 
 def observe(model):
-    """Return everything that a model gives without a call of `forward`."""
+    """Return the results of all methods but `forward`."""
     with torch.no_grad():
         seen = stream(model, TOKENS), parted(model).inspect(TOKENS)
     options = {"temperature": 1.0, "top_k": 5}
@@ -78,25 +78,25 @@ def check_equal(actual, expected):
 
 
 def shard_blocks(model, **options):
-    """Shard each block by itself, and nothing else."""
+    """Shard each block separately, and nothing else."""
     for block in model.blocks:
         fully_shard(block, **options)
 
 
 def shard_blocks_and_rest(model, **options):
-    """Shard as training does: the blocks, then the root with what is left."""
+    """Shard the blocks, then the root with the remaining parameters, as in training."""
     shard_blocks(model, **options)
     fully_shard(model, **options)
 
 
 def shard_mixers(model):
-    """Shard the memories and attentions alone."""
+    """Shard only memories and attentions."""
     for block in model.blocks:
         fully_shard(block.mixer)
 
 
 def shard_parts(model, **options):
-    """Shard down to the parts of a block; embedding, norm and head by themselves."""
+    """Shard the parts of each block, and embedding, norm and head separately."""
     for block in model.blocks:
         fully_shard(block.mixer, **options)
         fully_shard(block.ffn, **options)
@@ -115,7 +115,7 @@ def shard_wrapped(model):
 
 
 def wrap_sharded(model):
-    """Put wrappers around blocks that are sharded already."""
+    """Wrap blocks that are already sharded."""
     shard_blocks(model)
     for i, block in enumerate(model.blocks):
         model.blocks[i] = checkpoint_wrapper(block)
@@ -124,7 +124,7 @@ def wrap_sharded(model):
 
 @cache
 def expected(tie_embeddings):
-    """Return what the unsharded model gives."""
+    """Return the results of the unsharded model."""
     return observe(make_model(tie_embeddings=tie_embeddings))
 
 
@@ -151,7 +151,7 @@ def check_layer(memory):
 
 
 def check_gradients():
-    """Gradients through the calls of a stream, as truncated backpropagation takes them."""
+    """Check gradients through the calls of a stream, as in truncated backpropagation."""
     model, plain = make_model(), make_model()
     shard_blocks_and_rest(model)
     for one in (model, plain):
@@ -162,7 +162,7 @@ def check_gradients():
 
 
 def check_mixed_precision():
-    """FSDP casts what passes its hooks: never the states, which stay float32."""
+    """Check that FSDP casts inputs and outputs but not states, which stay float32."""
     model = make_model(tie_embeddings=False)
     policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     shard_parts(model, mp_policy=policy)
@@ -175,7 +175,7 @@ def check_mixed_precision():
 
 
 def check_tensor_parallel():
-    """The projections of a SwiGLU, split over the processes; the embedding too."""
+    """Check tensor parallelism of the projections of a SwiGLU and of the embedding."""
     model = make_model()
     mesh = init_device_mesh("cpu", (2,))
     plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
@@ -207,7 +207,7 @@ CHECKS = {
 def main(file):
     """Run all checks, each in both processes at the same time."""
     torch.set_num_threads(1)
-    child = os.fork()  # before any thread, so that what was imported is so in both
+    child = os.fork()  # before threads start, so that both see the imports
     dist.init_process_group(
         "gloo",
         init_method=f"file://{file}",

@@ -30,27 +30,27 @@ SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
 
 
 def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
-    """Build a model that does not just repeat its last token, as one with tied embeddings may."""
+    """Build a model with untied embeddings, which does not just repeat its last token."""
     layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
     config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
     return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
 
 
 def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
-    """Return what `generate` gives, [b, count]."""
+    """Return the tokens of `generate`, [b, count]."""
     steps = list(generate(model, prompts, count, **options))
     assert all(step.shape == (len(prompts),) and step.dtype == jnp.int32 for step in steps)
     return np.stack(steps, axis=1)
 
 
 def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
-    """Return what the draws of a step depend on, by their definition."""
+    """Return the random keys of a step, by definition."""
     keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), r), step) for r in rows]
     return jnp.stack(keys)
 
 
 def mirrored(model: LanguageModel) -> mc_torch.LanguageModel:
-    """Return a model of JAX in PyTorch, in float64."""
+    """Convert a JAX model to PyTorch, in float64."""
     mirror = mc_torch.LanguageModel(model.config, dtype=torch.float64)
     load_torch(mirror, to_torch(jax_weights(model)))
     return mirror
@@ -63,9 +63,9 @@ def by_full_passes(
     seed: int = 0,
     **options: Any,
 ) -> np.ndarray:
-    """Choose a token of each row after a full pass over all tokens so far, again and again.
+    """Generate by a full pass over all tokens so far for each new token.
 
-    The passes are PyTorch's, and what they give is sampled by JAX, [b, count].
+    The passes run in PyTorch, the sampling in JAX. Returns [b, count].
     """
     ends, rows = np.array([len(prompt) for prompt in prompts]), np.arange(len(prompts))
     tokens = np.zeros((len(prompts), ends.max() + count), np.int64)
@@ -83,7 +83,7 @@ def by_full_passes(
 def distribution(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
 ) -> np.ndarray:
-    """Return the probabilities that the options name, one id after another."""
+    """Return the probabilities of all ids under the sampling options."""
     shares = np.exp((logits - logits.max()) / temperature)
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
     shares /= shares[ids].sum()
@@ -108,11 +108,11 @@ SAMPLING = [
     (1.0, 3, 0.99),
     (1.0, None, 1e-9),
 ]
-LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with equal ones at the cuts
+LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with ties at the truncation thresholds
 
 
 def check_frequencies(found: np.ndarray, expected: np.ndarray) -> None:
-    """Hold draws to probabilities: none where they are 0, elsewhere within 4.5 deviations."""
+    """Compare draws with probabilities, within 4.5 standard deviations."""
     shares = np.bincount(found, minlength=len(expected)) / len(found)
     assert (shares[expected == 0] == 0).all(), (shares, expected)
     limit = 4.5 * np.sqrt(expected * (1 - expected) / len(found))

@@ -25,7 +25,7 @@ def arrays(case: FunctionCase, dtype: Any = jnp.float64) -> dict[str, Any]:
 
 
 def call(inputs: dict[str, Any], case: FunctionCase, method: str = "chunked") -> Result:
-    """Run `memory_caching` on inputs that `arrays` made."""
+    """Run `memory_caching` on inputs from `arrays`."""
     mask = None if case.mask is None else jnp.asarray(case.mask)
     return _run(inputs, mask, case.config, case.lengths, method)
 
@@ -45,7 +45,7 @@ def gradients(
 def run_with_gradients(
     case: FunctionCase, method: str = "chunked", dtype: Any = jnp.float64
 ) -> tuple[Result, dict[str, Any]]:
-    """Run a case forward and backward, in one program."""
+    """Run a case forward and backward in one program."""
 
     def loss(inputs: dict[str, Any]) -> tuple[jax.Array, Result]:
         result = call(inputs, case, method)
@@ -56,7 +56,7 @@ def run_with_gradients(
 
 
 def projected(result: Result, seed: int = 0) -> jax.Array:
-    """Return the product of everything a run gives, caches included, with random cotangents."""
+    """Return the inner product of all results, including caches, with random cotangents."""
     rng = np.random.default_rng(seed)
     total = jnp.zeros((), jax.tree.leaves(result)[0].dtype)
     for leaf in jax.tree.leaves(result):

@@ -1,4 +1,4 @@
-"""The layer in NumPy, from its parameters: projections around the oracle (section 1)."""
+"""NumPy oracle of the layer: projections and memory (section 1)."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ EXACT = 1e-9
 
 
 def make_layer(config: MCConfig, seed: int = 0) -> MemoryCachingLayer:
-    """Build a layer in float64, with parameters moved away from where they start."""
+    """Build a layer in float64, with perturbed parameters."""
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed), param_dtype=jnp.float64)
     rng = np.random.default_rng(seed)
     moved = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), nnx.state(layer))
@@ -32,7 +32,7 @@ def parameters(layer: MemoryCachingLayer) -> dict[str, Any]:
 def layer_oracle(
     p: dict[str, Any], config: MCConfig, x: Array, mask: Array | None
 ) -> tuple[Array, Array]:
-    """Return what section 1 makes of x [b, t, d], and the gates, with the oracle inside."""
+    """Return output and gates of section 1 for x [b, t, d]."""
     b, t, d = x.shape
     h, memory = config.num_heads, config.memory
     x = x if mask is None else np.where(mask[:, :, None], x, 0.0)

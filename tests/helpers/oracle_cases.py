@@ -1,4 +1,4 @@
-"""Random inputs of the oracle, and the comparison of its results."""
+"""Random inputs of the oracle, and comparison of results."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,7 +13,7 @@ from oracle import OracleResult
 
 
 class OracleCase(NamedTuple):
-    """Random inputs; `run` changes what it is told to change."""
+    """Random inputs; `run` takes changes to them."""
 
     q: Array
     k: Array

@@ -20,7 +20,7 @@ def pooled(keys: Sequence[Array], width: int, pooling: str) -> Array:
 def level_of(memory: int, segment: int) -> int:
     """Return a memory's level of log-linear attention for a token of `segment` (arXiv:2506.04761).
 
-    0 is the segment's own; 1 the segment before it, 2 the next two, 3 the next four, and so on.
+    Level 0 is the online segment, 1 the one before, 2 the two before that, 3 the next four.
     """
     level, reach = 0, 0
     while segment - memory > reach:

@@ -1,4 +1,4 @@
-"""Cases of the recurrences of both frameworks, and the comparison with the oracle."""
+"""Cases for the recurrences of both frameworks, and comparison with the oracle."""
 
 from itertools import product
 from typing import Any
@@ -25,7 +25,7 @@ EXACT, GRADIENT = 1e-10, 1e-9
 
 
 def hold_to_oracle(result: Any, case: FunctionCase) -> None:
-    """Compare output, gates, cached states and pools, counts, and what the stream carries on."""
+    """Compare output, gates, cached states and pools, counts, and the state of the stream."""
     expected = oracle.memory_caching(*case[:6], **case.oracle_options)
     segments, state = result.cache.segments, result.cache.state
     weights = segments.weights
@@ -76,7 +76,7 @@ def random_cases(draw: st.DrawFn) -> FunctionCase:
     return case._replace(u=None) if case.config.use_q_as_u else case
 
 
-# Not shrunk: each smaller example compiles anew, and a case of 21 tokens is small as it is.
+# No shrinking: each smaller example would be compiled, and 21 tokens are few.
 examples = settings(
     derandomize=True,
     deadline=None,
@@ -93,12 +93,12 @@ EDGES = {
     "uneven": {"tokens": 14, "lengths": (7, 1, 4, 1, 1), "chunk_size": 2, "mask": "some"},
     "masked-segment": {"tokens": 9, "mask": "segment", "segment_size": 3, "chunk_size": 2},
 }
-# Memories up to 9 segments old, so that there are more levels than the 4 components of u.
+# Ages up to 9 segments, so that there are more levels than the 4 components of u.
 TOKEN_GATES = {"gate": "token", "tokens": 19, "segment_size": 2, "mask": "some"}
 
 
 def paired(pairs: Any) -> list[Any]:
-    """Spread start modes, masks and layouts over pairs of a memory and an aggregation."""
+    """Distribute start modes, masks and segment layouts over pairs of memory and aggregation."""
     layouts = ({}, {"chunk_size": 1}, {"chunk_size": 2, "segment_size": 5}, {"segment_size": 7})
     out = []
     for i, (memory, aggregation) in enumerate(pairs):

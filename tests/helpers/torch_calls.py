@@ -9,7 +9,7 @@ from helpers.cases import FunctionCase
 from mc_torch import Coefficients, Result, memory_caching
 from mc_torch.numerics import tree_map
 
-torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+torch.set_num_threads(1)  # tiny tensors: threads would not help
 
 
 def arrays(case: FunctionCase, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def arrays(case: FunctionCase, dtype: torch.dtype = torch.float64) -> dict[str, 
 
 
 def call(inputs: dict[str, Any], case: FunctionCase, method: str = "chunked") -> Result:
-    """Run `memory_caching` on inputs that `arrays` made."""
+    """Run `memory_caching` on inputs from `arrays`."""
     mask = None if case.mask is None else torch.tensor(case.mask)
     return memory_caching(
         **inputs, config=case.config, mask=mask, segment_lengths=case.lengths, method=method
@@ -36,7 +36,7 @@ def call(inputs: dict[str, Any], case: FunctionCase, method: str = "chunked") ->
 
 
 def run(case: FunctionCase, method: str = "chunked", dtype: torch.dtype = torch.float64) -> Result:
-    """Run a case; nothing is followed for a backward pass."""
+    """Run a case without recording gradients."""
     with torch.no_grad():
         return call(arrays(case, dtype), case, method)
 
@@ -53,7 +53,7 @@ def gradients(case: FunctionCase, method: str = "chunked") -> dict[str, Any]:
 
 
 def projected(result: Result, seed: int = 0) -> torch.Tensor:
-    """Return the product of everything a run gives, caches included, with random cotangents."""
+    """Return the inner product of all results, including caches, with random cotangents."""
     rng = np.random.default_rng(seed)
     parts = [leaf for leaf in leaves(result) if leaf.is_floating_point()]
     return sum((leaf * torch.tensor(rng.standard_normal(leaf.shape))).sum() for leaf in parts)

@@ -6,7 +6,7 @@ from mc_torch import MemoryCachingLayer
 
 
 def make_layer(config, seed=0, dtype=torch.float64):
-    """Build a layer with parameters moved away from where they start."""
+    """Build a layer with perturbed parameters."""
     torch.manual_seed(seed)
     layer = MemoryCachingLayer(config, dtype=dtype)
     with torch.no_grad():
@@ -21,7 +21,7 @@ def draw(*shape, dtype=torch.float64, seed=0, **options):
 
 
 class Extend(torch.nn.Module):
-    """`extend` as a module's call, for `torch.export` and `functional_call`."""
+    """Module that calls `extend`, for `torch.export` and `functional_call`."""
 
     def __init__(self, layer):
         super().__init__()

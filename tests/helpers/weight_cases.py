@@ -1,4 +1,4 @@
-"""Modules whose parameters differ in kind, and weights drawn at random for them."""
+"""Modules with different kinds of parameters, and random weights for them."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def torch_module(config: Any, dtype: Any = None) -> Any:
 
 
 def draw(config: Any, dtype: str = "float32", seed: int = 0) -> Flat:
-    """Draw every parameter in PyTorch's layout; none is zero, constant or symmetric."""
+    """Draw all parameters in PyTorch's layouts; none is zero, constant or symmetric."""
     rng = np.random.default_rng(seed)
     wanted = leaves(torch_module(config).state_dict())
     return {

@@ -1,4 +1,4 @@
-"""The parts of a read against loops: gates, the triangle of pairs, the sparse dispatch."""
+"""Components of a read against loops: gates, tiled dense reads, sparse dispatch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,21 @@ import pytest
 
 from helpers.cases import GATES, Array, assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
-from mc_core.triangle import pairs_read
+from mc_core.dense_reads import count_pairs
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
-from mc_jax.gates import at_level, gate, gate_densely, pool_keys, scores, select, spread
+from mc_jax.dense_reads import sum_earlier_reads
+from mc_jax.gates import (
+    compute_gates,
+    dense_gates,
+    gate_scores,
+    level_score,
+    pool_keys,
+    scatter_gates,
+    select_top_k,
+)
 from mc_jax.numerics import running_sum
-from mc_jax.sparse import ROW_BLOCK, _sort, read_selected
-from mc_jax.triangle import sum_over_earlier
+from mc_jax.sparse_reads import ROW_BLOCK, _sort, read_selected
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-12
@@ -24,7 +32,7 @@ def layer(aggregation: str, **options: object) -> MCConfig:
 
 
 @pytest.mark.parametrize("n", range(2, 10))
-def test_triangle_is_the_double_loop_over_earlier_memories(n):
+def test_tiled_reads_match_double_loop(n):
     """Section 6: every pair (segment, earlier memory) once, in values and gradients."""
     rng = np.random.default_rng(n)
     b, h, c, width = 2, 2, 3, 4
@@ -33,7 +41,7 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
     weights = rng.standard_normal((b, n, h, 5, width))
 
     def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
-        y = jnp.sin(jnp.einsum("...oi,...ci->...co", weights[0], x))  # not linear in the pair
+        y = jnp.sin(jnp.einsum("...oi,...ci->...co", weights[0], x))  # nonlinear in the pair
         return gate[..., None] * y
 
     def loop(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
@@ -42,7 +50,7 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
         return jnp.einsum("bhncm,bhncmo->bhnco", gates * earlier, values)
 
     def fast(x: jax.Array, gates: jax.Array, weights: jax.Array) -> jax.Array:
-        return sum_over_earlier(read, x, gates, (weights,))
+        return sum_earlier_reads(read, x, gates, (weights,))
 
     inputs = tuple(map(jnp.asarray, (x, gates, weights)))
     both = [
@@ -51,13 +59,13 @@ def test_triangle_is_the_double_loop_over_earlier_memories(n):
     ]
     actual, expected = (f(*inputs) for f in both)
     assert_close(actual, expected, EXACT, name="triangle")
-    assert not np.asarray(actual[-1])[:, :, 0].any()  # nothing comes before the first segment
+    assert not np.asarray(actual[-1])[:, :, 0].any()  # no memory before the first segment
 
 
-def test_triangle_reads_about_half_of_the_square():
-    """At least the n(n-1)/2 pairs that there are; at most 0.615 n² from 4 segments on."""
+def test_tiles_cover_about_half_of_the_square():
+    """At least n(n-1)/2 pairs; at most 0.615 n² from 4 segments on."""
     for n in range(2, 200):
-        pairs = pairs_read(n)
+        pairs = count_pairs(n)
         assert pairs >= n * (n - 1) // 2
         if n >= 4:
             assert pairs <= 0.615 * n * n, f"{pairs} pairs of {n} segments: {pairs / n**2:.2f} n²"
@@ -66,7 +74,7 @@ def test_triangle_reads_about_half_of_the_square():
 
 
 @pytest.mark.parametrize("n", [2, 5, 8, 11])
-def test_triangle_counts_the_pairs_that_it_reads(n):
+def test_count_pairs_matches_reads(n):
     pairs: list[int] = []
 
     def read(x: jax.Array, gate: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
@@ -76,31 +84,31 @@ def test_triangle_counts_the_pairs_that_it_reads(n):
 
     one = jnp.ones((1, 1, n, 1, n))
     memories = (jnp.ones((1, n, 1, 1, 1)),)
-    total = jax.jit(lambda x: sum_over_earlier(read, x, one, memories))(one[..., :1])
+    total = jax.jit(lambda x: sum_earlier_reads(read, x, one, memories))(one[..., :1])
     jax.effects_barrier()
-    assert sum(pairs) == pairs_read(n)
+    assert sum(pairs) == count_pairs(n)
     np.testing.assert_array_equal(np.asarray(total).ravel(), np.arange(n))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
-def test_select_takes_the_highest_scores_and_ties_go_to_the_earlier_segment(top_k):
-    """Equation 16; where too few are cached a slot is empty (n)."""
+def test_select_top_k_breaks_ties_by_earlier_segment(top_k):
+    """Equation 16; n if fewer memories are cached."""
     score = jnp.asarray([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
     allowed = jnp.asarray([[True, True, True, True], [True, True, False, False]])
-    chosen = np.asarray(select(score, allowed, top_k))
+    chosen = np.asarray(select_top_k(score, allowed, top_k))
     assert chosen.shape == (2, min(top_k, 4))
     assert chosen[0].tolist() == [1, 2, 0, 3][:top_k]
     assert chosen[1].tolist() == [0, 1, 4, 4][:top_k]
 
 
 @pytest.mark.parametrize("aggregation", ["none", "residual", "grm", "soup", "ssc", "mean"])
-def test_gates(aggregation):
-    """Equations 7, 9, 10 and 17: cached segments before one's own, and the online memory."""
+def test_gates_match_loop(aggregation):
+    """Equations 7, 9, 10 and 17: earlier cached segments and the online memory."""
     rng = np.random.default_rng(0)
     segment, n = np.array([0, 0, 1, 2, 3]), 4
     score = rng.standard_normal((2, 5, 3, n + 1))
     config = layer(aggregation, ssc_top_k=2)
-    gates = gate_densely(jnp.asarray(score), jnp.asarray(segment), config)
+    gates = dense_gates(jnp.asarray(score), jnp.asarray(segment), config)
     expected = np.zeros_like(score)
     for at in np.ndindex(2, 5, 3):
         own = segment[at[1]]
@@ -118,24 +126,24 @@ def test_gates(aggregation):
         assert_close(jnp.sum(gates, -1), np.ones((2, 5, 3)), EXACT, name="sum of gates")
 
 
-def test_gates_of_huge_scores_are_finite():
+def test_gates_are_finite_for_large_scores():
     score = jnp.full((1, 2, 1, 3), 1e300).at[..., 0].set(-1e300)
-    gates = gate_densely(score, jnp.asarray([0, 2]), layer("grm"))
+    gates = dense_gates(score, jnp.asarray([0, 2]), layer("grm"))
     assert_close(np.asarray(gates)[0, :, 0], np.array([[0, 0, 1.0], [0, 0.5, 0.5]]), EXACT)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 12])
-def test_a_level_is_the_number_of_bits_of_an_age(width):
+def test_level_is_bit_length_of_age(width):
     u, age = jnp.arange(width), np.arange(-3, 2000)
     expected = [min(max(int(x), 0).bit_length(), width - 1) for x in age]
-    assert at_level(u, jnp.asarray(age)).tolist() == expected
+    assert level_score(u, jnp.asarray(age)).tolist() == expected
 
 
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
-def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, monkeypatch):
-    """The fast form against `gate_densely`: gates, and the gradients of u and of every pool."""
+def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
+    """The fast form against `dense_gates`: gates, and gradients of u and the pools."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
@@ -145,12 +153,12 @@ def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, mon
     segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
 
     def fast(u, pools, running):
-        weights, selected = gate(u, pools, running, segment, config)
+        weights, selected = compute_gates(u, pools, running, segment, config)
         assert weights.shape == (b, t, h, min(top_k, n) + 1)
-        return spread(weights, selected, n)
+        return scatter_gates(weights, selected, n)
 
     def dense(u, pools, running):
-        return gate_densely(scores(u, pools, running, segment, config), segment, config)
+        return dense_gates(gate_scores(u, pools, running, segment, config), segment, config)
 
     args = (u, pools, running)
     cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))
@@ -162,8 +170,8 @@ def test_gates_of_selected_memories_are_those_of_all(top_k, block, gated_by, mon
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_pools_by_loop(pooling):
-    """Section 4: of unmasked keys, 0 if there are none; the online one runs up to its token."""
+def test_pools_match_loop(pooling):
+    """Section 4: pools of unmasked keys, 0 if none; running pools of the online segment."""
     rng = np.random.default_rng(0)
     lengths, k = (3, 1, 5), rng.standard_normal((2, 9, 2, 4))
     mask = rng.random((2, 9)) < 0.6
@@ -185,13 +193,13 @@ def test_pools_by_loop(pooling):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65, 200, 4097])
-def test_running_sum_in_blocks_is_a_cumulative_sum(tokens):
+def test_running_sum_matches_cumsum(tokens):
     x = np.random.default_rng(0).standard_normal((2, tokens, 3))
     assert_close(running_sum(jnp.asarray(x)), x.cumsum(1), EXACT)
 
 
-def test_decay_products_by_loop():
-    """Section 6: a(t, i), the product over i+1..t; 0 after t; a zero factor gives zero."""
+def test_decay_products_match_loop():
+    """Section 6: a(t, i), the product over i+1..t; 0 for i > t; also with zero factors."""
     x = np.array([0.5, 0.9, 1e-30, 0.3, 1.0])
     for factors in (x, np.where(x < 1e-9, 0.0, x)):
         expected = np.zeros((5, 6))
@@ -202,7 +210,7 @@ def test_decay_products_by_loop():
 
 
 def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Array) -> Array:
-    """Read every (token, slot) from its own copy of the memory it selected."""
+    """Read every (token, slot) from a gathered copy of its selected memory."""
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
     out = np.zeros((b, t, h, top_k, weights[-1].shape[-2]))
@@ -215,9 +223,9 @@ def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Arr
 
 
 @pytest.mark.parametrize("kind", ["linear", "dla"])
-def test_selected_reads_are_plain_gathers(kind, monkeypatch):
-    """Section 6, `ssc`: blocks of 4 rows, so that groups are empty, full, and cut; empty slots."""
-    monkeypatch.setattr("mc_jax.sparse.ROW_BLOCK", 4)
+def test_selected_reads_match_gather(kind, monkeypatch):
+    """Section 6, `ssc`: blocks of 4 rows with empty, full and partial groups, and empty slots."""
+    monkeypatch.setattr("mc_jax.sparse_reads.ROW_BLOCK", 4)
     memory = make_memory(LinearConfig() if kind == "linear" else DLAConfig(expansion=2))
     rng = np.random.default_rng(0)
     b, t, h, top_k, n, k = 2, 11, 2, 2, 5, 4
@@ -225,8 +233,8 @@ def test_selected_reads_are_plain_gathers(kind, monkeypatch):
     weights = tuple(rng.standard_normal(s) for s in shapes)
     q = rng.standard_normal((b, t, h, k))
     selected = rng.integers(0, n + 1, (b, t, h, top_k))
-    selected[0, :, 0] = 3  # one memory takes every row
-    selected[1, :, 1] = n  # nothing is selected at all
+    selected[0, :, 0] = 3  # one memory has all rows
+    selected[1, :, 1] = n  # nothing selected
     read = jax.jit(lambda w, q, s: read_selected(memory, w, q, s))
     y = read(tuple(map(jnp.asarray, weights)), jnp.asarray(q), jnp.asarray(selected))
     assert_close(y, gathered(memory, weights, q, selected), EXACT)
@@ -234,8 +242,8 @@ def test_selected_reads_are_plain_gathers(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [5, 2**28])
-def test_rows_are_sorted_by_memory_and_stay_in_order(n):
-    """Section 6, `ssc`: as NumPy's stable sort, where one key holds memory and row or cannot."""
+def test_sort_by_memory_is_stable(n):
+    """Section 6, `ssc`: equals NumPy's stable sort, with and without combined keys."""
     group = np.random.default_rng(0).integers(0, 6, 37).astype(np.int32)
     group[group == 5] = n
     memory, row = _sort(jnp.asarray(group), n)
@@ -245,7 +253,7 @@ def test_rows_are_sorted_by_memory_and_stay_in_order(n):
 
 
 def rows_read(t: int, n: int, top_k: int) -> int:
-    """Count the rows that `read_selected` gives to the memory."""
+    """Count the rows that `read_selected` passes to the memory."""
     seen: list[int] = []
 
     class Probe:
@@ -265,8 +273,8 @@ def rows_read(t: int, n: int, top_k: int) -> int:
     return seen[0]
 
 
-def test_sparse_work_grows_with_tokens_and_slots_not_with_memories():
-    """Section 6: t · top_k rows, and no more than one padded block a memory."""
+def test_sparse_flops_are_independent_of_number_of_memories():
+    """Section 6: t · top_k rows, and at most one padded block per memory."""
     for t, n, top_k in ((256, 4, 2), (1024, 16, 2), (4096, 64, 2), (4096, 64, 1), (4096, 16, 4)):
         rows = rows_read(t, n, top_k)
         assert t * top_k <= rows <= t * top_k + (n + 1) * ROW_BLOCK

@@ -1,4 +1,4 @@
-"""Bytes that a backward pass keeps, from shapes alone: nothing is compiled."""
+"""Bytes saved for the backward pass, from abstract evaluation without compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ KEPT = {
 
 
 def kept_bytes(module, config, x):
-    """Return the bytes that the backward pass of a module keeps, its parameters included."""
+    """Return the bytes that a module saves for the backward pass, including parameters."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
 
     def backward(state, x):
@@ -31,13 +31,13 @@ def kept_bytes(module, config, x):
 
 
 @pytest.mark.parametrize("case", KEPT, ids="+".join)
-def test_a_layers_backward_pass_keeps_no_more_than_recorded(case):
+def test_layer_residual_bytes_do_not_exceed_recorded(case):
     kind, aggregation = case
     config = MCConfig(8, 2, MEMORIES[kind], aggregation, segment_size=8, chunk_size=4)
     assert kept_bytes(MemoryCachingLayer, config, jnp.zeros((1, 64, 8))) <= KEPT[case]
 
 
-def test_remat_keeps_little_more_than_the_inputs_of_blocks():
+def test_remat_saves_only_block_inputs():
     layer = MCConfig(8, 2, MEMORIES["dla"], "none", segment_size=8, chunk_size=4)
     recomputed, kept = (
         kept_bytes(

@@ -1,4 +1,4 @@
-"""Generation: greedy is the argmax of full passes; sampling draws from what its options name."""
+"""Generation: greedy decoding matches full passes, sampling matches its distribution."""
 
 from itertools import islice
 from typing import Any
@@ -30,11 +30,11 @@ from mc_jax.generation import _make_programs
 
 
 def first_cache(steps: Any) -> Any:
-    """Return the cache of the first block, of an iterator that has not begun."""
+    """Return the cache of the first block of an unstarted iterator."""
     return steps.gi_frame.f_locals["cache"][0]
 
 
-QUICK = ("linear-soup", "swla-ssc", "dla-residual", "titans-grm")
+QUICK = ("dla-residual", "titans-grm")
 
 
 @pytest.mark.usefixtures("float64")
@@ -42,8 +42,8 @@ QUICK = ("linear-soup", "swla-ssc", "dla-residual", "titans-grm")
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS],
 )
-def test_tokens_are_those_of_repeated_full_passes(name):
-    """Token for token, greedy and sampled, for rows of different lengths, over many segments."""
+def test_generation_matches_repeated_full_passes(name):
+    """Greedy and sampled, for rows of different lengths, over many segments."""
     model = make_model(name)
     mirror = mirrored(model)
     for options in ({}, SAMPLED):
@@ -53,7 +53,7 @@ def test_tokens_are_those_of_repeated_full_passes(name):
 
 
 @pytest.mark.usefixtures("float64", "strict")
-def test_a_row_gives_what_it_gives_alone():
+def test_generation_rows_are_independent():
     model = make_model(layers=2)
     for options in ({"block": 1}, SAMPLED | {"block": 1}):
         together = tokens_of(model, PROMPTS, 14, **options)
@@ -63,15 +63,15 @@ def test_a_row_gives_what_it_gives_alone():
 
 
 @pytest.mark.usefixtures("float64")
-def test_left_and_right_padded_prompts_give_what_each_row_gives_alone():
-    """A batch that is padded by hand on either side, through `extend`, goes on as `generate`."""
+def test_left_and_right_padded_prompts_match_single_rows():
+    """A batch that is padded on either side and passed to `extend` matches `generate`."""
     model = make_model()
     graph, state = nnx.split(model)
     extend = jax.jit(lambda s, *args, padding: nnx.merge(graph, s).extend(*args, padding=padding))
     ways = ((0, {}), (5, {"temperature": 2.0}))
     expected = [tokens_of(model, PROMPTS, 6, seed=seed, **options) for seed, options in ways]
     width = max(map(len, PROMPTS))
-    alone = np.broadcast_to(np.arange(width) > 0, (3, width))  # the next token, and no other
+    alone = np.broadcast_to(np.arange(width) > 0, (3, width))  # exactly one token
     for left in (True, False):
         tokens, padding = np.full((3, width), 4, np.int32), np.ones((3, width), bool)
         for row, prompt in enumerate(PROMPTS):
@@ -90,8 +90,9 @@ def test_left_and_right_padded_prompts_give_what_each_row_gives_alone():
                 after = after[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-def test_the_width_of_blocks_changes_nothing():
+def test_generation_is_independent_of_block_width():
     model = make_model("linear-soup")
     whole = tokens_of(model, PROMPTS, 10, **SAMPLED)
     for block in (1, 3):
@@ -99,7 +100,7 @@ def test_the_width_of_blocks_changes_nothing():
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SAMPLING)
-def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
+def test_sampling_matches_distribution(temperature, top_k, top_p):
     draws = 40_000
     rng = jax.random.split(jax.random.key(1), draws)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (draws, 7))
@@ -107,7 +108,7 @@ def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
     check_frequencies(np.asarray(found), distribution(LOGITS, temperature, top_k, top_p))
 
 
-def test_greedy_takes_the_first_of_equal_logits_and_flags_what_is_not_finite():
+def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
     bad = LOGITS.copy()
     bad[0] = np.nan
     logits = np.stack([LOGITS, np.zeros(7), bad, np.full(7, np.inf)]).astype(np.float32)
@@ -118,8 +119,8 @@ def test_greedy_takes_the_first_of_equal_logits_and_flags_what_is_not_finite():
         assert tokens.tolist() == [5, 0, -1, -1]
 
 
-def test_a_seed_is_a_text():
-    """The same seed draws the same; another seed, and another row, draws something else."""
+def test_seed_determines_generation():
+    """The same seed gives the same tokens; other seeds and rows give others."""
     model, options = make_model("linear-none", jnp.float32), {"temperature": 2.0}
     prompts = [PROMPTS[0]] * 2
     first = tokens_of(model, prompts, 20, seed=7, **options)
@@ -130,11 +131,11 @@ def test_a_seed_is_a_text():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-@pytest.mark.parametrize("restored", [False, True])
-def test_few_programs_serve_all_lengths(restored, caplog):
-    """17 to 32 tokens are one shape; stopping early adds none, nor do parameters of a checkpoint.
+@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_prompt_lengths_share_compiled_programs(restored, caplog):
+    """17 to 32 tokens share a shape; early stops and parameters of a checkpoint compile nothing.
 
-    Those are bound to a device, so that all that is computed with them is, too.
+    Restored parameters are committed to a device, and so are all results.
     """
     model, used = make_model("linear-none", jnp.float32), 0
     if restored:
@@ -152,8 +153,9 @@ def test_few_programs_serve_all_lengths(restored, caplog):
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
 
-def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
-    """They stay there, the tokens are the same, and nothing is compiled on the way."""
+@pytest.mark.slow
+def test_restored_model_offloads_cached_memories(caplog):
+    """Cached memories stay on the host, the tokens are the same, and nothing is recompiled."""
     model = make_model("linear-grm", jnp.float32)
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     near = tokens_of(model, PROMPTS, 9)
@@ -165,7 +167,7 @@ def test_a_restored_models_cached_memories_may_lie_in_the_hosts_memory(caplog):
     assert "Compiling jit(extend)" not in caplog.text
 
 
-def test_blocks_hold_every_prompt_once():
+def test_prompt_blocks_contain_every_token_once():
     rng = np.random.default_rng(0)
     for _ in range(50):
         prompts = [rng.integers(0, 99, n) for n in rng.integers(1, 40, 3)]
@@ -177,7 +179,8 @@ def test_blocks_hold_every_prompt_once():
             assert not padding[row, : len(prompt)].any()
 
 
-def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for():
+@pytest.mark.slow
+def test_generation_uses_cache_dtype():
     model = make_model("linear-grm", jnp.float32)
     low, high = (generate(model, PROMPTS, 12, cache_dtype=d) for d in ("bfloat16", None))
     weights = [first_cache(steps).stored.weights[0] for steps in (low, high)]
@@ -205,13 +208,13 @@ def test_cached_memories_are_kept_in_the_dtype_that_is_asked_for():
         ({"rows": [2**32]}, r"rows\[0\] = 4294967296: must be in"),
     ],
 )
-def test_bad_arguments(options, message):
-    """Refused when `generate` is called, not when the first token is asked for."""
+def test_generate_rejects_invalid_arguments(options, message):
+    """`generate` raises when it is called, not at the first token."""
     arguments = {"prompts": [[1, 2]], "max_new_tokens": 3} | options
     with pytest.raises(ValueError, match=message):
         generate(make_model("linear-none", jnp.float32), **arguments)
 
 
-def test_sampling_needs_a_random_stream():
+def test_sampling_requires_rng():
     with pytest.raises(ValueError, match=r"rng = None: must be given where temperature = 1.0"):
         sample(jnp.zeros((1, 3)), temperature=1.0)

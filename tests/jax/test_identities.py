@@ -1,6 +1,6 @@
-"""Identities that hold exactly (section 5, end), causality, and what makes a deep memory one.
+"""Exact identities (section 5), causality, and properties of deep memories.
 
-The chunked form takes short cuts for several of them, so the token by token one is held to it.
+The chunked form has special cases for some of them, so it is compared with the recurrent form.
 """
 
 import jax
@@ -20,20 +20,20 @@ DEEP = ("dla", "dla-deep", "titans", "titans-norm")
 def same(
     left: FunctionCase, right: FunctionCase, *, gates: bool = True, cache: bool = True
 ) -> None:
-    """Hold a token by token run of one case to a chunked run of the other."""
+    """Compare a recurrent run of one case with a chunked run of the other."""
     a, b = run(left, "recurrent"), run(right)
     assert_close(a.output, b.output, EXACT, name="output")
     if gates:
         assert_close(a.gates, b.gates, EXACT, name="gates")
     if cache:
-        # What is kept beside the memories follows from how they are read, not from what they hold.
+        # The sum of memories and the number of slots depend on the aggregation.
         a, b = (x.cache._replace(total=()) for x in (a, b))
         assert_close(a, b, EXACT, name="cache")
 
 
 @pytest.mark.parametrize("memory", ["swla", "titans"])
-def test_one_segment_is_no_caching(memory):
-    """Every aggregation reads the online memory alone, with γ = 1."""
+def test_single_segment_equals_no_caching(memory):
+    """Every aggregation reads only the online memory, with γ = 1."""
     none = run(make_case(memory, "none", tokens=6, segment_size=6))
     for i, aggregation in enumerate(AGGREGATIONS[1:]):
         case = make_case(memory, aggregation, tokens=6, segment_size=6)
@@ -44,13 +44,13 @@ def test_one_segment_is_no_caching(memory):
 
 
 @pytest.mark.parametrize(("memory", "mode"), [("linear-elu", "restart"), ("swla", "checkpoint")])
-def test_soup_of_matrices_is_grm(memory, mode):
+def test_soup_equals_grm_for_matrix_memories(memory, mode):
     """A matrix memory's read is linear in its weights (equations 9 and 15)."""
     case = make_case(memory, "soup", state_init_mode=mode, mask="some")
     same(case, case.where(aggregation="grm"))
 
 
-def test_soup_of_normalised_or_deep_memories_is_not_grm():
+def test_soup_differs_from_grm_for_normalized_or_deep_memories():
     for memory in ("linear-normalized", "dla"):
         soup, grm = (run(make_case(memory, a)).output for a in ("soup", "grm"))
         assert np.abs(np.asarray(soup - grm)).max() > 1e-4
@@ -65,22 +65,22 @@ def test_soup_of_normalised_or_deep_memories_is_not_grm():
         ("swla", "checkpoint", "token"),
     ],
 )
-def test_ssc_of_all_segments_is_grm(memory, mode, gate):
-    """Equation 16 with top_k >= N: two ways of dispatch, one read."""
+def test_ssc_with_all_segments_equals_grm(memory, mode, gate):
+    """Equation 16 with top_k >= N."""
     case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some", gate=gate)
     same(case.where(aggregation="grm"), case)
 
 
 @pytest.mark.parametrize(("memory", "mode"), [("linear", "checkpoint"), ("dla", "restart")])
-def test_grm_without_a_connector_is_the_mean(memory, mode):
+def test_grm_with_zero_connector_equals_mean(memory, mode):
     case = make_case(memory, "grm", state_init_mode=mode)
     case = case._replace(u=np.zeros_like(case.u))
     same(case, case._replace(u=None).where(aggregation="mean"))
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-elu"])
-def test_residual_reads_of_restarted_matrices_are_one_linear_attention(memory):
-    """Equation 7 without decay, from zero: the sum over segments is the sum over tokens."""
+def test_residual_with_restart_equals_undivided_linear_attention(memory):
+    """Equation 7 without decay and with zero initial memory."""
     case = make_case(memory, "residual", state_init_mode="restart", mask="some")
     case = case._replace(
         initial=(np.zeros_like(case.initial[0]),),
@@ -91,28 +91,28 @@ def test_residual_reads_of_restarted_matrices_are_one_linear_attention(memory):
     same(whole, case, gates=False, cache=False)
 
 
-def test_checkpoint_segments_carry_one_stream():
-    """Without reads of the cache, where segments are cut changes no matrix memory."""
+def test_checkpoint_state_is_independent_of_segments():
+    """Without cached reads, segment boundaries do not affect matrix memories."""
     for memory in ("linear", "swla"):
         case = make_case(memory, "none", mask="some")
         same(case, case.where(segment_size=13), gates=False, cache=False)
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-normalized", "swla"])
-def test_chunks_do_not_matter_to_matrix_memories(memory):
+def test_matrix_memories_are_independent_of_chunk_size(memory):
     """Their gradient does not depend on the memory (section 2, chunks)."""
     case = make_case(memory, "grm", chunk_size=1)
     same(case, case.where(chunk_size=4))
 
 
-def test_one_matrix_under_the_dot_loss_is_linear_attention():
+def test_depth_one_mlp_with_dot_loss_is_linear_attention():
     """Section 2: `dla` of depth 1 is `linear`."""
     case = make_case(DLAConfig(depth=1, residual=False, inner_clip=None), "grm")
     same(case, case.where(memory=LinearConfig()), cache=False)
 
 
-def test_one_matrix_under_the_l2_loss_is_the_delta_rule_with_momentum():
-    """Equations 34 and 35, and the sign that descends: written out for one head."""
+def test_depth_one_mlp_with_l2_loss_is_delta_rule_with_momentum():
+    """Equations 34 and 35 with gradient descent, computed explicitly for one head."""
     memory = TitansConfig(depth=1, residual=False, inner_clip=None)
     case = make_case(memory, "none", tokens=6, batch=1, heads=1, chunk_size=1)
     eta, alpha, beta = (x[0, :, 0] for x in case.coefficients[:3])
@@ -137,8 +137,8 @@ def test_one_matrix_under_the_l2_loss_is_the_delta_rule_with_momentum():
         ("titans", "ssc", "checkpoint"),
     ],
 )
-def test_no_token_sees_a_later_one(memory, aggregation, mode):
-    """A change of token t, in the middle of a chunk, leaves every bit before it as it was."""
+def test_outputs_are_causal(memory, aggregation, mode):
+    """Changing token t inside a chunk leaves all earlier outputs bit-identical."""
     case, t = make_case(memory, aggregation, state_init_mode=mode, ssc_top_k=1), 7
     rng = np.random.default_rng(1)
     later = spread(np.arange(13) >= t, np.empty((1, 13)))[None]
@@ -150,8 +150,8 @@ def test_no_token_sees_a_later_one(memory, aggregation, mode):
 
 
 @pytest.mark.parametrize("memory", ["linear", "swla", *DEEP])
-def test_two_queries_read_different_values_after_one_write(memory):
-    """A memory of zeros would read the same for every query, for ever (section 2)."""
+def test_reads_depend_on_query(memory):
+    """A zero MLP memory would ignore the query (section 2)."""
     case = make_case(memory, "none", tokens=1)
     first, second = run(case).output, run(case._replace(q=-case.q[:, :, ::-1])).output
     residual = case.q + case.q[:, :, ::-1] if case.v.shape == case.q.shape else 0.0
@@ -160,8 +160,8 @@ def test_two_queries_read_different_values_after_one_write(memory):
 
 
 @pytest.mark.parametrize("memory", DEEP)
-def test_one_write_lowers_the_inner_loss(memory):
-    """Equations 30 and 34, with the sign that descends: the value is closer to what k reads."""
+def test_write_decreases_inner_loss(memory):
+    """Equations 30 and 34 with gradient descent: the read of k moves towards v."""
     case = make_case(memory, "none", tokens=1, batch=4)
     step = np.full((4, 1, 2), 0.02)
     keep = case.coefficients._replace(retention=np.ones_like(step))
@@ -175,8 +175,8 @@ def test_one_write_lowers_the_inner_loss(memory):
 
 
 @pytest.mark.parametrize("memory", ["dla", "titans-norm"])
-def test_clipped_writes_are_bounded(memory):
-    """||W_t|| <= ||W_0|| + t·c·η/(1-β), however large the values (section 2, bounded writes)."""
+def test_inner_clip_bounds_writes(memory):
+    """||W_t|| <= ||W_0|| + t·c·η/(1-β) for values of any size (section 2, bounded writes)."""
     case = make_case(memory, "none", tokens=12, segment_size=12)
     case = case._replace(v=1e6 * case.v)
     coefficients = case.coefficients._replace(retention=np.ones((2, 12, 2)))
@@ -192,8 +192,8 @@ def test_clipped_writes_are_bounded(memory):
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"), [("swla", "grm", "checkpoint"), ("titans", "ssc", "restart")]
 )
-def test_masked_tokens_change_nothing(memory, aggregation, mode):
-    """NaN at masked tokens reaches no output and no gradient; their outputs and gates are zero."""
+def test_masked_tokens_do_not_change_outputs(memory, aggregation, mode):
+    """NaN at masked tokens does not reach outputs and gradients; their outputs and gates are 0."""
     case = make_case(memory, aggregation, state_init_mode=mode, mask="segment")
     junk = case.each(lambda x: np.where(spread(case.mask, x), x, np.nan))
     function = jax.jit(
@@ -215,7 +215,7 @@ def test_masked_tokens_change_nothing(memory, aggregation, mode):
 
 
 @pytest.mark.parametrize("memory", ["swla", "titans"])
-def test_a_sequence_of_masked_tokens_leaves_the_start(memory):
+def test_fully_masked_sequence_keeps_initial_state(memory):
     case = make_case(memory, "grm")._replace(mask=np.zeros((2, 13), bool))
     for method in ("chunked", "recurrent"):
         result = run(case, method)

@@ -1,4 +1,4 @@
-"""Models of JAX whose modules are wrapped or adapted."""
+"""JAX models with wrapped or adapted modules."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def make_model(config=CONFIG):
 
 
 def observe(model):
-    """Return the logits of a whole sequence, with traces, and of a stream of two calls."""
+    """Return logits and traces of a full pass, and logits of a stream of two calls."""
     whole, traces = model.inspect(TOKENS)
     first, cache = model.extend(TOKENS[:, :3], model.init_cache(2, 7))
     second, cache = model.extend(TOKENS[:, 3:], cache)
@@ -36,8 +36,8 @@ def observe(model):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_wrapped_block_is_called_itself(remat):
-    """Its own `__call__`, not that of `Block`."""
+def test_wrapped_block_is_called(remat):
+    """The wrapper's `__call__` runs instead of that of `Block`."""
     model = make_model(dataclasses.replace(CONFIG, remat=remat))
     seen = []
 
@@ -54,8 +54,8 @@ def test_a_wrapped_block_is_called_itself(remat):
     assert seen == [(2, 7, 8)]
 
 
-def test_low_rank_adapters_serve_every_projection():
-    """The adapter of the head changes logits, and every call finds its way through adapters."""
+def test_lora_wraps_every_projection():
+    """An adapter on the head changes the logits, and all calls work with adapters."""
     model, rngs = make_model(), nnx.Rngs(1)
 
     def adapt(owner, name, out):

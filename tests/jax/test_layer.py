@@ -1,4 +1,4 @@
-"""The layer: its projections around the memory (section 1), from its parameters, in NumPy."""
+"""The layer against a NumPy oracle of its projections and memory (section 1)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_layer_is_the_oracle_between_projections(name):
-    """Section 1; output, gates and the trace's other rows come from one pass."""
+def test_layer_matches_oracle(name):
+    """Section 1: output, gates and trace."""
     config = CONFIGS[name]
     layer = make_layer(config)
     rng = np.random.default_rng(0)
@@ -52,8 +52,8 @@ def compiled(layer: MemoryCachingLayer, call: Callable[..., Any], *args: Any) ->
     return nnx.jit(call)(layer, *args)
 
 
-def test_one_pass_under_three_names():
-    """`__call__`, `forward_with_cache` and `inspect` give one output; norms and lengths agree."""
+def test_forward_cache_and_inspect_agree():
+    """`__call__`, `forward_with_cache` and `inspect` agree on output, norms and lengths."""
     layer, mask = make_layer(CONFIGS["titans"]), jnp.asarray(np.arange(11) < [[11], [6]])
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 11, 8)))
     plain = compiled(layer, lambda m, x: m(x, mask), x)
@@ -79,8 +79,8 @@ def test_explicit_segment_lengths():
 
 
 @pytest.mark.parametrize("name", ["swla", "titans-norm"])
-def test_masked_tokens_may_hold_anything(name):
-    """NaN at masked tokens reaches neither outputs nor gradients, through convolutions as well."""
+def test_values_at_masked_tokens_are_ignored(name):
+    """NaN at masked tokens does not reach outputs and gradients, also with convolutions."""
     layer, config = make_layer(CONFIGS[name]), CONFIGS[name]
     rng = np.random.default_rng(1)
     x, mask = rng.standard_normal((2, 11, 8)), make_mask("segment", 2, 11, config, rng)
@@ -102,7 +102,7 @@ def test_masked_tokens_may_hold_anything(name):
     assert not np.asarray(results[1][1][1])[~mask].any()
 
 
-def test_where_parameters_start():
+def test_parameter_initialization():
     """Sections 1 and 2: a random W_0 for an MLP, zeros for a matrix; coefficients as configured."""
     memory = TitansConfig(expansion=4, step=0.07, momentum=0.8, retention=0.99)
     layer = MemoryCachingLayer(MCConfig(128, 2, memory, conv_width=4), rngs=nnx.Rngs(0))
@@ -123,11 +123,11 @@ def test_where_parameters_start():
     learned = MCConfig(8, 2, LinearConfig(learn_initial=True, coefficients="head"))
     zero = parameters(MemoryCachingLayer(learned, rngs=nnx.Rngs(0)))
     np.testing.assert_array_equal(zero["initial"][0], np.zeros((2, 4, 4)))
-    start = zero["coefficients"]["retention"]["bias"]  # 1 is out of a sigmoid's reach
+    start = zero["coefficients"]["retention"]["bias"]  # a sigmoid cannot reach 1
     np.testing.assert_allclose(1 / (1 + np.exp(-start)), 0.999, rtol=1e-6)
 
 
-def test_which_parameters_exist():
+def test_parameter_names_by_configuration():
     names = lambda config: set(parameters(MemoryCachingLayer(config, rngs=nnx.Rngs(0))))  # noqa: E731
     base = {"q_proj", "k_proj", "v_proj", "out_proj"}
     for aggregation in ("grm", "soup", "ssc"):
@@ -141,7 +141,7 @@ def test_which_parameters_exist():
     assert "memory_norm" not in names(MCConfig(8, 2, MEMORIES["titans"]))
 
 
-def test_every_parameter_gets_a_gradient():
+def test_every_parameter_has_a_gradient():
     config = MCConfig(
         8, 2, TitansConfig(2, 2, norm="layer"), "grm", conv_width=2, segment_size=3, chunk_size=2
     )
@@ -152,7 +152,7 @@ def test_every_parameter_gets_a_gradient():
         assert np.abs(np.asarray(leaf)).max() > 1e-8, jax.tree_util.keystr(path)
 
 
-def test_inputs_that_do_not_fit():
+def test_invalid_inputs_are_rejected():
     layer = make_layer(CONFIGS["linear"])
     for shape in ((2, 8), (2, 3, 7), (1, 2, 3, 8)):
         with pytest.raises(ValueError, match=r"x has shape .* must be \[b, t, 8\]"):

@@ -1,4 +1,4 @@
-"""Layers and models in streams: caches, their capacity, padding, and where memories are stored."""
+"""Streaming layers and models: capacity, padding, and storage of cached memories."""
 
 from functools import cache as cached
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 from helpers.cases import assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_jax import LanguageModel, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -18,7 +18,7 @@ EXACT = 1e-10
 
 
 def layer(memory=None, aggregation="grm", dtype=jnp.float64, **options):
-    """Return a layer, 13 tokens for it, and its methods, compiled, as functions of its arrays."""
+    """Return a layer, 13 tokens, and the layer's compiled methods as pure functions."""
     memory = memory or TitansConfig(expansion=1)
     options = {"segment_size": 4, "chunk_size": 3, "conv_width": 4} | options
     config = MCConfig(8, 2, memory, aggregation, **options)
@@ -41,8 +41,8 @@ def compiled(module, method):
     return call
 
 
-def test_one_compilation_serves_all_positions():
-    """It cannot raise past the last position, and does not go on in silence."""
+def test_extend_compiles_once_for_all_positions():
+    """Past the capacity a compiled program returns NaN."""
     module, x, extend, forward = layer()
     cache, outputs = module.init_cache(2, 13), []
     for token in range(13):
@@ -59,11 +59,13 @@ def test_one_compilation_serves_all_positions():
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"),
-    [(TitansConfig(expansion=1), "grm", "checkpoint"), (SWLAConfig(), "ssc", "restart")],
-    ids=["titans-grm-checkpoint", "swla-ssc-restart"],
+    [
+        pytest.param(TitansConfig(expansion=1), "grm", "checkpoint", id="titans-grm-checkpoint"),
+        pytest.param(SWLAConfig(), "ssc", "restart", id="swla-ssc-restart", marks=pytest.mark.slow),
+    ],
 )
-def test_a_sequence_goes_on_as_a_stream(memory, aggregation, mode):
-    """What `forward_with_cache` gives is a cache without room; `grow` makes some."""
+def test_forward_cache_can_be_extended(memory, aggregation, mode):
+    """`forward_with_cache` returns a full cache; `grow` increases its capacity."""
     module, x, extend, forward = layer(memory, aggregation, state_init_mode=mode)
     head, cache = forward(x[:, :7])
     with pytest.raises(ValueError, match=r"max_tokens = 7, and position 7 would go to 13"):
@@ -74,24 +76,24 @@ def test_a_sequence_goes_on_as_a_stream(memory, aggregation, mode):
     assert_close(cache.segments, expected.segments, EXACT, name="segments")
 
 
-def test_growing_keeps_the_content():
+def test_grow_preserves_cache_content():
     module, *_ = layer()
     numbers = np.random.default_rng(0)
     cache = jax.tree.map(
         lambda x: jnp.asarray(numbers.integers(1, 9, x.shape), x.dtype), module.init_cache(2, 6)
-    )._replace(limit=jnp.asarray(6, jnp.int32))
+    )._replace(capacity=jnp.asarray(6, jnp.int32))
     grown = module.grow(cache, 40)
     assert grown.stored.length.shape == (2, 10)
-    assert int(grown.limit) == 40
+    assert int(grown.capacity) == 40
     for (name, before), (_, after) in zip(flatten(cache), flatten(grown), strict=True):
-        if name != "limit":
+        if name != "capacity":
             kept = after[:, : before.shape[1]] if name.startswith("stored") else after
             np.testing.assert_array_equal(kept, before, err_msg=name)
     with pytest.raises(ValueError, match="max_tokens = 5: must be >= 40"):
         module.grow(grown, 5)
 
 
-def test_no_room():
+def test_exceeding_capacity_raises_or_gives_nan():
     module, x, *_ = layer()
     cache = module.init_cache(2, 8)
     with pytest.raises(ValueError, match=r"max_tokens = 8, and position 0 would go to 13: grow"):
@@ -101,7 +103,7 @@ def test_no_room():
         module.extend(x[:, :1], cache)
 
 
-def test_what_cannot_stream():
+def test_non_streamable_configurations_are_rejected():
     module, x, *_ = layer(segmentation="logarithmic")
     with pytest.raises(ValueError, match=r"logarithmic.*'constant'"):
         module.init_cache(2, 8)
@@ -119,14 +121,14 @@ def test_what_cannot_stream():
         (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\], b = 2"),
     ],
 )
-def test_bad_calls(call, message):
+def test_extend_rejects_invalid_calls(call, message):
     module, x, *_ = layer()
     with pytest.raises(ValueError, match=message):
         call(module, x)
 
 
-def test_a_cache_does_not_change():
-    """Two streams go on from one cache, and the cache is as it was."""
+def test_extend_does_not_modify_the_cache():
+    """Two streams continue from one cache, which is unchanged."""
     module, x, extend, _ = layer(SWLAConfig(), "ssc")
     _, cache = extend(x[:, :6], module.init_cache(2, 13))
     before = [np.array(leaf) for _, leaf in flatten(cache)]
@@ -140,7 +142,7 @@ def test_a_cache_does_not_change():
 
 
 @pytest.mark.parametrize("aggregation", ["none", "residual", "mean"])
-def test_memories_that_are_never_read_alone_are_not_kept(aggregation):
+def test_summed_reads_store_no_slots(aggregation):
     module, *_ = layer(LinearConfig(), aggregation)
     bytes_ = [sum(x.nbytes for _, x in flatten(module.init_cache(1, n))) for n in (64, 65536)]
     assert bytes_[0] == bytes_[1]
@@ -155,11 +157,12 @@ MODELS = {
     "linear-mean": (LinearConfig(coefficients="token"), "mean", "checkpoint"),
     "dla-soup": (DLAConfig(expansion=1), "soup", "restart"),
 }
+QUICK = ("linear-mean", "titans-grm")
 
 
 @cached
 def model(name):
-    """Return a model, tokens for it, and two programs: of a whole pass, and of any call."""
+    """Return a model, tokens, and compiled programs of a full pass and of `extend`."""
     memory, aggregation, mode = MODELS[name]
     options = {"segment_size": 4, "chunk_size": 3, "conv_width": 4, "state_init_mode": mode}
     config = ModelConfig(17, 2, MCConfig(8, 2, memory, aggregation, **options))
@@ -168,8 +171,11 @@ def model(name):
     return module, tokens, compiled(module, "__call__"), compiled(module, "extend")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_padded_rows_are_what_they_are_alone(name):
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
+def test_padded_rows_match_single_rows(name):
     module, tokens, whole, extend = model(name)
     every = np.ones((3, WIDTH), bool)
     expected = np.asarray(whole(tokens, np.ones((3, 12), bool)))
@@ -177,8 +183,8 @@ def test_padded_rows_are_what_they_are_alone(name):
         padding = np.ones((3, WIDTH), bool)
         prompts = np.full((3, WIDTH), 16, np.int32)
         for row, length in enumerate(PROMPTS):
-            room = WIDTH - length
-            first = {"left": room, "right": 0, "both": room // 2}[side]
+            capacity = WIDTH - length
+            first = {"left": capacity, "right": 0, "both": capacity // 2}[side]
             padding[row, first : first + length] = False
             prompts[row, first : first + length] = tokens[row, :length]
         y, cache = extend(prompts, module.init_cache(3, 12), every, padding=padding)
@@ -188,7 +194,7 @@ def test_padded_rows_are_what_they_are_alone(name):
             assert_close(np.asarray(y)[row][~padding[row]], alone, EXACT, name=place)
         assert cache[0].position.tolist() == list(PROMPTS)
         for step in range(3):
-            # The row's next token; all other places are padding, so that one program serves.
+            # The row's next token, padded, so that all calls share one program.
             at = np.array(PROMPTS) + step
             padding = np.arange(WIDTH)[None] != np.array([[0], [4], [8]])
             token = np.where(padding, 16, tokens[np.arange(3), at][:, None]).astype(np.int32)
@@ -198,8 +204,8 @@ def test_padded_rows_are_what_they_are_alone(name):
     assert extend.programs() == 1
 
 
-def test_masked_tokens_take_their_positions():
-    """`mask` is the equations' mask, `padding` is not: only the latter moves no segment."""
+def test_masked_tokens_take_positions():
+    """Masked tokens take positions in segments, padding does not."""
     module, tokens, whole, extend = model("titans-grm")
     mask = np.random.default_rng(3).random((3, 12)) < 0.6
     cache, outputs = module.init_cache(3, 12), []
@@ -213,8 +219,8 @@ def test_masked_tokens_take_their_positions():
     assert cache[0].position.tolist() == [12] * 3
 
 
-def test_nothing_at_padding_matters():
-    """Where a row has no token, NaN may stand."""
+def test_values_at_padding_are_ignored():
+    """NaN at padding has no effect."""
     module, x, extend, _ = layer(LinearConfig(coefficients="token"), "grm")
     padding = jnp.asarray(np.arange(13) < np.array([[5], [0]]))
     poisoned = jnp.where(padding[..., None], jnp.nan, x)
@@ -223,8 +229,8 @@ def test_nothing_at_padding_matters():
     assert all(np.isfinite(leaf).all() for _, leaf in flatten((y, cache)))
 
 
-def test_cached_memories_may_be_stored_short():
-    """Half the bytes, at the error of their dtype; the online memory stays exact."""
+def test_bfloat16_cached_memories():
+    """Cached memories need half the bytes, with bfloat16 error; the online memory is exact."""
     module, x, extend, forward = layer(dtype=jnp.float32, conv_width=0)
     whole, expected = forward(x)
     for kept in ("bfloat16", "float32"):
@@ -238,9 +244,9 @@ def test_cached_memories_may_be_stored_short():
         assert_close(cache.state, expected.state, 1e-5, name="state")
 
 
-@pytest.mark.parametrize("aggregation", ["ssc", "grm"])
-def test_cached_memories_may_lie_in_the_hosts_memory(aggregation):
-    """They give what they give on the device, and stay where they lie."""
+@pytest.mark.parametrize("aggregation", ["ssc", pytest.param("grm", marks=pytest.mark.slow)])
+def test_offloaded_cached_memories(aggregation):
+    """Offloaded memories give the same results and stay on the host."""
     module, x, extend, _ = layer(aggregation=aggregation)
 
     def run(place):

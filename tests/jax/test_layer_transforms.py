@@ -1,4 +1,4 @@
-"""The layer under JAX's and Flax's transformations, and on four devices as on one."""
+"""The layer under JAX and Flax transforms, and on four devices."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -52,8 +52,8 @@ def value_and_grads(layer: MemoryCachingLayer, x: jax.Array) -> Any:
     return y, (nnx.to_pure_dict(grads[0]), grads[1])
 
 
-def test_jit_is_eager():
-    """Of the smallest layer: without `jit` each operation is compiled by itself."""
+def test_jit_matches_eager():
+    """Uses the smallest layer: without `jit` each operation is compiled separately."""
     config = MCConfig(8, 2, LinearConfig(), segment_size=4)
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     x = tokens(1)[:, :7]
@@ -61,14 +61,14 @@ def test_jit_is_eager():
 
 
 @every_config
-def test_vmap_is_a_loop(name):
+def test_vmap_matches_loop(name):
     layer, x = make_layer(name), tokens(2, 2)
     each = jax.jit(lambda x: layer(x))
     assert_close(jax.jit(jax.vmap(lambda x: layer(x)))(x), jnp.stack([each(y) for y in x]), EXACT)
 
 
-def test_vmap_over_the_inputs_of_the_function():
-    """Coefficients, masks and initial memories may be mapped as well."""
+def test_vmap_of_memory_caching():
+    """Coefficients, masks and initial memories are also mapped."""
     case = make_case("titans", "ssc", tokens=7, mask="some", segment_size=3)
     inputs, mask = arrays(case), jnp.asarray(case.mask)
     doubled = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), inputs)
@@ -81,8 +81,8 @@ def test_vmap_over_the_inputs_of_the_function():
         assert_close(jax.tree.map(lambda x: x[i], both), expected, EXACT)  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("linear", marks=pytest.mark.slow)])
-def test_checkpoint_gives_the_same_values_and_gradients(name):
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "linear"])
+def test_checkpoint_preserves_values_and_gradients(name):
     layer, x = make_layer(name), tokens(2)
     graph, state = nnx.split(layer)
 
@@ -97,7 +97,7 @@ def test_checkpoint_gives_the_same_values_and_gradients(name):
 
 @pytest.fixture
 def flax_mode(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run in NNX's graph mode (True), or in the tree mode of a later Flax (False)."""
+    """Run in NNX's graph mode (True), or in tree mode (False)."""
     with nnx.set_graph_mode(request.param), nnx.set_graph_updates(request.param):
         assert nnx.set_graph_mode.current_value() == request.param
         yield
@@ -109,7 +109,7 @@ both_flax_modes = pytest.mark.parametrize(
 
 
 @both_flax_modes
-def test_nnx_transformations_in_both_modes(flax_mode):
+def test_nnx_transforms(flax_mode):
     layer, x = make_layer("linear"), tokens(2)
     y, (expected, _) = value_and_grads(layer, x)
     assert_close(nnx.jit(lambda m, x: m(x))(layer, x), y, EXACT)
@@ -118,9 +118,10 @@ def test_nnx_transformations_in_both_modes(flax_mode):
     assert_close(leaves, jax.tree.leaves(expected), GRADIENT)
 
 
+@pytest.mark.slow
 @both_flax_modes
-def test_scan_over_a_stack_of_layers(flax_mode):
-    """Built by `nnx.vmap`, run by `nnx.scan`: the layers one after another."""
+def test_scan_over_layers(flax_mode):
+    """Layers built by `nnx.vmap` and run by `nnx.scan` match a loop."""
 
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -140,7 +141,8 @@ def test_scan_over_a_stack_of_layers(flax_mode):
     assert_close(y, x, EXACT)
 
 
-def test_as_a_linen_module():
+@pytest.mark.slow
+def test_linen_bridge():
     module = nnx.bridge.to_linen(MemoryCachingLayer, CONFIGS["swla"], param_dtype=jnp.float64)
     x = tokens(2)
     variables = jax.jit(module.init)(jax.random.key(0), x)
@@ -153,7 +155,7 @@ def test_as_a_linen_module():
         variables["params"]
     )
     assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(grads))
-    # The same parameters in the same places: NNX and Linen read the same.
+    # NNX and Linen have the same parameters.
     nnx.update(layer, nnx.State(variables["params"]))
     assert_close(jax.jit(lambda x: layer(x))(x), y, EXACT)
 
@@ -165,9 +167,9 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("swla", marks=pytest.mark.slow)])
-def test_four_devices_are_one(name, mesh):
-    """Batch sharding changes no value and no gradient."""
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
+def test_sharded_layer_matches_single_device(name, mesh):
+    """Batch sharding preserves values and gradients."""
     layer, x = make_layer(name), tokens(8)
     expected = value_and_grads(layer, np.asarray(x))
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
@@ -179,12 +181,16 @@ def test_four_devices_are_one(name, mesh):
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "method"),
-    [("titans", "grm", "chunked"), ("swla", "ssc", "chunked"), ("dla", "soup", "recurrent")],
+    [
+        pytest.param("titans", "grm", "chunked", marks=pytest.mark.slow),
+        ("swla", "ssc", "chunked"),
+        ("dla", "soup", "recurrent"),
+    ],
 )
-def test_inside_shard_map(memory, aggregation, method, mesh):
-    """Every scan's first state has the type of its inputs: sharded along the batch.
+def test_shard_map_matches_single_device(memory, aggregation, method, mesh):
+    """The initial state of every scan is sharded like its inputs.
 
-    Values and gradients are those of PyTorch, on one device.
+    Values and gradients match PyTorch on one device.
     """
     case = make_case(memory, aggregation, batch=4, tokens=7, segment_size=3)
     inputs = arrays(case)

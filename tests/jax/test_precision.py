@@ -1,4 +1,4 @@
-"""Section 8: what is computed in which dtype, and how far that is from float64."""
+"""Section 8: dtypes of computations, and their error relative to float64."""
 
 from functools import partial
 from typing import Any
@@ -18,11 +18,14 @@ from mc_jax import AttentionLayer, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("strict")
 AGGREGATION = dict(zip(MAIN, ("ssc", "residual", "soup", "grm"), strict=True))
+methods = pytest.mark.parametrize(
+    "method", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)]
+)
 every_memory = pytest.mark.parametrize("memory", MAIN)
 
 
 def long_case(memory: str, **options: Any) -> FunctionCase:
-    """Draw 128 tokens of width 16, rounded to bfloat16, so that every dtype is given the same."""
+    """Draw 128 tokens of width 16, rounded to bfloat16, so that all dtypes get the same inputs."""
     case = make_case(
         memory,
         AGGREGATION[memory],
@@ -43,9 +46,9 @@ def exact(case: FunctionCase) -> Any:
 
 
 @every_memory
-@pytest.mark.parametrize("method", ["chunked", "recurrent"])
+@methods
 def test_float32_is_close_to_float64(memory, method):
-    """2e-6 relative RMS at 128 tokens, outputs and caches; gates and scores included."""
+    """2e-6 relative RMS at 128 tokens, for outputs, caches and gates."""
     case = long_case(memory)
     result = run(case, method, jnp.float32)
     expected = exact(case)
@@ -57,8 +60,8 @@ def test_float32_is_close_to_float64(memory, method):
 
 @every_memory
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_float32_is_close_to_float64_where_the_past_is_let_go(memory, framework):
-    """Small factors have large logarithms, and what follows them in a chunk must not suffer."""
+def test_float32_is_close_to_float64_with_zero_retention(memory, framework):
+    """Small factors have large logarithms, which must not affect later tokens of the chunk."""
     case = long_case(memory, segment_size=64, chunk_size=64).closing()
     if framework == "jax":
         output = run(case, "chunked", jnp.float32).output
@@ -78,8 +81,8 @@ def test_float32_gradients_are_close_to_float64(memory):
 
 
 @every_memory
-@pytest.mark.parametrize("method", ["chunked", "recurrent"])
-def test_bfloat16_inputs_keep_a_float32_state(memory, method):
+@methods
+def test_state_is_float32_with_bfloat16_inputs(memory, method):
     """State, gates, pools and scores stay float32; the output has the inputs' dtype."""
     case = long_case(memory)
     result = run(case, method, jnp.bfloat16)
@@ -87,7 +90,7 @@ def test_bfloat16_inputs_keep_a_float32_state(memory, method):
     for leaf in jax.tree.leaves((result.gates, result.cache)):
         assert leaf.dtype in (jnp.float32, jnp.int32)
     expected = exact(case)
-    # Sums of 128 rounded products; gates and pools see rounded inputs only, which were exact.
+    # Sums of 128 rounded products; gates and pools depend only on inputs, which are exact.
     assert_close(result.output.astype(jnp.float32), expected.output, 2e-2, name="output")
     assert_close(result.gates, expected.gates, 2e-6, name="gates")
     assert_close(result.cache.segments.pool, expected.cache.segments.pool, 2e-6, name="pools")
@@ -96,8 +99,8 @@ def test_bfloat16_inputs_keep_a_float32_state(memory, method):
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("memory", ["linear", "swla"])
-def test_the_recurrence_writes_products_that_are_not_rounded(memory, framework):
-    """A matrix memory's write is a sum of v kᵀ: exact in float32 where v and k are bfloat16."""
+def test_recurrence_accumulates_in_float32(memory, framework):
+    """A matrix memory's write is a sum of v kᵀ, which is exact in float32 for bfloat16 inputs."""
     case = long_case(memory)
     if framework == "jax":
         cache = run(case, "recurrent", jnp.bfloat16).cache
@@ -107,8 +110,8 @@ def test_the_recurrence_writes_products_that_are_not_rounded(memory, framework):
     assert_close(np.asarray(cache.state.weights[0]), expected.state.weights[0], 2e-6)
 
 
-def test_long_sums_do_not_stall_in_bfloat16():
-    """A running sum kept in bfloat16 would stop at 256 ones."""
+def test_long_sums_accumulate_in_float32():
+    """A bfloat16 running sum of ones would stall at 256."""
     case = make_case("linear", "grm", tokens=1000, heads=1, batch=1, segment_size=1000)
     ones = case.each(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
     result = run(ones.where(pooling="sum", chunk_size=64), dtype=jnp.bfloat16)
@@ -117,8 +120,8 @@ def test_long_sums_do_not_stall_in_bfloat16():
     np.testing.assert_array_equal(result.cache.length, [1000])
 
 
-def test_decay_products_keep_their_precision_over_a_chunk():
-    """Retention near 1 in bfloat16 inputs: coefficients are float32, and so is their product."""
+def test_decay_products_are_precise_over_a_chunk():
+    """With bfloat16 inputs, retention near 1 and its products are float32."""
     case = make_case("linear", "none", tokens=256, segment_size=256, chunk_size=256)
     case = case._replace(
         coefficients=case.coefficients._replace(retention=np.full((2, 256, 2), 0.9995))
@@ -137,14 +140,14 @@ def test_decay_products_keep_their_precision_over_a_chunk():
     ],
     ids=["memory", "attention"],
 )
-def test_a_layer_without_a_dtype_computes_in_that_of_its_input(kind, config):
+def test_layer_without_dtype_computes_in_input_dtype(kind, config):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 20, 16)), jnp.bfloat16)
     layers = (kind(config, rngs=nnx.Rngs(0), dtype=dtype) for dtype in (jnp.bfloat16, None))
     np.testing.assert_array_equal(*(nnx.jit(lambda layer: layer(x))(layer) for layer in layers))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_layer_gives_the_dtype_of_its_input(dtype):
+def test_layer_returns_input_dtype(dtype):
     config = MCConfig(16, 2, TitansConfig(), segment_size=16, chunk_size=8)
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     whole = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)

@@ -1,8 +1,7 @@
 """Both methods against the oracle (sections 2 to 5), and their gradients.
 
-Compilation takes nearly all of the time, so that static choices come from covering arrays. PyTorch
-compiles nothing: `test_torch_recurrence` searches at random, and its gradients are the reference of
-gradients here. `test_parity` compares both frameworks at every kind and aggregation.
+Compilation dominates the run time, so static choices come from covering arrays. PyTorch needs no
+compilation: `test_torch_recurrence` searches at random, and its gradients are the reference here.
 """
 
 from itertools import product
@@ -44,7 +43,7 @@ from helpers.recurrence_cases import (
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
-# Each kind's variants take turns.
+# Variants of each kind alternate.
 VARIANTS = {
     "linear": ("linear", "linear-elu", "linear-normalized"),
     "swla": ("swla",),
@@ -84,12 +83,12 @@ def check(case: FunctionCase) -> None:
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=["-".join(map(str, row.values())) for row in CASES]
 )
-def test_both_methods_are_the_oracle(number):
-    """Sections 2 to 5, at a length that nothing divides."""
+def test_both_methods_match_oracle(number):
+    """Sections 2 to 5, at a length that is no multiple of segment or chunk size."""
     check(case_of(number))
 
 
-def test_the_cases_have_all_pairs_and_all_variants():
+def test_cases_cover_all_pairs_and_variants():
     configs = [case_of(number).config for number in range(len(CASES))]
     pairs = {(config.memory.kind, config.aggregation) for config in configs}
     assert pairs == set(product(MAIN, AGGREGATIONS))
@@ -99,9 +98,9 @@ def test_the_cases_have_all_pairs_and_all_variants():
 @pytest.mark.slow
 @given(case=random_cases())
 @settings(examples, max_examples=400)
-def test_both_methods_are_the_oracle_on_a_large_grid(case):
+def test_both_methods_match_oracle_on_large_grid(case):
     check(case)
-    jax.clear_caches()  # a program is some maps of memory, of which a process may have 65,530
+    jax.clear_caches()  # each program uses memory maps, of which a process may have 65,530
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_both_methods_are_the_oracle_on_a_large_grid(case):
         ("masked-segment", "swla", "restart"),
     ],
 )
-def test_edges_of_segments(edge, memory, mode):
+def test_segment_edges_match_oracle(edge, memory, mode):
     check(make_case(memory, "grm", state_init_mode=mode, **EDGES[edge]))
 
 
@@ -123,12 +122,12 @@ def test_edges_of_segments(edge, memory, mode):
     ("memory", "mode"), [("swla", "checkpoint"), ("swla", "restart"), ("titans", "restart")]
 )
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges_of_segments_everywhere(edge, memory, mode):
+def test_segment_edges_match_oracle_on_large_grid(edge, memory, mode):
     check(make_case(memory, "grm", state_init_mode=mode, **EDGES[edge]))
 
 
 def check_with_gradients(case: FunctionCase, method: str = "chunked") -> None:
-    """Compare with the oracle, and gradients with PyTorch's, of the other method."""
+    """Compare outputs with the oracle, and gradients with those of the other method in PyTorch."""
     result, found = run_with_gradients(case, method)
     hold_to_oracle(result, case)
     other = next(name for name in METHODS if name != method)
@@ -136,12 +135,12 @@ def check_with_gradients(case: FunctionCase, method: str = "chunked") -> None:
 
 
 @pytest.mark.parametrize("memory", MAIN)
-def test_a_past_that_is_let_go(memory):
-    """Retention and momentum of 0 and next to it: values, and gradients by them, too."""
+def test_chunked_matches_recurrent_with_zero_retention(memory):
+    """Retention and momentum at and near 0: values and gradients."""
     check_with_gradients(make_case(memory, "residual", segment_size=11, chunk_size=11).closing())
 
 
-# Each kind and each aggregation, at the least expense; all pairs are among the slow ones.
+# Each kind and each aggregation once; all pairs are slow tests.
 QUICK = (
     ("linear-normalized", "soup"),
     ("swla", "grm"),
@@ -161,21 +160,23 @@ def check_gradients(memory: str, aggregation: str, options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(("memory", "aggregation", "options"), paired(QUICK))
-def test_gradients_of_the_chunked_form_are_those_of_the_recurrence(memory, aggregation, options):
-    """Section 6: q, k, v, u, coefficients, initial, norm; cotangents on the cache, too."""
+def test_chunked_gradients_match_recurrent(memory, aggregation, options):
+    """Section 6: gradients of q, k, v, u, coefficients, initial, norm; also through the cache."""
     check_gradients(memory, aggregation, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "aggregation", "options"), all_pairs())
-def test_gradients_of_all_pairs(memory, aggregation, options):
+def test_chunked_gradients_match_recurrent_for_all_pairs(memory, aggregation, options):
     check_gradients(memory, aggregation, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("memory", "aggregation", "options"), paired(product(MAIN, AGGREGATIONS)))
-def test_gradients_under_other_masks_and_modes(memory, aggregation, options, seed):
+def test_chunked_gradients_match_recurrent_for_other_masks_and_modes(
+    memory, aggregation, options, seed
+):
     options = options | {
         "mask": MASKS[(options["seed"] + seed + 1) % 5],
         "state_init_mode": MODES[seed],
@@ -191,29 +192,34 @@ def test_gradients_under_other_masks_and_modes(memory, aggregation, options, see
     [
         ("linear", "grm", "restart", "recurrent"),
         ("swla", "ssc", "checkpoint", "chunked"),
-        ("dla", "ssc", "restart", "chunked"),
+        pytest.param("dla", "ssc", "restart", "chunked", marks=pytest.mark.slow),
         ("titans", "soup", "checkpoint", "chunked"),
     ],
 )
-def test_gates_of_the_token_alone(memory, aggregation, mode, method):
-    """The levels of log-linear attention, and their gradients."""
+def test_token_gates_match_oracle(memory, aggregation, mode, method):
+    """Levels of log-linear attention, and their gradients."""
     options = TOKEN_GATES | {"state_init_mode": mode}
     check_with_gradients(make_case(memory, aggregation, **options), method)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
-def test_gates_of_the_token_alone_everywhere(memory, aggregation, mode):
+def test_token_gates_match_oracle_on_large_grid(memory, aggregation, mode):
     options = TOKEN_GATES | {"state_init_mode": mode}
     check(make_case(memory, aggregation, **options))
     check_gradients(memory, aggregation, options)
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "method"), [("grm", "chunked"), ("soup", "recurrent"), ("ssc", "chunked")]
+    ("aggregation", "method"),
+    [
+        ("grm", "chunked"),
+        pytest.param("soup", "recurrent", marks=pytest.mark.slow),
+        pytest.param("ssc", "chunked", marks=pytest.mark.slow),
+    ],
 )
-def test_gates_of_the_token_alone_see_no_key(aggregation, method):
-    """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""
+def test_token_gates_are_independent_of_keys(aggregation, method):
+    """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""
     case = make_case("linear", aggregation, tokens=9)
 
     def total(inputs, case):
@@ -232,15 +238,15 @@ def test_gates_of_the_token_alone_see_no_key(aggregation, method):
 
 
 @pytest.mark.parametrize("memory", ["linear", pytest.param("titans-norm", marks=pytest.mark.slow)])
-def test_gradients_are_slopes(memory):
-    """Finite differences: the two methods could share a mistake that the oracle cannot see."""
+def test_gradients_match_finite_differences(memory):
+    """Finite differences detect errors that both methods share."""
     case = make_case(memory, "grm", tokens=5, batch=1, segment_size=2, chunk_size=2)
     loss = lambda inputs: projected(call(inputs, case))  # noqa: E731
     check_grads(jax.jit(loss), (arrays(case),), order=1, modes=["rev"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
+def test_detaching_stops_only_cached_gradients():
     case = make_case(
         "linear", "grm", tokens=8, segment_size=4, chunk_size=2, state_init_mode="restart"
     )
@@ -252,10 +258,10 @@ def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
         grads[states, context] = jax.jit(jax.grad(loss))(arrays(cut))
     first = {key: np.asarray(g["k"])[:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
-    assert np.abs(first[True, False]).max() > 1e-4  # the pooled keys are left
-    assert np.abs(first[False, True]).max() > 1e-4  # the memories are left
+    assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys
+    assert np.abs(first[False, True]).max() > 1e-4  # through memories
     assert not first[True, True].any()
-    # In restart mode the values of an earlier segment reach later reads by its memory alone.
+    # In restart mode, values of an earlier segment affect later reads only through its memory.
     assert not np.asarray(grads[True, False]["v"])[:, :4].any()
     assert_close(grads[False, True]["v"], grads[False, False]["v"], GRADIENT)
     for name in ("q", "u"):
@@ -275,7 +281,7 @@ def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
         pytest.param("dla", "soup", "recurrent", marks=pytest.mark.slow),
     ],
 )
-def test_both_methods_detach_alike(memory, aggregation, method):
-    """The other method is PyTorch's, where the test above holds, too."""
+def test_detached_gradients_match_between_methods(memory, aggregation, method):
+    """The other method runs in PyTorch, which has its own detach test."""
     case = make_case(memory, aggregation, tokens=9, detach_cached_states=True)
     check_with_gradients(case.where(detach_cached_context=True), method)

@@ -1,4 +1,4 @@
-"""No NaN at length, with every write coefficient at the ends of its range (section 2)."""
+"""No NaN on long sequences with write coefficients at the ends of their ranges (section 2)."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -23,11 +23,11 @@ MEMORIES = {
     "dla": DLAConfig(),
     "titans": TitansConfig(),
 }
-BIAS = 10.0  # the worst that training can reach
+BIAS = 10.0  # the worst case in training
 
 
 def biased(state: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the parameters as they start, then with every sign of every coefficient's bias."""
+    """Yield the initial parameters, then all combinations of extreme coefficient biases."""
     yield "as it starts", state
     for signs in product((-BIAS, BIAS), repeat=len(names)):
         moved = jax.tree.map(lambda x: x, state)
@@ -38,7 +38,7 @@ def biased(state: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def check(config: MCConfig, tokens: int, dtype: Any) -> None:
-    """Run forward and backward under every combination; name those that are not finite."""
+    """Run forward and backward for all combinations; report those that are not finite."""
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=dtype)
     graph, state = nnx.split(layer, nnx.Param)
     rng = np.random.default_rng(0)
@@ -79,12 +79,20 @@ def config(memory: str, aggregation: str, mode: str, segment: int, chunk: int) -
     )
 
 
-dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+QUICK = {"linear": "float32", "swla": "bfloat16", "dla": "bfloat16", "titans": "float32"}
 
 
-@dtypes
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_finite_at_the_ends_of_every_range(memory, dtype):
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    [
+        pytest.param(memory, dtype, marks=[] if name in QUICK[memory] else pytest.mark.slow)
+        for memory in MEMORIES
+        for name, dtype in DTYPES.items()
+    ],
+)
+def test_outputs_are_finite_at_coefficient_limits(memory, dtype):
     check(config(memory, "grm", "checkpoint", 256, 256), 1024, dtype)
 
 
@@ -93,20 +101,20 @@ def test_finite_at_the_ends_of_every_range(memory, dtype):
 @pytest.mark.parametrize("mode", ["checkpoint", "restart"])
 @pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc", "residual"])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_finite_at_4096_tokens(memory, aggregation, mode, dtype):
+def test_outputs_are_finite_at_4096_tokens(memory, aggregation, mode, dtype):
     check(config(memory, aggregation, mode, 512, 256), 4096, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_finite_in_one_segment_of_4096_tokens(memory):
+def test_outputs_are_finite_in_one_segment_of_4096_tokens(memory):
     check(config(memory, "none", "checkpoint", 4096, 256), 4096, jnp.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_finite_through_200_steps_at_the_rate_of_the_demo(dtype, tmp_path):
-    """Every loss, gradient and parameter is held to be finite by the training loop itself."""
+def test_training_is_finite_for_200_steps(dtype, tmp_path):
+    """The training loop checks that losses, gradients and parameters are finite."""
     demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
     words = {
         "data.window": 4096,
@@ -121,4 +129,4 @@ def test_finite_through_200_steps_at_the_rate_of_the_demo(dtype, tmp_path):
     report = train(
         load_config(demo, [f"{key}={value}" for key, value in words.items()]), Console(quiet=True)
     )
-    assert report.bits_per_byte < 8  # fewer than a uniform guess takes
+    assert report.bits_per_byte < 8  # better than a uniform guess

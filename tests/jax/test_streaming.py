@@ -1,4 +1,4 @@
-"""A stream: any split of a sequence gives the outputs and the final cache of the whole."""
+"""Streaming: any split of a sequence gives the outputs and final cache of a full pass."""
 
 from functools import partial
 
@@ -34,16 +34,16 @@ CASES = pairwise(
 
 @partial(jax.jit, static_argnames="config")
 def take(tokens, initial, norm, cache, count, config):
-    """Extend a stream by the first `count` of the given tokens."""
+    """Extend a stream by the first `count` tokens."""
     *inputs, coefficients, mask = tokens
     options = {"config": config, "mask": mask, "count": count, "norm": norm}
     return extend(*inputs, initial, coefficients, cache, **options)
 
 
 def stream(case, splits):
-    """Stream a case, part by part. Every part has the same shape, so that one program serves all.
+    """Stream a case in parts of the same shape, which share one program.
 
-    Places past the tokens of a part hold NaN, and True in the mask.
+    Padding contains NaN, and True in the mask.
     """
     inputs, rows = arrays(case), len(case.q)
     width = max(TOKENS, *splits)
@@ -71,13 +71,13 @@ def stream(case, splits):
 
 
 def assert_same_stream(case, expected, splits):
-    """Compare a stream with the whole pass: outputs, all of the state, every cached memory.
+    """Compare outputs, state and cached memories of a stream with a full pass.
 
-    The whole pass is PyTorch's: nothing has to be compiled for it.
+    The full pass runs in PyTorch, which needs no compilation.
     """
     output, cache = stream(case, splits)
     assert_close(output, expected.output, EXACT, name="output")
-    fields = ("total", "state", "pool_sum", "pool", "length", "slot", "position", "limit")
+    fields = ("total", "state", "pool_sum", "pool", "length", "slot", "position", "capacity")
     for name in fields:
         assert_close(getattr(cache, name), getattr(expected.cache, name), EXACT, name=name)
     if cache.stored.length.shape[1]:
@@ -87,8 +87,8 @@ def assert_same_stream(case, expected, splits):
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=["-".join(map(str, row.values())) for row in CASES]
 )
-def test_any_split_is_the_whole(number):
-    """Token by token, in one of the splits above, and in two that are drawn."""
+def test_split_stream_matches_full_pass(number):
+    """Token by token, in one of the splits above, and in two random splits."""
     case, draw = (
         make_case(**CASES[number], tokens=TOKENS, seed=number),
         np.random.default_rng(number),
@@ -116,7 +116,7 @@ def test_any_split_is_the_whole(number):
     seed=st.integers(0, 99),
     splits=st.lists(st.sampled_from([1, 2, 5, 7]), min_size=1, max_size=6),
 )
-def test_any_split_of_any_stream_is_the_whole(
+def test_split_stream_matches_full_pass_on_large_grid(
     memory, aggregation, mode, mask, chunk, segment, pooling, gate, seed, splits
 ):
     case = make_case(
@@ -143,8 +143,8 @@ def test_any_split_of_any_stream_is_the_whole(
         pytest.param("linear", "residual", "checkpoint", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_flow_through_the_cache(memory, aggregation, mode):
-    """Two calls have the gradients of one pass, which are those of PyTorch's (test_parity)."""
+def test_gradients_through_cache_match_full_pass(memory, aggregation, mode):
+    """Gradients of two calls match a full pass in PyTorch."""
     case = make_case(memory, aggregation, tokens=11, mask="some", state_init_mode=mode)
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((2, 11, 2, case.v.shape[-1])))
     mask = jnp.asarray(case.mask)

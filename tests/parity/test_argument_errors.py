@@ -1,4 +1,4 @@
-"""What both packages refuse of masks, padding, tokens and caches, in one line that says why."""
+"""Errors of both packages for masks, padding, tokens and caches."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ def make(framework, name, config):
 
 @pytest.fixture(params=FRAMEWORKS)
 def kit(request):
-    """A layer, attention, a model and another layer, and tokens and ids for them."""
+    """Return a layer, attention, a model and another layer, with tokens and ids."""
     made = {}
     for key, name, config in (
         ("layer", "MemoryCachingLayer", LAYER),
@@ -53,8 +53,8 @@ def kit(request):
     ],
     ids=["longer", "flat", "numbers"],
 )
-def test_masks_and_padding_are_bool_of_the_tokens_shape(kit, name, flags, message):
-    """Zeros of integers would say that there is a token, and `~` that there are -1 of it."""
+def test_masks_and_padding_must_be_bool_with_token_shape(kit, name, flags, message):
+    """Integer masks are rejected, because `~` is not their logical negation."""
     module, x, flags = kit[name], kit["ids" if name == "model" else "x"], kit["array"](flags)
     with pytest.raises(ValueError, match="mask " + message):
         module(x, flags)
@@ -64,7 +64,7 @@ def test_masks_and_padding_are_bool_of_the_tokens_shape(kit, name, flags, messag
 
 
 @BOTH
-def test_memory_caching_takes_bool_masks(framework):
+def test_memory_caching_requires_bool_masks(framework):
     side = jax_calls if framework == "jax" else torch_calls
     case = make_case("linear", "grm")
     case = case._replace(mask=np.ones(case.q.shape[:2], np.int64))
@@ -73,13 +73,13 @@ def test_memory_caching_takes_bool_masks(framework):
 
 
 @pytest.mark.parametrize("name", ["layer", "attention", "model"])
-def test_a_stream_goes_on_with_a_token_at_least(kit, name):
+def test_extend_requires_at_least_one_token(kit, name):
     module, x = kit[name], kit["ids" if name == "model" else "x"]
     with pytest.raises(ValueError, match=r"shape \(2, 0.*t >= 1"):
         module.extend(x[:, :0], module.init_cache(2, 20))
 
 
-def test_a_cache_is_of_the_layer_that_goes_on_with_it(kit):
+def test_extend_rejects_caches_of_other_layers(kit):
     layer, attention, model, other, x = (
         kit[name] for name in ("layer", "attention", "model", "other", "x")
     )
@@ -96,25 +96,25 @@ def test_a_cache_is_of_the_layer_that_goes_on_with_it(kit):
 @BOTH
 @pytest.mark.parametrize("method", ["chunked", "recurrent"])
 @pytest.mark.parametrize("lengths", [(5, 1, 1), (5, 2)])
-def test_segments_that_no_stream_cuts_do_not_go_on(framework, method, lengths):
-    """The next token's segment would be taken from its position, where another one is."""
+def test_cache_with_explicit_segments_cannot_be_extended(framework, method, lengths):
+    """The segment of the next token cannot be derived from its position."""
     side, package = (jax_calls, mc_jax) if framework == "jax" else (torch_calls, mc_torch)
     case = make_case("linear", "grm", tokens=7, lengths=lengths, segment_size=4)
     cache = side.run(case, method).cache
     message = "cut by segment_lengths, not by the configuration"
     with pytest.raises(ValueError, match=message):
-        package.cache.check_room(cache, 1)
+        package.cache.check_capacity(cache, 1)
     with pytest.raises(ValueError, match=message):
         package.cache.grow(cache, case.config, 20)
 
 
 @BOTH
 @pytest.mark.parametrize("memory", ["linear", TitansConfig(expansion=1)], ids=["linear", "titans"])
-def test_segments_that_a_stream_would_cut_do(framework, memory):
+def test_cache_with_configured_segments_can_be_extended(framework, memory):
     side = jax_calls if framework == "jax" else torch_calls
     case = make_case(memory, "residual", tokens=7, segment_size=4)
     cut = case._replace(lengths=(4, 3))
     left, right = side.run(case), side.run(cut)
-    assert int(right.cache.limit) == 7
+    assert int(right.cache.capacity) == 7
     for a, b in ((left.output, right.output), (left.cache.total, right.cache.total)):
         assert_close(a, b, 1e-12)

@@ -1,4 +1,4 @@
-"""Attention layers of both packages: an independent NumPy softmax, streams, masks and gradients."""
+"""Attention layers of both packages: a NumPy oracle, streams, masks and gradients."""
 
 import dataclasses
 from itertools import accumulate, pairwise
@@ -16,7 +16,7 @@ import mc_torch
 from helpers.cases import assert_close
 from mc_core import AttentionConfig
 from mc_core.config import NORM_EPS
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_core.weights import to_torch
 from parity.weights import load_jax, load_torch
 from parity.weights import to_jax as in_jax_layout
@@ -35,7 +35,7 @@ EACH = pytest.mark.parametrize("package", PACKAGES)
 
 
 def weights(config: AttentionConfig) -> dict[str, np.ndarray]:
-    """Draw parameters under JAX's names."""
+    """Draw parameters with JAX names."""
     rng = np.random.default_rng(3)
     flat = {f"{name}_proj.kernel": rng.standard_normal((8, 8)) for name in ("q", "k", "v", "out")}
     if config.conv_width:
@@ -82,7 +82,7 @@ def stream(
     padding: np.ndarray | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, Any]:
-    """Return the outputs of all calls, and the last cache."""
+    """Return the outputs of all calls, and the final cache."""
     cache, outputs, extend = layer.init_cache(len(x), x.shape[1], **options), [], layer.extend
     if package == "jax":
         extend = jax.jit(lambda *args, padding: layer.extend(*args, padding=padding))
@@ -102,7 +102,7 @@ def draw(name: str = "none", rows: int = 2) -> tuple[np.ndarray, np.ndarray | No
 
 
 def oracle(config: AttentionConfig, x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Token by token; RoPE as the product of complex numbers."""
+    """Compute attention token by token, with RoPE as complex multiplication."""
     p, (b, t, d), h = weights(config), x.shape, config.num_heads
     mask = np.ones((b, t), bool) if mask is None else mask
     x, half = np.where(mask[:, :, None], x, 0.0), d // h // 2
@@ -138,7 +138,7 @@ def oracle(config: AttentionConfig, x: np.ndarray, mask: np.ndarray | None) -> n
 @EACH
 @pytest.mark.parametrize("mask", ["none", "some"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_layer_is_softmax_attention(package, name, mask):
+def test_layer_matches_softmax_attention(package, name, mask):
     config, (x, mask) = CONFIGS[name], draw(mask)
     y = whole(package, build(package, config), x, mask)
     assert_close(y, oracle(config, x, mask), EXACT)
@@ -148,7 +148,7 @@ def test_the_layer_is_softmax_attention(package, name, mask):
 
 @EACH
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
-def test_any_split_of_a_stream_is_the_whole(package, name):
+def test_split_stream_matches_full_pass(package, name):
     config, (x, mask) = CONFIGS[name], draw("some")
     layer = build(package, config)
     for splits in ((5, 1, 1, 5, 1), (1,) * TOKENS):
@@ -158,8 +158,8 @@ def test_any_split_of_a_stream_is_the_whole(package, name):
 
 @EACH
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
-def test_padded_rows_are_what_they_are_alone(package, name):
-    """Rows lack places anywhere, one of them all of a call; NaN may stand there."""
+def test_padded_rows_match_single_rows(package, name):
+    """Padding anywhere, also for a whole call, containing NaN."""
     config, (x, _) = CONFIGS[name], draw(rows=3)
     layer, padding = build(package, config), np.random.default_rng(1).random((3, TOKENS)) < 0.4
     padding[0, :6], padding[1, 6:] = True, True
@@ -175,7 +175,7 @@ def test_padded_rows_are_what_they_are_alone(package, name):
 
 
 @EACH
-def test_a_window_s_cache_is_bounded_and_a_whole_one_grows(package):
+def test_window_cache_size_is_bounded(package):
     def held(config: AttentionConfig, tokens: int, **options: Any) -> int:
         cache = build(package, config).init_cache(2, tokens, **options)
         return sum(get(x).nbytes for _, x in flatten(cache))
@@ -190,22 +190,22 @@ def test_a_window_s_cache_is_bounded_and_a_whole_one_grows(package):
 
 @EACH
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3", "longer-conv3"])
-def test_a_cache_grows_and_refuses_what_it_has_no_room_for(package, name):
+def test_cache_grows_and_enforces_capacity(package, name):
     layer, (x, _) = build(package, CONFIGS[name]), draw()
     part = put(package, x)
     first, cache = layer.extend(part[:, :4], layer.init_cache(2, 4))
     with pytest.raises(ValueError, match=r"max_tokens = 4, and position 4 would go to 5: grow\("):
         layer.extend(part[:, 4:5], cache)
-    with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, as it is now"):
+    with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, the capacity of the cache"):
         layer.grow(cache, 3)
     second, cache = layer.extend(part[:, 4:], layer.grow(cache, TOKENS))
     y = np.concatenate([get(first), get(second)], axis=1)
     assert_close(y, whole(package, layer, x), EXACT)
-    assert int(cache.limit) == TOKENS
+    assert int(cache.capacity) == TOKENS
 
 
 @EACH
-def test_what_does_not_fit_is_named(package):
+def test_invalid_arguments_are_named(package):
     layer, (x, _) = build(package, CONFIGS["full-conv0"]), draw()
     x = put(package, x)
     for call, message in (
@@ -221,8 +221,8 @@ def test_what_does_not_fit_is_named(package):
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv0", "band-conv3"])
-def test_gradients_are_the_same_in_both(name, streamed):
-    """Of inputs and all parameters, masked and, in a stream, padded tokens among them."""
+def test_gradients_agree_between_frameworks(name, streamed):
+    """Gradients of inputs and parameters, with masked and padded tokens."""
     config, (x, mask) = CONFIGS[name], draw("some")
     cotangent = np.random.default_rng(5).standard_normal(x.shape)
     padding = np.random.default_rng(6).random((2, TOKENS)) < 0.3
@@ -259,8 +259,8 @@ def test_gradients_are_the_same_in_both(name, streamed):
 
 
 @EACH
-def test_the_softmax_of_bfloat16_compute_is_float32(package):
-    """Section 8: 512 equal weights, each below bfloat16's step beside 1, still add up to 1."""
+def test_softmax_is_float32_with_bfloat16_compute(package):
+    """Section 8: 512 equal weights, each below bfloat16's resolution at 1, sum to 1."""
     config = AttentionConfig(8, 2, output_norm="none")
     layer, (dtype, ones) = (
         build(package, config),
@@ -281,7 +281,7 @@ def test_the_softmax_of_bfloat16_compute_is_float32(package):
 
 
 @EACH
-def test_keys_and_values_may_lie_in_the_hosts_memory(package):
+def test_offloaded_keys_and_values(package):
     (x, mask), layer = draw("some"), build(package, CONFIGS["blocks-conv3"])
     near, far = (
         stream(package, layer, x, (4, 1, 8), mask, cache_device=place)
@@ -292,17 +292,17 @@ def test_keys_and_values_may_lie_in_the_hosts_memory(package):
         assert far[1].keys.sharding.memory_kind == "pinned_host"
 
 
-def test_past_its_limit_a_compiled_stream_is_nan():
+def test_compiled_stream_past_capacity_is_nan():
     layer, (x, _) = build("jax", CONFIGS["blocks-conv0"]), draw()
     extend, cache = jax.jit(lambda x, cache: layer.extend(x, cache)), layer.init_cache(2, 4)
-    for first, room in ((0, True), (3, False)):
+    for first, capacity in ((0, True), (3, False)):
         y, cache = extend(jnp.asarray(x)[:, first : first + 3], cache)
-        assert np.isnan(y).all() != room
+        assert np.isnan(y).all() != capacity
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3"])
-def test_one_compiled_torch_program_serves_every_step(name, size):
+def test_torch_extend_compiles_once(name, size):
     layer, (x, _) = build("torch", CONFIGS[name]), draw()
     x, cache = torch.tensor(x), layer.init_cache(2, 12)
     torch._dynamo.reset()
@@ -319,7 +319,7 @@ def test_one_compiled_torch_program_serves_every_step(name, size):
     assert past.isnan().all(), "a compiled program cannot raise"
 
 
-def test_the_configuration_reads_back():
+def test_attention_configuration_round_trips():
     for config in CONFIGS.values():
         assert AttentionConfig.from_dict(config.to_dict()) == config
     assert {dataclasses.replace(CONFIGS["full-conv0"], window=w).slots(9) for w in (None, 9)} == {9}

@@ -1,4 +1,4 @@
-"""A stream's cache in a file: either package goes on with it, and with nothing else."""
+"""Caches in files: both packages continue the stream, and reject other files."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from mc_core import MCConfig, ModelConfig, SWLAConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from parity.weights import load_torch, to_torch
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -30,7 +30,7 @@ PACKAGES = pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "t
 
 
 def build(package: Any, config: Any) -> Any:
-    """Build a layer or model in float64; both packages' have the same weights."""
+    """Build a layer or model in float64, with the same weights in both packages."""
     kind = "LanguageModel" if isinstance(config, ModelConfig) else "MemoryCachingLayer"
     left = getattr(mc_jax, kind)(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     if package is mc_jax:
@@ -50,7 +50,7 @@ def tokens(package: Any, config: Any) -> Any:
 
 
 def begun(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
-    """Return a module, the rest of a stream, and its cache in the middle of a chunk."""
+    """Return a module, the remaining tokens of a stream, and its cache inside a chunk."""
     module, x = build(package, config), tokens(package, config)
     cache = module.init_cache(2, 13, cache_dtype=cache_dtype)
     return module, x[:, 6:], plain(module.extend(x[:, :6], cache)[1])
@@ -65,9 +65,17 @@ def array(x: Any) -> np.ndarray:
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, MODEL, HYBRID], ids=["layer", "model", "hybrid"])
-def test_a_saved_cache_goes_on(tmp_path, package, config):
-    """Convolutions and bfloat16 memories included."""
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LAYER, marks=pytest.mark.slow),
+        pytest.param(MODEL, marks=pytest.mark.slow),
+        HYBRID,
+    ],
+    ids=["layer", "model", "hybrid"],
+)
+def test_saved_cache_continues_stream(tmp_path, package, config):
+    """With convolutions and bfloat16 memories."""
     path = tmp_path / "stream.safetensors"
     short = jnp.bfloat16 if package is mc_jax else torch.bfloat16
     module, rest, cache = begun(package, config, short)
@@ -82,7 +90,7 @@ def test_a_saved_cache_goes_on(tmp_path, package, config):
 
 @pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
 @pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
-def test_either_package_goes_on_with_the_others_cache(tmp_path, writer, reader, config):
+def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"
     module, rest, cache = begun(writer, config)
     writer.save_cache(path, cache, config)
@@ -93,7 +101,7 @@ def test_either_package_goes_on_with_the_others_cache(tmp_path, writer, reader, 
 
 
 @PACKAGES
-def test_a_cache_of_something_else_is_refused(tmp_path, package):
+def test_mismatched_cache_files_are_rejected(tmp_path, package):
     path = tmp_path / "stream.safetensors"
     module = build(package, LAYER)
     cache = plain(module.init_cache(2, 13))
@@ -113,8 +121,10 @@ def test_a_cache_of_something_else_is_refused(tmp_path, package):
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
-def test_a_loaded_cache_lies_where_a_fresh_one_does(tmp_path, package, config):
+@pytest.mark.parametrize(
+    "config", [LAYER, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=["layer", "hybrid"]
+)
+def test_loaded_cache_has_device_of_new_cache(tmp_path, package, config):
     path = tmp_path / "stream.safetensors"
     module, rest, cache = begun(package, config)
     package.save_cache(path, cache, config)
@@ -132,7 +142,7 @@ def place(x: Any) -> str:
     return str(x.device) if isinstance(x, torch.Tensor) else x.sharding.memory_kind
 
 
-def test_float64_is_not_narrowed_in_silence(tmp_path):
+def test_loading_float64_requires_x64(tmp_path):
     path = tmp_path / "stream.safetensors"
     _, _, cache = begun(mc_torch, LAYER)
     mc_torch.save_cache(path, cache, LAYER)

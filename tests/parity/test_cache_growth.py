@@ -1,4 +1,4 @@
-"""Growing a cache adds empty slots and changes none of those that are there."""
+"""`grow` adds empty slots and preserves the existing ones."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from mc_torch.cache import add_slots as add_slots_torch
     [(add_slots_jax, jnp.asarray), (add_slots_torch, torch.from_numpy)],
     ids=["jax", "torch"],
 )
-def test_every_slot_is_kept_and_new_ones_are_zero(add_slots, to_array, slots):
+def test_grow_keeps_slots_and_pads_with_zeros(add_slots, to_array, slots):
     stored = {"weights": np.random.default_rng(0).random((2, 3, 4, 5)), "length": np.ones((2, 3))}
     grown = add_slots(tuple(map(to_array, stored.values())), slots)
     for before, after in zip(stored.values(), map(np.asarray, grown), strict=True):

@@ -1,4 +1,4 @@
-"""Rows of a cache are reordered, repeated and dropped: beam search, samples, finished rows."""
+"""Reordering, repeating and dropping rows of a cache: beam search, sampling, finished rows."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 
 VOCABULARY = 7
 MEMORIES = {
@@ -51,14 +51,14 @@ def make_model(name: str) -> mc_torch.LanguageModel:
 
 
 def stream(model, rows: list[int], device: str = "device"):
-    """Return logits and cache after the prompts of some rows, whose positions differ."""
+    """Return logits and cache after prompts of different lengths."""
     tokens, padding = torch.from_numpy(PROMPTS[rows]), torch.from_numpy(PADDING[rows])
     cache = model.init_cache(len(rows), 16, cache_device=device)
     return model.extend(tokens, cache, padding=padding)
 
 
 def assert_same_streams(model, actual, rows: list[int], device: str = "device"):
-    """Compare a cache with that of the same rows alone, and what follows from both."""
+    """Compare a cache and its continuation with those of the same rows alone."""
     _, expected = stream(model, rows, device)
     assert_close(dict(flatten(actual)), dict(flatten(expected)), 1e-12)
     tokens = torch.from_numpy(NEXT[rows])
@@ -68,7 +68,7 @@ def assert_same_streams(model, actual, rows: list[int], device: str = "device"):
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2], [2], []], ids=str)
 @torch.no_grad()
-def test_taken_rows_continue_like_streams_of_their_own(name, rows):
+def test_taken_rows_continue_independently(name, rows):
     model = make_model(name)
     _, cache = stream(model, [0, 1, 2])
     before = copy.deepcopy(cache)
@@ -77,20 +77,20 @@ def test_taken_rows_continue_like_streams_of_their_own(name, rows):
         assert_same_streams(model, taken, rows)
     else:
         assert {one.position.shape for one in taken} == {(0,)}
-    assert [one.limit.item() for one in taken] == [16, 16, 16]
+    assert [one.capacity.item() for one in taken] == [16, 16, 16]
     model.extend(torch.from_numpy(NEXT[rows]), taken)
-    assert_close(dict(flatten(cache)), dict(flatten(before)), 0)  # the source is as it was
+    assert_close(dict(flatten(cache)), dict(flatten(before)), 0)  # the source is unchanged
 
 
 @torch.no_grad()
-def test_rows_of_a_cache_in_host_memory_are_taken_there():
+def test_offloaded_rows_stay_on_host():
     model = make_model("dla")
     _, cache = stream(model, [0, 1, 2], "host")
     assert_same_streams(model, mc_torch.take_rows(cache, [2, 0]), [2, 0], "host")
 
 
 @torch.no_grad()
-def test_a_layer_s_cache_has_a_method_for_it():
+def test_cache_take_equals_take_rows():
     for name in MEMORIES:
         layer = mc_torch.MemoryCachingLayer(make_config(name).layer, dtype=torch.float64)
         x = torch.from_numpy(np.random.default_rng(2).standard_normal((2, 5, 8)))
@@ -101,7 +101,7 @@ def test_a_layer_s_cache_has_a_method_for_it():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["titans", "swla"])
-def test_compiled_jax_program_takes_rows(name):
+def test_take_rows_under_jit(name):
     model = mc_jax.LanguageModel(
         make_config(name), rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64
     )
@@ -124,8 +124,8 @@ def test_compiled_jax_program_takes_rows(name):
 
 
 @torch.no_grad()
-def test_beam_search_finds_what_brute_force_finds():
-    """With a beam as wide as all continuations, reordering rows at every step."""
+def test_beam_search_matches_brute_force():
+    """With a beam that holds all continuations, rows are reordered at every step."""
     model, steps = make_model("titans"), 3
     logits, cache = stream(model, [1])
     cache = mc_torch.take_rows(cache, [0] * VOCABULARY)
@@ -147,7 +147,7 @@ def test_beam_search_finds_what_brute_force_finds():
 
 
 @torch.no_grad()
-def test_samples_of_one_prompt_are_streams_of_their_own():
+def test_repeated_rows_are_independent_streams():
     model = make_model("swla")
     _, cache = stream(model, [0])
     many = mc_torch.take_rows(cache, [0, 0, 0])
@@ -157,7 +157,7 @@ def test_samples_of_one_prompt_are_streams_of_their_own():
 
 
 @torch.no_grad()
-def test_dropping_finished_rows_changes_nothing_for_the_others():
+def test_dropping_rows_does_not_change_others():
     model = make_model("linear")
     _, cache = stream(model, [0, 1, 2])
     tokens = torch.from_numpy(NEXT)
@@ -178,7 +178,7 @@ def test_dropping_finished_rows_changes_nothing_for_the_others():
     ],
     ids=str,
 )
-def test_rows_that_are_not_there_are_refused(package, rows, message):
+def test_rows_out_of_range_are_rejected(package, rows, message):
     config = replace(make_config("linear"), num_layers=1, mixers=("memory",))
     options = {"rngs": nnx.Rngs(0)} if package is mc_jax else {}
     cache = package.LanguageModel(config, **options).init_cache(2, 8)
@@ -186,9 +186,9 @@ def test_rows_that_are_not_there_are_refused(package, rows, message):
         package.take_rows(cache, rows)
 
 
-def test_caches_are_copied_pickled_and_loaded_as_weights_alone(tmp_path):
+def test_caches_support_copy_pickle_and_weights_only_load(tmp_path):
     model = make_model("titans")
-    _, cache = stream(model, [0, 1])  # with a graph, which no copy keeps
+    _, cache = stream(model, [0, 1])  # non-leaf tensors, detached by the copy
     torch.save(cache, tmp_path / "cache.pt")
     loaded = torch.load(tmp_path / "cache.pt", weights_only=True)
     for other in (copy.deepcopy(cache), loaded, pickle.loads(pickle.dumps(cache))):

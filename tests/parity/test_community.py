@@ -1,4 +1,4 @@
-"""`memory-caching` 0.1.0 as a third opinion: its layers, on its own weights, and ours."""
+"""Comparison with the layers of `memory-caching` 0.1.0, on the same weights."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def configure(kind, **changes):
 
 
 def held(kind, config, initial):
-    """Return its backend with another start, and with the biases that ours lacks held at zero."""
+    """Return its backend with another initial memory, and with biases fixed at zero."""
     base = {"dla": theirs.DLABackend, "titans": theirs.TitansBackend}[kind]
 
     class Held(base):
@@ -69,7 +69,7 @@ def held(kind, config, initial):
 
 
 def draw_initial(config):
-    """Return a memory [h, out, in] a layer; nothing for the matrix memories."""
+    """Return memory weights [h, out, in] per layer; () for matrix memories."""
     if config.backend in ("linear", "swla"):
         return []
     part = getattr(config, config.backend)
@@ -81,7 +81,7 @@ def draw_initial(config):
 
 
 def build(config, backend=None):
-    """Return its layer, and the initial memory that was put into it."""
+    """Return its layer and initial memory."""
     torch.manual_seed(1)
     initial = draw_initial(config)
     if backend is None:
@@ -95,7 +95,7 @@ def build(config, backend=None):
 
 
 def mirror(layer, initial):
-    """Return our layer on its weights."""
+    """Return our layer with its weights."""
     config, flat = from_community(layer.config, layer.state_dict(), initial)
     ours = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)
     load_torch(ours, flat)
@@ -146,7 +146,9 @@ def assert_same(config, masked, **options):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("kind", ["linear", "swla", "dla", "titans"])
-def test_outputs_and_gradients_are_its_own(kind, aggregation, mode, segmentation, masked):
+def test_outputs_and_gradients_match_community_package(
+    kind, aggregation, mode, segmentation, masked
+):
     config = configure(
         kind, aggregation=aggregation, state_init_mode=mode, segmentation=segmentation
     )
@@ -167,17 +169,17 @@ def test_outputs_and_gradients_are_its_own(kind, aggregation, mode, segmentation
         ("titans", {"titans": dataclasses.replace(TITANS, objective="dot", memory_width=4)}),
     ],
 )
-def test_every_field_that_is_mapped_means_the_same(kind, changes):
+def test_mapped_fields_are_equivalent(kind, changes):
     assert_same(configure(kind, **changes), masked=True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "titans"])
-def test_explicit_segments_are_its_own(kind):
+def test_explicit_segments_match_community_package(kind):
     assert_same(configure(kind), masked=True, segment_lengths=[2, 1, 6, 4])
 
 
 @pytest.mark.parametrize("kind", ["linear", "swla", "dla", "titans"])
-def test_jax_gives_its_outputs(float64, kind):
+def test_jax_outputs_match_community_package(float64, kind):
     layer, initial = build(configure(kind))
     config, flat = from_community(layer.config, layer.state_dict(), initial)
     ours = mc_jax.MemoryCachingLayer(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
@@ -190,7 +192,7 @@ def test_jax_gives_its_outputs(float64, kind):
 
 
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])
-def test_cache_and_gates_hold_what_its_cache_and_rows_hold(aggregation):
+def test_cache_and_gates_match_community_package(aggregation):
     layer, _ = build(configure("linear", aggregation=aggregation))
     ours, (x, _, mask) = mirror(layer, []), batch()
     with torch.no_grad():
@@ -202,14 +204,14 @@ def test_cache_and_gates_hold_what_its_cache_and_rows_hold(aggregation):
     for token, row in enumerate(rows):
         count = row["cached_count"]
         assert (trace.cached_count[token], trace.segment_index[token]) == (count, count)
-        if mask[0, token]:  # its rows are of the batch's first, a mean over heads
+        if mask[0, token]:  # its rows are of the first batch row, averaged over heads
             gates = trace.gates[0, token].mean(dim=0)
             weights = torch.tensor(row["router_weights"], dtype=torch.float64)
             torch.testing.assert_close(torch.cat([gates[:count], gates[-1:]]), weights)
 
 
 @pytest.mark.parametrize("kind", ["dla", "titans"])
-def test_from_its_zero_memory_reads_ignore_the_query(kind):
+def test_community_zero_memory_ignores_query(kind):
     backend = {"dla": theirs.DLABackend(DLA), "titans": theirs.TitansBackend(TITANS)}[kind]
     layer, _ = build(configure(kind, aggregation="residual"), backend)
     x, *_ = batch()
@@ -220,7 +222,7 @@ def test_from_its_zero_memory_reads_ignore_the_query(kind):
 
 
 @pytest.mark.parametrize("kind", ["dla", "titans"])
-def test_its_written_biases_are_what_differs(kind):
+def test_community_bias_updates_explain_difference(kind):
     config = configure(kind)
     initial = draw_initial(config)
     backend = held(kind, getattr(config, kind), initial)
@@ -231,7 +233,7 @@ def test_its_written_biases_are_what_differs(kind):
         assert (mirror(layer, initial)(x) - layer(x)).abs().max() > 0.1
 
 
-def test_its_default_titans_climbs_its_loss():
+def test_community_default_titans_ascends_loss():
     losses = {}
     for convention in ("paper", "gradient_descent"):
         backend = theirs.TitansBackend(dataclasses.replace(TITANS, update_convention=convention))
@@ -247,7 +249,7 @@ def test_its_default_titans_climbs_its_loss():
     assert losses["gradient_descent"][-1] < 0.1 * losses["gradient_descent"][0]
 
 
-def test_its_default_cuts_the_gradient_of_every_write():
+def test_community_default_detaches_writes():
     config = configure("dla", aggregation="residual", dla=theirs.DLAConfig(8))
     layer, _ = build(config)
     layer(batch()[0]).sum().backward()
@@ -281,13 +283,13 @@ def part(kind, **changes):
         ),
     ],
 )
-def test_what_cannot_be_mapped_is_named(given, message):
+def test_unmappable_fields_are_named(given, message):
     layer, _ = build(configure("linear"))
     with pytest.raises(ValueError, match=message):
         from_community(given, layer.state_dict())
 
 
-def test_all_parameters_that_do_not_fit_are_listed():
+def test_mismatched_parameters_are_listed():
     layer, _ = build(configure("linear"))
     state = layer.state_dict() | {"q_proj.bias": torch.zeros(D), "o_proj.weight": torch.zeros(D, 1)}
     state = {name: tensor.float() for name, tensor in state.items() if name != "u_proj.weight"}
@@ -311,7 +313,7 @@ def save(path, kind="linear", **changes):
 
 
 @pytest.mark.parametrize("kind", ["linear", "swla"])
-def test_the_command_converts_and_proves(tmp_path, monkeypatch, capsys, kind):
+def test_convert_command_verifies_outputs(tmp_path, monkeypatch, capsys, kind):
     source, target = save(tmp_path / "old.pt", kind), tmp_path / "new.safetensors"
     assert mc(monkeypatch, "convert", "--from", "community", source, target) == 0
     out = capsys.readouterr().out
@@ -326,7 +328,7 @@ def test_the_command_converts_and_proves(tmp_path, monkeypatch, capsys, kind):
     assert torch.equal(layer.out_proj.weight, torch.load(source)["state_dict"]["o_proj.weight"])
 
 
-def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_convert_command_reports_errors_and_writes_nothing(tmp_path, monkeypatch, capsys):
     target = tmp_path / "new.pt"
     for source, message in {
         save(tmp_path / "dla.pt", "dla"): "dla.pt: config.backend = 'dla': starts at a zero memory",
@@ -341,7 +343,7 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(tmp_path, monkeypatch
         assert not target.exists()
 
 
-def test_a_wrong_table_is_found(tmp_path, monkeypatch, capsys):
+def test_wrong_conversion_table_is_detected(tmp_path, monkeypatch, capsys):
     source, target = save(tmp_path / "old.pt"), tmp_path / "new.pt"
     swapped = {"q_proj.weight": "k_proj.weight", "k_proj.weight": "q_proj.weight"}
     monkeypatch.setattr(community, "PARAMETERS", PARAMETERS | swapped)
@@ -350,22 +352,20 @@ def test_a_wrong_table_is_found(tmp_path, monkeypatch, capsys):
     assert not target.exists()
 
 
-def test_without_the_package_the_command_says_what_it_did_not_compare(
-    tmp_path, monkeypatch, capsys
-):
+def test_convert_command_without_community_package(tmp_path, monkeypatch, capsys):
     source, target = save(tmp_path / "old.pt"), tmp_path / "new.pt"
     monkeypatch.setattr(community, "find_spec", lambda name: None)
     assert mc(monkeypatch, "convert", "--from", "community", source, target) == 0
     assert "0.1.0 is not installed: its own outputs were not compared" in capsys.readouterr().out
 
 
-def test_the_command_mc_is_ours():
+def test_mc_command_belongs_to_this_package():
     script = Path(sys.executable).with_name("mc")
     fault = "memory-caching took the name: pip install --no-deps --force-reinstall --editable ."
     assert not script.exists() or "memory_caching" not in script.read_text(), fault
 
 
-def test_momentum_under_dla_becomes_titans():
+def test_dla_with_momentum_maps_to_titans():
     config = configure("dla", dla=dataclasses.replace(DLA, momentum=0.6))
     memory = community.map_config(dataclasses.asdict(config)).memory
     assert isinstance(memory, TitansConfig)

@@ -1,4 +1,4 @@
-"""A memory from outside the packages works everywhere that a built-in one does."""
+"""A custom memory works wherever built-in memories do."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ TOKENS = 13
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
-    """Import the example as `mc --import` does, and forget it afterwards."""
+    """Import the example as `mc --import` does, and unregister it afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "")
         import_modules([str(EXAMPLE)])
@@ -52,7 +52,7 @@ def inputs() -> np.ndarray:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("start", ["checkpoint", "restart"])
-def test_custom_memory_streams_at_any_split(example, aggregation, start):
+def test_custom_memory_split_stream_matches_full_pass(example, aggregation, start):
     torch.manual_seed(0)
     config = make_config(example, aggregation, state_init_mode=start)
     layer = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_custom_memory_streams_at_any_split(example, aggregation, start):
 
 
 def test_custom_memory_equals_titans_of_depth_one_without_momentum(example):
-    """`||W k - v||²` has twice the gradient: Titans takes half the step."""
+    """`||W k - v||²` has twice the gradient, so Titans uses half the step."""
     rng = np.random.default_rng(1)
     q, k, v, u = (torch.from_numpy(rng.standard_normal((2, TOKENS, 2, 4))) for _ in range(4))
     k = k / k.norm(dim=-1, keepdim=True)
@@ -96,7 +96,7 @@ def test_custom_memory_trains_and_generates_through_the_command(example, tmp_pat
 
 
 @pytest.mark.slow
-def test_custom_memory_passes_the_parity_check_in_a_process_of_its_own():
+def test_custom_memory_passes_parity_check():
     words = ["--import", str(EXAMPLE), "parity", "check", "--full", "--kind", "decayed_delta"]
     done = subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -104,21 +104,21 @@ def test_custom_memory_passes_the_parity_check_in_a_process_of_its_own():
 
 
 @pytest.mark.usefixtures("float64")
-def test_custom_memory_has_no_parity_difference_in_the_cases_of_the_full_grid(example):
+def test_custom_memory_passes_full_parity_grid(example):
     cases = [c for c in full() if c.layer.memory.kind == "decayed_delta" and c.dtype == "float64"]
     assert len(cases) == 24
     for case in cases[:1]:
         assert all(difference.ok for difference in check_case(case).differences), case
 
 
-def test_a_module_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
+def test_import_failure_is_a_one_line_error(tmp_path, capsys, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("import no_such_module_at_all\n")
     assert mc(monkeypatch, "--import", broken, "variants") == 2
     assert "no_such_module_at_all" in capsys.readouterr().err
 
 
-def test_registration_refuses_what_would_fail_later():
+def test_registration_rejects_invalid_memories():
     @dataclass(frozen=True)
     class Nameless(MemoryConfig):
         coefficients: str = "token"
@@ -135,7 +135,7 @@ def test_registration_refuses_what_would_fail_later():
     assert MEMORIES["linear"] is LinearConfig
 
 
-def test_a_kind_without_a_backend_is_refused_by_name():
+def test_kind_without_backend_is_rejected():
     @register_memory
     @dataclass(frozen=True)
     class Orphan(LinearConfig):

@@ -1,7 +1,7 @@
-"""Streams detach cached memories and pooled keys, as whole passes do.
+"""Detached cached memories and pooled keys in streams.
 
-In restart mode the keys and values of a segment reach the next one through its cached memory and
-its pooled key alone.
+In restart mode, keys and values of a segment affect the next one only through its cached memory and
+its pooled key.
 """
 
 import jax
@@ -21,7 +21,7 @@ PAIRS = [("linear", "residual"), ("linear", "ssc")]
 
 
 def key_and_value_gradients(package, case):
-    """Return the gradients by k and v of a stream's second segment of outputs."""
+    """Return the gradients of k and v from outputs of the second segment of a stream."""
     own = jax_calls if package is mc_jax else torch_calls
     inputs = own.arrays(case)
 
@@ -38,7 +38,7 @@ def key_and_value_gradients(package, case):
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 @pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
-def test_no_gradient_of_a_stream_reaches_a_detached_segment(package, pair):
+def test_stream_gradients_do_not_reach_detached_segments(package, pair):
     case = make_case(*pair, tokens=2 * SEGMENT, segment_size=SEGMENT, state_init_mode="restart")
     case = case.where(detach_cached_states=True, detach_cached_context=True)
     for gradient in map(np.asarray, key_and_value_gradients(package, case)):

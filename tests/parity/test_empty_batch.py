@@ -1,4 +1,4 @@
-"""A batch of 0 rows gives 0 rows, in both packages: no error, no special case for the caller."""
+"""Batches of 0 rows work in both packages."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 
 MEMORIES = {
     "linear": LinearConfig(),
@@ -43,7 +43,7 @@ def config(memory, aggregation, **options):
 
 
 def layers(package, pairs, **options):
-    """Yield a name and a layer: memories of these pairs, attention to all tokens and to few."""
+    """Yield names and layers: memories, full and windowed attention."""
     for memory, aggregation in pairs:
         mode = "restart" if aggregation in ("soup", "mean") else "checkpoint"
         one = config(memory, aggregation, state_init_mode=mode)
@@ -54,7 +54,7 @@ def layers(package, pairs, **options):
 
 
 def passes(layer, x, mask):
-    """Return what a layer makes of tokens: output, cache and trace, and those of a stream."""
+    """Return outputs, cache and trace of a full pass and of a stream."""
     results = [layer(x)]
     if hasattr(layer, "inspect"):
         results = [*layer.inspect(x, mask), layer.forward_with_cache(x)[1]]
@@ -63,8 +63,8 @@ def passes(layer, x, mask):
 
 
 def empty(tree):
-    """Return the arrays of a batch of one, without it."""
-    shared = ("limit", "token_index", "segment_index", "cached_count")
+    """Drop the row of a batch of one."""
+    shared = ("capacity", "token_index", "segment_index", "cached_count")
     leaves = [(name, tuple(x.shape), x.dtype) for name, x in flatten(tree)]
     return [
         (name, shape if name.endswith(shared) else (0, *shape[1:]), dtype)
@@ -76,8 +76,8 @@ def described(tree):
     return [(name, tuple(x.shape), x.dtype) for name, x in flatten(tree)]
 
 
-def test_layers_of_pytorch_give_what_one_row_gives_without_it():
-    """Outputs, caches and traces have the shapes and dtypes of any batch; gradients are zero."""
+def test_torch_layers_with_empty_batch():
+    """Outputs, caches and traces have the usual shapes and dtypes; gradients are zero."""
     mask = torch.ones(1, TOKENS, dtype=torch.bool)
     for name, layer in layers(mc_torch, EVERY):
         x = torch.ones(1, TOKENS, 4)
@@ -90,7 +90,7 @@ def test_layers_of_pytorch_give_what_one_row_gives_without_it():
             assert not parameter.grad.any(), name
 
 
-def test_layers_of_jax_give_the_same_without_rows():
+def test_jax_layers_with_empty_batch():
     def shapes(tree):
         return [(name, tuple(x.shape)) for name, x in flatten(tree)]
 
@@ -104,8 +104,8 @@ def test_layers_of_jax_give_the_same_without_rows():
 
 @pytest.mark.parametrize("method", ["chunked", "recurrent"])
 @pytest.mark.parametrize(("memory", "aggregation"), [("titans", "soup"), ("swla", "ssc")])
-def test_memory_caching_of_no_rows(memory, aggregation, method):
-    """By both methods, with and without a mask; explicit segments and inspection, too."""
+def test_memory_caching_with_empty_batch(memory, aggregation, method):
+    """Both methods, with and without mask, explicit segments and inspection."""
     case = make_case(memory, aggregation, tokens=TOKENS, mask="some")
     case = case.each(lambda x: x[:0])._replace(mask=case.mask[:0])
     for one in (case, case._replace(mask=None), case._replace(lengths=(2, 5))):
@@ -130,8 +130,8 @@ def model_of(package, **options):
     )
 
 
-def test_models_of_no_rows_run_and_have_gradients():
-    """In JAX compiled, so that no division by a batch's size is left to run time."""
+def test_models_with_empty_batch_have_gradients():
+    """Compiled in JAX, where a division by the batch size would be NaN."""
     ids = np.zeros((0, TOKENS), np.int32)
     model = model_of(mc_jax, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
@@ -154,13 +154,13 @@ def test_models_of_no_rows_run_and_have_gradients():
     assert not len(traces[0].gates)
 
 
-def test_streams_of_no_rows_continue():
-    """With cached memories on the host, too."""
+def test_streams_with_empty_batch():
+    """Also with offloaded memories."""
     ids, padding = np.zeros((0, TOKENS), np.int32), np.zeros((0, TOKENS), bool)
     model = model_of(mc_torch)
     cache = model.init_cache(0, TOKENS, cache_device="host")
     logits, cache = model.extend(torch.tensor(ids), cache, padding=torch.tensor(padding))
-    logits, cache = model.extend(torch.tensor(ids), cache)  # no row, no room that it needs
+    logits, cache = model.extend(torch.tensor(ids), cache)  # an empty batch needs no capacity
     assert logits.shape == (0, TOKENS, 11)
     assert not len(model.grow(cache, 2 * TOKENS)[0].stored.length)
     mirror = model_of(mc_jax, rngs=nnx.Rngs(0))
@@ -171,11 +171,11 @@ def test_streams_of_no_rows_continue():
     logits, cache = run(cache)
     assert logits.shape == (0, TOKENS, 11)
     assert not len(cache[0].position)
-    mc_jax.check_room(cache[0], 99)
+    mc_jax.check_capacity(cache[0], 99)
 
 
 @pytest.mark.parametrize("package", [mc_jax, mc_torch])
-def test_no_prompts_give_empty_steps(package):
+def test_generation_with_empty_batch(package):
     options = {"rngs": nnx.Rngs(0)} if package is mc_jax else {}
     steps = list(package.generate(model_of(package, **options), [], 3))
     assert [tuple(step.shape) for step in steps] == [(0,)] * 3
@@ -185,7 +185,7 @@ def test_no_prompts_give_empty_steps(package):
 
 
 @pytest.mark.parametrize("package", [mc_jax, mc_torch])
-def test_fewer_rows_than_none_and_no_tokens_are_refused(package):
+def test_negative_batch_and_empty_sequences_are_rejected(package):
     options = {"rngs": nnx.Rngs(0)} if package is mc_jax else {}
     layer = package.MemoryCachingLayer(config("linear", "grm"), **options)
     with pytest.raises(ValueError, match="batch = -1: must be >= 0"):

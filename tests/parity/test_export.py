@@ -1,4 +1,4 @@
-"""Exported programs: fixed numbers of tokens, any number of rows in PyTorch, one line otherwise."""
+"""Exported programs: static token counts and dynamic batch sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from mc_core import (
     SWLAConfig,
     TitansConfig,
 )
-from mc_torch.layout import make_plan
+from mc_torch.chunk_layout import make_plan
 
-FIXED = "must be a fixed number, for which segments and chunks are planned"
+FIXED = "must be a fixed number, because segments and chunks are planned for it"
 LAYERS = {
     "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", segment_size=3, chunk_size=2),
     "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2),
@@ -46,7 +46,7 @@ def torch_layer(name: str) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "name", ["swla-ssc", "attention", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
 )
-def test_pytorch_exports_a_dynamic_batch(name):
+def test_pytorch_exports_dynamic_batch(name):
     layer = torch_layer(name)
     x = torch.randn(3, 7, 8, dtype=torch.float64)
     program = export(layer, (x[:2],), dynamic_shapes={"x": {0: Dim("rows", min=2, max=64)}})
@@ -54,13 +54,13 @@ def test_pytorch_exports_a_dynamic_batch(name):
 
 
 @pytest.mark.parametrize("name", ["titans-soup", "attention"])
-def test_pytorch_refuses_a_dynamic_number_of_tokens(name):
+def test_pytorch_rejects_dynamic_token_count(name):
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=FIXED):
         export(torch_layer(name), (x,), dynamic_shapes={"x": {1: Dim("t", max=64)}}, strict=False)
 
 
-def test_pytorch_models_and_streams_refuse_a_dynamic_number_of_tokens():
+def test_pytorch_models_and_streams_reject_dynamic_token_count():
     model, tokens = mc_torch.LanguageModel(MODEL), torch.from_numpy(TOKENS)
     length = {1: Dim("t", max=8)}
     with pytest.raises(ValueError, match=FIXED):
@@ -72,7 +72,7 @@ def test_pytorch_models_and_streams_refuse_a_dynamic_number_of_tokens():
 
 
 @torch.no_grad()
-def test_pytorch_prompt_and_step_are_two_exported_programs():
+def test_pytorch_exports_prompt_and_step_programs():
     model, tokens = mc_torch.LanguageModel(MODEL), torch.from_numpy(TOKENS)
     cache = model.init_cache(2, 8)
     prompt = export(Extend(model), (tokens[:, :5], cache), strict=False).module()
@@ -84,7 +84,7 @@ def test_pytorch_prompt_and_step_are_two_exported_programs():
 
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
-def test_eager_calls_after_a_pytorch_export_have_tensors_of_their_own(strict):
+def test_eager_calls_after_pytorch_export(strict):
     config = LAYERS["linear-grm"]
     layer = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)
     x = torch.randn(2, 11, 8, dtype=torch.float64)  # no other test plans 11 tokens
@@ -93,7 +93,7 @@ def test_eager_calls_after_a_pytorch_export_have_tensors_of_their_own(strict):
     assert type(y) is torch.Tensor
     assert_close(program.module()(x), y, 1e-12)
     plan = make_plan(11, config, None, x.device)
-    arrays = (plan.index, plan.place_of, plan.padded_segments, plan.segment_places)
+    arrays = (plan.chunk_tokens, plan.chunk_positions, plan.segment_tokens, plan.segment_positions)
     assert all(type(index.at) is torch.Tensor for index in arrays)
 
 
@@ -102,7 +102,7 @@ def jax_symbols(spec: str) -> tuple:
 
 
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])
-def test_jax_refuses_a_dynamic_number_of_tokens(aggregation):
+def test_jax_rejects_dynamic_token_count(aggregation):
     config = MCConfig(8, 2, LinearConfig(), aggregation, segment_size=3, chunk_size=2)
     layer = mc_jax.MemoryCachingLayer(config, rngs=nnx.Rngs(0))
     x = jax.ShapeDtypeStruct(jax_symbols("2, t, 8"), jnp.float32)
@@ -113,29 +113,30 @@ def test_jax_refuses_a_dynamic_number_of_tokens(aggregation):
         jax.export.export(jax.jit(lambda x: layer.extend(x, cache)[0]))(x)
 
 
-def test_jax_exports_a_dynamic_batch_of_a_stream():
-    model, tokens = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0)), jnp.asarray(TOKENS, jnp.int32)
+def test_jax_exports_dynamic_batch():
+    layer = mc_jax.MemoryCachingLayer(LAYERS["linear-grm"], rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 8))
     (rows,) = jax_symbols("rows, 1")[:1]
 
     def symbolic(x):
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.ndim else (), x.dtype)
 
-    def extend(leaves, tokens):
-        logits, cache = model.extend(tokens, jax.tree.unflatten(structure, leaves))
-        return logits, jax.tree.leaves(cache)
+    def extend(leaves, x):
+        y, cache = layer.extend(x, jax.tree.unflatten(structure, leaves))
+        return y, jax.tree.leaves(cache)
 
-    leaves, structure = jax.tree.flatten(model.init_cache(2, 8))
-    arguments = [symbolic(x) for x in leaves], symbolic(tokens[:, :1])
+    leaves, structure = jax.tree.flatten(layer.init_cache(2, 4))
+    arguments = [symbolic(leaf) for leaf in leaves], symbolic(x[:, :1])
     step = jax.export.export(jax.jit(extend))(*arguments)
-    for some in (tokens, tokens[:1], jnp.concatenate([tokens, tokens])):
-        leaves, logits = jax.tree.leaves(model.init_cache(len(some), 8)), []
+    for some in (x[:1], jnp.concatenate([x, x[:1]])):
+        leaves, outputs = jax.tree.leaves(layer.init_cache(len(some), 4)), []
         for one in jnp.split(some, some.shape[1], axis=1):
-            found, leaves = step.call(leaves, one)
-            logits.append(found)
-        assert_close(jnp.concatenate(logits, 1), model(some), 1e-5)
+            y, leaves = step.call(leaves, one)
+            outputs.append(y)
+        assert_close(jnp.concatenate(outputs, 1), layer(some), 1e-5)
 
 
-def test_jax_models_and_attention_refuse_a_dynamic_number_of_tokens():
+def test_jax_models_and_attention_reject_dynamic_token_count():
     model = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0))
     tokens = jax.ShapeDtypeStruct(jax_symbols("2, t"), jnp.int32)
     cache = model.init_cache(2, 8)
@@ -150,7 +151,7 @@ def test_jax_models_and_attention_refuse_a_dynamic_number_of_tokens():
             jax.export.export(jax.jit(function))(symbol)
 
 
-def test_jax_prompt_and_step_survive_serialization():
+def test_jax_prompt_and_step_programs_serialize():
     model = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
 

@@ -1,6 +1,6 @@
-"""Function transforms of either framework: `torch.func` and `torch.vmap`, `jax.vmap` and `jax.jvp`.
+"""Function transforms: `torch.func`, `torch.vmap`, `jax.vmap` and `jax.jvp`.
 
-Each must equal what ordinary backward passes give, one example at a time.
+Each is compared with ordinary backward passes per example.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ EXACT = 1e-9
 BATCHED = ("q", "k", "v", "u", "coefficients")
 Tree = Any
 
-# PyTorch's own forward mode still calls it.
+# PyTorch's forward mode still calls it.
 forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
@@ -52,7 +52,7 @@ def small_case(memory: str, aggregation: str, **options: Any) -> FunctionCase:
 
 
 def inputs_of(case: FunctionCase) -> tuple[dict[str, torch.Tensor], Callable[..., Any], list[str]]:
-    """Return a case's tensors by name, a function of them and of the mask, and which have rows."""
+    """Return the tensors of a case, a function of them and the mask, and which are batched."""
     tree = arrays(case)
     names, number = [], iter(range(100))
     for name, part in tree.items():
@@ -81,7 +81,7 @@ def one_row(tensors: dict[str, torch.Tensor], rows: list[str], row: Any) -> dict
 
 
 def autograd(loss: Callable[..., torch.Tensor], tree: dict[str, torch.Tensor], *rest: Any) -> Tree:
-    """Return gradients of an ordinary backward pass; zeros where there are none."""
+    """Return gradients of an ordinary backward pass; zeros if missing."""
     tree = {name: x.clone().requires_grad_() for name, x in tree.items()}
     grads = torch.autograd.grad(loss(tree, *rest), [*tree.values()], materialize_grads=True)
     return {name: x.detach() for name, x in zip(tree, grads, strict=True)}
@@ -106,7 +106,7 @@ def check_per_sample(case: FunctionCase, method: str = "chunked") -> None:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("memory", MAIN)
-def test_per_sample_gradients_equal_a_loop_of_backward_passes(memory, aggregation):
+def test_per_sample_gradients_match_loop(memory, aggregation):
     check_per_sample(small_case(memory, aggregation))
 
 
@@ -134,7 +134,7 @@ def test_per_sample_gradients_of_the_recurrent_method(memory, aggregation):
 
 @forward_mode
 @pytest.mark.parametrize(("memory", "aggregation"), [("titans", "grm"), ("swla", "ssc")])
-def test_every_transform_of_torch_func_agrees_with_autograd(memory, aggregation):
+def test_torch_func_transforms_match_autograd(memory, aggregation):
     tensors, run, _ = inputs_of(small_case(memory, aggregation))
     mask = torch.tensor(small_case(memory, aggregation).mask)
     loss = lambda tensors: scalar(run(tensors, mask))  # noqa: E731
@@ -198,7 +198,7 @@ def test_per_sample_gradients_of_a_layer(name):
 
 @forward_mode
 @every_layer
-def test_forward_mode_of_a_layer_and_of_its_gradient(name):
+def test_forward_mode_of_layer_and_gradient(name):
     layer, params = build(LAYERS[name])
     x = normal(1, 7, 8)
 
@@ -208,14 +208,14 @@ def test_forward_mode_of_a_layer_and_of_its_gradient(name):
     along = {name: torch.cos(x) for name, x in params.items()}
     slope = lambda tree: sum((tree[name] * along[name]).sum() for name in tree)  # noqa: E731
     assert_close(jvp(loss, (params,), (along,))[1], slope(autograd(loss, params)), EXACT)
-    # The Hessian's product, forward over reverse and reverse over reverse.
+    # Hessian-vector products, forward over reverse and reverse over reverse.
     product = grad(lambda params: slope(grad(loss)(params)))(params)
     assert_close(jvp(grad(loss), (params,), (along,))[1], product, EXACT)
 
 
 @every_layer
 @torch.no_grad()
-def test_streams_under_vmap_equal_a_loop(name):
+def test_streams_under_vmap_match_loop(name):
     layer, _ = build(LAYERS[name])
     x, padding = normal(2, 2, 8, 8), torch.tensor(np.random.default_rng(2).random((2, 2, 5)) < 0.3)
     cache = layer.init_cache(2, 8)
@@ -235,7 +235,7 @@ def test_streams_under_vmap_equal_a_loop(name):
 
 
 @every_layer
-def test_gradients_of_a_stream(name):
+def test_torch_func_stream_gradients(name):
     layer, params = build(LAYERS[name])
     x = normal(2, 8, 8)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_gradients_of_a_stream(name):
     assert_close(grad(loss)(params), autograd(loss, params), EXACT)
 
 
-def test_a_full_cache_is_refused_under_grad_and_gives_nan_under_vmap():
+def test_full_cache_raises_under_grad_and_gives_nan_under_vmap():
     layer, _ = build(LAYERS["titans"])
     x, cache = normal(1, 3, 8), layer.init_cache(1, 2)
     with pytest.raises(ValueError, match="max_tokens = 2"):
@@ -276,7 +276,7 @@ def test_per_sample_gradients_of_a_language_model(remat):
 
 
 def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that autograd keeps for the backward pass, outside of checkpoints."""
+    """Return the bytes that autograd saves for the backward pass outside of checkpoints."""
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -289,7 +289,7 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
     return sum(kept.values())
 
 
-def test_an_ordinary_backward_pass_recomputes_in_place_of_keeping(monkeypatch):
+def test_backward_pass_recomputes_activations(monkeypatch):
     layer, _ = build(MCConfig(8, 2, TitansConfig(2, 2), segment_size=8, chunk_size=4))
     x = normal(2, 64, 8).requires_grad_()
     saved = kept_bytes(lambda: layer(x))
@@ -301,12 +301,12 @@ def test_an_ordinary_backward_pass_recomputes_in_place_of_keeping(monkeypatch):
     y.sum().backward()
     assert len(calls) == 32
     monkeypatch.setattr("mc_torch.chunked.remat", lambda function: function)
-    monkeypatch.setattr("mc_torch.triangle.remat", lambda function: function)
+    monkeypatch.setattr("mc_torch.dense_reads.remat", lambda function: function)
     assert saved < 0.5 * kept_bytes(lambda: layer(x))
 
 
 @pytest.mark.usefixtures("float64", "strict")
-def test_jax_per_sample_gradients_agree_with_forward_mode_of_one_sample():
+def test_jax_per_sample_gradients_match_forward_mode():
     case = make_case("swla", "ssc", tokens=4, segment_size=2, chunk_size=2, mask="some")
     inputs, mask = jax_calls.arrays(case), jnp.asarray(case.mask)
     rows = {name: inputs.pop(name) for name in BATCHED}

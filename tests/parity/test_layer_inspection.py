@@ -1,4 +1,4 @@
-"""What `inspect` shows of each write, in both frameworks, against the oracle's states."""
+"""Statistics of `inspect` in both frameworks, against the oracle."""
 
 from functools import partial
 from itertools import product
@@ -34,7 +34,7 @@ EXACT = 1e-10
 
 
 def inner_of(case: FunctionCase) -> mc_jax.InnerLoop:
-    """Run the oracle's writes token by token, and measure the states before and after each."""
+    """Run the oracle, and compute the statistics of each write from its states."""
     config, (b, t, h, _) = case.config, case.q.shape
     memory, titans = config.memory, config.memory.kind == "titans"
     lengths = oracle.lengths_of(t, config, case.lengths)
@@ -108,13 +108,13 @@ FRAMEWORKS = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_torch_is_the_oracle(memory):
+def test_torch_inspection_matches_oracle(memory):
     for mode, mask, chunk in product(MODES, MASKS, (1, 3, 5)):
         case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
         assert_close(torch_inner(case), inner_of(case), EXACT, name=f"{mode} {mask} {chunk}")
 
 
-# Every memory once; modes, masks and chunks are spread over them.
+# Every memory once, with different modes, masks and chunks.
 @pytest.mark.parametrize(
     ("memory", "mode", "mask", "chunk"),
     [
@@ -122,14 +122,14 @@ def test_torch_is_the_oracle(memory):
         for i, memory in enumerate(MEMORIES)
     ],
 )
-def test_jax_is_the_oracle(memory, mode, mask, chunk):
+def test_jax_inspection_matches_oracle(memory, mode, mask, chunk):
     case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
     assert_close(jax_inner(case), inner_of(case), EXACT)
 
 
 @FRAMEWORKS
 @pytest.mark.parametrize("memory", MAIN)
-def test_a_small_step_lowers_the_loss_of_its_own_token(inspect, float32, memory):
+def test_small_step_decreases_inner_loss(inspect, float32, memory):
     case = make_case(memory, "none", chunk_size=1)
     ones = np.ones_like(case.coefficients.step)
     case = case._replace(
@@ -145,8 +145,8 @@ def test_a_small_step_lowers_the_loss_of_its_own_token(inspect, float32, memory)
 
 
 @FRAMEWORKS
-def test_small_updates_of_a_large_memory_keep_their_digits_in_float32(inspect, float32):
-    """W_t - W_{t-1} is (α - 1) W_{t-1} and next to nothing else."""
+def test_update_norms_are_precise_in_float32(inspect, float32):
+    """W_t - W_{t-1} is dominated by (α - 1) W_{t-1}."""
     case = make_case("dla", "none", tokens=8, segment_size=8, chunk_size=8)
     retention = np.float64(np.float32(1 - 1e-4))
     ones = np.ones_like(case.coefficients.step)
@@ -156,7 +156,7 @@ def test_small_updates_of_a_large_memory_keep_their_digits_in_float32(inspect, f
 
 
 @FRAMEWORKS
-def test_the_definition_does_not_inspect(inspect, float32):
+def test_recurrent_method_rejects_inspect(inspect, float32):
     case = make_case()
     package, arrays = (
         (mc_jax, jax_calls.arrays(case)) if inspect is jax_inner
@@ -167,8 +167,8 @@ def test_the_definition_does_not_inspect(inspect, float32):
 
 
 @pytest.mark.parametrize("name", ["swla", "titans-norm"])
-def test_a_layers_trace_is_that_of_its_own_writes(name, monkeypatch):
-    """What the layer hands to its memory is what the trace is of; masked tokens may hold NaN."""
+def test_layer_trace_matches_function(name, monkeypatch):
+    """The trace matches that of the layer's function inputs, also with NaN at masked tokens."""
     config, seen = CONFIGS[name], []
     run = oracle.memory_caching
 
@@ -188,8 +188,8 @@ def test_a_layers_trace_is_that_of_its_own_writes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["jax", "torch"])
-def test_counts_and_names(package):
-    """Under ssc every token reads `top_k` cached memories, or all that there are."""
+def test_trace_counts_and_names(package):
+    """Under `ssc` every token reads `top_k` cached memories, or all if there are fewer."""
     config = MCConfig(8, 2, LinearConfig(), "ssc", ssc_top_k=2, segment_size=3)
     x, mask = np.random.default_rng(0).standard_normal((2, 11, 8)), np.arange(11) < [[11], [8]]
     if package == "jax":
@@ -207,8 +207,8 @@ def test_counts_and_names(package):
 
 
 @pytest.mark.parametrize("name", ["linear-learned", "titans"])
-def test_gradients_of_a_trace_are_finite(name):
-    """Roots and logarithms have none at zero: of an empty memory, of an unread one."""
+def test_trace_gradients_are_finite(name):
+    """Also at zero arguments of roots (empty memory) and logarithms (unread memory)."""
     layer = mc_jax.MemoryCachingLayer(CONFIGS[name], rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     graph, state = nnx.split(layer)
     x, mask = jnp.ones((2, 11, 8)), jnp.asarray(np.arange(11) < [[11], [0]])

@@ -1,4 +1,4 @@
-"""The migration page: its code runs, old beside new, and both give the same."""
+"""The code of the migration page runs, and old and new code agree."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ def assert_same(new: Any, old: Any) -> None:
     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
 
 
-def test_every_block_runs_and_old_and_new_agree(tmp_path, monkeypatch, capsys):
+def test_code_blocks_run_and_agree(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     x, mask = torch.randn(2, 37, 64), torch.rand(2, 37) > 0.2
@@ -41,7 +41,7 @@ def test_every_block_runs_and_old_and_new_agree(tmp_path, monkeypatch, capsys):
             exec(old, spaces["old"])
             built = spaces["new"].get("config")
             exec(new, spaces["new"])
-        if "from_community" in new:  # the page builds by hand what the table gives
+        if "from_community" in new:  # the page constructs the configuration by hand
             assert built == spaces["new"]["config"]
         elif built:
             for name in RESULTS:
@@ -55,5 +55,5 @@ def test_every_block_runs_and_old_and_new_agree(tmp_path, monkeypatch, capsys):
     assert unnumbered(capsys.readouterr().out.strip()) == unnumbered(OUTPUT)
 
 
-def test_every_python_block_is_labelled():
+def test_python_blocks_are_labeled():
     assert len(BLOCKS) == PAGE.read_text().count("```python") == 10

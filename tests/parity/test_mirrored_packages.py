@@ -1,6 +1,6 @@
-"""`mc_jax` and `mc_torch` are one program: the same files, public names and signatures.
+"""`mc_jax` and `mc_torch` mirror each other: same files, public names and signatures.
 
-Both are read, not imported: a framework's own base classes and decorators make no difference.
+The sources are parsed, not imported, so that framework base classes do not matter.
 """
 
 import ast
@@ -15,10 +15,9 @@ FILES = sorted(
     name for path in JAX.rglob("*.py") if (name := str(path.relative_to(JAX))) not in JAX_ONLY_FILES
 )
 
-# What PyTorch needs beyond: file -> names that `mc_jax` does without.
+# Names that only `mc_torch` has, by file.
 TORCH_ONLY = {
-    # JAX has jax.checkpoint, jax.tree.map, scans over stacked arrays, a maximum with a number, and
-    # transforms that need no care.
+    # JAX has jax.checkpoint, jax.tree.map, scans over stacked arrays and maxima with numbers.
     "numerics.py": {
         "autocasts",
         "compute_dtype",
@@ -29,23 +28,23 @@ TORCH_ONLY = {
         "take_along",
         "tree_map",
         "unstack",
-        "windows",
+        "unfold",
     },
-    # Tools of PyTorch replace linear maps and embeddings, and FSDP hooks `forward` alone.
+    # PyTorch tools replace linear maps and embeddings, and FSDP only hooks `forward`.
     "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
-    # The plan's index arrays lie on a device, and are built outside of a compiled graph.
-    "layout.py": {"Index", "TensorPlan", "make_plan"},
+    # Index arrays of a plan are on a device, and are built outside of compiled graphs.
+    "chunk_layout.py": {"TokenIndex", "TensorPlan", "make_plan"},
     "pretrained.py": {"Flat"},
 }
 JAX_ONLY = {
-    "layout.py": {"take_places"},
+    "chunk_layout.py": {"gather_positions"},
     "modules.py": {"Head"},
-    "numerics.py": {"KEPT", "SUM_BLOCK", "keep"},
-    # A tensor on the host has a device, an array there a kind of memory.
-    "host.py": {"HOST", "DEVICE", "KIND"},
+    "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
+    # Host memory is a device in PyTorch and a memory space in JAX.
+    "offload.py": {"HOST", "DEVICE", "KIND"},
 }
 RENAMED = {"__call__": "forward"}
-# Arguments that construct modules: JAX draws from `rngs`, and tells compute from parameter dtype.
+# Constructor arguments: JAX has `rngs` and separate dtypes for compute and parameters.
 CONSTRUCTION = {"rngs", "param_dtype", "device", "dtype"}
 CONSTRUCTORS = {"__init__", "from_pretrained", "initial_memory", "Linear"}
 
@@ -55,7 +54,7 @@ def public(name):
 
 
 def signature(function):
-    """Return argument names with their kind, and which have a default."""
+    """Return names and kinds of arguments, and which have a default."""
     a = function.args
     positional = [*a.posonlyargs, *a.args]
     defaults = [False] * (len(positional) - len(a.defaults)) + [True] * len(a.defaults)
@@ -70,7 +69,7 @@ def signature(function):
 
 
 def members(body):
-    """Return the public names of a module or class: signatures, members, or what they are."""
+    """Return the public names of a module or class, with signatures or members."""
     found = {}
     for node in body:
         if isinstance(node, ast.FunctionDef) and public(node.name):
@@ -88,12 +87,12 @@ def read(package, file):
     return ast.parse((package / file).read_text())
 
 
-def test_the_same_files():
+def test_packages_have_the_same_files():
     assert sorted(str(path.relative_to(TORCH)) for path in TORCH.rglob("*.py")) == FILES
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_same_names_and_signatures(file):
+def test_packages_have_the_same_names_and_signatures(file):
     jax, torch = (members(read(package, file).body) for package in (JAX, TORCH))
     extra = torch.keys() - jax.keys(), jax.keys() - torch.keys()
     assert extra == (TORCH_ONLY.get(file, set()), JAX_ONLY.get(file, set()))
@@ -108,8 +107,8 @@ def test_the_same_names_and_signatures(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_same_einsums(file):
-    """What is multiplied reads the same in both."""
+def test_packages_have_the_same_einsums(file):
+    """Einsum specifications are the same in both packages."""
 
     def specs(package):
         strings = (x.value for x in ast.walk(read(package, file)) if isinstance(x, ast.Constant))
@@ -128,7 +127,7 @@ def test_the_same_einsums(file):
     assert specs(TORCH) == {renamed.get(spec, spec) for spec in specs(JAX) - own}
 
 
-def test_what_is_imported_by_name():
+def test_packages_export_the_same_names():
     def exported(package):
         (names,) = (
             ast.literal_eval(node.value)

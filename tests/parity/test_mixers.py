@@ -1,4 +1,4 @@
-"""Models whose blocks differ: memories, attention and windows, with and without feed-forward."""
+"""Hybrid models: memories, attention and windows, with and without feed-forward."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def compiled(model: Any, method: str = "__call__") -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_both_packages_agree_on_logits_and_gradients(name):
+def test_logits_and_gradients_agree_between_packages(name):
     left, right = both(name)
     mask = np.random.default_rng(1).random(TOKENS.shape) < 0.8
     weight = np.random.default_rng(2).standard_normal((*TOKENS.shape, 13))
@@ -81,7 +81,7 @@ def test_both_packages_agree_on_logits_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_logit_depends_on_a_later_token(name):
+def test_logits_are_causal(name):
     run, changed = compiled(both(name)[0]), TOKENS.copy()
     changed[:, 6:] = (changed[:, 6:] + 5) % 13
     before, after = (np.asarray(run(jnp.asarray(x))) for x in (TOKENS, changed))
@@ -90,8 +90,8 @@ def test_no_logit_depends_on_a_later_token(name):
 
 
 @pytest.mark.parametrize("name", ["hybrid", "transformer"])
-def test_a_stream_with_padding_is_what_its_rows_are_alone(name):
-    """In both packages, over a cache that grows on the way."""
+def test_padded_streams_match_single_rows(name):
+    """In both packages, with a cache that grows."""
     left, right = both(name)
     padding = np.random.default_rng(3).random(TOKENS.shape) < 0.3
     padding[0, :5] = True
@@ -114,7 +114,7 @@ def test_a_stream_with_padding_is_what_its_rows_are_alone(name):
 
 
 @pytest.mark.parametrize("name", ["transformer", "hybrid"])
-def test_greedy_tokens_are_those_of_repeated_full_passes(name):
+def test_greedy_generation_matches_full_passes(name):
     left, right = both(name)
     found = tokens_of(left, PROMPTS, 9, block=4)
     other = np.stack([x.numpy() for x in mc_torch.generate(right, PROMPTS, 9, block=4)], axis=1)
@@ -124,7 +124,7 @@ def test_greedy_tokens_are_those_of_repeated_full_passes(name):
     assert len(np.unique(found)) > 3
 
 
-def test_recomputation_changes_nothing():
+def test_remat_preserves_values_and_gradients():
     again = jax_module(dataclasses.replace(HYBRID, remat=True), jnp.float64)
     load_jax(again, to_jax(draw(HYBRID, "float64", seed=3)))
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_recomputation_changes_nothing():
     assert_close(compiled(again)(jnp.asarray(TOKENS)), expected, 1e-10)
 
 
-def test_inspection_traces_the_blocks_that_have_a_memory():
+def test_inspect_traces_blocks_with_memory():
     left, right = both("hybrid")
     logits, traces = compiled(left, "inspect")(jnp.asarray(TOKENS))
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_inspection_traces_the_blocks_that_have_a_memory():
     assert traces[1].gates.shape == (2, 11, 2, 4)
 
 
-def test_a_model_without_feed_forward_has_none():
+def test_model_without_feed_forward():
     names = draw(HYBRID)
     assert not [name for name in names if "ffn" in name]
     assert [name for name in draw(MODELS["transformer"]) if "ffn" in name]
@@ -159,8 +159,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_seed_draws_projections_in_one_order(name):
-    """Checkpoints aside, a seed is all that published numbers have of their first parameters."""
+def test_parameter_draws_follow_a_fixed_order(name):
+    """Published results identify their initial parameters by the seed alone."""
     config = LAYERS[name]
     attends = isinstance(config, AttentionConfig)
     kind = "AttentionLayer" if attends else "MemoryCachingLayer"
@@ -179,8 +179,8 @@ def test_a_seed_draws_projections_in_one_order(name):
         torch.testing.assert_close(getattr(theirs, each).weight, linear.weight, rtol=0, atol=0)
 
 
-def test_parameters_of_pytorch_stand_in_one_order():
-    """Its optimisers know parameters by their place."""
+def test_pytorch_parameter_order():
+    """PyTorch optimizers identify parameters by their order."""
     layer = mc_torch.MemoryCachingLayer(LAYERS["memory"])
     parts = dict.fromkeys(name.partition(".")[0] for name, _ in layer.named_parameters())
     projections = ["q_proj", "k_proj", "v_proj", "u_proj", "out_proj"]

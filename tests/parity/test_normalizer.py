@@ -1,4 +1,4 @@
-"""The denominator of a normalised linear read (equation 2)."""
+"""The denominator of a normalized linear read (equation 2)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
     [(mc_jax.backends, jnp.asarray), (mc_torch.backends, torch.from_numpy)],
     ids=["jax", "torch"],
 )
-def test_a_normalizer_above_its_floor_divides_as_it_is(backends, to_array):
+def test_normalizer_floor_is_a_maximum(backends, to_array):
     memory = backends.make_memory(LinearConfig(normalize=True))
     sums = np.array([3.0, 1e-3, NORMALIZER_FLOOR, 1e-9, 0.0, -2.0])
     values = np.arange(1.0, 13.0).reshape(6, 2)

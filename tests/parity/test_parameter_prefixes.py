@@ -1,4 +1,4 @@
-"""Files of parameters whose names carry prefixes: of wrappers, of training loops' modules."""
+"""Files of parameters with name prefixes of wrappers and training loops."""
 
 import logging
 import sys
@@ -78,14 +78,14 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @every_renaming
-def test_a_state_dict_is_read_under_its_plain_names(kind, tmp_path, caplog):
+def test_state_dict_prefixes_are_removed(kind, tmp_path, caplog):
     path = save_pt(tmp_path / "model.pt", renamed(kind))
     assert same_bits(STATE_DICT.read(path).flat, draw(MODEL))
     assert lines(caplog) == [f"{path}: removed {RENAMED[kind][1]} from the names of parameters"]
 
 
 @pytest.mark.parametrize("kind", ["torch.compile", "several", "Lightning"])
-def test_both_packages_load_a_file_of_a_wrapped_module(kind, tmp_path, caplog):
+def test_both_packages_load_files_of_wrapped_modules(kind, tmp_path, caplog):
     path = tmp_path / "model.safetensors"
     save_file(renamed(kind), path, to_metadata(MODEL))
     line = f"{path}: removed {RENAMED[kind][1]} from the names of parameters"
@@ -96,14 +96,14 @@ def test_both_packages_load_a_file_of_a_wrapped_module(kind, tmp_path, caplog):
     assert lines(caplog) == [line] * 3
 
 
-def test_plain_names_are_read_without_a_word(tmp_path, caplog):
+def test_plain_names_are_not_logged(tmp_path, caplog):
     assert plain_names(NAMES) == ({name: name for name in NAMES}, ())
     layer = draw(ALL["titans"])
     assert same_bits(STATE_DICT.read(save_pt(tmp_path / "layer.pt", layer)).flat, layer)
     assert lines(caplog) == []
 
 
-def test_the_wrappers_of_pytorch_itself(tmp_path):
+def test_pytorch_wrappers_are_removed(tmp_path):
     def saved(module: Any) -> Any:
         torch.save(module.state_dict(), tmp_path / "model.pt")
         return STATE_DICT.read(tmp_path / "model.pt").flat
@@ -123,7 +123,7 @@ def test_the_wrappers_of_pytorch_itself(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["state_dict", "model", "model_state_dict", "module"])
-def test_the_state_dict_in_a_training_checkpoint(place, tmp_path, caplog):
+def test_state_dict_in_training_checkpoint(place, tmp_path, caplog):
     others = {"optimizer": {"state": {}, "param_groups": []}, "step": 7, "config": {"lr": 0.1}}
     path = save_pt(tmp_path / "last.pt", renamed("torch.compile"), place, **others)
     read = STATE_DICT.read(path)
@@ -135,14 +135,14 @@ def test_the_state_dict_in_a_training_checkpoint(place, tmp_path, caplog):
     ]
 
 
-def test_a_file_of_ours_with_prefixes_keeps_its_configuration(tmp_path):
+def test_prefixed_file_keeps_configuration(tmp_path):
     path = tmp_path / "model.pt"
     STATE_DICT.write(path, MODEL, renamed("torch.compile"))
     assert STATE_DICT.read(path).config == MODEL
     assert same_bits(STATE_DICT.read(path).flat, draw(MODEL))
 
 
-def test_what_holds_no_state_dict_or_several_is_refused(tmp_path):
+def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
     path, flat = tmp_path / "model.pt", draw(MODEL)
     tensors = {name: to_tensor(array) for name, array in flat.items()}
     for loaded, message in (
@@ -159,7 +159,7 @@ def test_what_holds_no_state_dict_or_several_is_refused(tmp_path):
 
 
 def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
-    """Return why a file is not converted."""
+    """Return the error message of a failed conversion."""
     target = tmp_path / "target.safetensors"
     with pytest.raises(ValueError, match="do not fit") as caught:
         convert(save_pt(tmp_path / "model.pt", flat), target, STATE_DICT, SAFETENSORS, MODEL)
@@ -167,14 +167,14 @@ def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
     return str(caught.value)
 
 
-def test_a_fault_under_a_prefix_is_listed_once(tmp_path):
+def test_prefixed_mismatch_is_listed_once(tmp_path):
     flat = renamed("compiled, then distributed")
     flat["module._orig_mod.norm.bias"] = flat.pop("module._orig_mod.norm.scale")
     faults = refused(tmp_path, flat).splitlines()[1:]
     assert faults == ["  missing norm.scale float32[8]", "  unexpected norm.bias float32[8]"]
 
 
-def test_a_wrapper_that_only_some_names_have_is_refused(tmp_path):
+def test_partial_wrapper_prefix_is_rejected(tmp_path):
     flat = draw(MODEL)
     flat["module.norm.scale"] = flat.pop("norm.scale")
     assert "unexpected module.norm.scale" in refused(tmp_path, flat)
@@ -187,17 +187,17 @@ def test_a_wrapper_that_only_some_names_have_is_refused(tmp_path):
     assert "unexpected blocks.0._orig_mod.mixer_norm.scale" in refused(tmp_path, inside)
 
 
-def test_another_prefix_is_removed_only_if_every_name_is_known_without_it(tmp_path, caplog):
+def test_prefix_is_removed_only_if_all_names_are_known(tmp_path, caplog):
     flat = {f"encoder.{name}": array for name, array in draw(MODEL).items()}
     flat["encoder.pooler.weight"] = np.zeros((8, 8), np.float32)
     assert "unexpected encoder.norm.scale" in refused(tmp_path, flat)
     assert lines(caplog) == []
-    # The names of a layer in a model are known as they are: they do not become a layer's.
+    # Names of a layer in a model are known and are not shortened to those of a layer.
     block = [name for name in NAMES if name.startswith("blocks.0.mixer.")]
     assert plain_names(block) == ({name: name for name in block}, ())
 
 
-def test_wrapped_layers_of_the_package_of_version_0_1(tmp_path, monkeypatch):
+def test_wrapped_community_layers(tmp_path, monkeypatch):
     monkeypatch.setattr("parity.community.find_spec", lambda name: None)
     fields = {"d_model": 8, "num_heads": 2, "aggregation": "grm", "segmentation": "constant"}
     fields |= {"segment_size": 4, "state_init_mode": "checkpoint", "ssc_top_k": 2}
@@ -211,7 +211,7 @@ def test_wrapped_layers_of_the_package_of_version_0_1(tmp_path, monkeypatch):
     assert sorted(read.flat) == sorted(PARAMETERS.values())
 
 
-def test_the_commands_read_a_wrapped_models_file_and_say_so(tmp_path, monkeypatch, capsys):
+def test_commands_read_wrapped_models(tmp_path, monkeypatch, capsys):
     yaml = write_config(tmp_path)
     config = load_config(yaml).model
     flat = {f"module._orig_mod.{name}": array for name, array in draw(config).items()}

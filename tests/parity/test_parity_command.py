@@ -1,4 +1,4 @@
-"""`mc parity`: both packages compute the same, and the check that says so can fail."""
+"""`mc parity`: both packages agree, and the check detects faults."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import GATES, START_MODES
 from mc_core.memories import COEFFICIENTS, MEMORIES
 from mc_core.optimizer import OptimizerConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from parity import run_jax, run_torch
 from parity import train as training
 from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw
@@ -36,7 +36,7 @@ def leaf(*values, dtype="float64"):
 
 
 def run(code: str, *words: object) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, after some code."""
+    """Run the command in a subprocess, after some code."""
     argv = f"import sys; sys.argv = ['mc', 'parity', *{list(map(str, words))!r}]; "
     main = "from train.cli import main; main()"
     command = [sys.executable, "-c", argv + (code or "{}").format(main)]
@@ -49,13 +49,13 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("case", QUICK, ids=[f"{case.name} {case.dtype}" for case in QUICK])
-def test_the_quick_grid_is_equal(case):
+def test_quick_grid_passes(case):
     failed = failures([check_case(case)])
     assert not failed, failed
 
 
-def test_outcomes_have_the_order_of_the_cases(monkeypatch):
-    """Cases are compared in several threads."""
+def test_outcomes_follow_case_order(monkeypatch):
+    """Cases run in several threads."""
     turns = []
 
     def slow_first(case, *_):
@@ -69,18 +69,18 @@ def test_outcomes_have_the_order_of_the_cases(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_full_grid_is_equal():
+def test_full_grid_passes():
     failed = failures(list(check(full())))
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.slow
-def test_the_quick_grid_is_equal_in_float32():
+def test_quick_grid_passes_in_float32():
     failed = failures(list(check(case.where(dtype="float32") for case in QUICK)))
     assert not failed, "\n".join(failed)
 
 
-def test_the_quick_grid_covers_every_choice():
+def test_quick_grid_covers_every_choice():
     layers = [case.layer for case in QUICK]
     pairs = {(layer.memory.kind, layer.aggregation) for layer in layers}
     assert pairs == {(kind, aggregation) for kind in MEMORIES for aggregation in AGGREGATIONS}
@@ -112,7 +112,7 @@ def test_the_quick_grid_covers_every_choice():
     assert len({(case.name, case.dtype) for case in QUICK}) == len(QUICK)
 
 
-def test_equal_scores_select_the_same_memories():
+def test_ties_select_the_same_memories():
     inputs = draw(TIES)
     gates = [side.run(TIES, inputs, {})["gates"].value for side in (run_jax, run_torch)]
     np.testing.assert_array_equal(gates[0] > 0, gates[1] > 0)
@@ -121,7 +121,7 @@ def test_equal_scores_select_the_same_memories():
     assert read[..., 0].all(), "the earliest of equal memories"
 
 
-def test_training_step_by_step_is_equal():
+def test_training_steps_agree():
     both = training.train(make_optimizer, steps=20)
     assert both.ok, training.summary(both)
     assert len(both.steps) == 20
@@ -130,8 +130,8 @@ def test_training_step_by_step_is_equal():
     assert training.draw(both, Path("x.png")).startswith(b"\x89PNG")
 
 
-def test_the_first_steps_of_a_users_run_are_equal(monkeypatch, capsys, tmp_path):
-    """The run's warm-up may be longer than the comparison, as that of most runs is."""
+def test_first_steps_of_a_run_agree(monkeypatch, capsys, tmp_path):
+    """Also if the warm-up is longer than the comparison."""
     config = write_config(tmp_path, optimizer={"learning_rate": 0.01, "warmup_steps": 10})
     words = ("parity", "train", "--config", config, "--steps", 2, "--tokens", 9)
     assert mc(monkeypatch, *words) == 0
@@ -139,17 +139,17 @@ def test_the_first_steps_of_a_users_run_are_equal(monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_rates_of_both_trainings_are_equal(warmup):
+def test_learning_rates_agree(warmup):
     config = OptimizerConfig(warmup_steps=warmup)
     schedule = make_schedule(config, 11)
     ours = [training.learning_rate(config, step, 11) for step in range(11)]
     np.testing.assert_allclose(ours, [schedule(step) for step in range(11)], rtol=1e-6)
 
 
-# The check can fail
+# Detection of faults
 
 
-def test_every_planted_fault_is_caught_in_its_leaf():
+def test_planted_faults_are_caught_in_expected_leaf():
     findings = list(selftest())
     missed = [
         f"{finding.fault.name if finding.fault else 'nothing'}: "
@@ -191,19 +191,19 @@ def test_metrics():
         (leaf(1.0), None, "missing in jax"),
     ],
 )
-def test_what_no_tolerance_allows(actual, expected, problem):
+def test_shape_dtype_and_nan_mismatches_fail(actual, expected, problem):
     found = difference("x", actual, expected, 1.0)
     assert not found.ok
     assert found.problem == problem
     assert found.describe() == f"x: {problem}"
 
 
-def test_nan_at_the_same_places_leaves_the_rest_to_compare():
+def test_matching_nan_positions_are_ignored():
     assert difference("x", leaf(np.nan, 1.0), leaf(np.nan, 1.0), 0).ok
     assert not difference("x", leaf(np.nan, 1.1), leaf(np.nan, 1.0), 1e-3).ok
 
 
-def test_leaves_are_held_to_their_own_limit_in_forward_order():
+def test_leaves_have_own_limit_in_forward_order():
     expected = {"output": leaf(1.0), "gradient.q": leaf(1.0), "gradient.k": leaf(1.0)}
     actual = {"gradient.k": leaf(1.5), "gradient.q": leaf(1 + 5e-10), "output": leaf(1 + 5e-10)}
     found = compare(actual, expected, EXACT)
@@ -219,7 +219,7 @@ def test_leaves_are_held_to_their_own_limit_in_forward_order():
     assert missing[-1].problem == "missing in jax"
 
 
-def test_bfloat16_is_judged_by_the_distance_to_float64():
+def test_bfloat16_is_compared_with_float64():
     exact = {"x": leaf(*np.ones(16))}
     near, far = {"x": leaf(*np.full(16, 1.001))}, {"x": leaf(*np.full(16, 1.01))}
     assert all(x.ok for x in compare_rounded(near, near, exact, exact, EXACT))
@@ -229,13 +229,13 @@ def test_bfloat16_is_judged_by_the_distance_to_float64():
     assert not any(x.ok for x in compare_rounded(far, near, far, exact, EXACT))
 
 
-def test_float32_has_more_room_in_long_sequences_only():
+def test_float32_tolerance_grows_with_length():
     assert tolerance("float32", "cpu", 128) == Tolerance(2e-6, 1e-5)
     assert tolerance("float32", "cpu", 512) == Tolerance(8e-6, 4e-5)
     assert tolerance("float64", "cpu", 512) == EXACT
 
 
-def test_cotangents_depend_on_the_name_alone():
+def test_cotangents_depend_only_on_name():
     np.testing.assert_array_equal(cotangent("a", (3,), 0), cotangent("a", (3,), 0))
     assert not np.array_equal(cotangent("a", (3,), 0), cotangent("b", (3,), 0))
 
@@ -245,7 +245,7 @@ def test_leaves_are_named_by_their_path():
     assert [name for name, _ in flatten(tree)] == ["a.0", "a.1.0", "b.value", "b.dtype"]
 
 
-def test_parameters_that_do_not_fit_are_listed():
+def test_parity_lists_mismatched_parameters():
     case = next(case for case in QUICK if case.level == "layer")
     weights = run_jax.parameters(case)
     weights["extra"] = weights.pop("q_proj.kernel")
@@ -259,7 +259,7 @@ def test_parameters_that_do_not_fit_are_listed():
 ONE_CASE = ("check", "--kind", "swla", "--aggregation", "residual")
 
 
-def test_the_command_writes_what_it_found(monkeypatch, capsys, tmp_path):
+def test_parity_command_writes_report(monkeypatch, capsys, tmp_path):
     files = {"--json": tmp_path / "report.json", "--markdown": tmp_path / "report.md"}
     words = [word for item in files.items() for word in item]
     assert mc(monkeypatch, "parity", *ONE_CASE, *words) == 0
@@ -275,7 +275,7 @@ def test_the_command_writes_what_it_found(monkeypatch, capsys, tmp_path):
     assert "| swla+residual recurrent" in files["--markdown"].read_text()
 
 
-def test_the_command_fails_where_a_leaf_differs(monkeypatch, capsys):
+def test_parity_command_fails_on_difference(monkeypatch, capsys):
     with planted(next(fault for fault in FAULTS if fault.name == "mask ignored")):
         assert mc(monkeypatch, "parity", *ONE_CASE) == 1
     out, err = capsys.readouterr()
@@ -286,22 +286,22 @@ def test_the_command_fails_where_a_leaf_differs(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_in_a_process_of_its_own():
-    """It settles XLA's flags before jax is imported."""
+def test_parity_command_as_subprocess():
+    """The command sets XLA flags before jax is imported."""
     done = run("", *ONE_CASE)
     assert (done.returncode, done.stderr) == (0, "")
     assert "all equal: 1 cases, 22 leaves, cpu" in done.stdout
 
 
 @pytest.mark.parametrize(("release", "known"), [("0.10.2", True), ("0.12.0.1", False)])
-def test_xla_is_given_no_flag_that_it_does_not_know(monkeypatch, release, known):
-    """It would end the process, without a word that Python could catch."""
+def test_unknown_xla_flags_are_not_set(monkeypatch, release, known):
+    """Unknown flags would abort the process."""
     monkeypatch.setattr("parity.environment.version", lambda _: release)
     assert ("xla_cpu_use_fusion_emitters" in quick_compile()) == known
 
 
 @pytest.mark.parametrize("package", ["torch", "jax"])
-def test_a_missing_framework_is_one_line(package):
+def test_missing_framework_is_a_one_line_error(package):
     done = run(f"sys.modules['{package}'] = None; {{}}", "check")
     assert done.returncode == 2
     assert done.stderr == (
@@ -321,7 +321,7 @@ def test_a_missing_framework_is_one_line(package):
         (("train", "--config", "none.yaml"), "none.yaml: No such file"),
     ],
 )
-def test_misuse_is_one_line(monkeypatch, capsys, words, message):
+def test_invalid_options_are_one_line_errors(monkeypatch, capsys, words, message):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -331,7 +331,7 @@ def test_misuse_is_one_line(monkeypatch, capsys, words, message):
     assert error.count("\n") == 1
 
 
-def test_the_users_own_model_and_weights(monkeypatch, capsys, tmp_path):
+def test_parity_of_user_model_and_weights(monkeypatch, capsys, tmp_path):
     config = write_config(tmp_path)
     words = ("parity", "check", "--config", config, "--tokens", 11)
     assert mc(monkeypatch, *words, "--dtype", "float32") == 0
@@ -347,7 +347,7 @@ def test_the_users_own_model_and_weights(monkeypatch, capsys, tmp_path):
     assert "linear+residual layer" in capsys.readouterr().out
 
 
-def test_reports_name_the_first_leaf_to_diverge():
+def test_report_names_first_diverging_leaf():
     found = compare({"a": leaf(2.0), "b": leaf(9.0)}, {"a": leaf(1.0), "b": leaf(1.0)}, EXACT)
     outcome = Outcome(QUICK[0], found)
     (line,) = failures([outcome])

@@ -1,4 +1,4 @@
-"""The streaming page: its code runs in both frameworks, and gives what full passes give."""
+"""The code of the streaming page runs in both frameworks and matches full passes."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from mc_core import MCConfig, ModelConfig, TitansConfig
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from mc_core.weights import to_torch
 from mc_jax.pretrained import get_weights
 
@@ -31,7 +31,7 @@ def models() -> tuple[mc_jax.LanguageModel, mc_torch.LanguageModel]:
 
 
 def greedy(model: mc_torch.LanguageModel, prompt: np.ndarray, count: int) -> np.ndarray:
-    """Take the likeliest token of repeated full passes."""
+    """Decode greedily by repeated full passes."""
     tokens = torch.tensor(prompt)
     for _ in range(count):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
@@ -39,7 +39,7 @@ def greedy(model: mc_torch.LanguageModel, prompt: np.ndarray, count: int) -> np.
 
 
 def extend_compiled(model: mc_jax.LanguageModel, *given: Any, **options: Any) -> Any:
-    """Extend in one program: operation by operation, each would be compiled by itself."""
+    """Extend in one compiled program."""
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, *given, **kw: EXTEND(nnx.merge(graphdef, state), *given, **kw))
     return run(state, *given, **options)
@@ -48,7 +48,7 @@ def extend_compiled(model: mc_jax.LanguageModel, *given: Any, **options: Any) ->
 EXTEND = mc_jax.LanguageModel.extend
 
 
-def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
+def test_code_blocks_run_and_frameworks_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mc_jax.LanguageModel, "extend", extend_compiled)
     left, right = models()
@@ -82,7 +82,7 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
         elif number == 5:
             assert space["samples"][0].position.tolist() == [3] * 4
             assert space["beams"][0].position.tolist() == [5, 5]
-    # The file on disk is PyTorch's by now, and JAX goes on with it.
+    # The file on disk is now from PyTorch, and JAX continues it.
     crossed = mc_jax.load_cache("stream.safetensors", left)
     for (name, one), (_, other) in zip(
         flatten(crossed), flatten(spaces["jax"]["cache"]), strict=True
@@ -91,8 +91,8 @@ def test_every_block_runs_and_both_frameworks_agree(tmp_path, monkeypatch):
         np.testing.assert_allclose(one, other, atol=1e-5, err_msg=name)
 
 
-def test_the_code_is_as_short_as_it_claims():
-    """Prefill and decoding in ten lines each, imports apart."""
+def test_code_blocks_are_short():
+    """At most ten lines each for prefill and decoding, without imports."""
     for _, code in BLOCKS[:2]:
         lines = [line for line in code.splitlines() if line and "import" not in line]
         assert len(lines) <= 10

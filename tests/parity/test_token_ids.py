@@ -1,6 +1,6 @@
-"""Token ids out of range: refused where their values are known, else NaN from there on.
+"""Token ids out of range: an error if their values are known, else NaN.
 
-Ids at masked and padded places are never read. Both packages take every integer dtype.
+Ids at masked tokens and padding are not read. Both packages accept all integer dtypes.
 """
 
 from functools import cache
@@ -30,15 +30,15 @@ TOKENS = np.random.default_rng(0).integers(SIZE, size=(3, 7)).astype(np.int32)
 MASK = np.array([[0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7], bool)
 
 
-# Far quicker than a compiler.
+# Much faster than compiling.
 COMPILED = mock.patch.object(torch.compiler, "is_compiling", return_value=True)
 
 
 class Jax:
-    """The model of JAX in two programs, which know no id: a loss with its gradients, a stream."""
+    """The JAX model in two compiled programs: a loss with gradients, and a stream."""
 
     array = staticmethod(jnp.asarray)
-    trace = staticmethod(jax.eval_shape)  # ids that a program closes over are known to it
+    trace = staticmethod(jax.eval_shape)  # closed-over ids are known when tracing
 
     def __init__(self):
         self.model = mc_jax.LanguageModel(CONFIG, rngs=nnx.Rngs(0))
@@ -66,7 +66,7 @@ class Jax:
 
 
 class Torch:
-    """The same in PyTorch, told that it is being compiled."""
+    """The same in PyTorch, with `is_compiling` set."""
 
     array = staticmethod(torch.tensor)
 
@@ -121,7 +121,7 @@ def put(wrong, *where):
 
 
 @OUT
-def test_ids_at_masked_tokens_are_never_read(side, wrong):
+def test_ids_at_masked_tokens_are_not_read(side, wrong):
     """Neither values nor gradients depend on them, eager and compiled."""
     logits, grads = side.grads(TOKENS, MASK, MASK)
     tokens = np.where(MASK, TOKENS, np.int32(wrong))
@@ -143,8 +143,8 @@ def test_ids_at_masked_tokens_are_not_checked(side):
 
 
 @OUT
-def test_a_compiled_program_gives_nan_from_a_wrong_id_on(side, wrong):
-    """Not before it, not in other rows, and the gradients of all else are what they were."""
+def test_compiled_program_gives_nan_after_invalid_id(side, wrong):
+    """Earlier tokens, other rows and their gradients are unaffected."""
     everywhere = np.ones_like(MASK)
     lost = np.zeros_like(MASK)
     lost[0, 3:] = lost[2, 6:] = True
@@ -156,7 +156,7 @@ def test_a_compiled_program_gives_nan_from_a_wrong_id_on(side, wrong):
 
 
 @OUT
-def test_a_stream_stays_nan_after_a_wrong_id(side, wrong):
+def test_stream_stays_nan_after_invalid_id(side, wrong):
     nothing = np.zeros_like(MASK)
     start = side.model.init_cache(3, 21)
     right, cache = side.extend(TOKENS, start, nothing)
@@ -170,12 +170,12 @@ def test_a_stream_stays_nan_after_a_wrong_id(side, wrong):
         left, broken = side.extend(TOKENS, broken, nothing)
         assert np.isnan(get(left)[1]).all()
         same([get(left)[[0, 2]]], [get(right)[[0, 2]]])
-    # The cache has no room for more, and the row that ended asks for none.
+    # The cache is full, but an invalidated row needs no capacity.
     with pytest.raises(ValueError, match="max_tokens = 21, and position 21 would go to 22"):
         side.model.extend(side.array(TOKENS[:, :1]), broken)
 
 
-def test_padded_ids_are_never_read_in_a_stream(side):
+def test_padded_ids_are_not_read(side):
     padding = ~MASK
     right, cache = side.extend(TOKENS, side.model.init_cache(3, 21), padding)
     tokens = np.where(padding, np.int32(-100), TOKENS)
@@ -194,7 +194,7 @@ ENTRIES = {
 
 @OUT
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_known_ids_out_of_range_are_refused_with_their_position(side, entry, wrong):
+def test_ids_out_of_range_raise_with_position(side, entry, wrong):
     tokens = side.array(put(wrong, (1, 5), (2, 0)))
     with pytest.raises(ValueError, match=rf"tokens\[1, 5\] = {wrong}: must be in 0..10$"):
         ENTRIES[entry](side.model, tokens)
@@ -202,14 +202,14 @@ def test_known_ids_out_of_range_are_refused_with_their_position(side, entry, wro
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
-def test_ids_that_are_no_integers_are_refused(side, entry, dtype):
+def test_non_integer_ids_are_rejected(side, entry, dtype):
     tokens = side.array(np.ones((2, 3), dtype))
     with pytest.raises(ValueError, match=f"tokens has dtype {dtype}: must be integers"):
         ENTRIES[entry](side.model, tokens)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int64", "uint8", "uint16", "uint32"])
-def test_every_integer_dtype_gives_the_same(dtype):
+def test_all_integer_dtypes_agree(dtype):
     models, tokens = {name: one().model for name, one in SIDES.items()}, TOKENS.astype(dtype)
     with torch.no_grad():
         same([models["torch"](torch.tensor(tokens))], [models["torch"](torch.tensor(TOKENS))])
@@ -228,7 +228,7 @@ def test_every_integer_dtype_gives_the_same(dtype):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_places_are_indices_of_tokens(side, dtype):
-    """-1 is not the last token, and a place out of range gives NaN there alone."""
+    """-1 is not the last token, and a place out of range gives NaN only there."""
     places = np.array([[6, 0], [3, 3], [1, 5]], dtype)
     tokens, model = side.array(TOKENS), side.model
     for wrong in (7, 200):
@@ -244,7 +244,7 @@ def test_places_are_indices_of_tokens(side, dtype):
 
 
 @pytest.mark.slow
-def test_a_compiler_of_pytorch_gives_nan_at_wrong_ids_and_places():
+def test_compiled_torch_gives_nan_at_invalid_ids_and_places():
     model = SIDES["torch"]().model
     run = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_a_compiler_of_pytorch_gives_nan_at_wrong_ids_and_places():
     torch.testing.assert_close(left[~lost], expected)
 
 
-def test_per_sample_transforms_of_pytorch_know_no_ids():
+def test_torch_func_does_not_check_ids():
     """`torch.func.vmap` cannot raise for one of its samples."""
     model, tokens = mc_torch.LanguageModel(CONFIG), put(SIZE, (1, 2))
     with torch.no_grad():
@@ -267,8 +267,8 @@ def test_per_sample_transforms_of_pytorch_know_no_ids():
     np.testing.assert_array_equal(logits.isnan().any(-1), lost)
 
 
-def test_generation_checks_no_token_of_its_own(monkeypatch):
-    """-1, which stands for a row without finite logits, ends that row alone; no step waits."""
+def test_generated_tokens_are_not_checked(monkeypatch):
+    """Token -1 (no finite logits) invalidates only its row, without synchronization."""
     model, checked = mc_torch.LanguageModel(CONFIG), []
     with torch.no_grad():
         model.embed.weight[9] = torch.nan
@@ -287,8 +287,8 @@ def test_generation_checks_no_token_of_its_own(monkeypatch):
 LABELS = np.array([[3, -100, 5], [SIZE, 2, -1]])
 
 
-def test_labels_without_weight_are_not_read():
-    """-100 there gives a finite loss without a gradient; elsewhere the loss is NaN."""
+def test_labels_with_zero_weight_are_not_read():
+    """Label -100 with weight 0 gives a finite loss; with another weight the loss is NaN."""
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, SIZE)))
     read = (LABELS >= 0) & (LABELS < SIZE)
 
@@ -302,7 +302,7 @@ def test_labels_without_weight_are_not_read():
     np.testing.assert_array_equal(np.isnan(step.cross_entropy(logits, LABELS)), ~read)
 
 
-def test_the_first_wrong_id_is_named():
+def test_first_invalid_id_is_named():
     ids = np.array([[1, 2], [9, -1]], np.int64)
     with pytest.raises(ValueError, match=r"^labels\[1, 0\] = 9: must be in 0..8$"):
         checks.check_ids("labels", ids, 9)
@@ -314,8 +314,8 @@ def test_the_first_wrong_id_is_named():
 
 @pytest.mark.parametrize("method", ["chunked", "recurrent"])
 @pytest.mark.parametrize("memory", ["linear-normalized", "swla", "titans-norm"])
-def test_numbers_at_masked_tokens_are_never_read(memory, method):
-    """NaN and infinities among q, k, v, u and the coefficients reach no value and no gradient."""
+def test_inputs_at_masked_tokens_are_not_read(memory, method):
+    """NaN and infinities in q, k, v, u and coefficients do not reach values and gradients."""
     case = make_case(memory, "grm", tokens=7, mask="some")
 
     def fill(x, value):
@@ -347,7 +347,7 @@ def test_numbers_at_masked_tokens_are_never_read(memory, method):
         ({"top_k": 1.5}, "top_k = 1.5: must be an integer"),
     ],
 )
-def test_generation_takes_ids_and_integers(framework, options, message):
+def test_generate_validates_ids_and_integers(framework, options, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 2} | options
     package = {"jax": mc_jax, "torch": mc_torch}[framework]
     with pytest.raises(ValueError, match=message):

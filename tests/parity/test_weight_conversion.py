@@ -1,4 +1,4 @@
-"""Conversion of weights: exact, proved, all or nothing; and files that load by themselves."""
+"""Conversion of weights: exact, verified and atomic; self-describing files."""
 
 import json
 import os
@@ -31,13 +31,13 @@ WRONG = r"not written: the outputs of JAX and PyTorch differ by \d"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A configuration of a run."""
+    """Return the configuration of a run."""
     return load_config(write_config(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A run with random weights that has not trained yet."""
+    """Return an untrained run with random weights."""
     path = tmp_path_factory.mktemp("run") / "first"
     write_run(path, tiny, weights.to_jax(draw(tiny.model)))
     return path
@@ -91,14 +91,14 @@ def test_files_follow_the_umask(saved):
 
 
 @pytest.mark.parametrize("name", [*sorted(LAYERS.keys() - {"titans"}), "free"])
-def test_the_frameworks_agree_on_the_fixed_batch(name):
+def test_frameworks_agree_on_fixed_batch(name):
     given = Weights(ALL[name], draw(ALL[name]), "torch")
     ours, theirs = (outputs(ALL[name], given, framework) for framework in ("jax", "torch"))
     assert relative_rms(ours, theirs) < TOLERANCE / 10
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_element_of_every_parameter_takes_part(name):
+def test_every_parameter_element_affects_output(name):
     config = shortened(ALL[name])
     module = torch_module(config, torch.float64)
     load_torch(module, draw(config, "float64"))
@@ -110,11 +110,13 @@ def test_every_element_of_every_parameter_takes_part(name):
 
 
 @pytest.mark.parametrize("direction", ["from jax", "from torch"])
-def test_a_wrong_transform_leaves_no_file(run, tiny, saved, tmp_path, monkeypatch, direction):
+def test_wrong_transform_leaves_no_file(run, tiny, saved, tmp_path, monkeypatch, direction):
     side = "by_jax_name" if direction == "from jax" else "by_torch_name"
     rows = getattr(weights, side)()
     for name, row in rows.items():
-        if row.jax == "blocks.#.mixer.q_proj.kernel":  # square: no shape betrays it
+        if (
+            row.jax == "blocks.#.mixer.q_proj.kernel"
+        ):  # square, so that shapes do not reveal a transpose
             rows[name] = row._replace(transform=weights.same)
     monkeypatch.setattr(weights, side, lambda: rows)
     source, read = (run, run_format(tiny)) if direction == "from jax" else (saved("tied"), None)
@@ -124,7 +126,7 @@ def test_a_wrong_transform_leaves_no_file(run, tiny, saved, tmp_path, monkeypatc
     assert [p for p in tmp_path.iterdir() if p != source] == []
 
 
-def test_another_value_leaves_no_file(saved, tmp_path):
+def test_changed_value_leaves_no_file(saved, tmp_path):
     def write(path, config, flat):
         last = np.nextafter(flat["norm.scale"], np.inf, dtype=np.float32)
         STATE_DICT.write(path, config, {**flat, "norm.scale": last})
@@ -135,13 +137,13 @@ def test_another_value_leaves_no_file(saved, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "tied.safetensors"]
 
 
-def test_weights_that_are_not_finite_prove_nothing(saved, tmp_path):
+def test_non_finite_weights_are_rejected(saved, tmp_path):
     source = saved("linear", **{"q_proj.weight": np.full((8, 8), np.nan, np.float32)})
     with pytest.raises(ValueError, match="differ by nan"):
         convert(source, tmp_path / "target.pt", SAFETENSORS, STATE_DICT)
 
 
-def test_a_write_that_breaks_off_leaves_no_file(saved, tmp_path):
+def test_failed_write_leaves_no_file(saved, tmp_path):
     def write(path, config, flat):
         path.write_bytes(b"half of")
         raise OSError(28, "No space left on device")
@@ -151,7 +153,7 @@ def test_a_write_that_breaks_off_leaves_no_file(saved, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "linear.safetensors"]
 
 
-def test_the_target_appears_when_all_is_proved(saved, tmp_path):
+def test_target_is_written_after_verification(saved, tmp_path):
     target = tmp_path / "target.pt"
 
     def read(path):
@@ -165,7 +167,7 @@ def test_the_target_appears_when_all_is_proved(saved, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["linear", "tied"])
-def test_a_file_loads_in_both_packages(saved, name, dtype):
+def test_file_loads_in_both_packages(saved, name, dtype):
     path, drawn = saved(name, dtype), draw(ALL[name], dtype)
     kind = "LanguageModel" if name in MODELS else "MemoryCachingLayer"
     ours = getattr(mc_jax, kind).from_pretrained(path)
@@ -175,7 +177,7 @@ def test_a_file_loads_in_both_packages(saved, name, dtype):
     assert same_bits(torch_weights(theirs), drawn)
 
 
-def test_another_dtype_is_asked_for(saved):
+def test_conversion_to_another_dtype(saved):
     path, drawn = saved("linear", "bfloat16"), draw(LAYERS["linear"], "bfloat16")
     wide = {name: array.astype(np.float32) for name, array in drawn.items()}
     ours = mc_jax.MemoryCachingLayer.from_pretrained(path, param_dtype=jnp.float32)
@@ -184,7 +186,7 @@ def test_another_dtype_is_asked_for(saved):
     assert same_bits(torch_weights(theirs), wide)
 
 
-def test_float64_needs_to_be_switched_on(saved):
+def test_float64_requires_x64(saved):
     path = saved("linear", "float64")
     with pytest.raises(ValueError, match=r"float64: need jax\.enable_x64"):
         mc_jax.MemoryCachingLayer.from_pretrained(path)
@@ -194,7 +196,7 @@ def test_float64_needs_to_be_switched_on(saved):
 
 
 @pytest.mark.parametrize("package", [mc_jax, mc_torch])
-def test_a_file_that_does_not_fit_says_all_that_is_wrong(saved, tmp_path, package):
+def test_mismatched_file_lists_all_errors(saved, tmp_path, package):
     path = saved("tied", **{"norm.scale": np.ones(3, np.float32), "extra": np.ones(1, np.float32)})
     flat = load_file(path)
     del flat["embed.weight"]
@@ -211,7 +213,7 @@ def test_a_file_that_does_not_fit_says_all_that_is_wrong(saved, tmp_path, packag
 
 
 @pytest.mark.parametrize("package", [mc_jax, mc_torch])
-def test_what_is_no_such_file_is_refused(saved, tmp_path, package):
+def test_invalid_files_are_rejected(saved, tmp_path, package):
     layer, plain, text = saved("linear"), tmp_path / "plain.safetensors", tmp_path / "text"
     save_file({"x": np.ones(2)}, plain)
     text.write_text("hello")
@@ -258,7 +260,7 @@ def test_each_package_loads_without_the_other_framework(saved, package):
     assert float(done.stdout) == pytest.approx(total, rel=1e-4)
 
 
-def test_the_metadata_is_readable(saved):
+def test_metadata_is_readable(saved):
     with safe_open(saved("tied"), framework="np") as file:
         metadata = file.metadata()
     description = json.loads(metadata["memory_caching"])
@@ -266,7 +268,7 @@ def test_the_metadata_is_readable(saved):
     assert description["config"]["layer"]["memory"]["kind"] == "linear"
 
 
-def test_the_command_prints_its_proof(run, tmp_path, monkeypatch, capsys):
+def test_convert_command_prints_verification(run, tmp_path, monkeypatch, capsys):
     target = tmp_path / "model.safetensors"
     assert mc(monkeypatch, "convert", run, target) == 0
     out = capsys.readouterr().out
@@ -275,7 +277,7 @@ def test_the_command_prints_its_proof(run, tmp_path, monkeypatch, capsys):
     assert target.exists()
 
 
-def test_a_bare_state_dict_needs_a_configuration(tiny, tmp_path):
+def test_bare_state_dict_requires_configuration(tiny, tmp_path):
     bare, target = tmp_path / "bare.pt", tmp_path / "model.safetensors"
     torch.save(mc_torch.LanguageModel(tiny.model).state_dict(), bare)
     with pytest.raises(ValueError, match="has no configuration: needs --config"):
@@ -284,11 +286,11 @@ def test_a_bare_state_dict_needs_a_configuration(tiny, tmp_path):
     assert mc_jax.LanguageModel.from_pretrained(target).config == tiny.model
 
 
-def test_training_goes_on_from_converted_weights(tmp_path, monkeypatch, capsys):
+def test_training_continues_from_converted_weights(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     config = load_config(path)
     flat = draw(config.model)
-    flat["embed.weight"] *= 0  # every token as likely as any other: a loss of log 256
+    flat["embed.weight"] *= 0  # uniform logits: a loss of log 256
     file, target = tmp_path / "flat.safetensors", tmp_path / "run"
     SAFETENSORS.write(file, config.model, flat)
     assert mc(monkeypatch, "convert", file, target, "--config", path) == 0
@@ -304,9 +306,7 @@ def test_training_goes_on_from_converted_weights(tmp_path, monkeypatch, capsys):
     assert rows[0]["loss"] == pytest.approx(np.log(256), abs=1e-5)
 
 
-def test_the_command_says_what_is_wrong_on_one_line(
-    run, tiny, saved, tmp_path, monkeypatch, capsys
-):
+def test_convert_command_errors_are_one_line(run, tiny, saved, tmp_path, monkeypatch, capsys):
     yaml = write_config(tmp_path / "other")
     wider = yaml.with_name("wider.yaml")
     wider.write_text(f"base: {yaml.name}\nmodel: {{num_layers: 2}}\n")
@@ -348,7 +348,7 @@ def test_the_command_says_what_is_wrong_on_one_line(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_names_the_missing_framework(run, tmp_path):
+def test_convert_command_names_missing_framework(run, tmp_path):
     code = "import sys; sys.modules['torch'] = None; from train.__main__ import main; main()"
     command = [sys.executable, "-c", code, "convert", str(run), str(tmp_path / "x.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -356,7 +356,7 @@ def test_the_command_names_the_missing_framework(run, tmp_path):
     assert (done.returncode, done.stderr) == (2, message)
 
 
-def test_other_values_of_the_lengths_prove_the_same():
+def test_verification_with_other_lengths():
     long, short = MCConfig(8, 2), MCConfig(8, 2, segment_size=16, chunk_size=8)
     given = Weights(long, draw(long), "torch")
     assert (outputs(long, given, "torch") == outputs(short, given, "torch")).all()

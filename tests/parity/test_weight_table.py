@@ -1,4 +1,4 @@
-"""The table of weights: every parameter once, in both directions, bit by bit."""
+"""The weight table: every parameter once, and bit-exact conversion in both directions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +14,16 @@ from parity.weights import jax_weights, load_jax, load_torch, to_jax, to_torch, 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def test_every_row_of_the_table_is_one_to_one():
+def test_weight_table_is_one_to_one():
     for side in ("jax", "torch"):
         names = [getattr(row, side) for row in table()]
         assert len(set(names)) == len(names)
 
 
-def test_every_row_of_the_table_is_some_module_s():
+def test_weight_table_rows_occur_in_modules():
     names = {name for config in ALL.values() for name in torch_module(config).state_dict()}
     used = {weights._INDEX.sub("#", name) for name in names}
-    # A block may hold any layer: what the layers have, blocks have too.
+    # A block may contain any layer, so blocks have the parameters of all layers.
     used |= {f"blocks.#.mixer.{row.torch}" for row in weights.layer_rows() if row.torch in used}
     assert {row.torch for row in table()} == used
 
@@ -38,7 +38,7 @@ def test_both_frameworks_have_the_same_parameters(name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ALL)
-def test_weights_cross_both_ways_bit_by_bit(name, dtype):
+def test_weight_conversion_round_trips_bit_exactly(name, dtype):
     config = ALL[name]
     drawn = draw(config, dtype)
     first, second = torch_module(config, DTYPES[dtype]), torch_module(config, DTYPES[dtype])
@@ -50,7 +50,7 @@ def test_weights_cross_both_ways_bit_by_bit(name, dtype):
     assert same_bits(to_jax(to_torch(jax_weights(ours))), jax_weights(ours))
 
 
-def test_bfloat16_keeps_what_has_no_number():
+def test_bfloat16_preserves_nan_payloads():
     bits = np.array([0x7F80, 0xFF80, 0x7FC1, 0x8000, 0x0001], np.uint16)  # ±inf, a NaN, -0, tiny
     config = LAYERS["linear"]
     drawn = draw(config, "bfloat16")
@@ -62,7 +62,7 @@ def test_bfloat16_keeps_what_has_no_number():
     assert same_bits(to_torch(jax_weights(ours)), drawn)
 
 
-def test_weights_are_copies():
+def test_converted_weights_are_copies():
     module = torch_module(LAYERS["linear"])
     before = torch_weights(module)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_weights_are_copies():
 
 
 def spoil(flat, kernel):
-    """Take one parameter away, add one, and change the shape and the dtype of others."""
+    """Remove one parameter, add one, and change shape and dtype of others."""
     flat = dict(flat)
     flat.pop("norm.scale")
     flat["blocks.0.mixer.q_prj.kernel"] = np.ones(3, np.float32)
@@ -81,7 +81,7 @@ def spoil(flat, kernel):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_an_error_lists_all_that_is_wrong_and_changes_nothing(framework):
+def test_set_weights_lists_all_errors_and_changes_nothing(framework):
     config = MODELS["tied"]
     make, get, load, kernel = {
         "jax": (jax_module, jax_weights, load_jax, "blocks.0.ffn.up_proj.kernel"),
@@ -107,7 +107,7 @@ def test_an_error_lists_all_that_is_wrong_and_changes_nothing(framework):
     assert same_bits(get(module), before)
 
 
-def test_the_table_refuses_what_it_does_not_have_all_at_once():
+def test_unknown_weights_are_listed():
     flat = draw(MODELS["tied"])
     flat["blocks.0.mixer.w_proj.weight"] = np.ones((2, 2))
     flat["head.bias"] = np.ones(2)
@@ -124,7 +124,7 @@ def test_the_table_refuses_what_it_does_not_have_all_at_once():
 
 
 @pytest.mark.parametrize("name", ["titans", "free"])
-def test_a_description_gives_the_configuration_back(name):
+def test_description_round_trips(name):
     assert read_description(describe(ALL[name]), type(ALL[name])) == ALL[name]
 
 
@@ -138,13 +138,13 @@ def test_a_description_gives_the_configuration_back(name):
         ({"extra": 1}, "unknown key 'extra'"),
     ],
 )
-def test_a_description_is_read_strictly(change, message):
+def test_description_is_strict(change, message):
     config = LAYERS["linear"]
     with pytest.raises(ValueError, match=message):
         read_description(describe(config) | change, type(config))
 
 
-def test_several_dtypes_are_refused():
+def test_mixed_dtypes_are_rejected():
     flat = draw(LAYERS["linear"])
     flat["q_proj.weight"] = flat["q_proj.weight"].astype(np.float64)
     with pytest.raises(ValueError, match="float32, float64: must all have one"):

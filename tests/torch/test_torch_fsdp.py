@@ -1,17 +1,20 @@
-"""Sharded models of PyTorch give what unsharded ones give; two gloo processes."""
+"""FSDP models match unsharded models, in two gloo processes."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mc_core
 
 ROOT = Path(mc_core.__file__).parents[1]
 
 
-def test_sharded_models_stream_generate_and_inspect_as_unsharded_ones(tmp_path):
-    """All checks of `fsdp_checks` in one test: most of the time goes into the imports."""
+@pytest.mark.slow
+def test_fsdp_models_match_unsharded_models(tmp_path):
+    """Runs all checks of `fsdp_checks` in one test, because imports dominate the run time."""
     command = [sys.executable, ROOT / "tests" / "helpers" / "fsdp_checks.py", tmp_path / "meeting"]
     done = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""Generation in PyTorch: tokens of full passes (of which JAX's are, too), same distributions."""
+"""Generation in PyTorch matches full passes and the sampling distribution."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def torch_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any)
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_row_gives_what_full_passes_give_it_alone(name):
-    """Token for token, greedy and sampled, in a batch and alone."""
+def test_generation_rows_match_full_passes(name):
+    """Greedy and sampled, in a batch and as single rows."""
     mirror = mirrored(make_model(name))
     for options in ({}, SAMPLED):
         together = torch_tokens(mirror, PROMPTS, 10, block=4, **options)
@@ -48,8 +48,8 @@ def test_a_row_gives_what_full_passes_give_it_alone(name):
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SAMPLING)
-def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
-    """One generator draws for rows one after another, as each row's own would."""
+def test_sampling_matches_distribution(temperature, top_k, top_p):
+    """A shared generator draws for rows in sequence, as separate ones do."""
     draws = 20_000
     rng = [torch.Generator().manual_seed(1)] * draws
     logits = torch.tensor(LOGITS, dtype=torch.float32).expand(draws, 7)
@@ -57,7 +57,7 @@ def test_sampling_draws_from_the_distribution(temperature, top_k, top_p):
     check_frequencies(found.numpy(), distribution(LOGITS, temperature, top_k, top_p))
 
 
-def test_equal_logits_and_what_is_not_finite():
+def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
     bad = LOGITS.copy()
     bad[0] = np.nan
     logits = torch.tensor(np.stack([LOGITS, np.zeros(7), bad, np.full(7, np.inf)]))
@@ -66,13 +66,13 @@ def test_equal_logits_and_what_is_not_finite():
         sample(logits, temperature=1.0)
 
 
-def test_a_seed_is_a_text():
+def test_seed_determines_generation():
     config = make_model("linear-none", jnp.float32).config
     torch.manual_seed(0)
     model = LanguageModel(config)
     prompts, options = [PROMPTS[0]] * 2, {"temperature": 2.0}
     first = torch_tokens(model, prompts, 20, seed=7, **options)
-    torch.manual_seed(1)  # the global stream plays no part
+    torch.manual_seed(1)  # independent of the global generator
     np.testing.assert_array_equal(first, torch_tokens(model, prompts, 20, seed=7, **options))
     assert (first != torch_tokens(model, prompts, 20, seed=8, **options)).any(axis=1).all()
     assert (first[0] != first[1]).any()
@@ -80,7 +80,7 @@ def test_a_seed_is_a_text():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-def test_nothing_is_followed_for_a_backward_pass_and_the_caller_still_may():
+def test_generation_does_not_record_gradients():
     model = LanguageModel(make_model("linear-none", jnp.float32).config)
     steps = generate(model, [[1, 2]], 3, cache_dtype=torch.bfloat16)
     assert not next(steps).requires_grad

@@ -1,7 +1,7 @@
-"""`mc_torch`: both methods against the oracle, and against each other in their gradients.
+"""`mc_torch`: both methods against the oracle, and gradients against each other.
 
-Nothing is compiled, so that random searches and full products are here; `test_recurrence` compares
-`mc_jax` with the oracle and with gradients of `mc_torch` at fewer cases.
+PyTorch needs no compilation, so random searches and full grids are here; `test_recurrence` compares
+`mc_jax` with the oracle and with gradients of `mc_torch` for fewer cases.
 """
 
 from itertools import product
@@ -26,7 +26,7 @@ from helpers.recurrence_cases import (
 )
 from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
 from mc_core import MCConfig
-from mc_torch.gates import at_level, gate, gate_densely, scores, spread
+from mc_torch.gates import compute_gates, dense_gates, gate_scores, level_score, scatter_gates
 from mc_torch.numerics import tree_map
 
 
@@ -39,15 +39,15 @@ def check(case):
 
 @given(case=random_cases())
 @settings(examples, max_examples=150)
-def test_both_methods_are_the_oracle(case):
-    """Sections 2 to 5, at lengths that divide nothing."""
+def test_both_methods_match_oracle(case):
+    """Sections 2 to 5, at lengths that are no multiple of segment or chunk size."""
     check(case)
 
 
 @pytest.mark.slow
 @given(case=random_cases())
 @settings(examples, max_examples=600)
-def test_both_methods_are_the_oracle_on_a_large_grid(case):
+def test_both_methods_match_oracle_on_large_grid(case):
     check(case)
 
 
@@ -55,7 +55,7 @@ def test_both_methods_are_the_oracle_on_a_large_grid(case):
     ("memory", "mode"), [("swla", "checkpoint"), ("swla", "restart"), ("titans", "restart")]
 )
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges_of_segments(edge, memory, mode):
+def test_segment_edges_match_oracle(edge, memory, mode):
     check(make_case(memory, "grm", state_init_mode=mode, **EDGES[edge]))
 
 
@@ -68,8 +68,8 @@ def test_ties_go_to_the_earlier_segment():
 
 
 @pytest.mark.parametrize("memory", MAIN)
-def test_a_past_that_is_let_go(memory):
-    """Retention and momentum of 0 and next to it: values, and gradients by them, too."""
+def test_chunked_matches_recurrent_with_zero_retention(memory):
+    """Retention and momentum at and near 0: values and gradients."""
     case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
     check(case)
     assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
@@ -84,14 +84,14 @@ def check_gradients(memory, aggregation, options):
 
 
 @pytest.mark.parametrize(("memory", "aggregation", "options"), all_pairs())
-def test_gradients_of_the_chunked_form_are_those_of_the_recurrence(memory, aggregation, options):
-    """Section 6: q, k, v, u, coefficients, initial, norm; cotangents on the cache, too."""
+def test_chunked_gradients_match_recurrent(memory, aggregation, options):
+    """Section 6: gradients of q, k, v, u, coefficients, initial, norm; also through the cache."""
     check_gradients(memory, aggregation, options)
 
 
 @pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
-def test_gates_of_the_token_alone(memory, aggregation, mode):
-    """The levels of log-linear attention: both methods, and their gradients."""
+def test_token_gates_match_oracle(memory, aggregation, mode):
+    """Levels of log-linear attention: both methods, and their gradients."""
     options = TOKEN_GATES | {"state_init_mode": mode}
     check(make_case(memory, aggregation, **options))
     check_gradients(memory, aggregation, options)
@@ -99,8 +99,8 @@ def test_gates_of_the_token_alone(memory, aggregation, mode):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("aggregation", GATED)
-def test_gates_of_the_token_alone_see_no_key(aggregation, method):
-    """No gradient of theirs reaches k, and other keys leave them as they are; not so `context`."""
+def test_token_gates_are_independent_of_keys(aggregation, method):
+    """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""
     case = make_case("linear", aggregation, tokens=9)
     for gate_ in GATES:
         own = case.where(gate=gate_)
@@ -114,7 +114,7 @@ def test_gates_of_the_token_alone_see_no_key(aggregation, method):
         assert by_u.any()
 
 
-def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
+def test_detaching_stops_only_cached_gradients():
     case = make_case(
         "linear", "grm", tokens=8, segment_size=4, chunk_size=2, state_init_mode="restart"
     )
@@ -127,10 +127,10 @@ def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
         grads[states, context] = dict(zip("qkvu", (x.numpy() for x in found), strict=True))
     first = {key: g["k"][:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
-    assert np.abs(first[True, False]).max() > 1e-4  # the pooled keys are left
-    assert np.abs(first[False, True]).max() > 1e-4  # the memories are left
+    assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys
+    assert np.abs(first[False, True]).max() > 1e-4  # through memories
     assert not first[True, True].any()
-    # In restart mode the values of an earlier segment reach later reads by its memory alone.
+    # In restart mode, values of an earlier segment affect later reads only through its memory.
     assert not grads[True, False]["v"][:, :4].any()
     assert_close(grads[False, True]["v"], grads[False, False]["v"], GRADIENT)
     for name in "qu":
@@ -144,7 +144,7 @@ def test_detaching_cuts_the_gradient_of_what_is_cached_and_no_other():
     ("memory", "aggregation"),
     [("linear", "grm"), ("linear", "residual"), ("dla", "soup")],
 )
-def test_both_methods_detach_alike(memory, aggregation):
+def test_detached_gradients_match_between_methods(memory, aggregation):
     case = make_case(memory, aggregation, tokens=9)
     plain = gradients(case)
     case = case.where(detach_cached_states=True, detach_cached_context=True)
@@ -159,7 +159,7 @@ def output_gradient(case, method):
     return [x.numpy() for x in torch.autograd.grad(loss, [inputs[name] for name in "kqv"])]
 
 
-# Every memory and every aggregation once; all pairs are among the slow ones.
+# Every memory and every aggregation once; all pairs are slow tests.
 DERIVATIVES = (
     ("linear-normalized", "grm", "checkpoint"),
     ("swla", "ssc", "restart"),
@@ -170,7 +170,7 @@ DERIVATIVES = (
 
 
 def check_derivatives(memory, aggregation, mode, order):
-    """Finite differences along a random direction, of all inputs at once."""
+    """Check finite differences of all inputs along a random direction."""
     case = make_case(
         memory, aggregation, tokens=5, batch=1, heads=1, segment_size=2, state_init_mode=mode
     )
@@ -190,36 +190,36 @@ def _filled(tree, tensors):
 
 @pytest.mark.parametrize(("memory", "aggregation", "mode"), DERIVATIVES)
 @pytest.mark.parametrize("order", [1, 2])
-def test_derivatives_are_slopes(memory, aggregation, mode, order):
+def test_gradients_match_finite_differences(memory, aggregation, mode, order):
     check_derivatives(memory, aggregation, mode, order)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "aggregation"), list(product(MEMORIES, AGGREGATIONS)))
 @pytest.mark.parametrize("order", [1, 2])
-def test_derivatives_of_all_pairs(memory, aggregation, order):
+def test_gradients_match_finite_differences_for_all_pairs(memory, aggregation, order):
     check_derivatives(memory, aggregation, "checkpoint", order)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 12])
-def test_a_level_is_the_number_of_bits_of_an_age(width):
+def test_level_is_bit_length_of_age(width):
     u, age = torch.arange(width), torch.arange(-3, 2000)
     expected = [min(max(x, 0).bit_length(), width - 1) for x in age.tolist()]
-    assert at_level(u, age).tolist() == expected
+    assert level_score(u, age).tolist() == expected
 
 
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
-def test_gates_of_selected_memories_are_those_of_all(block, gated_by, monkeypatch):
-    """The fast form against `gate_densely`, in one block of tokens and in several."""
+def test_gates_of_selected_memories_match_dense_gates(block, gated_by, monkeypatch):
+    """The fast form against `dense_gates`, in one and in several blocks of tokens."""
     monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))
     pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
     segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
     config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2, gate=gated_by)
-    weights, selected = gate(u, pools, running, segment, config)
+    weights, selected = compute_gates(u, pools, running, segment, config)
     assert weights.shape == (2, 7, 3, 3)
-    score = scores(u, pools, running, segment, config)
-    expected = gate_densely(score, segment, config)
-    torch.testing.assert_close(spread(weights, selected, 5), expected)
+    score = gate_scores(u, pools, running, segment, config)
+    expected = dense_gates(score, segment, config)
+    torch.testing.assert_close(scatter_gates(weights, selected, 5), expected)

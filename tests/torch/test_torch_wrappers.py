@@ -1,4 +1,4 @@
-"""Models of PyTorch whose modules are wrapped, adapted, quantised or replaced."""
+"""PyTorch models with wrapped, adapted, quantized or replaced modules."""
 
 import copy
 from functools import cache
@@ -31,7 +31,7 @@ TOKENS = torch.arange(14).reshape(2, 7) * 5 % 11
 PROMPTS = [[1, 2, 3], [4]]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "u_proj", "out_proj"]
 PROJECTIONS += ["gate_proj", "up_proj", "down_proj", "head"]
-# PyTorch says that both will move to another package.
+# PyTorch warns that both will move to another package.
 QUANTISES = pytest.mark.filterwarnings("ignore:torch.(ao.quantization is|quantize_per_tensor)")
 
 
@@ -53,13 +53,13 @@ WRAPPERS = {
 
 
 def make_model(config=CONFIG, dtype=torch.float32):
-    """Build a model, every time with the same weights."""
+    """Build a model with fixed weights."""
     torch.manual_seed(0)
     return LanguageModel(config, dtype=dtype)
 
 
 def wrap(model, part, wrapper):
-    """Return the model with a part of every block, or itself, in a wrapper."""
+    """Wrap the model or a part of each of its blocks."""
     if part == "model":
         return wrapper(model)
     for i, block in enumerate(model.blocks):
@@ -71,7 +71,7 @@ def wrap(model, part, wrapper):
 
 
 def stream(module, x):
-    """Return what a stream of two calls gives: outputs, and the cache at its end."""
+    """Return outputs and final cache of a stream of two calls."""
     cache = module.init_cache(len(x), 3)
     first, cache = module.extend(x[:, :3].contiguous(), cache)
     second, cache = module.extend(x[:, 3:].contiguous(), module.grow(cache, x.shape[1]))
@@ -80,19 +80,19 @@ def stream(module, x):
 
 @torch.no_grad()
 def observe(model):
-    """Return everything that a model gives without a call of its `forward`."""
+    """Return the results of all methods but `forward`."""
     return stream(model, TOKENS), model.inspect(TOKENS), list(generate(model, PROMPTS, 3))
 
 
 @cache
 def bare():
-    """Return what the model gives without wrappers."""
+    """Return the results of the model without wrappers."""
     return observe(make_model())
 
 
 @pytest.mark.parametrize("part", ["blocks", "mixers", "model"])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrapped_parts_stream_generate_and_inspect_as_bare_ones(name, part):
+def test_wrapped_modules_match_plain_modules(name, part):
     model = wrap(make_model(), part, WRAPPERS[name])
     seen = observe(model)
     torch.testing.assert_close(seen, bare(), rtol=0, atol=0)
@@ -102,7 +102,7 @@ def test_wrapped_parts_stream_generate_and_inspect_as_bare_ones(name, part):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_wrapped_blocks_and_mixers_train_as_bare_ones(remat):
+def test_wrapped_blocks_train_like_plain_blocks(remat):
     config = ModelConfig(**{**vars(CONFIG), "remat": remat})
     grads = []
     for model in (make_model(config), make_model(config)):
@@ -114,7 +114,7 @@ def test_wrapped_blocks_and_mixers_train_as_bare_ones(remat):
 
 
 class Scaled(nn.Module):
-    """A wrapper that does something to what it wraps, and forwards its other attributes."""
+    """A wrapper that scales the output of its module, and forwards other attributes."""
 
     def __init__(self, module, scale):
         super().__init__()
@@ -133,8 +133,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     "path", ["head", "norm", *(f"blocks.0.mixer.{x}" for x in PROJECTIONS[:5])]
 )
-def test_replaced_modules_are_called_not_read(path):
-    """Scaling the output of a linear map is scaling its weight, wherever the map is used."""
+def test_replaced_modules_are_called(path):
+    """Scaling the output of a linear map equals scaling its weight."""
     model, scaled = make_model(), make_model()
     parent, _, name = path.rpartition(".")
     parent = model.get_submodule(parent)
@@ -144,7 +144,7 @@ def test_replaced_modules_are_called_not_read(path):
     torch.testing.assert_close(observe(model), observe(scaled))
 
 
-def test_a_replaced_embedding_serves_a_tied_head():
+def test_replaced_embedding_with_tied_head():
     config = ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
     model, scaled = make_model(config), make_model(config)
     model.embed = Scaled(model.embed, 2.0)
@@ -153,8 +153,8 @@ def test_a_replaced_embedding_serves_a_tied_head():
     torch.testing.assert_close(observe(model), observe(scaled))
 
 
-def test_names_of_weights_are_without_wrappers(tmp_path):
-    """In memory, and in a file of a `state_dict` that a run with compiled blocks has saved."""
+def test_weight_names_exclude_wrappers(tmp_path):
+    """In memory, and in the `state_dict` file of a run with compiled blocks."""
     plain, model = make_model(), make_model()
     wrap(wrap(model, "mixers", checkpoint_wrapper), "blocks", compiled)
     assert any("._orig_mod." in key for key in model.state_dict())
@@ -172,14 +172,14 @@ def test_names_of_weights_are_without_wrappers(tmp_path):
         to_jax(both)
 
 
-def test_linear_maps_are_those_that_tools_look_for():
+def test_linear_maps_are_nn_linear():
     model = make_model()
     found = {name.rpartition(".")[2] for name, x in model.named_modules() if type(x) is nn.Linear}
     assert found == set(PROJECTIONS)
     assert not any(name.endswith("_proj.bias") for name in model.state_dict())
 
 
-def test_a_linear_map_draws_its_weight_and_nothing_else():
+def test_linear_map_draws_only_its_weight():
     torch.manual_seed(0)
     weight, after = Linear(64, 3).weight, torch.rand(1)
     torch.manual_seed(0)
@@ -191,8 +191,8 @@ def test_a_linear_map_draws_its_weight_and_nothing_else():
 
 @pytest.mark.parametrize("wrapper", [lambda module: module, checkpoint_wrapper])
 @pytest.mark.parametrize("exact", [False, True])
-def test_weights_take_the_dtype_of_the_input(exact, wrapper):
-    """Of a module in a wrapper, too; `exact` alone rounds nothing but the factors."""
+def test_weights_are_cast_to_input_dtype(exact, wrapper):
+    """Also for wrapped modules; `exact` rounds only the operands."""
     linear = Linear(64, 3)
     x = torch.randn(2, 1, 64, dtype=torch.bfloat16)
     rounded = x.float() @ linear.weight.bfloat16().float().T
@@ -209,7 +209,7 @@ def test_weights_take_the_dtype_of_the_input(exact, wrapper):
 @QUANTISES
 @pytest.mark.parametrize("layer", [LAYER, BARE], ids=["titans", "no other parameters"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_dynamic_quantisation_takes_every_linear_map_and_embedding(tied, layer):
+def test_dynamic_quantization_replaces_all_linear_maps(tied, layer):
     model = make_model(ModelConfig(**{**vars(CONFIG), "layer": layer, "tie_embeddings": tied}))
     maps = sum(isinstance(module, nn.Linear) for module in model.modules())
     small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
@@ -230,7 +230,7 @@ def test_dynamic_quantisation_takes_every_linear_map_and_embedding(tied, layer):
 
 
 @QUANTISES
-def test_quantised_maps_take_inputs_of_any_dtype():
+def test_quantized_maps_accept_any_input_dtype():
     layer = MemoryCachingLayer(LAYER)
     small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
     x = torch.randn(2, 5, 8)
@@ -241,8 +241,8 @@ def test_quantised_maps_take_inputs_of_any_dtype():
             assert (y.float() - layer(x)).norm() < 0.2 * y.float().norm()
 
 
-def test_lora_adapts_every_projection():
-    """Adapters change outputs, streams are as whole sequences, and nothing else is trained."""
+def test_lora_wraps_every_projection():
+    """Adapters change outputs, streams match full passes, and only adapters are trained."""
     import peft
 
     model = make_model(dtype=torch.float64)

@@ -55,7 +55,7 @@ def assert_equal_rows(one, other, tolerance):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.slow), "mqar"])
 def test_two_devices_match_one(case, tmp_path, monkeypatch):
     """Losses, gradients' norms, validation and report are equal; each device has half the rows."""
     seen = []
@@ -93,7 +93,7 @@ def test_two_devices_match_one(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monkeypatch):
     run = {"directory": str(tmp_path / "runs" / "tiny"), "batch_size": 4, "save_every": 4}
     config = write_config(tmp_path, run=TINY["run"] | run | {"devices": before, "log_every": 1})
@@ -110,6 +110,7 @@ def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monk
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_command_creates_cpu_devices(tmp_path):
     """In a process of its own: this one has four."""
     config = write_config(tmp_path)

@@ -64,6 +64,7 @@ def test_logits_are_computed_only_at_answers():
     assert not any(shape.endswith(",256") and "64" in shape.split(",") for shape in shapes)
 
 
+@pytest.mark.slow
 def test_model_overfits_a_small_set():
     """Eight examples by heart: every query right."""
     data = MQAR | {"vocab_size": 16, "lengths": [[12, 3]], "examples": 8, "power": 1.0}

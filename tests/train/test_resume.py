@@ -75,8 +75,8 @@ def kill_when(process: subprocess.Popen, condition) -> None:
 
 
 def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
-    """Killed in the middle of writing a checkpoint and again between two, a run ends the same."""
-    words = ("run.steps=120", "run.save_every=10", "run.log_every=1", "run.validate_every=0")
+    """Killed in the middle of writing a checkpoint, a run ends the same."""
+    words = ("run.steps=60", "run.save_every=10", "run.log_every=1", "run.validate_every=0")
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
 
@@ -85,16 +85,12 @@ def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
 
     process = start(config, *words)
     kill_when(process, lambda: rows() >= 20 and checkpoint_begins(run))
-    killed_at = rows()
-    assert 20 <= killed_at < 120
-    process = start(config, *words)
-    kill_when(process, lambda: killed_at + 15 <= rows() and rows() % 10 > 3)
-    assert killed_at < rows() < 120
+    assert 20 <= rows() < 60
 
     assert "resuming from step" in quiet(config, *words)
     quiet(config, *words, WHOLE(config))
     assert_same_end(config, *words)
-    assert [row["step"] for row in read_rows(run)] == list(range(1, 121))
+    assert [row["step"] for row in read_rows(run)] == list(range(1, 61))
     assert [row["loss"] for row in read_rows(run)] == [
         row["loss"] for row in read_rows(tmp_path / "runs" / "whole")
     ]

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from helpers.tiny_run import TINY, fails, mc, write_config
 from mc_core.errors import UserError
-from mc_core.trees import flatten
+from mc_core.tree_utils import flatten
 from train.config import TextConfig, from_dict, load_config, to_dict
 from train.data.corpus import load_corpus
 

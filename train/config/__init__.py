@@ -1,6 +1,6 @@
 """The configuration of a run: schema, YAML files and `key=value` overrides."""
 
-from mc_core.plain import to_dict
+from mc_core.serialization import to_dict
 from train.config.comparison import FREE_KEYS, first_difference
 from train.config.loading import load_config
 from train.config.recall_schema import TASKS, Length, MQARConfig, NIAHConfig

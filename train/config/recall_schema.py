@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mc_core.checks import check_choice, check_range, fail
-from mc_core.plain import Tag
+from mc_core.checks import check_choice, check_range, raise_config_error
+from mc_core.serialization import Tag
 
 Length = tuple[int, int]
 TASKS: dict[str, type] = {}  # configurations of `data`, by `data.task`
@@ -44,7 +44,7 @@ class MQARConfig:
         for name in ("examples", "validation_examples"):
             check_range(self, name, 1)
         if not self.lengths:
-            fail("MQARConfig", "lengths", [], "at least one [tokens, pairs]")
+            raise_config_error("MQARConfig", "lengths", [], "at least one [tokens, pairs]")
         for length in self.lengths:
             self.check_length(length)
 
@@ -57,10 +57,10 @@ class MQARConfig:
         tokens, pairs = length
         if pairs < 1 or tokens < 4 * pairs:
             allowed = "[tokens, pairs] with pairs >= 1 and tokens >= 4 pairs"
-            fail("MQARConfig", "lengths", list(length), allowed)
+            raise_config_error("MQARConfig", "lengths", list(length), allowed)
         if pairs > self.vocab_size // 2 - 1:
             allowed = f"< {self.vocab_size // 2} pairs: keys are half of the {self.vocab_size} ids"
-            fail("MQARConfig", "lengths", list(length), allowed)
+            raise_config_error("MQARConfig", "lengths", list(length), allowed)
 
     @property
     def mean_tokens(self) -> float:
@@ -120,9 +120,13 @@ class NIAHConfig:
             check_range(self, name, 1)
         check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
         if not self.lengths or min(self.lengths) < 1:
-            fail("NIAHConfig", "lengths", list(self.lengths), "at least one number of tokens")
+            raise_config_error(
+                "NIAHConfig", "lengths", list(self.lengths), "at least one number of tokens"
+            )
         if not self.corpus:
-            fail("NIAHConfig", "corpus", list(self.corpus), "at least one file or folder")
+            raise_config_error(
+                "NIAHConfig", "corpus", list(self.corpus), "at least one file or folder"
+            )
 
     @property
     def mean_tokens(self) -> float:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mc_core import ModelConfig, plain
-from mc_core.checks import check_choice, check_range, fail
+from mc_core import ModelConfig, serialization
+from mc_core.checks import check_choice, check_range, raise_config_error
 from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig
-from mc_core.plain import Tag
+from mc_core.serialization import Tag
 from train.config.recall_schema import TAG, TASKS, MQARConfig, NIAHConfig
 
 
@@ -41,14 +41,16 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if not self.corpus:
-            fail("TextConfig", "corpus", list(self.corpus), "at least one file or folder")
+            raise_config_error(
+                "TextConfig", "corpus", list(self.corpus), "at least one file or folder"
+            )
         for name in ("window", "validation_bytes", "train_bytes"):
             check_range(self, name, 1)
         check_range(self, "validation_fraction", 0.0, 1.0, open_low=True, open_high=True)
         try:
             (self.separator or "").encode()
         except UnicodeEncodeError:
-            fail("TextConfig", "separator", self.separator, "text in UTF-8")
+            raise_config_error("TextConfig", "separator", self.separator, "text in UTF-8")
 
     @property
     def mean_tokens(self) -> float:
@@ -116,14 +118,16 @@ class RunConfig:
         check_range(self, "devices", 1)
         if self.batch_size % self.devices:
             allowed = f"a divisor of run.batch_size = {self.batch_size}"
-            fail("RunConfig", "devices", self.devices, allowed)
+            raise_config_error("RunConfig", "devices", self.devices, allowed)
         check_range(self, "validate_bytes", 1)
         check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
         check_range(self, "validate_every", 0)
         check_range(self, "sample_tokens", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))
         if self.init_optimizer and self.init_from is None:
-            fail("RunConfig", "init_optimizer", True, "false where run.init_from is not set")
+            raise_config_error(
+                "RunConfig", "init_optimizer", True, "false where run.init_from is not set"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,13 @@ class TrainConfig:
             reason = (
                 f"data.vocab_size = {least}" if self.data.task == "mqar" else f"{least} for bytes"
             )
-            fail("TrainConfig", "model.vocab_size", self.model.vocab_size, f">= {reason}")
+            raise_config_error(
+                "TrainConfig", "model.vocab_size", self.model.vocab_size, f">= {reason}"
+            )
         warmup = self.optimizer.warmup_steps
         if warmup >= self.run.steps:
             allowed = f"< run.steps = {self.run.steps}"
-            fail("TrainConfig", "optimizer.warmup_steps", warmup, allowed)
+            raise_config_error("TrainConfig", "optimizer.warmup_steps", warmup, allowed)
 
     @property
     def tokenizer(self) -> str:
@@ -169,4 +175,4 @@ def from_dict(data: Any) -> TrainConfig:
     Raises:
         ValueError: one line with the key's path, its value and what is allowed.
     """
-    return plain.from_dict(TrainConfig, data)
+    return serialization.from_dict(TrainConfig, data)

@@ -15,7 +15,7 @@ from mc_core.config import MCConfig, ModelConfig
 from mc_core.errors import UserError
 from mc_core.files import to_bytes, to_json, write_atomic
 from mc_core.footprint import flops_per_token, state_bytes
-from mc_core.segmentation import check_streams
+from mc_core.segmentation import check_streaming_config
 from mc_core.tables import ResultTable, Row
 from parity.environment import command, machine, result_table
 from train.checkpoint import load_run
@@ -214,7 +214,7 @@ def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
     try:
         for layer in config.block_layers:
             if isinstance(layer, MCConfig):
-                check_streams(layer)
+                check_streaming_config(layer)
     except ValueError:
         return None
     return state_bytes(config, tokens)

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mc_core.checks import ConfigError, check_range, fail
+from mc_core.checks import ConfigError, check_range, raise_config_error
 from mc_core.errors import UserError
-from mc_core.plain import from_dict
-from mc_core.trees import flatten
+from mc_core.serialization import from_dict
+from mc_core.tree_utils import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
 from train.config.yaml_files import read_yaml, to_plain
 
@@ -52,17 +52,21 @@ class SweepConfig:
         for options in self.vary:
             for key, values in options.items():
                 if not isinstance(values, list) or not values:
-                    fail("SweepConfig", f"vary.{key}", values, "a list of values")
+                    raise_config_error("SweepConfig", f"vary.{key}", values, "a list of values")
         for key in itertools.chain(*self.vary, *self.rows):
             if key in OWN:
-                fail("SweepConfig", "vary or rows", key, "no key that seeds, rates, directory set")
+                raise_config_error(
+                    "SweepConfig", "vary or rows", key, "no key that seeds, rates, directory set"
+                )
         for name in ("seeds", "rates"):
             values = getattr(self, name)
             if values is not None and not (values and len(set(values)) == len(values)):
-                fail("SweepConfig", name, list(values), "a list of different values")
+                raise_config_error("SweepConfig", name, list(values), "a list of different values")
         # The name of a run's folder has six digits of its rate.
         if len({f"{rate:g}" for rate in self.rates or ()}) < len(self.rates or ()):
-            fail("SweepConfig", "rates", list(self.rates or ()), "different in six digits")
+            raise_config_error(
+                "SweepConfig", "rates", list(self.rates or ()), "different in six digits"
+            )
 
     def all_rows(self) -> dict[str, Overrides]:
         """Return the rows' overrides by their names, which are names of folders.
@@ -80,7 +84,7 @@ class SweepConfig:
         for row in rows:
             name = row_name(row, {word for word in last if last.count(word) > 1})
             if name in named:
-                fail("SweepConfig", "vary or rows", name, "different rows")
+                raise_config_error("SweepConfig", "vary or rows", name, "different rows")
             named[name] = row
         return named
 

@@ -1,9 +1,9 @@
-"""Checks of the arguments of `memory_caching`, by shape alone: for arrays of any framework."""
+"""Checks of arguments by shape and dtype, for arrays of any framework."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mc_core.checks import check_fixed, check_flags
+from mc_core.checks import check_bool, check_static
 from mc_core.config import MCConfig
 from mc_core.memories import MemoryConfig
 
@@ -17,18 +17,18 @@ def check_arguments(
     config: MCConfig,
     norm: Sequence[Any] | None,
     mask: Any,
-    is_fixed: Callable[[Any], bool],
+    is_static: Callable[[Any], bool],
 ) -> None:
-    """Check that the arguments of `memory_caching` or `extend` fit each other.
+    """Check the arguments of `memory_caching` and `extend` against each other.
 
     Args:
         tensors: q, k, u [b, t, h, k] and v [b, t, h, v] by name; u may be None.
         initial: W_0, first layer first.
-        coefficients: a NamedTuple of them, each [b, t, h] or None.
+        coefficients: NamedTuple of write coefficients, each [b, t, h] or None.
         config: the layer's configuration.
         norm: (gain, bias), or None.
         mask: bool [b, t], or None.
-        is_fixed: whether a size is a number rather than a symbol of an export.
+        is_static: whether a size is a number, not a symbol of an exported program.
 
     Raises:
         ValueError: names the argument, what it is and what it must be.
@@ -40,10 +40,10 @@ def check_arguments(
             "[b, t, h, v]"
         )
     b, t, h, width = q.shape
-    check_fixed("tokens", t, is_fixed(t))
+    check_static("tokens", t, is_static(t))
     if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
-    check_flags("mask", mask, (b, t))
+    check_bool("mask", mask, (b, t))
     named = coefficients._asdict()
     _check_presence(named, config.memory, norm)
     shapes = {"k": (tensors["k"], q.shape), "v": (v, (b, t, h, v.shape[-1]))}
@@ -56,61 +56,61 @@ def check_arguments(
     shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
     if config.memory.adds_input and width != v.shape[-1]:
         raise ValueError(
-            f"v has width {v.shape[-1]}: must be {width}, as k, where M adds its input"
+            f"v has width {v.shape[-1]}: must be {width}, as k, where the memory adds its input"
         )
     for name, (value, shape) in shapes.items():
         if tuple(value.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {tuple(shape)}")
 
 
-def check_inputs(x: Any, mask: Any, d_model: int, is_fixed: Callable[[Any], bool]) -> None:
+def check_inputs(x: Any, mask: Any, d_model: int, is_static: Callable[[Any], bool]) -> None:
     """Check the inputs of a mixer.
 
     Args:
         x: [b, t, d].
         mask: bool [b, t], or None.
         d_model: d.
-        is_fixed: whether a size is a number rather than a symbol of an export.
+        is_static: whether a size is a number, not a symbol of an exported program.
 
     Raises:
         ValueError: names the argument, what it is and what it must be.
     """
     if x.ndim != 3 or x.shape[-1] != d_model:
         raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {d_model}]")
-    check_fixed("tokens", x.shape[1], is_fixed(x.shape[1]))
-    check_flags("mask", mask, x.shape[:2])
+    check_static("tokens", x.shape[1], is_static(x.shape[1]))
+    check_bool("mask", mask, x.shape[:2])
 
 
-def check_tokens(tokens: Any, mask: Any, padding: Any, is_fixed: Callable[[Any], bool]) -> Any:
+def check_tokens(tokens: Any, mask: Any, padding: Any, is_static: Callable[[Any], bool]) -> Any:
     """Check the shapes of a model's inputs.
 
     Args:
         tokens: ids [b, t].
-        mask: bool [b, t], True = a real token; None = all are.
-        padding: bool [b, t], True where a row has no token at all; None = nowhere.
-        is_fixed: whether a size is a number rather than a symbol of an export.
+        mask: bool [b, t], False at masked tokens, or None.
+        padding: bool [b, t], True at padding, or None.
+        is_static: whether a size is a number, not a symbol of an exported program.
 
     Returns:
-        bool [b, t], False where an id is not read; None = all are.
+        bool [b, t], False at ids that are not read, or None.
 
     Raises:
         ValueError: names the argument, what it is and what it must be.
     """
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
-    check_fixed("tokens", tokens.shape[1], is_fixed(tokens.shape[1]))
-    check_flags("mask", mask, tokens.shape)
-    check_flags("padding", padding, tokens.shape)
+    check_static("tokens", tokens.shape[1], is_static(tokens.shape[1]))
+    check_bool("mask", mask, tokens.shape)
+    check_bool("padding", padding, tokens.shape)
     if padding is None:
         return mask
     return ~padding if mask is None else mask & ~padding
 
 
 def check_method(method: str, inspect: bool) -> None:
-    """Check the names that choose how `memory_caching` computes.
+    """Check the arguments `method` and `inspect` of `memory_caching`.
 
     Raises:
-        ValueError: names the argument and what is allowed.
+        ValueError: names the argument and the allowed values.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
@@ -136,7 +136,7 @@ def _initial_shapes(
     depth = len(memory.widths(key, value)) - 1
     if len(initial) != depth:
         raise ValueError(f"initial has {len(initial)} weights: must be {depth}")
-    # Hidden widths are the weights' own: only their agreement is checked.
+    # Hidden widths are read from the weights: only their consistency is checked.
     dims = [key, *(weight.shape[-2] for weight in initial[:-1]), value]
     return {
         f"initial[{layer}]": (weight, (heads, dims[layer + 1], dims[layer]))

@@ -26,7 +26,7 @@ class Tag(NamedTuple):
     omitted: str | None = None  # the name that `to_dict` leaves out
 
 
-class Plain:
+class Serializable:
     """Methods `to_dict` and `from_dict` of a dataclass."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Plain:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build from `to_dict`'s form.
+        """Build from a dictionary of the form of `to_dict`.
 
         Raises:
             ValueError: an unknown or missing key, or a value that is out of range.

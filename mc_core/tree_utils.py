@@ -1,11 +1,11 @@
-"""Nested tuples, named tuples, lists and dictionaries as flat names, whatever their leaves are."""
+"""Conversion of nested tuples, lists and dictionaries to and from flat names."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(a.b.0.c, leaf)`, in order. None and empty tuples have no leaves."""
+    """Yield pairs of name and leaf, such as `("a.b.0.c", leaf)`. None has no leaves."""
     if tree is None:
         return
     if not isinstance(tree, dict | tuple | list):
@@ -16,7 +16,7 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(tree: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
-    """Return `tree` with the leaves that `flatten` gives these names."""
+    """Return `tree` with its leaves replaced by those of the same name."""
     if tree is None:
         return None
     if not isinstance(tree, dict | tuple | list):

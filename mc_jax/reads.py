@@ -1,42 +1,46 @@
-"""The reads of online and cached memories (section 5), each in its fast form (section 6)."""
+"""Reads of online and cached memories (section 5), in their fast forms (section 6)."""
 
-import torch
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
 
 from mc_core.config import MCConfig
-from mc_torch.backends import Memory, Weights
-from mc_torch.backends.base import apply_weights
-from mc_torch.chunked import Online, Writes, online_apply
-from mc_torch.layout import TensorPlan, from_chunks, from_segments, to_chunks, to_segments
-from mc_torch.numerics import Array, product, remat, scale_rows, tree_map
-from mc_torch.sparse import read_selected
-from mc_torch.triangle import sum_over_earlier
+from mc_core.segmentation import Plan
+from mc_jax.backends import Memory, Weights
+from mc_jax.backends.base import apply_weights
+from mc_jax.chunk_layout import from_chunks, from_segments, to_chunks, to_segments
+from mc_jax.chunked import OnlineMemory, WriteResult, online_apply
+from mc_jax.dense_reads import sum_earlier_reads
+from mc_jax.numerics import SAVE_POLICY, Array, einsum_f32, scale_rows
+from mc_jax.sparse_reads import read_selected
 
 
 def read_all(
     memory: Memory,
     config: MCConfig,
-    writes: Writes,
+    writes: WriteResult,
     q: Array,
     gates: Array,
     selected: Array | None,
-    plan: TensorPlan,
+    plan: Plan,
 ) -> Array:
-    """Read every token's online memory and the cached ones.
+    """Read the online memory and the cached memories of all tokens.
 
     Args:
         memory: the memory kind.
         config: the aggregation.
-        writes: a chunked write of the same tokens.
+        writes: result of the chunked write of the same tokens.
         q: queries [b, t, h, k].
         gates: [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1], of the
-            selected ones alone.
-        selected: [b, t, h, m] under `ssc`.
+            selected memories only.
+        selected: indices of the selected memories [b, t, h, m] under `ssc`, else None.
         plan: segments and chunks.
 
     Returns:
         [b, t, h, v] in the state dtype.
     """
-    cached = tree_map(torch.detach, writes.ends) if config.detach_cached_states else writes.ends
+    cached = jax.lax.stop_gradient(writes.ends) if config.detach_cached_states else writes.ends
     if not config.rule.reads_cache or plan.segments == 1:
         return read_online(memory, writes, q, plan) * gates[..., -1:]
     if config.mixes_layers:
@@ -50,11 +54,11 @@ def read_all(
     return online + read_dense(memory, cached, q, gates, plan)
 
 
-def read_online(memory: Memory, writes: Writes, q: Array, plan: TensorPlan) -> Array:
-    """Return each token's read of its own memory `M_t(q_t)`: [b, t, h, v]."""
+def read_online(memory: Memory, writes: WriteResult, q: Array, plan: Plan) -> Array:
+    """Return the read of the online memory `M_t(q_t)` of each token: [b, t, h, v]."""
 
-    @remat
-    def read(online: Online, q: Array) -> Array:
+    @partial(jax.checkpoint, policy=SAVE_POLICY)
+    def read(online: OnlineMemory, q: Array) -> Array:
         return memory.read(online_apply(online, q.dtype), q)
 
     if writes.online is None:
@@ -63,18 +67,18 @@ def read_online(memory: Memory, writes: Writes, q: Array, plan: TensorPlan) -> A
     return from_chunks(read(writes.online, to_chunks(q, plan)), plan)
 
 
-def read_sum(memory: Memory, cached: Weights, q: Array, plan: TensorPlan) -> Array:
-    """Read the sum of all earlier memories (equation 7), where reads are linear in the weights.
+def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
+    """Read the sum of all earlier memories (equation 7). Reads must be linear in the weights.
 
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
     """
-    earlier = tree_map(lambda w: torch.cumsum(w, dim=1) - w, cached)
-    earlier = tree_map(lambda w: w.transpose(1, 2), earlier)  # [b, h, n, o, i]
+    earlier = jax.tree.map(lambda w: jnp.cumsum(w, axis=1) - w, cached)
+    earlier = jax.tree.map(lambda w: w.swapaxes(1, 2), earlier)  # [b, h, n, o, i]
     apply = apply_weights(earlier, q.dtype)
     return from_segments(memory.read(apply, to_segments(q, plan)), plan)
 
 
-def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: TensorPlan) -> Array:
+def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
     """Read every earlier memory, weighted by its gate (equations 7 and 9).
 
     Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
@@ -85,34 +89,34 @@ def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Te
         return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
 
     x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
-    return from_segments(sum_over_earlier(read, x, weight, cached), plan)
+    return from_segments(sum_earlier_reads(read, x, weight, cached), plan)
 
 
 def read_soup(
-    memory: Memory, writes: Writes, cached: Weights, q: Array, gates: Array, plan: TensorPlan
+    memory: Memory, writes: WriteResult, cached: Weights, q: Array, gates: Array, plan: Plan
 ) -> Array:
-    """Read one memory whose weights are the gates' mixture (equation 15), mixed layer by layer.
+    """Read the gate-weighted mixture of all memories (equation 15), mixed layer by layer.
 
     Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
     [b, t, h, v].
     """
     weight = to_segments(gates[..., :-1], plan)
-    own = to_chunks(gates[..., -1], plan)[..., None]
+    online_gate = to_chunks(gates[..., -1], plan)[..., None]
 
     def one_layer(a: Array, gate: Array, weights: Weights) -> Array:
-        return product("...oi,...ci->...co", weights[0], scale_rows(gate, a), dtype=a.dtype)
+        return einsum_f32("...oi,...ci->...co", weights[0], scale_rows(gate, a), dtype=a.dtype)
 
     online = writes.online
     assert online is not None
 
-    @remat
-    def layer_online(layer: int, a: Array, online: Online) -> Array:
-        return own * online_apply(online, q.dtype)(layer, a)
+    @partial(jax.checkpoint, static_argnums=0)
+    def layer_online(layer: int, a: Array, online: OnlineMemory) -> Array:
+        return online_gate * online_apply(online, q.dtype)(layer, a)
 
     def apply(layer: int, a: Array) -> Array:
-        a = a.to(q.dtype)
+        a = a.astype(q.dtype)
         tokens = to_segments(from_chunks(a, plan), plan)
-        mixed = sum_over_earlier(one_layer, tokens, weight, (cached[layer],))
+        mixed = sum_earlier_reads(one_layer, tokens, weight, (cached[layer],))
         return layer_online(layer, a, online) + to_chunks(from_segments(mixed, plan), plan)
 
     return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
@@ -121,19 +125,20 @@ def read_soup(
 def read_sparse(memory: Memory, cached: Weights, q: Array, weight: Array, selected: Array) -> Array:
     """Read the selected memories [b, t, h, m], weighted by their gates (equation 17)."""
     reads = read_selected(memory, cached, q, selected)
-    return torch.sum(reads * weight[..., None], dim=-2)
+    slots = [reads[..., i, :] * weight[..., i, None] for i in range(selected.shape[-1])]
+    return reduce(jnp.add, slots)  # perf(cpu): sums over an inner axis are slow
 
 
 def read_token(
     memory: Memory, config: MCConfig, online: Weights, cached: Weights, q: Array, gates: Array
 ) -> Array:
-    """Read one token as section 5 writes it: every memory in turn, or the mixture built in full.
+    """Read one token by definition (section 5): every memory, or the explicit mixture.
 
     Args:
         memory: the memory kind.
         config: the aggregation.
-        online: the token's memory, each [b, h, o, i].
-        cached: memories [b, n, h, o, i].
+        online: online memory, each [b, h, o, i].
+        cached: cached memories, each [b, n, h, o, i].
         q: queries [b, h, k].
         gates: [b, h, n + 1].
 
@@ -141,12 +146,12 @@ def read_token(
         [b, h, v].
     """
     if config.detach_cached_states:
-        cached = tree_map(torch.detach, cached)
-    stacked = tree_map(lambda c, w: torch.cat([c, w[:, None]], dim=1), cached, online)
-    weight = gates.transpose(1, 2)  # [b, n + 1, h]
+        cached = jax.lax.stop_gradient(cached)
+    stacked = jax.tree.map(lambda c, w: jnp.concatenate([c, w[:, None]], axis=1), cached, online)
+    weight = gates.swapaxes(1, 2)  # [b, n + 1, h]
     if config.rule.mixes_weights:
-        mixed = tree_map(lambda w: torch.sum(weight[..., None, None] * w, dim=1), stacked)
+        mixed = jax.tree.map(lambda w: jnp.sum(weight[..., None, None] * w, axis=1), stacked)
         return memory.read(apply_weights(mixed, q.dtype), q[..., None, :])[..., 0, :]
-    x = q[:, None, :, None].expand(*weight.shape, 1, q.shape[-1])
+    x = jnp.broadcast_to(q[:, None, :, None], (*weight.shape, 1, q.shape[-1]))
     reads = memory.read(apply_weights(stacked, q.dtype), x)[..., 0, :]
-    return torch.sum(weight[..., None] * reads, dim=1)
+    return jnp.sum(weight[..., None] * reads, axis=1)

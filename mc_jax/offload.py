@@ -1,6 +1,6 @@
-"""Arrays in the host's memory: work on them where they lie, and bring what came of it.
+"""Arrays in host memory: reads copy their result to the device, updates run on the host.
 
-Only cached memories may lie there (`init_cache(..., cache_device="host")`).
+Only cached memories are offloaded (`init_cache(..., cache_device="host")`).
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from mc_jax.numerics import Array
 
 HOST = jax.memory.Space.Host
 DEVICE = jax.memory.Space.Device
-KIND = "pinned_host"  # of memory, as JAX calls it
+KIND = "pinned_host"  # JAX's name of this kind of memory
 
 
 def move_to_host(x: Array) -> Array:
     """Move an array [...] to host memory.
 
     Raises:
-        ValueError: the array's device has no such kind of memory.
+        ValueError: the array's device has no host memory.
     """
     if isinstance(x, jax.core.Tracer):
         return jax.device_put(x, HOST)
@@ -31,20 +31,20 @@ def move_to_host(x: Array) -> Array:
     return jax.device_put(x, x.sharding.with_memory_kind(KIND))
 
 
-def take(function: Callable[..., Array], x: Array, *where: Array) -> Array:
-    """Return `function(x, *where)`, a part of x [...], on the device."""
+def read_from_host(function: Callable[..., Array], x: Array, *index: Array) -> Array:
+    """Return `function(x, *index)`, a part of x [...], on the device."""
     if not on_host(x):
-        return function(x, *where)
-    return jax.device_put(_run(function, x, *where), DEVICE)
+        return function(x, *index)
+    return jax.device_put(_run(function, x, *index), DEVICE)
 
 
-def put(function: Callable[..., Array], x: Array, *parts: Array) -> Array:
+def update_in_place(function: Callable[..., Array], x: Array, *parts: Array) -> Array:
     """Return `function(x, *parts)`, an update of x [...], computed where x is stored."""
     return _run(function, x, *parts) if on_host(x) else function(x, *parts)
 
 
 def on_host(x: Array) -> bool:
-    """Whether an array [...] is stored in host memory."""
+    """Return True if an array [...] is stored in host memory."""
     return jax.typeof(x).memory_space == HOST
 
 

@@ -1,0 +1,96 @@
+"""Sums over the cached memories of a stream, of which only the first slots are filled."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mc_jax.backends import Weights
+from mc_jax.numerics import Array, expand_leading_dims
+from mc_jax.offload import read_from_host
+
+READS = 8  # slots per step are READS / tokens
+RUN = 256  # tokens per run; a run reads the slots up to the last one that any of its tokens reads
+
+# (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
+CachedRead = Callable[[Array, Weights], Array]
+
+
+def sum_cached_reads(
+    read: CachedRead, x: Array, gates: Array, weights: Weights, segment: Array
+) -> Array:
+    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a run reads.
+
+    Args:
+        read: function that reads several memories.
+        x: tokens [b, h, c, i].
+        gates: [b, h, c, n], 0 where a token does not read a slot.
+        weights: memories, each [b, n, h, o, i].
+        segment: int32 [b, c], number of slots that a token may read.
+
+    Returns:
+        [b, h, c, o] in the gates' dtype.
+    """
+    b, h, c, _ = x.shape
+    if c <= RUN:
+        return _sum_run(read, x, gates, weights, jnp.max(segment))
+
+    def split(x: Array, axis: int) -> Array:
+        widths = [(0, -c % RUN if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths).reshape(*x.shape[:axis], -1, RUN, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def run(part: tuple[Array, Array, Array]) -> Array:
+        x, gates, segment = part
+        return _sum_run(read, x, gates, weights, jnp.max(segment))
+
+    sums = jax.lax.map(run, (split(x, 2), split(gates, 2), split(segment, 1)))
+    return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
+
+
+def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Compute `sum_cached_reads` for one run of tokens, over the first `filled` slots, in blocks.
+
+    Example: 17 tokens in segments of 4 have n = 5 slots. A single token reads blocks of 2: slots
+    0 1, 2 3 and 3 4. The last block overlaps the previous one to have full size, and the gate of
+    the repeated slot 3 is set to 0. Token 12 in segment 3 reads slots 0 1 2: `filled` is 3, and
+    block 3 4 is skipped.
+    """
+    n, size = gates.shape[-1], _block_size(gates.shape[-1], gates.shape[2])
+    x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def weighted(x: Array, gates: Array, weights: Weights) -> Array:
+        return jnp.sum(gates.transpose(0, 3, 1, 2)[..., None] * read(x, weights), axis=1)
+
+    if size == n:
+        return weighted(x, gates, tuple(read_from_host(jnp.asarray, w) for w in weights))
+
+    def slice_weights(first: Array) -> Weights:
+        def block(w: Array, first: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
+
+        return tuple(read_from_host(block, w, first) for w in weights)
+
+    def step(total: Array, number: Array) -> tuple[Array, None]:
+        first = jnp.minimum(number * size, n - size)
+        is_new = expand_leading_dims(
+            first + jnp.arange(size, dtype=first.dtype) >= number * size, gates.ndim
+        )
+
+        def add(total: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(gates, first, size, axis=-1)
+            part = jnp.where(is_new, part, jnp.zeros_like(part))
+            return total + weighted(x, part, slice_weights(first))
+
+        return jax.lax.cond(first < filled, add, lambda total: total, total), None
+
+    shape = jax.eval_shape(lambda: weighted(x, gates[..., :size], slice_weights(filled))).shape
+    numbers = jnp.arange(-(-n // size), dtype=jnp.int32)
+    return jax.lax.scan(step, jnp.zeros_like(gates, shape=shape), numbers)[0]
+
+
+def _block_size(n: int, tokens: int) -> int:
+    # At least two steps: unlike a single product, a loop does not copy the slots.
+    return max(1, min(READS // tokens, n // 2))

@@ -51,6 +51,8 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
 def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
     """Merge `high` into `low`; another kind of memory or another task replaces the section.
 
+    Neither may be used afterwards.
+
     Raises:
         UserError: they do not fit; the message begins with `name`, the source of `high`.
     """
@@ -63,7 +65,7 @@ def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
         low = low.copy()
         del low["data"]
     try:
-        merged = OmegaConf.merge(low, high)
+        merged = OmegaConf.unsafe_merge(low, high)
     except TypeError as error:
         raise UserError(f"{name}: has a list in place of a mapping of keys") from error
     assert isinstance(merged, DictConfig)

@@ -16,10 +16,10 @@ evidence: $(READY)
 	$(BIN)/mc sweep configs/niah/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/niah.jsonl
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
 
 # One planted fault at a time, each to be caught. ONLY='jax-*' selects by name; FULL=--full runs
 # the whole quick suite where the expected tests pass.
@@ -30,7 +30,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What mc bench peers compares with: the package of the same paper is there already.
 bench-peers: $(READY)

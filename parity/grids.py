@@ -122,7 +122,7 @@ QUICK = (
     case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
     case(_DLA, "soup", "restart", splits=(6, 5), tokens=11, pooling="sum", gate="token"),
     case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 8), padding=True),
-    case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(7, 4), tokens=11),
+    case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(5, 3), tokens=8),
     case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
     case(_SWLA, "grm", "restart", level="model", num_layers=2, new_tokens=9),
     case(_LINEAR, "none", level="model", num_layers=2, mixers=("window", "memory"), mask="some"),

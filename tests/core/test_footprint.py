@@ -100,7 +100,7 @@ def counted(config: Any, tokens: int) -> float:
     return count_flops(lambda s, x: nnx.merge(graph, s)(x), state, x) / tokens
 
 
-@pytest.mark.parametrize("tokens", [128, 1024])
+@pytest.mark.parametrize("tokens", [pytest.param(128, marks=pytest.mark.slow), 1024])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):

@@ -34,7 +34,7 @@ def first_cache(steps: Any) -> Any:
     return steps.gi_frame.f_locals["cache"][0]
 
 
-QUICK = ("dla-residual", "titans-grm")
+QUICK = ("titans-grm",)
 
 
 @pytest.mark.usefixtures("float64")

@@ -31,7 +31,7 @@ def same(
         assert_close(a, b, EXACT, name="cache")
 
 
-@pytest.mark.parametrize("memory", ["swla", "titans"])
+@pytest.mark.parametrize("memory", [pytest.param("swla", marks=pytest.mark.slow), "titans"])
 def test_single_segment_equals_no_caching(memory):
     """Every aggregation reads only the online memory, with γ = 1."""
     none = run(make_case(memory, "none", tokens=6, segment_size=6))
@@ -190,7 +190,11 @@ def test_inner_clip_bounds_writes(memory):
 
 
 @pytest.mark.parametrize(
-    ("memory", "aggregation", "mode"), [("swla", "grm", "checkpoint"), ("titans", "ssc", "restart")]
+    ("memory", "aggregation", "mode"),
+    [
+        pytest.param("swla", "grm", "checkpoint", marks=pytest.mark.slow),
+        ("titans", "ssc", "restart"),
+    ],
 )
 def test_masked_tokens_do_not_change_outputs(memory, aggregation, mode):
     """NaN at masked tokens does not reach outputs and gradients; their outputs and gates are 0."""

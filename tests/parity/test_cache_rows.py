@@ -100,7 +100,7 @@ def test_cache_take_equals_take_rows():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["titans", "swla"])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
 def test_take_rows_under_jit(name):
     model = mc_jax.LanguageModel(
         make_config(name), rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64

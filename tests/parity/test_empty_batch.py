@@ -130,6 +130,7 @@ def model_of(package, **options):
     )
 
 
+@pytest.mark.slow
 def test_models_with_empty_batch_have_gradients():
     """Compiled in JAX, where a division by the batch size would be NaN."""
     ids = np.zeros((0, TOKENS), np.int32)

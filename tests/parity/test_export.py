@@ -113,6 +113,7 @@ def test_jax_rejects_dynamic_token_count(aggregation):
         jax.export.export(jax.jit(lambda x: layer.extend(x, cache)[0]))(x)
 
 
+@pytest.mark.slow
 def test_jax_exports_dynamic_batch():
     layer = mc_jax.MemoryCachingLayer(LAYERS["linear-grm"], rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 4, 8))

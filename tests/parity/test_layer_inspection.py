@@ -206,7 +206,7 @@ def test_trace_counts_and_names(package):
     np.testing.assert_array_equal(counts.sum(1), [[3 * 1 + 5 * 2] * 2, [3 * 1 + 2 * 2] * 2])
 
 
-@pytest.mark.parametrize("name", ["linear-learned", "titans"])
+@pytest.mark.parametrize("name", ["linear-learned", pytest.param("titans", marks=pytest.mark.slow)])
 def test_trace_gradients_are_finite(name):
     """Also at zero arguments of roots (empty memory) and logarithms (unread memory)."""
     layer = mc_jax.MemoryCachingLayer(CONFIGS[name], rngs=nnx.Rngs(0), param_dtype=jnp.float64)

@@ -94,7 +94,7 @@ def test_eager_calls_after_pytorch_export(strict):
     assert_close(program.module()(x), y, 1e-12)
     plan = make_plan(11, config, None, x.device)
     arrays = (plan.chunk_tokens, plan.chunk_positions, plan.segment_tokens, plan.segment_positions)
-    assert all(type(index.at) is torch.Tensor for index in arrays)
+    assert all(type(index.positions) is torch.Tensor for index in arrays)
 
 
 def jax_symbols(spec: str) -> tuple:

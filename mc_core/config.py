@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
-from mc_core.checks import check_choice, check_range, check_types, raise_config_error
+from mc_core.checks import ConfigError, check_choice, check_range, check_types, raise_config_error
 from mc_core.memories import LinearConfig, MemoryConfig
 from mc_core.serialization import Serializable
 
@@ -221,7 +221,10 @@ class ModelConfig(Serializable):
             names = ", ".join(map(repr, MIXERS))
             allowed = f"1 to num_layers = {self.num_layers} words of {names}"
             raise_config_error("ModelConfig", "mixers", list(self.mixers), allowed)
-        _ = self.block_layers  # raises if the widths do not suit attention
+        try:
+            _ = self.block_layers
+        except ConfigError as error:  # a width that does not suit attention
+            raise ConfigError("ModelConfig", f"layer.{error.problem}") from error
 
     @property
     def name(self) -> str:

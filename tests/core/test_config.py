@@ -159,7 +159,7 @@ def test_mixer_pattern_repeats_over_blocks():
         message = f"ModelConfig.mixers = {mixers}: must be 1 to num_layers = 3 words of 'memory', "
         with pytest.raises(ValueError, match=re.escape(message)):
             layers(*mixers)
-    with pytest.raises(ValueError, match=r"AttentionConfig.d_model = 6: must be a multiple of 2"):
+    with pytest.raises(ValueError, match=r"ModelConfig.layer.d_model = 6: must be a multiple of 2"):
         ModelConfig(11, 1, MCConfig(6, 2), mixers=("attention",))
 
 

@@ -255,6 +255,6 @@ def test_the_path_of_a_custom_memory(custom_memory):
     with pytest.raises(ValueError, match=r"^model.layer.memory: rounds must be small$"):
         from_dict(TrainConfig, plain)
     plain["model"] |= {"layer": {"d_model": 6, "num_heads": 2}, "mixers": ["attention"]}
-    message = "model: AttentionConfig.d_model = 6: must be a multiple of 2 * num_heads = 4"
+    message = "model.layer.d_model = 6: must be a multiple of 2 * num_heads = 4"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         from_dict(TrainConfig, plain)

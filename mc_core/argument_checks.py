@@ -23,7 +23,7 @@ def check_arguments(
 
     Args:
         tensors: q, k, u [b, t, h, k] and v [b, t, h, v] by name; u may be None.
-        initial: W_0, first layer first.
+        initial: weights W_0 per layer.
         coefficients: NamedTuple of write coefficients, each [b, t, h] or None.
         config: the layer's configuration.
         norm: (gain, bias), or None.

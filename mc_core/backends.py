@@ -16,13 +16,15 @@ def add_backend(backends: dict[str, type[T]], kind: str, cls: type[T], base: typ
         base: base class of all backends.
 
     Raises:
-        ValueError: the class is no subclass of `base`, or another class has the kind.
+        ValueError: the class is not a subclass of `base`, or the kind is already registered.
     """
     if not issubclass(cls, base):
         raise ValueError(f"register_backend: {cls.__name__} must be a subclass of {base.__name__}")
     known = backends.get(kind, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"register_backend: kind = {kind!r} is taken by {known.__name__}")
+        raise ValueError(
+            f"register_backend: kind = {kind!r} is already registered by {known.__name__}"
+        )
     backends[kind] = cls
 
 

@@ -94,7 +94,7 @@ def check_extend_inputs(
 
     Args:
         x: tokens [b, t, d].
-        cache: the streams so far.
+        cache: state before these tokens.
         kind: the layer's type of cache, which has `heads` and `position`.
         config: the layer's configuration.
         is_static: whether a size is a number, not a symbol of an exported program.

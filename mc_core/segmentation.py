@@ -18,7 +18,7 @@ def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> 
         tokens: number of tokens, at least 1.
         segmentation: `constant` (the last segment may be shorter) or `logarithmic` (the powers of
             two in the binary form of `tokens`, largest first).
-        segment_size: tokens of a constant segment.
+        segment_size: number of tokens per segment under `constant`.
 
     Raises:
         ValueError: `tokens` or `segment_size` is not positive, or the name is unknown.

@@ -48,7 +48,7 @@ def load_cache(path: str | PathLike[str], module: Any, *, cache_device: str = "d
     Args:
         path: a file that `save_cache` of either package wrote.
         module: a layer or model with the configuration that the stream was started with.
-        cache_device: where cached memories are stored, `device` or `host`, as in `init_cache`.
+        cache_device: storage of cached memories, `device` or `host`, as in `init_cache`.
 
     Raises:
         ValueError: the file is damaged or holds something else; lists all mismatches.

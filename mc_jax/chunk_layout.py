@@ -100,7 +100,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
 
     Args:
         position: number of tokens in each row before the call, int32 [b].
-        count: number of tokens of each row in the call, its first ones, int32 [b].
+        count: number of tokens of the call per row, int32 [b]; later tokens are padding.
         tokens: t, the length of the call.
         config: segment and chunk size.
     """

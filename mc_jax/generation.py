@@ -91,8 +91,8 @@ def generate(
         top_p: as in `sample`.
         seed: seed of all random streams.
         rows: index of each row's random stream; None = 0, 1, ...
-        cache_dtype: dtype of the cached memories; None = that of the online one.
-        cache_device: where cached memories are stored, `device` or `host`.
+        cache_dtype: dtype of the cached memories; None = that of the online memory.
+        cache_device: storage of cached memories, `device` or `host`.
         block: maximum number of prompt tokens per call; with 1, only the step of the generated
             tokens is compiled.
 

@@ -92,11 +92,11 @@ class Mixer(nnx.Module, Pretrained):
 
         Args:
             x: tokens [b, t, d].
-            before: `conv` of the cache.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            before: field `conv` of the cache.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
         Returns:
-            q, k and v, each [b, t, h, k], and the `conv` of the cache after these tokens.
+            q, k and v, each [b, t, h, k], and the cache's field `conv` after these tokens.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tails: Weights = ()

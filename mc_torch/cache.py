@@ -21,7 +21,7 @@ Tree = Any  # nested tuples of tensors
 class Segments(NamedTuple):
     """Memory of each segment after its last token so far (section 4)."""
 
-    weights: Weights  # first layer first, each [b, n, h, o, i]
+    weights: Weights  # per layer, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
     length: Array  # number of unmasked tokens of the segment, int32 [b, n]
 
@@ -102,7 +102,7 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
 
     Args:
         memory: the memory kind.
-        initial: W_0, first layer first, each [h, o, i].
+        initial: weights W_0 per layer, each [h, o, i].
         k: keys [..., h, c, k], which set leading axes, device and dtype of the state.
         v: values [..., h, c, v].
     """
@@ -132,14 +132,15 @@ def init_cache(
     """Return an empty cache.
 
     Args:
-        initial: W_0, first layer first, each [h, out, in].
+        initial: weights W_0 per layer, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
         batch: number of streams, 0 or more.
         max_tokens: capacity, the maximum number of tokens per stream.
         dtype: dtype of q, k and v; None = that of `initial`.
-        cache_dtype: dtype of the cached memories; None = that of the online one, at least float32.
-        cache_device: where cached memories are stored: `device` or `host`. A call copies those that
-            it reads to the device (under `ssc` only the selected ones).
+        cache_dtype: dtype of the cached memories; None = that of the online memory (float32 or
+            wider).
+        cache_device: storage of cached memories: `device` or `host`. Reads copy memories from the
+            host to the device (under `ssc` only the selected ones).
 
     Raises:
         ValueError: an argument is out of range, or the segments cannot stream.
@@ -213,7 +214,7 @@ def check_capacity(cache: AnyCache, tokens: int | Array) -> None:
     """Check that a cache has capacity for the next tokens. Without effect in a compiled program.
 
     Args:
-        cache: the streams so far.
+        cache: state before these tokens.
         tokens: number of next tokens, of all rows or [b].
 
     Raises:

@@ -38,7 +38,7 @@ class Trace(NamedTuple):
     Only the gates and their entropy have gradients.
     """
 
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    gates: Array  # [b, t, h, n + 1]: cached memories, then the online memory; 0 if not read
     entropy: Array  # entropy of the normalized gates, in nats [b, t, h]
     token_index: Array  # [t]
     segment_index: Array  # [t] segment of each token

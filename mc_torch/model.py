@@ -213,10 +213,10 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
 
         Args:
             tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
-            cache: the stream so far, from `init_cache` or `extend`.
-            mask: bool [b, t], False at masked tokens, which still take a position.
-            padding: bool [b, t], True at padding, which takes no position. The result of a row does
-                not depend on its padding. Masked and padded ids are not read.
+            cache: state before these tokens, from `init_cache` or `extend`.
+            mask: bool [b, t], False at masked tokens, which still advance the position.
+            padding: bool [b, t], True at padding, which does not advance the position. The result
+                of a row does not depend on its padding. Masked and padded ids are ignored.
             check: False skips the check of ids, which synchronizes with the device. As in a
                 compiled program, a row is then NaN from the first id out of range on, also in
                 later calls.

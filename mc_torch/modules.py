@@ -227,7 +227,7 @@ class ShortConv(nn.Module):
         Args:
             x: tokens [b, t, d].
             before: last inputs of the previous call.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
         """
         joined = self._with_before(x, before).to(state_dtype(x.dtype))
         if count is None:

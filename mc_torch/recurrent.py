@@ -49,7 +49,7 @@ def run_tokens(
         memory: the memory kind.
         config: the layer's configuration.
         tokens: the sequence.
-        initial: W_0, first layer first, each [h, o, i].
+        initial: weights W_0 per layer, each [h, o, i].
         plan: the segments and chunks.
 
     Returns:
@@ -77,7 +77,7 @@ def run_token(
         memory: the memory kind.
         config: the layer's configuration.
         start: the initial state, for segments that restart.
-        cache: the stream so far.
+        cache: state before the token.
         token: the token.
 
     Returns:

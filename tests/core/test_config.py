@@ -156,7 +156,8 @@ def test_mixer_pattern_repeats_over_blocks():
     assert layers("window", "memory") == (few, layer, few)
     assert layers("memory", "attention", "window") == (layer, full, few)
     for mixers in ([], ["lstm"], ["memory"] * 4):
-        message = f"ModelConfig.mixers = {mixers}: must be 1 to num_layers = 3 words of 'memory', "
+        allowed = "must be a list of 1 to num_layers = 3 names out of 'memory', "
+        message = f"ModelConfig.mixers = {mixers}: {allowed}"
         with pytest.raises(ValueError, match=re.escape(message)):
             layers(*mixers)
     with pytest.raises(ValueError, match=r"AttentionConfig.d_model = 6: must be a multiple of 2"):

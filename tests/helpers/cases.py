@@ -24,7 +24,7 @@ MEMORIES: dict[str, Any] = {
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
 }
 MATRICES = ("linear", "linear-elu", "swla")  # reads are linear in the weights
-MAIN = ("linear", "swla", "dla", "titans")
+KINDS = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
 GATES = ("context", "token")
@@ -69,11 +69,11 @@ class FunctionCase(NamedTuple):
             "norm": self.norm,
         }
 
-    def where(self, **options: Any) -> "FunctionCase":
+    def with_config(self, **options: Any) -> "FunctionCase":
         """Change fields of the configuration."""
         return self._replace(config=MCConfig(**{**vars(self.config), **options}))
 
-    def closing(self) -> "FunctionCase":
+    def with_zero_decay(self) -> "FunctionCase":
         """Set retention and momentum to 0 at some tokens and close to 0 at others."""
         at = self.coefficients
         token = np.arange(self.tokens)[:, None]

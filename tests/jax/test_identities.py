@@ -47,7 +47,7 @@ def test_single_segment_equals_no_caching(memory):
 def test_soup_equals_grm_for_matrix_memories(memory, mode):
     """A matrix memory's read is linear in its weights (equations 9 and 15)."""
     case = make_case(memory, "soup", state_init_mode=mode, mask="some")
-    same(case, case.where(aggregation="grm"))
+    same(case, case.with_config(aggregation="grm"))
 
 
 def test_soup_differs_from_grm_for_normalized_or_deep_memories():
@@ -68,14 +68,14 @@ def test_soup_differs_from_grm_for_normalized_or_deep_memories():
 def test_ssc_with_all_segments_equals_grm(memory, mode, gate):
     """Equation 16 with top_k >= N."""
     case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some", gate=gate)
-    same(case.where(aggregation="grm"), case)
+    same(case.with_config(aggregation="grm"), case)
 
 
 @pytest.mark.parametrize(("memory", "mode"), [("linear", "checkpoint"), ("dla", "restart")])
 def test_grm_with_zero_connector_equals_mean(memory, mode):
     case = make_case(memory, "grm", state_init_mode=mode)
     case = case._replace(u=np.zeros_like(case.u))
-    same(case, case._replace(u=None).where(aggregation="mean"))
+    same(case, case._replace(u=None).with_config(aggregation="mean"))
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-elu"])
@@ -86,7 +86,7 @@ def test_residual_with_restart_equals_undivided_linear_attention(memory):
         initial=(np.zeros_like(case.initial[0]),),
         coefficients=case.coefficients._replace(retention=np.ones((2, 13, 2))),
     )
-    whole = case.where(aggregation="none", segment_size=13)
+    whole = case.with_config(aggregation="none", segment_size=13)
     same(case, whole, gates=False, cache=False)
     same(whole, case, gates=False, cache=False)
 
@@ -95,20 +95,20 @@ def test_checkpoint_state_is_independent_of_segments():
     """Without cached reads, segment boundaries do not affect matrix memories."""
     for memory in ("linear", "swla"):
         case = make_case(memory, "none", mask="some")
-        same(case, case.where(segment_size=13), gates=False, cache=False)
+        same(case, case.with_config(segment_size=13), gates=False, cache=False)
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-normalized", "swla"])
 def test_matrix_memories_are_independent_of_chunk_size(memory):
     """Their gradient does not depend on the memory (section 2, chunks)."""
     case = make_case(memory, "grm", chunk_size=1)
-    same(case, case.where(chunk_size=4))
+    same(case, case.with_config(chunk_size=4))
 
 
 def test_depth_one_mlp_with_dot_loss_is_linear_attention():
     """Section 2: `dla` of depth 1 is `linear`."""
     case = make_case(DLAConfig(depth=1, residual=False, inner_clip=None), "grm")
-    same(case, case.where(memory=LinearConfig()), cache=False)
+    same(case, case.with_config(memory=LinearConfig()), cache=False)
 
 
 def test_depth_one_mlp_with_l2_loss_is_delta_rule_with_momentum():

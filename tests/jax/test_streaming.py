@@ -10,7 +10,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from helpers import torch_calls
-from helpers.cases import AGGREGATIONS, GATES, MAIN, MASKS, MEMORIES, MODES, assert_close, make_case
+from helpers.cases import (
+    AGGREGATIONS,
+    GATES,
+    KINDS,
+    MASKS,
+    MEMORIES,
+    MODES,
+    assert_close,
+    make_case,
+)
 from helpers.covering_arrays import pairwise
 from helpers.jax_calls import arrays
 from mc_jax import Coefficients, extend, init_cache, memory_caching
@@ -21,7 +30,7 @@ EXACT = 1e-10
 TOKENS = 14  # whole prompts, halves and single tokens; segments of 4, chunks of 3
 SPLITS = ([1] * 14, [6, 8], [5, 1, 1, 7], [3, 3, 3, 5], [2, 9, 3], [14])
 CASES = pairwise(
-    memory=MAIN,
+    memory=KINDS,
     aggregation=AGGREGATIONS,
     mask=MASKS,
     state_init_mode=MODES,

@@ -40,7 +40,7 @@ def key_and_value_gradients(package, case):
 @pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
 def test_stream_gradients_do_not_reach_detached_segments(package, pair):
     case = make_case(*pair, tokens=2 * SEGMENT, segment_size=SEGMENT, state_init_mode="restart")
-    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    case = case.with_config(detach_cached_states=True, detach_cached_context=True)
     for gradient in map(np.asarray, key_and_value_gradients(package, case)):
         assert not gradient[:, :SEGMENT].any()
         assert gradient[:, SEGMENT:].any()

@@ -16,7 +16,7 @@ import mc_torch
 import oracle
 from helpers import jax_calls, torch_calls
 from helpers.cases import (
-    MAIN,
+    KINDS,
     MASKS,
     MEMORIES,
     MODES,
@@ -128,7 +128,7 @@ def test_jax_inspection_matches_oracle(memory, mode, mask, chunk):
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_small_step_decreases_inner_loss(inspect, float32, memory):
     case = make_case(memory, "none", chunk_size=1)
     ones = np.ones_like(case.coefficients.step)

@@ -12,7 +12,16 @@ import torch
 from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
-from helpers.cases import AGGREGATIONS, GATED, GATES, MAIN, MEMORIES, MODES, assert_close, make_case
+from helpers.cases import (
+    AGGREGATIONS,
+    GATED,
+    GATES,
+    KINDS,
+    MEMORIES,
+    MODES,
+    assert_close,
+    make_case,
+)
 from helpers.recurrence_cases import (
     EDGES,
     EXACT,
@@ -20,8 +29,8 @@ from helpers.recurrence_cases import (
     METHODS,
     TOKEN_GATES,
     all_pairs,
+    assert_matches_oracle,
     examples,
-    hold_to_oracle,
     random_cases,
 )
 from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
@@ -33,7 +42,7 @@ from mc_torch.numerics import tree_map
 def check(case):
     results = [run(case, method) for method in METHODS]
     for result in results:
-        hold_to_oracle(result, case)
+        assert_matches_oracle(result, case)
     assert_close(*results, EXACT, name="methods")
 
 
@@ -67,10 +76,10 @@ def test_ties_go_to_the_earlier_segment():
     assert (run(case).gates[:, -1] > 0).sum(1).tolist() == [[2, 2, 0, 0, 0, 0, 2]] * 2
 
 
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_chunked_matches_recurrent_with_zero_retention(memory):
     """Retention and momentum at and near 0: values and gradients."""
-    case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
+    case = make_case(memory, "residual", segment_size=11, chunk_size=11).with_zero_decay()
     check(case)
     assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
 
@@ -89,7 +98,7 @@ def test_chunked_gradients_match_recurrent(memory, aggregation, options):
     check_gradients(memory, aggregation, options)
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(KINDS, GATED, MODES)))
 def test_token_gates_match_oracle(memory, aggregation, mode):
     """Levels of log-linear attention: both methods, and their gradients."""
     options = TOKEN_GATES | {"state_init_mode": mode}
@@ -103,7 +112,7 @@ def test_token_gates_are_independent_of_keys(aggregation, method):
     """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""
     case = make_case("linear", aggregation, tokens=9)
     for gate_ in GATES:
-        own = case.where(gate=gate_)
+        own = case.with_config(gate=gate_)
         inputs = arrays(own)
         total = call(inputs, own, method).gates.sin().sum()
         wanted = inputs["k"], inputs["u"]
@@ -120,7 +129,7 @@ def test_detaching_stops_only_cached_gradients():
     )
     grads = {}
     for states, context in product((False, True), repeat=2):
-        cut = case.where(detach_cached_states=states, detach_cached_context=context)
+        cut = case.with_config(detach_cached_states=states, detach_cached_context=context)
         inputs = arrays(cut)
         last = call(inputs, cut).output[:, 4:].sin().sum()
         found = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
@@ -147,7 +156,7 @@ def test_detaching_stops_only_cached_gradients():
 def test_detached_gradients_match_between_methods(memory, aggregation):
     case = make_case(memory, aggregation, tokens=9)
     plain = gradients(case)
-    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    case = case.with_config(detach_cached_states=True, detach_cached_context=True)
     chunked, recurrent = (output_gradient(case, method) for method in METHODS)
     assert_close(chunked, recurrent, GRADIENT)
     assert np.abs(chunked[0] - plain["k"]).max() > 1e-4

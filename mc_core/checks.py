@@ -91,7 +91,7 @@ def check_bool(name: str, x: Any, shape: Collection[int]) -> None:
     Integers are rejected because `~` is not their logical negation.
 
     Raises:
-        ValueError: names the actual and the expected shape and dtype.
+        ValueError: shape or dtype differ; the message states the actual and the expected ones.
     """
     if x is None:
         return
@@ -106,7 +106,7 @@ def check_integers(name: str, dtype: str) -> None:
     """Check that the dtype of ids or indices is an integer type; bool is not.
 
     Raises:
-        ValueError: names the dtype.
+        ValueError: the dtype is not an integer dtype.
     """
     if not dtype.startswith(("int", "uint")):
         raise ValueError(f"{name} has dtype {dtype}: must be integers")
@@ -122,7 +122,7 @@ def check_ids(name: str, ids: np.ndarray, size: int, read: np.ndarray | None = N
         read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
 
     Raises:
-        ValueError: names the first id out of range, its position and what is allowed.
+        ValueError: an id is out of range; the message states the first one and its position.
     """
     if not ids.size or (ids.min() >= 0 and ids.max() < size):
         return
@@ -139,7 +139,7 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
     """Check that an argument is an integer from `low` to `high`; None = no upper bound.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is invalid; the message states its value and the allowed values.
     """
     try:
         number = index(value)  # type: ignore[arg-type]
@@ -158,15 +158,15 @@ def check_static(name: str, size: object, static: bool) -> None:
     Args:
         name: name of the size.
         size: its value, for the error message.
-        static: whether it is a number.
+        static: True if it is a number.
 
     Raises:
         ValueError: the size is symbolic.
     """
     if not static:
         raise ValueError(
-            f"{name} = {size}: must be a fixed number, because segments and chunks are planned for "
-            "it: export one program per length"
+            f"{name} = {size}: must be static, because segments and chunks depend on it: export "
+            "one program per length"
         )
 
 

@@ -23,7 +23,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Check the options of sampling.
 
     Raises:
-        ValueError: names the option, its value and what is allowed.
+        ValueError: an option is invalid; the message states its value and the allowed values.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature = {temperature}: must be finite and >= 0; 0 is greedy")
@@ -44,13 +44,13 @@ def check_generation(
     """Check the arguments of `generate`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is invalid; the message states its value and the allowed values.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("block", block, 1)
     check_integer("seed", seed, 0, SEEDS - 1)
     if len(rows) != len(prompts):
-        raise ValueError(f"rows: {len(rows)} numbers for {len(prompts)} prompts: must be one each")
+        raise ValueError(f"rows has {len(rows)} elements: must have {len(prompts)}, one per prompt")
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         check_integer(f"rows[{i}]", row, 0, SEEDS - 1)
         ids = np.asarray(prompt)

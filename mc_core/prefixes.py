@@ -38,7 +38,7 @@ def plain_names(
 
     Args:
         names: keys of a `state_dict`.
-        known: whether a name is that of a parameter.
+        known: function that returns True for the name of a parameter.
 
     Returns:
         The plain name of each name, and the removed prefixes in order of first appearance.
@@ -95,7 +95,7 @@ def find_state_dict(
     Args:
         loaded: a `state_dict`, or a checkpoint that contains one.
         path: path of the file, for the log.
-        is_array: whether a value is an array of the framework.
+        is_array: function that returns True for an array of the framework.
 
     Raises:
         ValueError: there is no `state_dict`, or more than one.
@@ -110,11 +110,14 @@ def find_state_dict(
         key for key in STATE_DICT_KEYS if isinstance(loaded, Mapping) and is_state(loaded.get(key))
     ]
     if len(keys) > 1:
-        raise ValueError(f"holds several state_dicts, under {', '.join(map(repr, keys))}: keep one")
+        found = ", ".join(map(repr, keys))
+        raise ValueError(f"contains several state_dicts, under {found}: must contain one")
     if not keys:
         allowed = ", ".join(map(repr, STATE_DICT_KEYS))
-        raise ValueError(f"holds no state_dict: must be one, or have one under one of {allowed}")
-    _log.warning("%s: read the parameters under %r, and nothing else", path, keys[0])
+        raise ValueError(
+            f"contains no state_dict: must have one at the top level or under {allowed}"
+        )
+    _log.warning("%s: read only the parameters under %r", path, keys[0])
     return loaded[keys[0]]
 
 

@@ -25,7 +25,7 @@ class Serializable:
         """Build from a dictionary of the form of `to_dict`.
 
         Raises:
-            ValueError: an unknown or missing key, or a value that is out of range.
+            ValueError: a key is unknown or missing, or a value is out of range.
         """
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]

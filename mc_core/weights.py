@@ -117,7 +117,7 @@ def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
     """Convert JAX parameters to the names and layouts of PyTorch.
 
     Raises:
-        ValueError: lists all unknown names and wrong ranks.
+        ValueError: a name is unknown or a rank is wrong; the message lists all mismatches.
     """
     return _convert(flat, by_jax_name(), lambda row: row.torch)
 
@@ -126,7 +126,7 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
     """Convert PyTorch parameters to the names and layouts of JAX.
 
     Raises:
-        ValueError: lists all unknown names and wrong ranks.
+        ValueError: a name is unknown or a rank is wrong; the message lists all mismatches.
     """
     return _convert(flat, by_torch_name(), lambda row: row.jax)
 
@@ -142,7 +142,8 @@ def check_leaves(
         what: name of the arrays for the error message.
 
     Raises:
-        ValueError: lists all arrays that are missing, unexpected, or of another shape or dtype.
+        ValueError: an array is missing, unexpected, or of another shape or dtype; the message lists
+            all mismatches.
     """
     common = [name for name in expected if name in actual]
     mismatches = {

@@ -241,7 +241,7 @@ def empty_cache(
         k: keys [b, h, k], which set the shape of the pooled keys.
         slots: number of slots for cached memories.
         capacity: maximum number of tokens per stream.
-        total: whether to keep the sum of the complete segments' weights.
+        total: if True, the cache has the sum of the complete segments' weights.
         dtype: dtype of the cached memories; None = that of the state.
     """
     zero = jnp.zeros_like(k, dtype=state_dtype(k.dtype))

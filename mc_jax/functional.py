@@ -69,7 +69,7 @@ def memory_caching(
         inspect: also return `inner`; only for `chunked`.
 
     Raises:
-        ValueError: a wrong shape, a missing argument or an unknown name.
+        ValueError: an argument is missing, has a wrong shape, or is an unknown name.
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
@@ -131,7 +131,7 @@ def extend(
         norm: as in `memory_caching`.
 
     Raises:
-        ValueError: a wrong shape, a missing argument or an unknown name.
+        ValueError: an argument is missing, has a wrong shape, or is an unknown name.
     """
     check_streaming_config(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}

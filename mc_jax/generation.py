@@ -53,7 +53,7 @@ def sample(
     if temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
     elif rng is None:
-        raise ValueError(f"rng = None: must be given where temperature = {temperature}")
+        raise ValueError(f"rng = None: must be given for temperature = {temperature}")
     else:
         ranked, order = _truncate(logits / temperature, top_k, top_p)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, ranked.shape[1:], ranked.dtype))(rng)

@@ -24,7 +24,7 @@ class Mixer(nnx.Module, Pretrained):
 
     Args:
         config: the layer's configuration.
-        projects_u: whether to project the connector u.
+        projects_u: if True, the connector u is a separate projection.
         rngs: random streams; parameters use `params`.
         dtype: compute dtype of matrix products; None = that of the input.
         param_dtype: dtype of the parameters.

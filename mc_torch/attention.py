@@ -136,7 +136,7 @@ class AttentionLayer(Mixer):
             [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape, or the capacity of the cache is exceeded.
+            ValueError: an argument has a wrong shape, or the capacity of the cache is exceeded.
         """
         check_extend_inputs(x, cache, KVCache, self.config, is_static)
         return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)

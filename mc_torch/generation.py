@@ -50,7 +50,7 @@ def sample(
     if temperature == 0:
         tokens = _first_largest(logits)
     elif rng is None:
-        raise ValueError(f"rng = None: must be given where temperature = {temperature}")
+        raise ValueError(f"rng = None: must be given for temperature = {temperature}")
     else:
         ranked, order = _truncate(logits / temperature, top_k, top_p)
         noise = torch.stack([_gumbel(ranked[0], generator) for generator in rng])

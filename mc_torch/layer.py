@@ -151,7 +151,7 @@ class MemoryCachingLayer(Mixer):
             [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape, or the capacity of the cache is exceeded.
+            ValueError: an argument has a wrong shape, or the capacity of the cache is exceeded.
         """
         check_streaming_config(self.config)
         check_extend_inputs(x, cache, Cache, self.config, is_static)

@@ -25,7 +25,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
 
     Args:
         config: the layer's configuration.
-        projects_u: whether to project the connector u.
+        projects_u: if True, the connector u is a separate projection.
         device: device of the parameters.
         dtype: dtype of the parameters.
     """

@@ -158,8 +158,8 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             logits [b, t or p, vocab_size], float32 (float64 if the model computes in float64).
 
         Raises:
-            ValueError: a wrong shape or dtype, or an id or place out of range. A compiled program
-                cannot raise: from the first id out of range on, its row is NaN.
+            ValueError: an argument has a wrong shape or dtype, or an id or place is out of range. A
+                compiled program cannot raise: a row is NaN from its first id out of range.
         """
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
@@ -225,8 +225,8 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             logits [b, t, vocab_size], and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape or dtype, an id out of range, or the capacity of the cache is
-                exceeded.
+            ValueError: an argument has a wrong shape or dtype, an id is out of range, or the
+                capacity of the cache is exceeded.
         """
         check_extend_tokens(tokens, cache, len(self.blocks), is_static)
         in_range = self._check(tokens, mask, padding, check)

@@ -239,7 +239,7 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
     ("linear", "grm", lambda x: {"v": x["v"][:, :, :1]}, "v has shape (2, 13, 1, 3): must be (2, "),
     ("linear", "grm", lambda x: {"u": x["u"][..., :3]}, "u has shape (2, 13, 2, 3): must be (2, "),
     *(
-        ("linear", a, lambda x: {"u": None}, f"u = None: must be given where aggregation = '{a}'")
+        ("linear", a, lambda x: {"u": None}, f"u = None: must be given for aggregation = '{a}'")
         for a in ("grm", "soup", "ssc")
     ),
     (
@@ -272,16 +272,26 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
         "dla",
         "none",
         lambda x: {"v": x["v"][..., :3]},
-        "v has width 3: must be 4, as k, where the memory adds",
+        "v has width 3: must be 4, the width of k",
     ),
-    ("dla", "none", lambda x: {"norm": (1, 2)}, "norm is given: memory = DLAConfig(depth=2"),
+    (
+        "dla",
+        "none",
+        lambda x: {"norm": (1, 2)},
+        "norm is given: must be None for memory = DLAConfig(depth=2",
+    ),
     (
         "titans-norm",
         "none",
         lambda x: {"norm": None},
-        "norm is None: memory = TitansConfig(depth=2",
+        "norm is None: must be (gain, bias) for memory = TitansConfig(depth=2",
     ),
-    ("titans-norm", "none", lambda x: {"v": x["v"][..., :3]}, "v has width 3: must be 4, as k"),
+    (
+        "titans-norm",
+        "none",
+        lambda x: {"v": x["v"][..., :3]},
+        "v has width 3: must be 4, the width of k",
+    ),
 ]
 
 

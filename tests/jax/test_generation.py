@@ -204,7 +204,7 @@ def test_generation_uses_cache_dtype():
         ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p = 1.1: must be in \(0, 1\]"),
         ({"seed": -1}, "seed = -1: must be in 0..4294967295"),
-        ({"rows": [0, 1]}, "rows: 2 numbers for 1 prompts"),
+        ({"rows": [0, 1]}, "rows has 2 elements: must have 1"),
         ({"rows": [2**32]}, r"rows\[0\] = 4294967296: must be in"),
     ],
 )
@@ -216,5 +216,5 @@ def test_generate_rejects_invalid_arguments(options, message):
 
 
 def test_sampling_requires_rng():
-    with pytest.raises(ValueError, match=r"rng = None: must be given where temperature = 1.0"):
+    with pytest.raises(ValueError, match=r"rng = None: must be given for temperature = 1.0"):
         sample(jnp.zeros((1, 3)), temperature=1.0)

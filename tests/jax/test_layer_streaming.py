@@ -53,7 +53,7 @@ def test_extend_compiles_once_for_all_positions():
     y, _ = extend(x[:, :1], cache)
     assert np.isnan(y).all()
     assert extend.programs() == 1
-    with pytest.raises(ValueError, match="position 13 would go to 14"):
+    with pytest.raises(ValueError, match="advance position 13 to 14"):
         module.extend(x[:, :1], cache)
 
 
@@ -68,7 +68,9 @@ def test_forward_cache_can_be_extended(memory, aggregation, mode):
     """`forward_with_cache` returns a full cache; `grow` increases its capacity."""
     module, x, extend, forward = layer(memory, aggregation, state_init_mode=mode)
     head, cache = forward(x[:, :7])
-    with pytest.raises(ValueError, match=r"max_tokens = 7, and position 7 would go to 13"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 7: the call would advance position 7 to 13"
+    ):
         module.extend(x[:, 7:], cache)
     tail, cache = extend(x[:, 7:], module.grow(cache, 13))
     y, expected = forward(x)
@@ -96,10 +98,12 @@ def test_grow_preserves_cache_content():
 def test_exceeding_capacity_raises_or_gives_nan():
     module, x, *_ = layer()
     cache = module.init_cache(2, 8)
-    with pytest.raises(ValueError, match=r"max_tokens = 8, and position 0 would go to 13: grow"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 8: the call would advance position 0 to 13: call grow"
+    ):
         module.extend(x, cache)
     cache = cache._replace(position=jnp.asarray([8, 3], jnp.int32))
-    with pytest.raises(ValueError, match="position 8 would go to 9"):
+    with pytest.raises(ValueError, match="advance position 8 to 9"):
         module.extend(x[:, :1], cache)
 
 
@@ -117,8 +121,8 @@ def test_non_streamable_configurations_are_rejected():
     [
         (lambda m, x: m.init_cache(-1, 8), "batch = -1: must be >= 0"),
         (lambda m, x: m.init_cache(2, 0), "max_tokens = 0: must be >= 1"),
-        (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3"),
-        (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\], b = 2"),
+        (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\] with b = 3"),
+        (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\] with b = 2"),
     ],
 )
 def test_extend_rejects_invalid_calls(call, message):

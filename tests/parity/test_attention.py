@@ -194,7 +194,9 @@ def test_cache_grows_and_enforces_capacity(package, name):
     layer, (x, _) = build(package, CONFIGS[name]), draw()
     part = put(package, x)
     first, cache = layer.extend(part[:, :4], layer.init_cache(2, 4))
-    with pytest.raises(ValueError, match=r"max_tokens = 4, and position 4 would go to 5: grow\("):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 4: the call would advance position 4 to 5: call grow\("
+    ):
         layer.extend(part[:, 4:5], cache)
     with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, the capacity of the cache"):
         layer.grow(cache, 3)
@@ -210,7 +212,7 @@ def test_invalid_arguments_are_named(package):
     x = put(package, x)
     for call, message in (
         (lambda: layer(x[..., :5]), r"x has shape \(2, 13, 5\): must be \[b, t, 8\]"),
-        (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3 as cache"),
+        (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\] with b = 3"),
         (lambda: layer.init_cache(-1, 5), "batch = -1: must be >= 0"),
         (lambda: layer.init_cache(1, 0), "max_tokens = 0: must be >= 1"),
         (lambda: layer.init_cache(1, 2, cache_device="disk"), "cache_device = 'disk': must be"),

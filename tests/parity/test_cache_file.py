@@ -106,7 +106,9 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
     module = build(package, LAYER)
     cache = plain(module.init_cache(2, 13))
     package.save_cache(path, cache, LAYER)
-    with pytest.raises(ValueError, match=r"MCConfig.segment_size = 5: must be 4, as in the cache"):
+    with pytest.raises(
+        ValueError, match=r"MCConfig.segment_size = 5: must be 4, the value in the file"
+    ):
         package.load_cache(path, build(package, OTHER))
     with pytest.raises(ValueError, match="MemoryCachingLayer"):
         package.load_cache(path, build(package, MODEL))

@@ -180,7 +180,7 @@ def test_generation_with_empty_batch(package):
     steps = list(package.generate(model_of(package, **options), [], 3))
     assert [tuple(step.shape) for step in steps] == [(0,)] * 3
     assert {str(step.dtype) for step in steps} <= {"int32", "torch.int64"}
-    with pytest.raises(ValueError, match="rows: 1 numbers for 0 prompts"):
+    with pytest.raises(ValueError, match="rows has 1 elements: must have 0"):
         package.generate(model_of(package, **options), [], 3, rows=[0])
 
 

@@ -130,7 +130,7 @@ def test_state_dict_in_training_checkpoint(place, tmp_path, caplog):
     assert read.config is None
     assert same_bits(read.flat, draw(MODEL))
     assert lines(caplog) == [
-        f"{path}: read the parameters under {place!r}, and nothing else",
+        f"{path}: read only the parameters under {place!r}",
         f"{path}: removed '_orig_mod.' from the names of parameters",
     ]
 
@@ -147,9 +147,12 @@ def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
     tensors = {name: to_tensor(array) for name, array in flat.items()}
     for loaded, message in (
         ({"state_dict": tensors, "model": tensors}, "several state_dicts, under 'state_dict', 'mo"),
-        ({"step": 1}, "holds no state_dict: must be one, or have one under one of 'state_dict', "),
-        ({"model": {}}, "holds no state_dict"),
-        ([1], "holds no state_dict"),
+        (
+            {"step": 1},
+            "contains no state_dict: must have one at the top level or under 'state_dict', ",
+        ),
+        ({"model": {}}, "contains no state_dict"),
+        ([1], "contains no state_dict"),
         ({"state_dict": tensors, "module": "LanguageModel"}, "key 'version' is missing"),
         ({"state_dict": tensors, "version": 2, "module": "x", "config": {}}, "has version 2"),
     ):
@@ -230,7 +233,7 @@ def test_commands_read_wrapped_models(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert not stop.value.code
     assert "13 parameters of float32, bit-equal" in captured.out
-    place = f"mc: {source}: read the parameters under 'model', and nothing else\n"
+    place = f"mc: {source}: read only the parameters under 'model'\n"
     assert captured.err == place + line
     assert same_bits(SAFETENSORS.read(target).flat, draw(config))
 

@@ -171,7 +171,9 @@ def test_stream_stays_nan_after_invalid_id(side, wrong):
         assert np.isnan(get(left)[1]).all()
         same([get(left)[[0, 2]]], [get(right)[[0, 2]]])
     # The cache is full, but an invalidated row needs no capacity.
-    with pytest.raises(ValueError, match="max_tokens = 21, and position 21 would go to 22"):
+    with pytest.raises(
+        ValueError, match="max_tokens = 21: the call would advance position 21 to 22"
+    ):
         side.model.extend(side.array(TOKENS[:, :1]), broken)
 
 

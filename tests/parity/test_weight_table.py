@@ -131,8 +131,8 @@ def test_description_round_trips(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2: this package reads 1"),
-        ({"module": "Transformer"}, "holds a 'Transformer': must be one of MemoryCachingLayer"),
+        ({"version": 2}, "has version 2: must be 1"),
+        ({"module": "Transformer"}, "contains a 'Transformer': must be one of MemoryCachingLayer"),
         ({"module": "LanguageModel"}, "unknown key 'd_model'"),
         ({"config": {"d_model": 8, "num_heads": 3}}, "d_model = 8: must be a multiple"),
         ({"extra": 1}, "unknown key 'extra'"),
@@ -147,5 +147,5 @@ def test_description_is_strict(change, message):
 def test_mixed_dtypes_are_rejected():
     flat = draw(LAYERS["linear"])
     flat["q_proj.weight"] = flat["q_proj.weight"].astype(np.float64)
-    with pytest.raises(ValueError, match="float32, float64: must all have one"):
+    with pytest.raises(ValueError, match="float32, float64: must have the same dtype"):
         one_dtype(leaves(flat))

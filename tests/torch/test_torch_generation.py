@@ -62,7 +62,7 @@ def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
     bad[0] = np.nan
     logits = torch.tensor(np.stack([LOGITS, np.zeros(7), bad, np.full(7, np.inf)]))
     assert sample(logits).tolist() == [5, 0, -1, -1]
-    with pytest.raises(ValueError, match=r"rng = None: must be given where temperature = 1.0"):
+    with pytest.raises(ValueError, match=r"rng = None: must be given for temperature = 1.0"):
         sample(logits, temperature=1.0)
 
 

@@ -175,7 +175,9 @@ def test_full_pass_cache_can_be_extended(config):
     with torch.no_grad():
         whole = layer(x)
         y, cache = layer.forward_with_cache(x[:, :6])
-        with pytest.raises(ValueError, match=r"max_tokens = 6, and position 6 would go to 13"):
+        with pytest.raises(
+            ValueError, match=r"max_tokens = 6: the call would advance position 6 to 13"
+        ):
             layer.extend(x[:, 6:], cache)
         cache = layer.grow(cache, 13)
         rest, cache = streamed(layer, x[:, 6:], (1, 4, 2), cache=cache)
@@ -360,7 +362,7 @@ def test_model_stream_matches_full_pass(tie):
         assert_close(padded[1, 4:], model(tokens[1:, 4:])[0], EXACT)
         assert_close(padded[0], model(tokens[:1])[0], EXACT)
     assert [one.position.tolist() for one in cache] == [[9, 5]] * 2
-    with pytest.raises(ValueError, match=r"tokens have shape \(1, 9\): must be \[2, t\]"):
+    with pytest.raises(ValueError, match=r"tokens has shape \(1, 9\): must be \[b, t\] with b = 2"):
         model.extend(tokens[:1], cache)
 
 
@@ -369,18 +371,18 @@ def test_invalid_streams_are_rejected():
     cache = layer.init_cache(2, 4)
     for words, given_x in (
         (r"x has shape \(2, 4, 7\): must be \[b, t, 8\]", x[..., :7]),
-        (r"x has shape \(1, 4, 8\): .* b = 2 as cache", x[:1]),
+        (r"x has shape \(1, 4, 8\): .* with b = 2", x[:1]),
     ):
         with pytest.raises(ValueError, match=words):
             layer.extend(given_x, cache)
     with pytest.raises(ValueError, match="max_tokens = 0: must be >= 1"):
         layer.init_cache(2, 0)
-    with pytest.raises(ValueError, match="position 0 would go to 5"):
+    with pytest.raises(ValueError, match="advance position 0 to 5"):
         layer.extend(draw(2, 5, 8), cache)
     padding = torch.arange(5) < torch.tensor([[1], [2]])
     assert layer.extend(draw(2, 5, 8), cache, padding=padding)[1].position.tolist() == [4, 3]
     logarithmic = MCConfig(8, 2, segmentation="logarithmic")
-    with pytest.raises(ValueError, match="cannot stream"):
+    with pytest.raises(ValueError, match="must be 'constant' for streaming"):
         make_layer(logarithmic).init_cache(1, 4)
 
 

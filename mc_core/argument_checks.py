@@ -92,7 +92,7 @@ def check_tokens(tokens: Any, mask: Any, padding: Any, is_static: Callable[[Any]
         is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Returns:
-        bool [b, t], False at ids that are not read, or None.
+        bool [b, t], False at masked tokens and padding, or None.
 
     Raises:
         ValueError: an argument is invalid; the message states its value and what is expected.

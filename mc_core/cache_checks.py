@@ -64,7 +64,7 @@ def check_capacity(
     """Check that a cache has capacity for the next tokens. Invalidated streams are ignored.
 
     Args:
-        position: number of tokens in each row so far, [b].
+        position: number of processed tokens per row, [b].
         tokens: number of next tokens, of all rows or [b].
         capacity: capacity of the cache in tokens.
 

@@ -201,7 +201,7 @@ class AttentionConfig(Serializable):
 
 @dataclass(frozen=True)
 class ModelConfig(Serializable):
-    """A language model of pre-norm blocks: a mixer of tokens, then SwiGLU.
+    """Language model with pre-norm blocks, each a token mixer and a SwiGLU.
 
     Attributes:
         vocab_size: number of token ids.

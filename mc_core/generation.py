@@ -1,4 +1,4 @@
-"""Options of generation, and prompts as padded blocks of few different shapes."""
+"""Options of generation, and division of prompts into padded blocks."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SEEDS = 2**32
 
 
 class PromptBlock(NamedTuple):
-    """The next tokens of every prompt, right-padded."""
+    """Next tokens of all prompts, right-padded."""
 
     tokens: Any  # ids, int32 [b, w]; 0 at padding
     padding: Any  # bool [b, w], True at padding
@@ -63,7 +63,7 @@ def check_generation(
 def make_blocks(
     prompts: Sequence[Sequence[int] | np.ndarray], block: int = PROMPT_BLOCK
 ) -> list[PromptBlock]:
-    """Split prompts into padded blocks with few different widths.
+    """Split prompts into padded blocks; a small set of widths limits recompilation.
 
     Args:
         prompts: ids of each row, at least one.
@@ -83,7 +83,7 @@ def make_blocks(
 
 
 def bucket(tokens: int, block: int = PROMPT_BLOCK) -> int:
-    """Round up to a power of two, or to a multiple of `block` above it."""
+    """Round up to a power of two, or above `block` to a multiple of `block`."""
     if tokens > block:
         return -(-tokens // block) * block
     return min(block, 1 << (tokens - 1).bit_length())

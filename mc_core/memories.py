@@ -1,4 +1,4 @@
-"""Memory kinds: one configuration class each, which declares all properties of the kind.
+"""Memory kinds. The configuration class of a kind declares all its properties.
 
 To add a kind, register a configuration class with `register_memory` and a backend per framework
 with `register_backend`; see `examples/custom_memory.py`.

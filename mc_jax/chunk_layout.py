@@ -99,7 +99,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         completing_chunk  = [1, 3], completed_slots = [1, 2]
 
     Args:
-        position: number of tokens in each row before the call, int32 [b].
+        position: number of processed tokens per row before the call, int32 [b].
         count: number of tokens of the call per row, int32 [b]; later tokens are padding.
         tokens: t, the length of the call.
         config: segment and chunk size.

@@ -20,7 +20,7 @@ from mc_jax.pretrained import Pretrained
 
 
 class Mixer(nnx.Module, Pretrained):
-    """Projects tokens to q, k and v per head, and reads per head back to tokens.
+    """Projects tokens to q, k and v per head, and the heads' reads to outputs.
 
     Args:
         config: the layer's configuration.
@@ -48,7 +48,7 @@ class Mixer(nnx.Module, Pretrained):
         def linear() -> Linear:
             return Linear(d, d, rngs=rngs, param_dtype=param_dtype)
 
-        # A seed's draws follow this order.
+        # The order determines the parameters drawn from a seed.
         self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
         if projects_u:
             self.u_proj = linear()
@@ -124,11 +124,11 @@ def extend_rows(
     mask: Array | None,
     padding: Array | None,
 ) -> tuple[Array, Any]:
-    """Extend streams by right-padding their rows, and restore the order of the outputs.
+    """Extend streams by tokens with padding at any position.
 
     Args:
-        extend: function of right-padded tokens, `cache`, mask and, if there is padding, the number
-            of tokens per row, int32 [b]; returns outputs [b, t, ...] and a cache.
+        extend: function of right-padded tokens, a cache, a mask and, if there is padding, the
+            number of tokens per row, int32 [b]. Returns outputs [b, t, ...] and a cache.
         x: tokens [b, t, ...].
         cache: cache of a mixer, or of all blocks of a model.
         mask: bool [b, t], False at masked tokens.

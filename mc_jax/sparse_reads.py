@@ -24,10 +24,10 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
         memory: the memory kind.
         weights: cached memories, each [b, n, h, o, i].
         q: queries [b, t, h, k].
-        selected: [b, t, h, top_k] indices of memories; n = none.
+        selected: indices of memories [b, t, h, top_k]; n = unused.
 
     Returns:
-        [b, t, h, top_k, v]; zeros for n.
+        [b, t, h, top_k, v], zero at unused entries.
     """
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
@@ -82,7 +82,7 @@ def _gather_rows(x: Array, position: Array) -> Array:
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:
-    """Assign rows to blocks, each of which holds rows of a single memory.
+    """Assign rows to blocks, so that all rows of a block read the same memory.
 
     Example: 13 tokens in segments of 4, n = 4 memories; every token after the first segment selects
     one memory. The 13 rows are assigned to 9 blocks of 3, that is to 27 positions:
@@ -99,10 +99,10 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
         group: [rows] memory of each row; n = none.
         n: number of memories.
         block: rows of a block.
-        blocks: number of blocks, including a partly filled last block per memory.
+        blocks: maximum number of blocks, including one partly filled block per memory.
 
     Returns:
-        position: [rows] position of each row among the blocks; past the end if none.
+        position: [rows] position of each row in the blocks; out of range if it reads no memory.
         source: [blocks * block] row at each position; `rows` at padding.
         block_memory: [blocks] memory of each block.
     """
@@ -125,7 +125,7 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
 
 
 def _sort(group: Array, n: int) -> tuple[Array, Array]:
-    """Sort the rows' memories [rows] in 0..n. Return them and the sorting permutation."""
+    """Sort memory indices [rows] in 0..n. Return the sorted indices and the permutation."""
     row = jnp.arange(group.shape[0], dtype=jnp.int32)
     bits = int(group.shape[0] - 1).bit_length()
     if (n + 1) << bits > jnp.iinfo(jnp.int32).max:

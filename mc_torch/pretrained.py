@@ -1,4 +1,4 @@
-"""Weights of a module as plain tensors, and modules from files of weights."""
+"""Conversion of modules to and from flat tensors, and loading of safetensors files."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -62,7 +62,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
 
 class Pretrained:
-    """Mixin of modules that load from a safetensors file with configuration and weights."""
+    """Mixin for modules that load configuration and weights from a safetensors file."""
 
     config_class: ClassVar[Any]
 
@@ -74,7 +74,7 @@ class Pretrained:
         device: torch.device | str | None = None,
         dtype: Dtype = None,
     ) -> Self:
-        """Build from a safetensors file; `dtype` None = the file's.
+        """Build from a safetensors file; `dtype` = None uses that of the file.
 
         Raises:
             ValueError: the file is damaged or does not match; the message lists all mismatches.

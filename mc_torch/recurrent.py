@@ -1,4 +1,4 @@
-"""The definition: a recurrence over tokens, each of which is written and then read."""
+"""Reference implementation: a recurrence that writes, then reads, one token at a time."""
 
 from typing import NamedTuple
 
@@ -25,10 +25,10 @@ from mc_torch.reads import read_token
 class Token(NamedTuple):
     """One token of each sequence, with its segment and chunk boundaries."""
 
-    q: Array  # [b, h, k], also k and u
-    k: Array
+    q: Array  # [b, h, k]
+    k: Array  # [b, h, k]
     v: Array  # [b, h, v]
-    u: Array
+    u: Array  # [b, h, k]
     coefficients: Coefficients  # each [b, h]
     mask: Array  # bool [b]
     segment: int  # its segment

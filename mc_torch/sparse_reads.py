@@ -23,10 +23,10 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
         memory: the memory kind.
         weights: cached memories, each [b, n, h, o, i].
         q: queries [b, t, h, k].
-        selected: [b, t, h, top_k] indices of memories; n = none.
+        selected: indices of memories [b, t, h, top_k]; n = unused.
 
     Returns:
-        [b, t, h, top_k, v]; zeros for n.
+        [b, t, h, top_k, v], zero at unused entries.
     """
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
@@ -78,7 +78,7 @@ def _gather_rows(x: Array, position: Array) -> Array:
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:
-    """Assign rows to blocks, each of which holds rows of a single memory.
+    """Assign rows to blocks, so that all rows of a block read the same memory.
 
     Example: 13 tokens in segments of 4, n = 4 memories; every token after the first segment selects
     one memory. The 13 rows are assigned to 9 blocks of 3, that is to 27 positions:
@@ -95,7 +95,7 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
         group: [b, h, rows] memory of each row; n = none.
         n: number of memories.
         block: rows of a block.
-        blocks: number of blocks, including a partly filled last block per memory.
+        blocks: maximum number of blocks, including one partly filled block per memory.
 
     Returns:
         position: [b, h, rows] position of each row among the blocks; past the end if none.

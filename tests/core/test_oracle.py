@@ -94,8 +94,8 @@ def test_swla_matches_hand_computation():
     close(case.run("none").states[0].ravel(), [9.8, 12.4])
     close(case.run("none").output.ravel(), [3.0, 6.0, 9.8 + 12.4])
     close(case.run("none", segment_size=2).states[0].ravel(), [1.6, 6.0, 9.8, 12.4])
-    fresh = case.run("none", state_init_mode="restart", segment_size=2)
-    close(fresh.states[0].ravel(), [1.6, 6.0, 2.0 + 9.0, 4.0 + 9.0])
+    anchored = case.run("none", state_init_mode="restart", segment_size=2)
+    close(anchored.states[0].ravel(), [1.6, 6.0, 2.0 + 9.0, 4.0 + 9.0])
     masked = case.run("none", mask=np.array([[True, False, True]]))
     # W_3 = (1.5, 2) + 0.2·1 (1, 0) + 3·3 (1, 1): the masked token is not the previous one
     close(masked.states[0].ravel(), [1.5 + 0.2 + 9.0, 2.0 + 9.0])

@@ -195,7 +195,7 @@ def test_generation_uses_cache_dtype():
         ({"prompts": [[1], []]}, r"prompts\[1\] has shape \(0,\): must be \[t\]"),
         ({"prompts": [[1, 13]]}, r"prompts\[0\]\[1\] = 13: must be in 0..12"),
         ({"prompts": [[-1, 1]]}, r"prompts\[0\]\[0\] = -1: must be in 0..12"),
-        ({"prompts": [[0.5]]}, r"prompts\[0\] has dtype float64: must be integers"),
+        ({"prompts": [[0.5]]}, r"prompts\[0\] has dtype float64: must be an integer dtype"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0: must be >= 1"),
         ({"block": 0}, "block = 0: must be >= 1"),
         ({"temperature": -0.1}, "temperature = -0.1: must be finite and >= 0"),

@@ -114,7 +114,7 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
         package.load_cache(path, build(package, MODEL))
     broken = cache._replace(pool=cache.pool[:, :1], conv=cache.conv[:2])
     package.save_cache(path, broken, LAYER)
-    message = r"(?s)tensors do not fit.*missing conv.2.*must be pool float64\[2, 2, 4\]"
+    message = r"(?s)tensors do not match.*missing conv.2.*must be pool float64\[2, 2, 4\]"
     with pytest.raises(ValueError, match=message):
         package.load_cache(path, module)
     path.write_bytes(b"nothing")
@@ -131,8 +131,8 @@ def test_loaded_cache_has_device_of_new_cache(tmp_path, package, config):
     module, rest, cache = begun(package, config)
     package.save_cache(path, cache, config)
     far = package.load_cache(path, module, cache_device="host")
-    fresh = module.init_cache(2, 13, cache_device="host")
-    places = [[place(x) for _, x in flatten(tree)] for tree in (far, fresh)]
+    anchored = module.init_cache(2, 13, cache_device="host")
+    places = [[place(x) for _, x in flatten(tree)] for tree in (far, anchored)]
     assert places[0] == places[1]
     if package is mc_jax:
         assert len(set(places[0])) == 2

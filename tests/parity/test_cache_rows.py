@@ -172,8 +172,8 @@ def test_dropping_rows_does_not_change_others():
     [
         ([0, 2], r"rows\[1\] = 2: must be in 0\.\.1"),
         ([-1], r"rows\[0\] = -1: must be in 0\.\.1"),
-        ([0.5], "rows has dtype float64: must be integers"),
-        ([True, False], "rows has dtype bool: must be integers"),
+        ([0.5], "rows has dtype float64: must be an integer dtype"),
+        ([True, False], "rows has dtype bool: must be an integer dtype"),
         ([[0, 1]], r"rows has shape \(1, 2\): must be \[r\]"),
     ],
     ids=str,

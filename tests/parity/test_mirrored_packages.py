@@ -41,7 +41,7 @@ JAX_ONLY = {
     "modules.py": {"Head"},
     "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
     # Host memory is a device in PyTorch and a memory space in JAX.
-    "offload.py": {"HOST", "DEVICE", "KIND"},
+    "offload.py": {"HOST", "DEVICE", "HOST_KIND"},
 }
 RENAMED = {"__call__": "forward"}
 # Constructor arguments: JAX has `rngs` and separate dtypes for compute and parameters.

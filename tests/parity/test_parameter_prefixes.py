@@ -164,7 +164,7 @@ def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
 def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
     """Return the error message of a failed conversion."""
     target = tmp_path / "target.safetensors"
-    with pytest.raises(ValueError, match="do not fit") as caught:
+    with pytest.raises(ValueError, match="do not match") as caught:
         convert(save_pt(tmp_path / "model.pt", flat), target, STATE_DICT, SAFETENSORS, MODEL)
     assert not target.exists()
     return str(caught.value)

@@ -206,7 +206,7 @@ def test_ids_out_of_range_raise_with_position(side, entry, wrong):
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
 def test_non_integer_ids_are_rejected(side, entry, dtype):
     tokens = side.array(np.ones((2, 3), dtype))
-    with pytest.raises(ValueError, match=f"tokens has dtype {dtype}: must be integers"):
+    with pytest.raises(ValueError, match=f"tokens has dtype {dtype}: must be an integer dtype"):
         ENTRIES[entry](side.model, tokens)
 
 
@@ -240,7 +240,7 @@ def test_places_are_indices_of_tokens(side, dtype):
             model(tokens, None, side.array(broken))
     with pytest.raises(ValueError, match=r"places\[0, 1\] = -1: must be in 0..6"):
         model(tokens, None, side.array(np.array([[0, -1]] * 3)))
-    with pytest.raises(ValueError, match="places has dtype float32: must be integers"):
+    with pytest.raises(ValueError, match="places has dtype float32: must be an integer dtype"):
         model(tokens, None, side.array(np.zeros((3, 2), np.float32)))
     side.trace(lambda: model(tokens, None, side.array(places)))
 
@@ -341,7 +341,7 @@ def test_inputs_at_masked_tokens_are_not_read(memory, method):
     [
         ({"prompts": [[1, 2], [3, 4, SIZE]]}, r"prompts\[1\]\[2\] = 11: must be in 0..10"),
         ({"prompts": [[-1]]}, r"prompts\[0\]\[0\] = -1: must be in 0..10"),
-        ({"prompts": [[True]]}, r"prompts\[0\] has dtype bool: must be integers"),
+        ({"prompts": [[True]]}, r"prompts\[0\] has dtype bool: must be an integer dtype"),
         ({"rows": [0.5]}, r"rows\[0\] = 0.5: must be an integer"),
         ({"rows": [True]}, r"rows\[0\] = True: must be an integer"),
         ({"seed": 1.0}, "seed = 1.0: must be an integer"),

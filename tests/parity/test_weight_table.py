@@ -89,11 +89,11 @@ def test_set_weights_lists_all_errors_and_changes_nothing(framework):
     }[framework]
     module = make(config)
     before = get(module)
-    with pytest.raises(ValueError, match="weights do not fit") as caught:
+    with pytest.raises(ValueError, match="weights do not match") as caught:
         load(module, spoil(before, kernel))
     shape = list(before[kernel].shape)
     assert str(caught.value).split("\n  ") == [
-        "weights do not fit:",
+        "weights do not match:",
         "missing norm.scale float32[8]",
         "unexpected blocks.0.mixer.q_prj.kernel float32[3]",
         *sorted(
@@ -112,7 +112,7 @@ def test_unknown_weights_are_listed():
     flat["blocks.0.mixer.w_proj.weight"] = np.ones((2, 2))
     flat["head.bias"] = np.ones(2)
     flat["norm.scale"] = np.ones((1, 8))
-    with pytest.raises(ValueError, match="weights do not fit") as caught:
+    with pytest.raises(ValueError, match="weights do not match") as caught:
         to_jax(flat)
     assert str(caught.value).split("\n  ")[1:] == [
         "must have 1 axes: norm.scale float64[1, 8]",

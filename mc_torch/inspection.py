@@ -54,7 +54,7 @@ class Trace(NamedTuple):
 
     @property
     def router_weights(self) -> Array:
-        """Alias of `gates` [b, t, h, n + 1], for compatibility with the package `memory-caching`."""
+        """Alias of `gates` [b, t, h, n + 1], as named by `memory-caching`."""
         return self.gates
 
 

@@ -201,7 +201,7 @@ def test_mismatched_file_lists_all_errors(saved, tmp_path, package):
     flat = load_file(path)
     del flat["embed.weight"]
     save_file(flat, path, to_metadata(MODELS["tied"]))
-    with pytest.raises(ValueError, match="do not fit") as caught:
+    with pytest.raises(ValueError, match="do not match") as caught:
         package.LanguageModel.from_pretrained(path)
     for words in (
         f"{path}: weights do not match:",

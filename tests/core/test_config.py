@@ -77,7 +77,7 @@ RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]]
 ]
 
 
-def refused(cls: type, field: str, value: Any, allowed: str, **others: Any) -> None:
+def assert_rejected(cls: type, field: str, value: Any, allowed: str, **others: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{cls.__name__}.{field} = {value!r}: ")) as e:
         cls(**{**CONFIGS[cls], **others, field: value})
     assert allowed in str(e.value)
@@ -86,15 +86,15 @@ def refused(cls: type, field: str, value: Any, allowed: str, **others: Any) -> N
 
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
 def test_fields_reject_other_types(cls, field):
-    refused(cls, field, [1], "must be of type ")
+    assert_rejected(cls, field, [1], "must be of type ")
     hint = str(next(f.type for f in dataclasses.fields(cls) if f.name == field))
     if "bool" not in hint:
-        refused(cls, field, True, "must be of type ")
+        assert_rejected(cls, field, True, "must be of type ")
     if "float" in hint:
         for value in (float("nan"), float("inf")):
-            refused(cls, field, value, "must be finite")
+            assert_rejected(cls, field, value, "must be finite")
     if hint in ("int", "int | None"):
-        refused(cls, field, 1.0, "must be of type int")
+        assert_rejected(cls, field, 1.0, "must be of type int")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_fields_reject_other_types(cls, field):
 )
 def test_names_must_be_known(cls, field):
     allowed = "must be one of " + ", ".join(map(repr, CHOICES[field]))
-    refused(cls, field, "unheard-of", allowed)
+    assert_rejected(cls, field, "unheard-of", allowed)
     for name in CHOICES[field]:
         cls(**{**CONFIGS[cls], field: name})
 
@@ -113,7 +113,7 @@ def test_names_must_be_known(cls, field):
 def test_numbers_must_be_in_range(classes, field, values, allowed, others):
     for cls in classes:
         for value in values:
-            refused(cls, field, value, f"must be {allowed}", **others)
+            assert_rejected(cls, field, value, f"must be {allowed}", **others)
 
 
 def test_closed_range_ends_are_accepted():
@@ -191,7 +191,7 @@ def test_configuration_dictionaries_round_trip(name):
 
 def test_configuration_dictionaries_are_strict():
     memory = {"kind": "titans"}
-    wrong: list[tuple[type, Any, str]] = [
+    invalid: list[tuple[type, Any, str]] = [
         (MCConfig, {**LAYER, "segments": 3}, "MCConfig: unknown key 'segments'; allowed are d_mo"),
         (MCConfig, {"d_model": 8}, "MCConfig: key 'num_heads' is missing"),
         (MCConfig, [1], "MCConfig = [1]: must be a mapping"),
@@ -206,7 +206,7 @@ def test_configuration_dictionaries_are_strict():
         (ModelConfig, {**MODEL, "layer": {"d_model": 8}}, "MCConfig: key 'num_heads' is missing"),
         (ModelConfig, {"layer": LAYER}, "ModelConfig: key 'vocab_size' is missing"),
     ]
-    for cls, data, message in wrong:
+    for cls, data, message in invalid:
         with pytest.raises(ValueError, match=re.escape(message)):
             cls.from_dict(data)
 

@@ -75,18 +75,21 @@ class FunctionCase(NamedTuple):
 
     def with_zero_decay(self) -> "FunctionCase":
         """Set retention and momentum to 0 at some tokens and close to 0 at others."""
-        at = self.coefficients
+        coefficients = self.coefficients
         token = np.arange(self.tokens)[:, None]
 
-        def close(x: Array | None) -> Array | None:
+        def reduce_decay(x: Array | None) -> Array | None:
             if x is None:
                 return None
             return np.where(token % 5 == 2, 0.0, np.where(token % 3 == 0, 0.01, x))
 
-        kept = {"retention": close(at.retention), "momentum": close(at.momentum)}
-        return self._replace(coefficients=at._replace(**kept))
+        changed = {
+            "retention": reduce_decay(coefficients.retention),
+            "momentum": reduce_decay(coefficients.momentum),
+        }
+        return self._replace(coefficients=coefficients._replace(**changed))
 
-    def each(self, change: Any) -> "FunctionCase":
+    def map_inputs(self, change: Any) -> "FunctionCase":
         """Change every input that has tokens, [b, t, h, ...]."""
         return self._replace(
             **{
@@ -141,8 +144,8 @@ def make_case(
         momentum=rng.uniform(0.2, 0.9, shape) if memory.kind == "titans" else None,
         previous=rng.uniform(-1.0, 1.0, shape) if memory.kind == "swla" else None,
     )
-    layered = getattr(memory, "norm", "none") == "layer"
-    norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width))) if layered else None
+    has_norm = getattr(memory, "norm", "none") == "layer"
+    norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width))) if has_norm else None
     return FunctionCase(
         q,
         k,
@@ -173,7 +176,7 @@ def make_mask(
     return mask
 
 
-def spread(mask: Array, like: Array) -> Array:
+def expand_mask(mask: Array, like: Array) -> Array:
     """Add trailing axes to a mask [b, t], to broadcast with `like` [b, t, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 

@@ -31,7 +31,7 @@ class OracleCase(NamedTuple):
         *tensors, _, norm = self
         return oracle.memory_caching(*tensors, config, norm=norm, **inputs)
 
-    def each(self, change: Callable[[Array], Array]) -> "OracleCase":
+    def map_inputs(self, change: Callable[[Array], Array]) -> "OracleCase":
         """Change every input that has tokens, [b, t, h] or [b, t, h, k]."""
         return self._replace(
             **{name: change(getattr(self, name)) for name in "qkvu"},

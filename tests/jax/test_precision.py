@@ -37,7 +37,7 @@ def long_case(memory: str, **options: Any) -> FunctionCase:
     )
     rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
     case = case._replace(**{n: x for n in "qkvu" if (x := getattr(case, n)) is not None})
-    return case.each(rounded)._replace(initial=tuple(map(rounded, case.initial)))
+    return case.map_inputs(rounded)._replace(initial=tuple(map(rounded, case.initial)))
 
 
 def exact(case: FunctionCase) -> Any:
@@ -113,7 +113,7 @@ def test_recurrence_accumulates_in_float32(memory, framework):
 def test_long_sums_accumulate_in_float32():
     """A bfloat16 running sum of ones would stall at 256."""
     case = make_case("linear", "grm", tokens=1000, heads=1, batch=1, segment_size=1000)
-    ones = case.each(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
+    ones = case.map_inputs(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
     result = run(ones.with_config(pooling="sum", chunk_size=64), dtype=jnp.bfloat16)
     np.testing.assert_array_equal(result.cache.segments.pool, np.full((1, 1, 1, 4), 1000.0))
     np.testing.assert_array_equal(result.cache.state.weights[0], np.full((1, 1, 3, 4), 1000.0))
@@ -150,12 +150,12 @@ def test_layer_without_dtype_computes_in_input_dtype(kind, config):
 def test_layer_returns_input_dtype(dtype):
     config = MCConfig(16, 2, TitansConfig(), segment_size=16, chunk_size=8)
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    whole = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    reference = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 16)), dtype)
     forward = partial(nnx.jit, lambda m, x: m.forward_with_cache(x))
     y, cache = forward()(layer, x)
     assert y.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {np.dtype("f4"), np.dtype("i4")}
-    expected = forward()(whole, x.astype(jnp.float32))[0]
+    expected = forward()(reference, x.astype(jnp.float32))[0]
     error = rms(np.asarray(y, np.float32) - np.asarray(expected)) / rms(np.asarray(expected))
     assert error < 3e-2

@@ -66,7 +66,7 @@ CASES = pairwise(
 )
 
 
-def case_of(number: int) -> FunctionCase:
+def numbered_case(number: int) -> FunctionCase:
     options = dict(CASES[number])
     variants = VARIANTS[options.pop("kind")]
     case = make_case(variants[number % len(variants)], **options, tokens=13, seed=number)
@@ -85,11 +85,11 @@ def check(case: FunctionCase) -> None:
 )
 def test_both_methods_match_oracle(number):
     """Sections 2 to 5, at a length that is no multiple of segment or chunk size."""
-    check(case_of(number))
+    check(numbered_case(number))
 
 
 def test_cases_cover_all_pairs_and_variants():
-    configs = [case_of(number).config for number in range(len(CASES))]
+    configs = [numbered_case(number).config for number in range(len(CASES))]
     pairs = {(config.memory.kind, config.aggregation) for config in configs}
     assert pairs == set(product(KINDS, AGGREGATIONS))
     assert len({config.memory for config in configs}) == sum(map(len, VARIANTS.values()))
@@ -128,10 +128,10 @@ def test_segment_edges_match_oracle_on_large_grid(edge, memory, mode):
 
 def check_with_gradients(case: FunctionCase, method: str = "chunked") -> None:
     """Compare outputs with the oracle, and gradients with those of the other method in PyTorch."""
-    result, found = run_with_gradients(case, method)
+    result, actual = run_with_gradients(case, method)
     assert_matches_oracle(result, case)
     other = next(name for name in METHODS if name != method)
-    assert_close(found, torch_calls.gradients(case, other), GRADIENT, name="gradient")
+    assert_close(actual, torch_calls.gradients(case, other), GRADIENT, name="gradient")
 
 
 @pytest.mark.parametrize("memory", KINDS)
@@ -231,13 +231,15 @@ def test_token_gates_are_independent_of_keys(aggregation, method):
         return jnp.sum(jnp.sin(gates)), gates
 
     for gate in GATES:
-        own = case.with_config(gate=gate)
-        both = jax.jit(jax.value_and_grad(lambda x, own=own: total(x, own), has_aux=True))
-        inputs = arrays(own)
+        gate_case = case.with_config(gate=gate)
+        both = jax.jit(
+            jax.value_and_grad(lambda x, gate_case=gate_case: total(x, gate_case), has_aux=True)
+        )
+        inputs = arrays(gate_case)
         (_, gates), gradient = both(inputs)
         (_, other), _ = both(inputs | {"k": -inputs["k"]})
-        seen = np.asarray(gradient["k"]).any(), (np.asarray(gates) != other).any()
-        assert seen == ((True, True) if gate == "context" else (False, False)), gate
+        depends = np.asarray(gradient["k"]).any(), (np.asarray(gates) != other).any()
+        assert depends == ((True, True) if gate == "context" else (False, False)), gate
         assert np.asarray(gradient["u"]).any()
 
 
@@ -257,9 +259,9 @@ def test_detaching_stops_only_cached_gradients():
     last = jnp.asarray(np.arange(8) >= 4, jnp.float64)[None, :, None, None]
     grads = {}
     for states, context in product((False, True), repeat=2):
-        cut = case.with_config(detach_cached_states=states, detach_cached_context=context)
-        loss = lambda x, cut=cut: jnp.sum(jnp.sin(call(x, cut).output) * last)  # noqa: E731
-        grads[states, context] = jax.jit(jax.grad(loss))(arrays(cut))
+        detached = case.with_config(detach_cached_states=states, detach_cached_context=context)
+        loss = lambda x, detached=detached: jnp.sum(jnp.sin(call(x, detached).output) * last)  # noqa: E731
+        grads[states, context] = jax.jit(jax.grad(loss))(arrays(detached))
     first = {key: np.asarray(g["k"])[:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
     assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys

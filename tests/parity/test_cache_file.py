@@ -49,7 +49,7 @@ def tokens(package: Any, config: Any) -> Any:
     return jnp.asarray(x) if package is mc_jax else torch.tensor(x)
 
 
-def begun(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
+def start_stream(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
     """Return a module, the remaining tokens of a stream, and its cache inside a chunk."""
     module, x = build(package, config), tokens(package, config)
     cache = module.init_cache(2, 13, cache_dtype=cache_dtype)
@@ -78,7 +78,7 @@ def test_saved_cache_continues_stream(tmp_path, package, config):
     """With convolutions and bfloat16 memories."""
     path = tmp_path / "stream.safetensors"
     short = jnp.bfloat16 if package is mc_jax else torch.bfloat16
-    module, rest, cache = begun(package, config, short)
+    module, rest, cache = start_stream(package, config, short)
     package.save_cache(path, cache, config)
     loaded = package.load_cache(path, module)
     for (name, saved), (same, read) in zip(flatten(cache), flatten(loaded), strict=True):
@@ -92,7 +92,7 @@ def test_saved_cache_continues_stream(tmp_path, package, config):
 @pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
 def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"
-    module, rest, cache = begun(writer, config)
+    module, rest, cache = start_stream(writer, config)
     writer.save_cache(path, cache, config)
     expected = array(module.extend(rest, cache)[0])
     other = build(reader, config)
@@ -128,7 +128,7 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
 )
 def test_loaded_cache_has_device_of_new_cache(tmp_path, package, config):
     path = tmp_path / "stream.safetensors"
-    module, rest, cache = begun(package, config)
+    module, rest, cache = start_stream(package, config)
     package.save_cache(path, cache, config)
     far = package.load_cache(path, module, cache_device="host")
     anchored = module.init_cache(2, 13, cache_device="host")
@@ -146,7 +146,7 @@ def place(x: Any) -> str:
 
 def test_loading_float64_requires_x64(tmp_path):
     path = tmp_path / "stream.safetensors"
-    _, _, cache = begun(mc_torch, LAYER)
+    _, _, cache = start_stream(mc_torch, LAYER)
     mc_torch.save_cache(path, cache, LAYER)
     with jax.enable_x64(False):
         single = mc_jax.MemoryCachingLayer(LAYER, rngs=nnx.Rngs(0))

@@ -72,13 +72,13 @@ def test_taken_rows_continue_independently(name, rows):
     model = make_model(name)
     _, cache = stream(model, [0, 1, 2])
     before = copy.deepcopy(cache)
-    taken = mc_torch.take_rows(cache, rows)
+    selected = mc_torch.take_rows(cache, rows)
     if rows:
-        assert_same_streams(model, taken, rows)
+        assert_same_streams(model, selected, rows)
     else:
-        assert {one.position.shape for one in taken} == {(0,)}
-    assert [one.capacity.item() for one in taken] == [16, 16, 16]
-    model.extend(torch.from_numpy(NEXT[rows]), taken)
+        assert {one.position.shape for one in selected} == {(0,)}
+    assert [one.capacity.item() for one in selected] == [16, 16, 16]
+    model.extend(torch.from_numpy(NEXT[rows]), selected)
     assert_close(dict(flatten(cache)), dict(flatten(before)), 0)  # the source is unchanged
 
 
@@ -118,9 +118,9 @@ def test_take_rows_under_jit(name):
     actual = run(params, *arguments, jnp.asarray(rows), jnp.asarray(NEXT[rows]))
     straight = run(params, *arguments, jnp.arange(3), jnp.asarray(NEXT))
     assert_close(actual, straight[jnp.asarray(rows)], 1e-12)
-    lost = run(params, *arguments, jnp.asarray([0, 3, -1]), jnp.asarray(NEXT))
-    assert np.isnan(lost[1:]).all()  # a compiled program cannot raise
-    assert_close(lost[0], straight[0], 1e-12)
+    invalid = run(params, *arguments, jnp.asarray([0, 3, -1]), jnp.asarray(NEXT))
+    assert np.isnan(invalid[1:]).all()  # a compiled program cannot raise
+    assert_close(invalid[0], straight[0], 1e-12)
 
 
 @torch.no_grad()

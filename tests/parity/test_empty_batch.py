@@ -107,7 +107,7 @@ def test_jax_layers_with_empty_batch():
 def test_memory_caching_with_empty_batch(memory, aggregation, method):
     """Both methods, with and without mask, explicit segments and inspection."""
     case = make_case(memory, aggregation, tokens=TOKENS, mask="some")
-    case = case.each(lambda x: x[:0])._replace(mask=case.mask[:0])
+    case = case.map_inputs(lambda x: x[:0])._replace(mask=case.mask[:0])
     for one in (case, case._replace(mask=None), case._replace(lengths=(2, 5))):
         result = torch_calls.run(one, method)
         assert result.output.shape == case.v.shape

@@ -161,7 +161,7 @@ def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
             STATE_DICT.read(path)
 
 
-def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
+def conversion_error(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
     """Return the error message of a failed conversion."""
     target = tmp_path / "target.safetensors"
     with pytest.raises(ValueError, match="do not match") as caught:
@@ -173,27 +173,27 @@ def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
 def test_prefixed_mismatch_is_listed_once(tmp_path):
     flat = renamed("compiled, then distributed")
     flat["module._orig_mod.norm.bias"] = flat.pop("module._orig_mod.norm.scale")
-    faults = refused(tmp_path, flat).splitlines()[1:]
+    faults = conversion_error(tmp_path, flat).splitlines()[1:]
     assert faults == ["  missing norm.scale float32[8]", "  unexpected norm.bias float32[8]"]
 
 
 def test_partial_wrapper_prefix_is_rejected(tmp_path):
     flat = draw(MODEL)
     flat["module.norm.scale"] = flat.pop("norm.scale")
-    assert "unexpected module.norm.scale" in refused(tmp_path, flat)
+    assert "unexpected module.norm.scale" in conversion_error(tmp_path, flat)
     both = draw(MODEL) | {"_orig_mod.norm.scale": np.zeros(8, np.float32)}
-    assert refused(tmp_path, both).splitlines()[1:] == [
+    assert conversion_error(tmp_path, both).splitlines()[1:] == [
         "  unexpected _orig_mod.norm.scale float32[8]"
     ]
     inside = draw(MODEL)
     inside["blocks.0._orig_mod.mixer_norm.scale"] = inside.pop("blocks.0.mixer_norm.scale")
-    assert "unexpected blocks.0._orig_mod.mixer_norm.scale" in refused(tmp_path, inside)
+    assert "unexpected blocks.0._orig_mod.mixer_norm.scale" in conversion_error(tmp_path, inside)
 
 
 def test_prefix_is_removed_only_if_all_names_are_known(tmp_path, caplog):
     flat = {f"encoder.{name}": array for name, array in draw(MODEL).items()}
     flat["encoder.pooler.weight"] = np.zeros((8, 8), np.float32)
-    assert "unexpected encoder.norm.scale" in refused(tmp_path, flat)
+    assert "unexpected encoder.norm.scale" in conversion_error(tmp_path, flat)
     assert lines(caplog) == []
     # Names of a layer in a model are known and are not shortened to those of a layer.
     block = [name for name in NAMES if name.startswith("blocks.0.mixer.")]

@@ -70,7 +70,7 @@ def test_converted_weights_are_copies():
     assert np.abs(before["q_proj.weight"]).sum() > 0
 
 
-def spoil(flat, kernel):
+def corrupt(flat, kernel):
     """Remove one parameter, add one, and change shape and dtype of others."""
     flat = dict(flat)
     flat.pop("norm.scale")
@@ -90,7 +90,7 @@ def test_set_weights_lists_all_errors_and_changes_nothing(framework):
     module = make(config)
     before = get(module)
     with pytest.raises(ValueError, match="weights do not match") as caught:
-        load(module, spoil(before, kernel))
+        load(module, corrupt(before, kernel))
     shape = list(before[kernel].shape)
     assert str(caught.value).split("\n  ") == [
         "weights do not match:",

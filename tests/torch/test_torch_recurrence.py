@@ -112,14 +112,14 @@ def test_token_gates_are_independent_of_keys(aggregation, method):
     """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""
     case = make_case("linear", aggregation, tokens=9)
     for gate_ in GATES:
-        own = case.with_config(gate=gate_)
-        inputs = arrays(own)
-        total = call(inputs, own, method).gates.sin().sum()
+        gate_case = case.with_config(gate=gate_)
+        inputs = arrays(gate_case)
+        total = call(inputs, gate_case, method).gates.sin().sum()
         wanted = inputs["k"], inputs["u"]
         by_k, by_u = torch.autograd.grad(total, wanted, materialize_grads=True)
-        other = run(own._replace(k=-own.k), method).gates
-        seen = bool(by_k.any()), not torch.equal(run(own, method).gates, other)
-        assert seen == ((True, True) if gate_ == "context" else (False, False)), gate_
+        other = run(gate_case._replace(k=-gate_case.k), method).gates
+        depends = bool(by_k.any()), not torch.equal(run(gate_case, method).gates, other)
+        assert depends == ((True, True) if gate_ == "context" else (False, False)), gate_
         assert by_u.any()
 
 
@@ -129,11 +129,11 @@ def test_detaching_stops_only_cached_gradients():
     )
     grads = {}
     for states, context in product((False, True), repeat=2):
-        cut = case.with_config(detach_cached_states=states, detach_cached_context=context)
-        inputs = arrays(cut)
-        last = call(inputs, cut).output[:, 4:].sin().sum()
-        found = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
-        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in found), strict=True))
+        detached = case.with_config(detach_cached_states=states, detach_cached_context=context)
+        inputs = arrays(detached)
+        last = call(inputs, detached).output[:, 4:].sin().sum()
+        actual = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
+        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in actual), strict=True))
     first = {key: g["k"][:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
     assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys
@@ -184,13 +184,13 @@ def check_derivatives(memory, aggregation, mode, order):
         memory, aggregation, tokens=5, batch=1, heads=1, segment_size=2, state_init_mode=mode
     )
     inputs = arrays(case)
-    given = leaves(inputs)
+    tensors = leaves(inputs)
 
     def function(*tensors):
         rest = iter(tensors)
         return projected(call({k: _filled(x, rest) for k, x in inputs.items()}, case))
 
-    (gradcheck if order == 1 else gradgradcheck)(function, given, fast_mode=True)
+    (gradcheck if order == 1 else gradgradcheck)(function, tensors, fast_mode=True)
 
 
 def _filled(tree, tensors):

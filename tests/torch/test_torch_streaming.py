@@ -125,8 +125,8 @@ def test_stream_gradients_match_full_pass(memory, mode, aggregation):
         inputs = arrays(case)
         output, cache, *_ = run(inputs, case)
         scalar = projected((output, comparable(cache, case.config)))
-        found = torch.autograd.grad(scalar, leaves(inputs), materialize_grads=True)
-        results.append([x.numpy() for x in found])
+        actual = torch.autograd.grad(scalar, leaves(inputs), materialize_grads=True)
+        results.append([x.numpy() for x in actual])
     assert_close(results[1], results[0], GRADIENT, name="gradient")
 
 
@@ -154,12 +154,12 @@ def test_layer_stream_gradients_match_full_pass(config):
         given_x = x.clone().requires_grad_()
         y, cache = run(given_x, mask)
         parts = [y, comparable(cache, config)]
-        wanted = [given_x, *layer.parameters()]
-        gradient = torch.autograd.grad(projected(parts), wanted, materialize_grads=True)
+        tensors = [given_x, *layer.parameters()]
+        gradient = torch.autograd.grad(projected(parts), tensors, materialize_grads=True)
         results.append([parts, [g.numpy() for g in gradient]])
-    (whole, expected), (parts, found) = results
+    (whole, expected), (parts, actual) = results
     assert_close(tree(parts), tree(whole), EXACT)
-    assert_close(found, expected, GRADIENT)
+    assert_close(actual, expected, GRADIENT)
 
 
 def tree(parts):
@@ -210,8 +210,8 @@ def test_padded_rows_match_single_rows(config, side):
             alone, expected = streamed(
                 layer, torch.cat(parts, 1), (len(masks[0]),), masks, layer.init_cache(1, 23)
             )
-            found = torch.cat([before[one], y[one][:, real], after[one]], dim=1)
-            assert_close(found, alone, EXACT)
+            actual = torch.cat([before[one], y[one][:, real], after[one]], dim=1)
+            assert_close(actual, alone, EXACT)
             ours = tree_map(lambda c, one=one: c[one] if c.ndim else c, cache)
             assert_close(comparable(ours, config), comparable(expected, config), EXACT)
 
@@ -234,9 +234,9 @@ def test_slots_are_copied_only_when_a_segment_completes():
     cache, copied = layer.init_cache(1, 9), []
     with torch.no_grad():
         for token in x.split(1, dim=1):
-            held = cache.stored.weights[0].data_ptr()
+            pointer = cache.stored.weights[0].data_ptr()
             cache = layer.extend(token, cache)[1]
-            copied.append(cache.stored.weights[0].data_ptr() != held)
+            copied.append(cache.stored.weights[0].data_ptr() != pointer)
     assert copied == [False, False, False, True] * 2 + [False]
 
 
@@ -302,9 +302,9 @@ def test_compiled_gradients_through_cache(config):
     for run in (layer.extend, compiled):
         given_x = x.clone().requires_grad_()
         y, cache = streamed(layer, given_x, (3, 3, 3), run=run)
-        wanted = [given_x, *layer.parameters()]
-        found = torch.autograd.grad(projected((y, cache)), wanted, materialize_grads=True)
-        results.append([g.numpy() for g in found])
+        tensors = [given_x, *layer.parameters()]
+        actual = torch.autograd.grad(projected((y, cache)), tensors, materialize_grads=True)
+        results.append([g.numpy() for g in actual])
     assert_close(*results, 1e-10)
 
 

@@ -9,7 +9,7 @@ from mc_core.checks import check_integers, check_static
 from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import NOT_STREAMABLE
 
-INVALIDATED = 2**30  # position of an invalidated stream, whose output is NaN; above any capacity
+INVALIDATED = 2**30  # position of a stream with output NaN; larger than any capacity
 
 
 def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
@@ -20,9 +20,9 @@ def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
     """
     if cache_device not in ("device", "host"):
         raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value, least in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name} = {value}: must be >= {least}")
+    for name, value, minimum in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
+        if value < minimum:
+            raise ValueError(f"{name} = {value}: must be >= {minimum}")
 
 
 def check_streamable(capacity: int) -> None:
@@ -127,7 +127,7 @@ def check_extend_tokens(
 
     Args:
         tokens: ids [b, t].
-        cache: the streams so far, one cache per block.
+        cache: state before these tokens, one cache per block.
         blocks: number of blocks of the model.
         is_static: function that returns True if a size is a number, not a symbol of a program.
 

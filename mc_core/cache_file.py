@@ -17,7 +17,7 @@ FILE_NAMES = {"capacity": "limit", "mask": "real"}
 
 
 def to_metadata(config: Config) -> dict[str, str]:
-    """Return the metadata of a safetensors file that holds a cache."""
+    """Return the metadata of a cache file."""
     return {KEY: json.dumps(describe(config))}
 
 

@@ -51,7 +51,7 @@ class MCConfig(Serializable):
         detach_cached_context: stop gradients at cached pooled keys.
         gate: score of a memory: the inner product of u and its pooled key (`context`, equation 10),
             or the component of u at the memory's level (`token`, arXiv:2506.04761). The level is
-            the logarithm of the memory's age.
+            1 + floor(log2(age)), with the age in segments, and 0 for the online memory.
 
     Raises:
         ValueError: a field is invalid; the message states its value and the allowed values.

@@ -171,12 +171,12 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
         return 0.0
     lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
 
-    def mean(most: float) -> float:
-        return sum(min(i, most) * length for i, length in enumerate(lengths)) / tokens
+    def mean_count(limit: float) -> float:
+        return sum(min(i, limit) * length for i, length in enumerate(lengths)) / tokens
 
-    cached = mean(len(lengths))
-    most = config.ssc_top_k if config.rule.sparse else len(lengths)
-    reads = mean(1 if config.reads_sum else most)
+    cached = mean_count(len(lengths))
+    limit = config.ssc_top_k if config.rule.sparse else len(lengths)
+    reads = mean_count(1 if config.reads_sum else limit)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
     return 2 * memory_size(config) * reads + scores
 

@@ -28,7 +28,7 @@ class Chunks(NamedTuple):
     # Queries [g, b, r, h, c, k] that read the online memory during the scan (MLP memories only);
     # None = read after the scan, by `online_apply`.
     q: Array | None = None
-    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = nowhere.
+    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = no restarts.
     restarts: Array | None = None
     # bool [g, b, r], False where the chunk started in an earlier call, so that its gradients are
     # taken at `state.anchor`; else they are taken at the memory before the chunk. None = all True.

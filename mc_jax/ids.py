@@ -96,7 +96,7 @@ def safe_places(
 
 
 def nan_where(invalid: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = no change."""
     if invalid is None:
         return x
     invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))

@@ -13,7 +13,7 @@ from mc_torch.cache import start_state, tree_where
 from mc_torch.chunk_layout import TensorPlan, to_chunks
 from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map, unstack
 
-# bool [g, b or 1, r], or a tuple [g] on the host if equal for all rows; None = nowhere.
+# bool [g, b or 1, r], or a tuple [g] of Python bools if equal for all rows; None = no restarts.
 _Restarts = Array | tuple[bool, ...] | None
 
 
@@ -27,7 +27,7 @@ class Chunks(NamedTuple):
     # Queries [g, b, r, h, c, k] that read the online memory during the scan (MLP memories only);
     # None = read after the scan, by `online_apply`.
     q: Array | None = None
-    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = nowhere.
+    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = no restarts.
     restarts: _Restarts = None
     # bool [g, b, r], False where the chunk started in an earlier call, so that its gradients are
     # taken at `state.anchor`; else they are taken at the memory before the chunk. None = all True.

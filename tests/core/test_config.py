@@ -102,7 +102,7 @@ def test_fields_reject_other_types(cls, field):
     [x for x in FIELDS if x[1] in CHOICES],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_names_must_be_known(cls, field):
+def test_unknown_names_are_rejected(cls, field):
     allowed = "must be one of " + ", ".join(map(repr, CHOICES[field]))
     assert_rejected(cls, field, "unheard-of", allowed)
     for name in CHOICES[field]:
@@ -110,7 +110,7 @@ def test_names_must_be_known(cls, field):
 
 
 @pytest.mark.parametrize(("classes", "field", "values", "allowed", "others"), RANGES)
-def test_numbers_must_be_in_range(classes, field, values, allowed, others):
+def test_numbers_out_of_range_are_rejected(classes, field, values, allowed, others):
     for cls in classes:
         for value in values:
             assert_rejected(cls, field, value, f"must be {allowed}", **others)

@@ -1,4 +1,4 @@
-"""The oracle against finite differences, hand computations and exact identities."""
+"""The oracle matches finite differences, hand computations and exact identities."""
 
 from typing import Any
 

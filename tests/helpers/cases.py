@@ -44,10 +44,10 @@ class Coefficients(NamedTuple):
 class FunctionCase(NamedTuple):
     """Arguments of `memory_caching`."""
 
-    q: Array  # [b, t, h, k], as k and u
-    k: Array
+    q: Array  # [b, t, h, k]
+    k: Array  # [b, t, h, k]
     v: Array  # [b, t, h, v]
-    u: Array | None
+    u: Array | None  # [b, t, h, k]
     initial: tuple[Array, ...]  # each [h, out, in]
     coefficients: Coefficients
     norm: tuple[Array, Array] | None  # each [h, v]
@@ -90,7 +90,7 @@ class FunctionCase(NamedTuple):
         return self._replace(coefficients=coefficients._replace(**changed))
 
     def map_inputs(self, change: Any) -> "FunctionCase":
-        """Change every input that has tokens, [b, t, h, ...]."""
+        """Apply a function to all inputs with a token axis, [b, t, h, ...]."""
         return self._replace(
             **{
                 name: None if getattr(self, name) is None else change(getattr(self, name))
@@ -118,7 +118,7 @@ def make_case(
 ) -> FunctionCase:
     """Draw inputs for a memory (a name of `MEMORIES`, or its configuration) and an aggregation.
 
-    Matrix memories and those that do not add their input have values one narrower than keys.
+    Without a residual connection, values are narrower than keys by one.
     """
     memory = MEMORIES[memory] if isinstance(memory, str) else memory
     rng = np.random.default_rng(seed)
@@ -163,7 +163,7 @@ def make_case(
 def make_mask(
     name: str, batch: int, tokens: int, config: MCConfig, rng: np.random.Generator
 ) -> Array | None:
-    """Draw a mask: `some` tokens, `padded` ends, the second `segment`, a whole `row`."""
+    """Draw a mask of `some` tokens, `padded` ends, the second `segment`, or one `row`."""
     if name == "none":
         return None
     mask = rng.random((batch, tokens)) < 0.7

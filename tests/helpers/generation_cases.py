@@ -30,7 +30,7 @@ SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
 
 
 def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
-    """Build a model with untied embeddings, which does not just repeat its last token."""
+    """Build a model with untied embeddings; with tied ones, greedy decoding repeats one token."""
     layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
     config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
     return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
@@ -63,7 +63,7 @@ def generate_by_full_passes(
     seed: int = 0,
     **options: Any,
 ) -> np.ndarray:
-    """Generate by a full pass over all tokens so far for each new token.
+    """Generate each token by a full pass over all previous tokens.
 
     The passes run in PyTorch, the sampling in JAX. Returns [b, count].
     """

@@ -32,7 +32,7 @@ class OracleCase(NamedTuple):
         return oracle.memory_caching(*tensors, config, norm=norm, **inputs)
 
     def map_inputs(self, change: Callable[[Array], Array]) -> "OracleCase":
-        """Change every input that has tokens, [b, t, h] or [b, t, h, k]."""
+        """Apply a function to all inputs with a token axis, [b, t, h] or [b, t, h, k]."""
         return self._replace(
             **{name: change(getattr(self, name)) for name in "qkvu"},
             coefficients=Coefficients(*map(change, self.coefficients)),

@@ -76,7 +76,7 @@ def random_cases(draw: st.DrawFn) -> FunctionCase:
     return case._replace(u=None) if case.config.use_q_as_u else case
 
 
-# No shrinking: each smaller example would be compiled, and 21 tokens are few.
+# Without shrinking, which would compile every smaller example.
 examples = settings(
     derandomize=True,
     deadline=None,

@@ -1,4 +1,4 @@
-"""Components of a read against loops: gates, tiled dense reads, sparse dispatch."""
+"""Components of reads match explicit loops: gates, tiled dense reads, sparse dispatch."""
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def test_level_is_bit_length_of_age(width):
 @pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
-    """The fast form against `dense_gates`: gates, and gradients of u and the pools."""
+    """Sparse gates match `dense_gates`: values, and gradients of u and the pools."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5

@@ -137,7 +137,7 @@ def test_seed_determines_generation():
 
 @pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_prompt_lengths_share_compiled_programs(restored, caplog):
-    """17 to 32 tokens share a shape; early stops and parameters of a checkpoint compile nothing.
+    """Prompts of 17 to 32 tokens share a program; early stops and restored parameters reuse it.
 
     Restored parameters are committed to a device, and so are all results.
     """
@@ -152,7 +152,7 @@ def test_prompt_lengths_share_compiled_programs(restored, caplog):
                 steps = generate(model, [prompt], 30, block=block)
                 used = caplog.text.count("Compiling jit(extend)")
                 assert len(list(islice(steps, 3))) == 3
-            assert caplog.text.count("Compiling jit(extend)") == used, "compiled on the way"
+            assert caplog.text.count("Compiling jit(extend)") == used, "unexpected compilation"
         assert used == programs
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 

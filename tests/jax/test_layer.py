@@ -1,4 +1,4 @@
-"""The layer against a NumPy oracle of its projections and memory (section 1)."""
+"""The layer matches a NumPy oracle of its projections and memory (section 1)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -244,13 +244,13 @@ def test_bfloat16_cached_memories():
         assert {str(w.dtype) for w in cache.stored.weights} == {stored_dtype}
         error = float(np.sqrt(np.mean((y - full_pass) ** 2) / np.mean(np.square(full_pass))))
         assert error < (1e-2 if stored_dtype == "bfloat16" else 1e-5)
-        assert stored_dtype == "float32" or error > 1e-6  # it was rounded indeed
+        assert stored_dtype == "float32" or error > 1e-6  # bfloat16 rounds
         assert_close(cache.state, expected.state, 1e-5, name="state")
 
 
 @pytest.mark.parametrize("aggregation", ["ssc", pytest.param("grm", marks=pytest.mark.slow)])
 def test_offloaded_cached_memories(aggregation):
-    """Offloaded memories give the same results and stay on the host."""
+    """Offloaded memories give the same results and remain in host memory."""
     module, x, extend, _ = layer(aggregation=aggregation)
 
     def run(place):

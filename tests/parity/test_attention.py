@@ -209,7 +209,7 @@ def test_cache_grows_and_enforces_capacity(package, name):
 
 
 @BOTH_PACKAGES
-def test_invalid_arguments_are_named(package):
+def test_invalid_arguments_are_rejected(package):
     layer, (x, _) = build(package, CONFIGS["full-conv0"]), draw_inputs()
     x = to_package(package, x)
     for call, message in (

@@ -68,7 +68,7 @@ def assert_same_streams(model, actual, rows: list[int], device: str = "device"):
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2], [2], []], ids=str)
 @torch.no_grad()
-def test_taken_rows_continue_independently(name, rows):
+def test_selected_rows_continue_independently(name, rows):
     model = make_model(name)
     _, cache = stream(model, [0, 1, 2])
     before = copy.deepcopy(cache)
@@ -125,7 +125,7 @@ def test_take_rows_under_jit(name):
 
 @torch.no_grad()
 def test_beam_search_matches_brute_force():
-    """With a beam that holds all continuations, rows are reordered at every step."""
+    """The beam contains all continuations, and every step reorders rows."""
     model, steps = make_model("titans"), 3
     logits, cache = stream(model, [1])
     cache = mc_torch.take_rows(cache, [0] * VOCABULARY)

@@ -1,4 +1,4 @@
-"""Statistics of `inspect` in both frameworks, against the oracle."""
+"""Statistics of `inspect` match the oracle in both frameworks."""
 
 from functools import partial
 from itertools import product

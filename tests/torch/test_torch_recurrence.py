@@ -1,4 +1,4 @@
-"""`mc_torch`: both methods against the oracle, and gradients against each other.
+"""Both methods of `mc_torch` match the oracle, and their gradients match each other.
 
 PyTorch needs no compilation, so random searches and full grids are here; `test_recurrence` compares
 `mc_jax` with the oracle and with gradients of `mc_torch` for fewer cases.
@@ -220,7 +220,7 @@ def test_level_is_bit_length_of_age(width):
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 def test_gates_of_selected_memories_match_dense_gates(block, gated_by, monkeypatch):
-    """The fast form against `dense_gates`, in one and in several blocks of tokens."""
+    """Sparse gates match `dense_gates`, for one and for several blocks of tokens."""
     monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))

@@ -113,7 +113,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     begin = shape.chunk_start(chunk) - position
     end = shape.chunk_start(chunk + 1) - position
     stop = jnp.minimum(end, count)
-    first_here = jnp.maximum(begin, 0)  # the first token of this call in the chunk
+    first_here = jnp.maximum(begin, 0)  # the call's first token in the chunk
     chunk_tokens = first_here[..., None] + _range(width, 3)
     chunk_tokens = jnp.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)

@@ -77,7 +77,7 @@ class Mixer(nnx.Module, Pretrained):
         return state_dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
-        """Mix tokens, and return the trace of the memory; None if the mixer has no memory."""
+        """Mix tokens, and return the trace of the memory, or None if the mixer has no memory."""
         return self(x, mask), None
 
     def _prepare_inputs(self, x: Array, mask: Array | None) -> Array:

@@ -14,7 +14,7 @@ from mc_jax.backends.base import apply_weights
 from mc_jax.numerics import Array
 from mc_jax.offload import read_from_host
 
-ROW_BLOCK = 64  # rows per block: larger blocks need more padding, smaller ones are less efficient
+ROW_BLOCK = 64  # rows per block: larger blocks add padding, smaller ones are less efficient
 
 
 def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -> Array:
@@ -85,7 +85,7 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
     """Assign rows to blocks, so that all rows of a block read the same memory.
 
     Example: 13 tokens in segments of 4, n = 4 memories; every token after the first segment selects
-    one memory. The 13 rows are assigned to 9 blocks of 3, that is to 27 positions:
+    one memory. The 13 rows are assigned to 9 blocks of 3 rows, with 27 positions in total:
 
         row        0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12
         group      4  4  4  4 |  0  0  0  0 |  0  1  1  0 |  2
@@ -96,9 +96,9 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
         block_memory   0        | 0        | 1        | 2        | 3
 
     Args:
-        group: [rows] memory of each row; n = none.
+        group: [rows] memory index of each row; n = the row reads no memory.
         n: number of memories.
-        block: rows of a block.
+        block: number of rows per block.
         blocks: maximum number of blocks, including one partly filled block per memory.
 
     Returns:

@@ -25,18 +25,18 @@ class TokenIndex(NamedTuple):
     """Indices of tokens to gather, with static properties."""
 
     positions: Array  # int64
-    identity: bool  # the indices are 0, 1, 2, ...
-    padded: bool  # some indices are one past the last token
+    identity: bool  # True if the indices are 0, 1, 2, ...
+    padded: bool  # True if some indices refer to padding, one past the last token
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """`mc_core`'s plan of segments and chunks, with its index arrays on a device."""
+    """Plan of segments and chunks from `mc_core`, with index tensors on a device."""
 
     tokens: int
     segments: int
     lengths: tuple[int, ...]  # number of tokens of each segment
-    full_length: int  # number of tokens of the last segment once it is complete
+    full_length: int  # number of tokens of the last segment when complete
     capacity: int  # capacity of the cache after all tokens
     rows: int
     chunk_size: int
@@ -47,7 +47,7 @@ class TensorPlan:
     restarts: tuple[
         bool, ...
     ]  # [chunks] restarts of the first row; other rows restart only at chunk 0
-    last_chunk: tuple[int, ...]  # [n] flat index of the chunk with each segment's last token
+    last_chunk: tuple[int, ...]  # [n] flat index of the last chunk of each segment
     segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
@@ -194,7 +194,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     begin = shape.chunk_start(chunk) - position
     end = shape.chunk_start(chunk + 1) - position
     stop = torch.minimum(end, count)
-    first_here = begin.clamp(min=0)  # the first token of this call in the chunk
+    first_here = begin.clamp(min=0)  # the call's first token in the chunk
     chunk_tokens = first_here[..., None] + _range(width, 3, device)
     chunk_tokens = torch.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)

@@ -81,7 +81,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         return torch.float32, torch.device("cpu")
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
-        """Mix tokens, and return the trace of the memory; None if the mixer has no memory."""
+        """Mix tokens, and return the trace of the memory, or None if the mixer has no memory."""
         return self(x, mask), None
 
     def _prepare_inputs(self, x: Array, mask: Array | None) -> Array:

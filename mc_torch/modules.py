@@ -1,4 +1,4 @@
-"""Submodules of the layers, and calls of modules that users may have wrapped or replaced."""
+"""Submodules of the layers, and calls of wrapped or replaced modules."""
 
 import sys
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def Linear(
 ) -> nn.Linear:
     """Return an `nn.Linear` without bias, initialized as in Flax (LeCun normal).
 
-    Not a subclass, because `quantize_dynamic` silently skips those. Call it through `project`.
+    This is not a subclass, because `quantize_dynamic` skips subclasses. Call it through `project`.
     """
     # On the meta device, the constructor draws no random numbers.
     linear = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
@@ -83,7 +83,7 @@ def embedding_matrix(embed: nn.Module, rows: int, device: torch.device) -> Array
 
 
 class Hooked:
-    """Base class of modules with methods that must run the hooks of `forward`."""
+    """Base class of modules with methods, other than `forward`, that run its hooks."""
 
     def _call(self, method: Callable[..., Any], x: Array | None) -> Any:
         return method(x)
@@ -113,7 +113,7 @@ def call_hooked(
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Return True if FSDP shards a module or the module it wraps; register `_call` there once."""
+    """Return True if FSDP shards a module or the module it wraps; registers `_call` if needed."""
     kind, sharded = _imported("torch.distributed.fsdp", "FSDPModule"), False
     if not kind:
         return False
@@ -252,7 +252,7 @@ class ShortConv(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm over the last axis, with a learned scale of the given shape.
 
-    Not `nn.RMSNorm`, which names its parameter `weight`: keys equal the NNX paths (`scale`).
+    Unlike in `nn.RMSNorm`, the parameter is named `scale`, as in NNX.
     """
 
     def __init__(self, *shape: int, device: torch.device | str | None = None, dtype: Dtype = None):

@@ -1,4 +1,4 @@
-"""The aggregations: how a token combines its online and cached memories (section 5)."""
+"""Aggregations: combinations of online and cached memories in a read (section 5)."""
 
 from dataclasses import dataclass
 

@@ -23,15 +23,15 @@ def check_arguments(
 
     Args:
         tensors: q, k, u [b, t, h, k] and v [b, t, h, v] by name; u may be None.
-        initial: W_0, first layer first.
+        initial: weights W_0 per layer.
         coefficients: NamedTuple of write coefficients, each [b, t, h] or None.
         config: the layer's configuration.
         norm: (gain, bias), or None.
         mask: bool [b, t], or None.
-        is_static: whether a size is a number, not a symbol of an exported program.
+        is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Raises:
-        ValueError: names the argument, what it is and what it must be.
+        ValueError: an argument is invalid; the message states its value and what is expected.
     """
     q, v, u = tensors["q"], tensors["v"], tensors["u"]
     if q.ndim != 4 or v.ndim != 4:
@@ -42,7 +42,7 @@ def check_arguments(
     b, t, h, width = q.shape
     check_static("tokens", t, is_static(t))
     if u is None and config.projects_u:
-        raise ValueError(f"u = None: must be given where aggregation = {config.aggregation!r}")
+        raise ValueError(f"u = None: must be given for aggregation = {config.aggregation!r}")
     check_bool("mask", mask, (b, t))
     named = coefficients._asdict()
     _check_presence(named, config.memory, norm)
@@ -56,7 +56,8 @@ def check_arguments(
     shapes |= {f"norm[{i}]": (x, (h, v.shape[-1])) for i, x in enumerate(norm or ())}
     if config.memory.adds_input and width != v.shape[-1]:
         raise ValueError(
-            f"v has width {v.shape[-1]}: must be {width}, as k, where the memory adds its input"
+            f"v has width {v.shape[-1]}: must be {width}, the width of k, for a memory with a "
+            "residual connection"
         )
     for name, (value, shape) in shapes.items():
         if tuple(value.shape) != tuple(shape):
@@ -70,10 +71,10 @@ def check_inputs(x: Any, mask: Any, d_model: int, is_static: Callable[[Any], boo
         x: [b, t, d].
         mask: bool [b, t], or None.
         d_model: d.
-        is_static: whether a size is a number, not a symbol of an exported program.
+        is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Raises:
-        ValueError: names the argument, what it is and what it must be.
+        ValueError: an argument is invalid; the message states its value and what is expected.
     """
     if x.ndim != 3 or x.shape[-1] != d_model:
         raise ValueError(f"x has shape {tuple(x.shape)}: must be [b, t, {d_model}]")
@@ -88,16 +89,16 @@ def check_tokens(tokens: Any, mask: Any, padding: Any, is_static: Callable[[Any]
         tokens: ids [b, t].
         mask: bool [b, t], False at masked tokens, or None.
         padding: bool [b, t], True at padding, or None.
-        is_static: whether a size is a number, not a symbol of an exported program.
+        is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Returns:
-        bool [b, t], False at ids that are not read, or None.
+        bool [b, t], False at masked tokens and padding, or None.
 
     Raises:
-        ValueError: names the argument, what it is and what it must be.
+        ValueError: an argument is invalid; the message states its value and what is expected.
     """
     if tokens.ndim != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t]")
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}: must be [b, t]")
     check_static("tokens", tokens.shape[1], is_static(tokens.shape[1]))
     check_bool("mask", mask, tokens.shape)
     check_bool("padding", padding, tokens.shape)
@@ -110,7 +111,7 @@ def check_method(method: str, inspect: bool) -> None:
     """Check the arguments `method` and `inspect` of `memory_caching`.
 
     Raises:
-        ValueError: names the argument and the allowed values.
+        ValueError: an argument is invalid; the message states the allowed values.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: must be one of 'chunked', 'recurrent'")
@@ -127,7 +128,9 @@ def _check_presence(
             names = sorted(memory.coefficient_fields)
             raise ValueError(f"coefficients.{name} is {state}: {memory.kind!r} takes {names}")
     if (norm is not None) != memory.has_layer_norm:
-        raise ValueError(f"norm is {'given' if norm else 'None'}: memory = {memory}")
+        expected = "(gain, bias)" if memory.has_layer_norm else "None"
+        state = "None" if norm is None else "given"
+        raise ValueError(f"norm is {state}: must be {expected} for memory = {memory}")
 
 
 def _initial_shapes(

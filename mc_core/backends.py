@@ -1,4 +1,4 @@
-"""The registry of a framework's memories, by the kind of their configuration."""
+"""Registry of a framework's memory backends, by memory kind."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 def add_backend(backends: dict[str, type[T]], kind: str, cls: type[T], base: type[T]) -> None:
-    """Register a class. A reloaded version of the same class replaces it.
+    """Register a class. A reloaded class replaces its previous version.
 
     Args:
         backends: the registry.
@@ -16,13 +16,15 @@ def add_backend(backends: dict[str, type[T]], kind: str, cls: type[T], base: typ
         base: base class of all backends.
 
     Raises:
-        ValueError: the class is no subclass of `base`, or another class has the kind.
+        ValueError: the class is not a subclass of `base`, or the kind is already registered.
     """
     if not issubclass(cls, base):
         raise ValueError(f"register_backend: {cls.__name__} must be a subclass of {base.__name__}")
     known = backends.get(kind, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"register_backend: kind = {kind!r} is taken by {known.__name__}")
+        raise ValueError(
+            f"register_backend: kind = {kind!r} is already registered by {known.__name__}"
+        )
     backends[kind] = cls
 
 
@@ -39,7 +41,7 @@ def find_backend(backends: Mapping[str, type[T]], kind: str, package: str) -> ty
     """
     if kind not in backends:
         raise ValueError(
-            f"memory.kind = {kind!r}: {package} has no backend for it, only for "
-            f"{', '.join(map(repr, backends))}: register one with {package}.register_backend"
+            f"memory.kind = {kind!r}: {package} has no backend for this kind: must be one of "
+            f"{', '.join(map(repr, backends))}, or registered with {package}.register_backend"
         )
     return backends[kind]

@@ -9,35 +9,35 @@ from mc_core.checks import check_integers, check_static
 from mc_core.config import AttentionConfig, MCConfig
 from mc_core.segmentation import NOT_STREAMABLE
 
-INVALIDATED = 2**30  # position of an invalidated stream, whose output is NaN; above any capacity
+INVALIDATED = 2**30  # position of a stream with output NaN; larger than any capacity
 
 
 def check_cache_options(batch: int, max_tokens: int, cache_device: str) -> None:
     """Check the arguments of `init_cache`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is invalid; the message states its value and the allowed values.
     """
     if cache_device not in ("device", "host"):
         raise ValueError(f"cache_device = {cache_device!r}: must be one of 'device', 'host'")
-    for name, value, least in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name} = {value}: must be >= {least}")
+    for name, value, minimum in (("batch", batch, 0), ("max_tokens", max_tokens, 1)):
+        if value < minimum:
+            raise ValueError(f"{name} = {value}: must be >= {minimum}")
 
 
 def check_streamable(capacity: int) -> None:
-    """Check that a cache can be extended: explicit `segment_lengths` define no next segment.
+    """Check that the segments of a cache are those of a stream, so that it can be extended.
 
     Args:
         capacity: capacity of the cache in tokens.
 
     Raises:
-        ValueError: the segments are not those of the configuration.
+        ValueError: the segments are explicit or logarithmic.
     """
     if capacity == NOT_STREAMABLE:
         raise ValueError(
-            "cache: its segments were set by segment_lengths, not by the configuration: it cannot "
-            "be extended"
+            "cache cannot be extended: its segments are not those of a stream: use segmentation = "
+            "'constant' without segment_lengths"
         )
 
 
@@ -64,7 +64,7 @@ def check_capacity(
     """Check that a cache has capacity for the next tokens. Invalidated streams are ignored.
 
     Args:
-        position: number of tokens in each row so far, [b].
+        position: number of processed tokens per row, [b].
         tokens: number of next tokens, of all rows or [b].
         capacity: capacity of the cache in tokens.
 
@@ -74,12 +74,12 @@ def check_capacity(
     check_streamable(capacity)
     position = np.asarray(position, np.int64)
     valid = position < INVALIDATED
-    ahead = int(np.max(position + np.asarray(tokens), where=valid, initial=0))
-    if ahead > capacity:
+    end = int(np.max(position + np.asarray(tokens), where=valid, initial=0))
+    if end > capacity:
         last = int(np.max(position, where=valid, initial=0))
         raise ValueError(
-            f"cache: max_tokens = {capacity}, and position {last} would go to {ahead}: "
-            f"grow(cache, {ahead}) first"
+            f"cache has max_tokens = {capacity}: the call would advance position {last} to {end}: "
+            f"call grow(cache, {end}) first"
         )
 
 
@@ -94,29 +94,29 @@ def check_extend_inputs(
 
     Args:
         x: tokens [b, t, d].
-        cache: the streams so far.
+        cache: state before these tokens.
         kind: the layer's type of cache, which has `heads` and `position`.
         config: the layer's configuration.
-        is_static: whether a size is a number, not a symbol of an exported program.
+        is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Raises:
-        ValueError: names the mismatch.
+        ValueError: the cache or the tokens do not match; the message states the mismatch.
     """
     if not isinstance(cache, kind):
         raise ValueError(f"cache is a {type(cache).__name__}: must be the layer's {kind.__name__}")
     heads, width = cache.heads
     if (heads, width) != (config.num_heads, config.head_dim):
         raise ValueError(
-            f"cache has {heads} heads of width {width}: must have {config.num_heads} of "
-            f"{config.head_dim}, as the layer"
+            f"cache has {heads} heads of width {width}: must have {config.num_heads} heads of "
+            f"width {config.head_dim}, like the layer"
         )
     batch = cache.position.shape[0]
     if x.ndim == 3:
         check_static("tokens", x.shape[1], is_static(x.shape[1]))
     if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[-1] != config.d_model:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}], b = {batch} as "
-            "cache, t >= 1"
+            f"x has shape {tuple(x.shape)}: must be [b, t, {config.d_model}] with b = {batch}, the "
+            "batch size of cache, and t >= 1"
         )
 
 
@@ -127,21 +127,22 @@ def check_extend_tokens(
 
     Args:
         tokens: ids [b, t].
-        cache: the streams so far, one cache per block.
+        cache: state before these tokens, one cache per block.
         blocks: number of blocks of the model.
-        is_static: whether a size is a number, not a symbol of an exported program.
+        is_static: function that returns True if a size is a number, not a symbol of a program.
 
     Raises:
-        ValueError: names the mismatch.
+        ValueError: the cache or the tokens do not match; the message states the mismatch.
     """
     if len(cache) != blocks:
-        raise ValueError(f"cache is of {len(cache)} blocks: must be of {blocks}")
+        raise ValueError(f"cache has {len(cache)} blocks: must have {blocks}")
     batch = cache[0].position.shape[0]
     if tokens.ndim == 2:
         check_static("tokens", tokens.shape[1], is_static(tokens.shape[1]))
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}: must be [{batch}, t], as cache, t >= 1"
+            f"tokens has shape {tuple(tokens.shape)}: must be [b, t] with b = {batch}, the batch "
+            "size of cache, and t >= 1"
         )
 
 
@@ -153,13 +154,13 @@ def check_row_indices(rows: Any, batch: int) -> None:
         batch: number of streams in the cache.
 
     Raises:
-        ValueError: names the shape.
+        ValueError: the shape is invalid.
     """
     shape = tuple(rows.shape)
     if len(shape) != 1:
-        raise ValueError(f"rows have shape {shape}: must be [r]")
+        raise ValueError(f"rows has shape {shape}: must be [r]")
     if not batch and shape[0]:
-        raise ValueError(f"rows have shape {shape}: the cache has 0 streams to take them from")
+        raise ValueError(f"rows has shape {shape}: must be [0] for a cache with 0 streams")
 
 
 def to_row_indices(rows: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Format of a file that holds a stream's cache: its metadata, tensor names and shapes."""
+"""File format of caches: metadata, tensor names and shapes."""
 
 import json
 from collections.abc import Mapping
@@ -10,29 +10,29 @@ from mc_core.weights import Leaf, check_leaves
 
 T = TypeVar("T")
 
-KEY = "memory_caching_stream"  # of the metadata
+KEY = "memory_caching_stream"  # key of the metadata entry
 
-# Names of cache fields in files, where they differ.
+# Cache fields that have another name in files.
 FILE_NAMES = {"capacity": "limit", "mask": "real"}
 
 
 def to_metadata(config: Config) -> dict[str, str]:
-    """Return the metadata of a safetensors file that holds a cache."""
+    """Return the metadata of a cache file."""
     return {KEY: json.dumps(describe(config))}
 
 
 def check_stream(metadata: Mapping[str, str] | None, config: Config) -> None:
-    """Check that a file holds a cache of a module with this configuration.
+    """Check that a file contains a cache with this configuration.
 
     Raises:
-        ValueError: the file holds no cache, or a cache of another configuration.
+        ValueError: the file contains no cache, or a cache with another configuration.
     """
     if KEY not in (metadata or {}):
-        raise ValueError(f"has no {KEY!r} in its metadata: `save_cache` writes files that have it")
+        raise ValueError(f"has no {KEY!r} in its metadata: must be a file written by `save_cache`")
     saved = read_description(json.loads(dict(metadata or {})[KEY]), type(config)).to_dict()
     for name, value in config.to_dict().items():
         if saved[name] != value:
-            allowed = f"{saved[name]!r}, as in the cache's file"
+            allowed = f"{saved[name]!r}, the value in the file"
             raise_config_error(type(config).__name__, name, value, allowed)
 
 
@@ -54,14 +54,15 @@ def to_field_names(tensors: Mapping[str, T], fields: Mapping[str, Any]) -> dict[
 def check_tensors(actual: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> None:
     """Check a file's tensors against those of a new cache with the same batch and capacity.
 
-    A cache of a whole sequence may have more slots. Floats may have any precision.
+    A cache returned by a full pass may have more slots. Floating-point dtypes may differ.
 
     Args:
         actual: tensors of the file.
-        expected: tensors of the new cache, under their names in files.
+        expected: tensors of the new cache, by their names in files.
 
     Raises:
-        ValueError: lists all tensors that are missing, unexpected, or of another shape or dtype.
+        ValueError: a tensor is missing, unexpected, or of another shape or dtype; the message lists
+            all mismatches.
     """
     allowed = {name: _allow(leaf, name, actual) for name, leaf in expected.items()}
     check_leaves(actual, allowed, "tensors")
@@ -79,17 +80,17 @@ def _allow(expected: Leaf, name: str, actual: Mapping[str, Leaf]) -> Leaf:
 
 
 def is_offloaded(name: str) -> bool:
-    """Whether `cache_device="host"` keeps the tensor of this name in host memory."""
+    """Return True if `cache_device="host"` stores the tensor with this name in host memory."""
     return "stored.weights." in name or name.rpartition(".")[2] in ("keys", "values")
 
 
 def batch_and_capacity(tensors: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of streams in a file, and the most tokens that each may have.
+    """Return the batch size and the capacity in tokens of a cache in a file.
 
     Raises:
-        ValueError: the file lacks the tensors that hold these numbers.
+        ValueError: the tensors that store these numbers are missing.
     """
     for block in ("", "0."):
         if f"{block}position" in tensors and f"{block}limit" in tensors:
             return len(tensors[f"{block}position"]), int(tensors[f"{block}limit"])
-    raise ValueError("has no tensors 'position' and 'limit': must hold a cache")
+    raise ValueError("has no tensors 'position' and 'limit': must contain a cache")

@@ -37,7 +37,7 @@ def check_types(config: Any) -> None:
     """Check the types of a dataclass's fields. An int is accepted as a float.
 
     Raises:
-        ValueError: a field holds a value of another type, or a float that is not finite.
+        ValueError: a field has a wrong type, or is a float that is not finite.
     """
     owner = type(config).__name__
     hints = typing.get_type_hints(type(config))
@@ -98,7 +98,7 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Check that a field lies in an interval, closed unless declared open."""
+    """Check that a field is in an interval, which is closed by default."""
     value = getattr(config, field)
     if value is None:
         return
@@ -114,12 +114,12 @@ def check_range(
 
 
 def check_bool(name: str, x: Any, shape: Collection[int]) -> None:
-    """Check that an array of either framework is bool and has a given shape, or is None.
+    """Check that an array is None, or is bool and has the given shape.
 
     Integers are rejected because `~` is not their logical negation.
 
     Raises:
-        ValueError: names the actual and the expected shape and dtype.
+        ValueError: shape or dtype differ; the message states the actual and the expected ones.
     """
     if x is None:
         return
@@ -131,32 +131,32 @@ def check_bool(name: str, x: Any, shape: Collection[int]) -> None:
 
 
 def check_integers(name: str, dtype: str) -> None:
-    """Check that the dtype of ids or indices is an integer type; bool is not.
+    """Check that the dtype of ids or indices is an integer dtype, which excludes bool.
 
     Raises:
-        ValueError: names the dtype.
+        ValueError: the dtype is not an integer dtype.
     """
     if not dtype.startswith(("int", "uint")):
-        raise ValueError(f"{name} has dtype {dtype}: must be integers")
+        raise ValueError(f"{name} has dtype {dtype}: must be an integer dtype")
 
 
-def check_ids(name: str, ids: np.ndarray, size: int, read: np.ndarray | None = None) -> None:
+def check_ids(name: str, ids: np.ndarray, size: int, mask: np.ndarray | None = None) -> None:
     """Check that ids or indices are in `0..size - 1`.
 
     Args:
         name: name of the argument.
         ids: integers, any shape.
         size: number of ids.
-        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
+        mask: bool, same shape as `ids`, False at ids to ignore; None = check all.
 
     Raises:
-        ValueError: names the first id out of range, its position and what is allowed.
+        ValueError: an id is out of range; the message states the first one and its position.
     """
     if not ids.size or (ids.min() >= 0 and ids.max() < size):
         return
     out_of_range = (ids < 0) | (ids >= size)
-    if read is not None:
-        out_of_range &= read
+    if mask is not None:
+        out_of_range &= mask
     for position in np.argwhere(out_of_range)[:1].tolist():
         allowed = f"in 0..{size - 1}" if size else "none"
         value = ids[tuple(position)]
@@ -167,7 +167,7 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
     """Check that an argument is an integer from `low` to `high`; None = no upper bound.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is invalid; the message states its value and the allowed values.
     """
     try:
         number = index(value)  # type: ignore[arg-type]
@@ -186,15 +186,15 @@ def check_static(name: str, size: object, static: bool) -> None:
     Args:
         name: name of the size.
         size: its value, for the error message.
-        static: whether it is a number.
+        static: True if it is a number.
 
     Raises:
         ValueError: the size is symbolic.
     """
     if not static:
         raise ValueError(
-            f"{name} = {size}: must be a fixed number, because segments and chunks are planned for "
-            "it: export one program per length"
+            f"{name} = {size}: must be static, because segments and chunks depend on it: export "
+            "one program per length"
         )
 
 

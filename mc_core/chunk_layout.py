@@ -1,4 +1,4 @@
-"""Number and size of the chunks that a call's tokens of a stream fall into."""
+"""Static sizes of a streaming call: segments, chunks, and tokens per chunk."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,17 +9,17 @@ from mc_core.config import MCConfig
 
 
 class CallShape(NamedTuple):
-    """Static sizes of a call. They hold for every position at which the call may begin."""
+    """Static sizes of a call, valid for every start position in the stream."""
 
-    segment: int  # tokens of a segment
-    chunk: int  # tokens of a chunk; a segment's last one may have fewer
-    per_segment: int  # chunks of a segment
-    chunks: int  # maximum number of chunks that the call's tokens fall into
-    width: int  # maximum number of the call's tokens in a chunk
+    segment: int  # tokens per segment
+    chunk: int  # tokens per chunk; the last chunk of a segment may be shorter
+    per_segment: int  # chunks per segment
+    chunks: int  # maximum number of chunks that contain tokens of the call
+    width: int  # maximum number of tokens of the call per chunk
     completed: int  # maximum number of segments that the call completes
 
     def chunk_index(self, position: Any) -> Any:
-        """Return the index of the chunk that holds a position, counted over all segments."""
+        """Return the index of the chunk of a position; chunks are numbered across segments."""
         return position // self.segment * self.per_segment + position % self.segment // self.chunk
 
     def chunk_start(self, chunk: Any) -> Any:
@@ -31,8 +31,8 @@ class CallShape(NamedTuple):
 def call_shape(tokens: int, config: MCConfig) -> CallShape:
     """Return the sizes for calls of a given length.
 
-    With segments of 4 and chunks of 3, every second chunk has a single token. 8 tokens fall into at
-    most 5 chunks (from position 2) and complete at most 2 segments:
+    Example: segments of 4, chunks of 3. A segment has one chunk of 3 tokens and one of 1 token. 8
+    tokens span at most 5 chunks (from position 2) and complete at most 2 segments:
 
         position  0 1 2 | 3 || 4 5 6 | 7 || 8 9 10 | 11 || 12
         chunk         0 | 1 ||     2 | 3 ||      4 |  5 ||  6

@@ -10,46 +10,47 @@ from mc_core.memories import LinearConfig, MemoryConfig
 from mc_core.serialization import Serializable
 
 GATES = {
-    "context": "grm, soup, ssc: a memory's score is the connector u times its pooled key",
-    "token": "grm, soup, ssc: a memory's score is the component of u for its level, by its age",
+    "context": "grm, soup, ssc: scores are inner products of the connector u and pooled keys",
+    "token": "grm, soup, ssc: scores are components of the connector u, by the age of the memory",
 }
 SEGMENTATIONS = ("constant", "logarithmic")
 START_MODES = ("checkpoint", "restart")
 OUTPUT_NORMS = ("rms", "none")
 
-NORM_EPS = 1e-6  # under the root of every RMS, layer and L2 norm
-CLIP_EPS = 1e-12  # under the root of the inner gradient's Frobenius norm
+NORM_EPS = 1e-6  # added to the mean or sum of squares in RMS, layer and L2 norms
+CLIP_EPS = 1e-12  # added to the squared Frobenius norm of the inner gradient
 NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalized linear read (equation 2)
 
 
 @dataclass(frozen=True)
 class MCConfig(Serializable):
-    """One Memory Caching layer (arXiv:2602.24281): a memory, its segments, and how they are read.
+    """Memory Caching layer (arXiv:2602.24281): a memory, its segments and their aggregation.
 
     Attributes:
         d_model: model width d, a multiple of `num_heads`.
-        num_heads: heads h; key and value width are d / h.
+        num_heads: number of heads h; the key and value width is d / h.
         memory: configuration of the memory.
-        aggregation: how online and cached memories are read (equations 7, 9, 15, 17).
+        aggregation: combination of online and cached memories (equations 7, 9, 15, 17).
         segmentation: rule for the segment lengths (section 4.2).
-        segment_size: tokens of a constant segment.
+        segment_size: number of tokens per segment under `constant`.
         state_init_mode: a segment starts from the previous state (`checkpoint`) or from the initial
             memory (`restart`; section 3.4).
-        ssc_top_k: cached memories that a token reads under `ssc`.
-        use_q_as_u: the connector u is q, not a separate projection.
-        softmax_temperature: divisor of the gates' scores.
-        pooling: a segment's pooled key is the mean or the sum of its keys.
-        chunk_size: consecutive tokens whose inner gradients share one memory.
+        ssc_top_k: number of cached memories that each token reads under `ssc`.
+        use_q_as_u: use q as the connector u, without a separate projection.
+        softmax_temperature: divisor of the scores before the softmax.
+        pooling: reduction of a segment's keys to its pooled key, `mean` or `sum`.
+        chunk_size: number of consecutive tokens with inner gradients at the same weights.
         qk_norm: `l2`, `none`, or None for the memory's default.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
         output_norm: RMS norm of each head's read (`rms`), or `none`.
-        detach_cached_states: no gradient flows into cached memories.
-        detach_cached_context: no gradient flows into cached pooled keys.
-        gate: a memory's score is u times its pooled key (`context`, equation 10), or the component
-            of u [k] for its level, which depends on its age (`token`, arXiv:2506.04761).
+        detach_cached_states: stop gradients at cached memories.
+        detach_cached_context: stop gradients at cached pooled keys.
+        gate: score of a memory: the inner product of u and its pooled key (`context`, equation 10),
+            or the component of u at the memory's level (`token`, arXiv:2506.04761). The level is
+            1 + floor(log2(age)), with the age in segments, and 0 for the online memory.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a field is invalid; the message states its value and the allowed values.
     """
 
     d_model: int
@@ -120,12 +121,13 @@ class MCConfig(Serializable):
     def mixes_layers(self) -> bool:
         """True if reads mix the weights layer by layer (equation 15).
 
-        False if reads are linear in the weights: the mixture's read is then a sum of reads.
+        False if reads are linear in the weights, because the read of a mixture of weights is then
+        the mixture of the reads.
         """
         return self.rule.mixes_weights and not self.memory.linear_in_weights
 
     def slots(self, tokens: int) -> int:
-        """Return the number of cached memories that a stream of `tokens` stores."""
+        """Return the number of slots for cached memories in a stream of `tokens` tokens."""
         if not self.rule.reads_cache or self.reads_sum:
             return 0
         return -(-tokens // self.segment_size)
@@ -141,16 +143,17 @@ class AttentionConfig(Serializable):
     """One layer of causal softmax attention with rotary positions (RoPE, arXiv:2104.09864).
 
     Attributes:
-        d_model: model width d, a multiple of 2 `num_heads`.
-        num_heads: heads h; key and value width are d / h.
-        window: number of tokens that a token attends to, itself included; None = all before it.
+        d_model: model width d, a multiple of `2 * num_heads`.
+        num_heads: number of heads h; the key and value width is d / h.
+        window: number of most recent tokens, including the current one, that a token attends to;
+            None = all.
         rope_base: base of the rotary frequencies; pair i rotates by `rope_base ** (-2i / k)` per
             token.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
         output_norm: RMS norm of each head's read (`rms`), or `none`.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a field is invalid; the message states its value and the allowed values.
     """
 
     d_model: int
@@ -183,12 +186,12 @@ class AttentionConfig(Serializable):
 
 @dataclass(frozen=True)
 class ModelConfig(Serializable):
-    """A language model of pre-norm blocks: a mixer of tokens, then SwiGLU.
+    """Language model with pre-norm blocks, each a token mixer and a SwiGLU.
 
     Attributes:
         vocab_size: number of token ids.
         num_layers: number of blocks.
-        layer: the memory layer; its `d_model` is the model's width. Attention has its heads,
+        layer: configuration of memory layers. Attention layers use the same `d_model`, `num_heads`,
             `conv_width` and `output_norm`.
         ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to a
             multiple of 8; 0 = no SwiGLU.
@@ -219,16 +222,16 @@ class ModelConfig(Serializable):
         are_known = all(mixer in MIXERS for mixer in self.mixers)
         if not are_known or not 1 <= len(self.mixers) <= self.num_layers:
             names = ", ".join(map(repr, MIXERS))
-            allowed = f"1 to num_layers = {self.num_layers} words of {names}"
+            allowed = f"a list of 1 to num_layers = {self.num_layers} names out of {names}"
             raise_config_error("ModelConfig", "mixers", list(self.mixers), allowed)
         try:
             _ = self.block_layers
-        except ConfigError as error:  # a width that does not suit attention
+        except ConfigError as error:  # a width that is invalid for attention
             raise ConfigError("ModelConfig", f"layer.{error.problem}") from error
 
     @property
     def name(self) -> str:
-        """The mixers' names; a memory is named by its kind and aggregation."""
+        """Names of the mixers; for a memory, its kind and aggregation."""
         return ", ".join(MIXERS[mixer].label(self) or mixer for mixer in self.mixers)
 
     @property
@@ -247,11 +250,11 @@ class MixerKind(NamedTuple):
     """A token mixer of a model's blocks."""
 
     description: str
-    configure: Callable[[ModelConfig], MCConfig | AttentionConfig]  # of a block's layer
+    configure: Callable[[ModelConfig], MCConfig | AttentionConfig]  # returns the layer's config
     label: Callable[[ModelConfig], str] = lambda model: ""  # "" = the mixer's name
 
 
-def _attention(model: ModelConfig, window: int | None) -> AttentionConfig:
+def _attention_config(model: ModelConfig, window: int | None) -> AttentionConfig:
     layer = model.layer
     return AttentionConfig(
         layer.d_model,
@@ -270,11 +273,11 @@ MIXERS: dict[str, MixerKind] = {
         lambda model: f"{model.layer.memory.kind} + {model.layer.aggregation}",
     ),
     "attention": MixerKind(
-        "causal softmax attention with rotary positions, its heads those of model.layer",
-        lambda model: _attention(model, None),
+        "causal softmax attention with rotary positions and the heads of model.layer",
+        lambda model: _attention_config(model, None),
     ),
     "window": MixerKind(
-        "the same over the last model.attention_window tokens",
-        lambda model: _attention(model, model.attention_window),
+        "causal softmax attention over the last model.attention_window tokens",
+        lambda model: _attention_config(model, model.attention_window),
     ),
 }

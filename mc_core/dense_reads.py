@@ -8,7 +8,8 @@ import numpy as np
 class PairTiles(NamedTuple):
     """Square tiles of one size.
 
-    Tile a pairs the `half` memories from `2 a half` on with the segments from `(2 a + 1) half` on.
+    Tile a pairs the `half` memories that start at `2 a half` with the segments that start at
+    `(2 a + 1) half`.
     """
 
     half: int  # memories per tile
@@ -27,7 +28,7 @@ class PairTiles(NamedTuple):
 
 
 def tile_pairs(n: int) -> list[PairTiles]:
-    """Return tiles that cover each pair of n segments exactly once, the smallest first.
+    """Return tiles that cover each pair of n segments exactly once, in order of size.
 
     Example: 4 segments have 6 pairs. Tiles of size 1 pair segment 1 with memory 0 and segment 3
     with memory 2; one tile of size 2 pairs segments 2 and 3 with memories 0 and 1.
@@ -42,5 +43,5 @@ def tile_pairs(n: int) -> list[PairTiles]:
 
 
 def count_pairs(n: int) -> int:
-    """Return the number of (segment, memory) pairs in the tiles of n segments, with padding."""
+    """Return the number of (segment, memory) pairs in all tiles, including padding."""
     return sum(tile.number * tile.rows * tile.half for tile in tile_pairs(n))

@@ -1,7 +1,7 @@
 """Number of parameters, state bytes and FLOPs per token of a configuration.
 
-A layer is a memory or an attention layer; a model is the sum of its blocks. A multiply-add counts
-as two FLOPs. Only matrix products are counted, not norms, activations and softmax.
+A layer is a memory or attention layer. A model is counted as the sum of its blocks. A multiply-add
+is two FLOPs. Only matrix products are counted, not norms, activations and softmax.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Footprint(NamedTuple):
     state: int  # online memory and all other buffers of constant size
     memories: int  # cached memories
     pools: int  # pooled keys and lengths of the cached memories
-    read: int  # part of state and memories that the next token reads
+    read: int  # bytes of state and memories that the next token reads
 
     @property
     def total(self) -> int:
@@ -64,8 +64,8 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
 def state_bytes(config: Layer | ModelConfig, tokens: int, item: int = 4) -> int:
     """Return the bytes of the cache of one stream of `tokens` tokens.
 
-    This is the total size of the arrays of `init_cache(1, tokens)`. Attention has `2 d item + 1`
-    bytes per slot, and one slot per token (with a window, per token of the window).
+    This is the total size of the arrays of `init_cache(1, tokens)`. Attention stores `2 d item + 1`
+    bytes per slot, and has one slot per token, or per token of the window.
 
     Args:
         config: configuration of a layer or model, with segments of constant size.
@@ -103,14 +103,14 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
 
     - projections `8 d²`, and `2 d²` for u; convolution `6 w d`; learned coefficients `2 d h` each;
     - softmax attention: `4 d` per visible token, itself included;
-    - matrix memory: write and read `4 P`, within the chunk `4 d C` (full products, of which the
-      causal mask uses half);
+    - matrix memory: write and read `4 P`, within the chunk `4 d C` (products include the half that
+      the causal mask discards);
     - MLP memory: inner forward pass `2 P` (`2 (P - P_L)` under the dot loss without a norm, whose
       gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
       within the chunk `2 C` times the input and output widths of its layers; momentum another
       `4 P`;
-    - cached memories `2 P n` (n = 1 where their sum is read); gates `2 d (n + 1)`, which under
-      `ssc` score all cached memories;
+    - cached memories `2 P n` (n = 1 if reads use their sum); gates `2 d (n + 1)`, with scores of
+      all cached memories also under `ssc`;
     - feed-forward `6 d f` per block; output head `2 d` times the vocabulary.
 
     Args:
@@ -171,20 +171,20 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
         return 0.0
     lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
 
-    def mean(most: float) -> float:
-        return sum(min(i, most) * length for i, length in enumerate(lengths)) / tokens
+    def mean_count(limit: float) -> float:
+        return sum(min(i, limit) * length for i, length in enumerate(lengths)) / tokens
 
-    cached = mean(len(lengths))
-    most = config.ssc_top_k if config.rule.sparse else len(lengths)
-    reads = mean(1 if config.reads_sum else most)
+    cached = mean_count(len(lengths))
+    limit = config.ssc_top_k if config.rule.sparse else len(lengths)
+    reads = mean_count(1 if config.reads_sum else limit)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
     return 2 * memory_size(config) * reads + scores
 
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:
     tails = 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
-    slot = 2 * config.d_model * item + 1  # and the mask
-    return config.slots(tokens) * slot + tails + 4 * 2  # position, limit
+    slot = 2 * config.d_model * item + 1  # key, value and mask
+    return config.slots(tokens) * slot + tails + 4 * 2  # position, capacity
 
 
 def _attention_flops(config: AttentionConfig, tokens: int) -> float:

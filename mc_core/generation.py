@@ -1,4 +1,4 @@
-"""Options of generation, and prompts as padded blocks of few different shapes."""
+"""Options of generation, and division of prompts into padded blocks."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SEEDS = 2**32
 
 
 class PromptBlock(NamedTuple):
-    """The next tokens of every prompt, right-padded."""
+    """Next tokens of all prompts, right-padded."""
 
     tokens: Any  # ids, int32 [b, w]; 0 at padding
     padding: Any  # bool [b, w], True at padding
@@ -23,7 +23,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Check the options of sampling.
 
     Raises:
-        ValueError: names the option, its value and what is allowed.
+        ValueError: an option is invalid; the message states its value and the allowed values.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature = {temperature}: must be finite and >= 0; 0 is greedy")
@@ -44,13 +44,13 @@ def check_generation(
     """Check the arguments of `generate`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is invalid; the message states its value and the allowed values.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("block", block, 1)
     check_integer("seed", seed, 0, SEEDS - 1)
     if len(rows) != len(prompts):
-        raise ValueError(f"rows: {len(rows)} numbers for {len(prompts)} prompts: must be one each")
+        raise ValueError(f"rows has {len(rows)} elements: must have {len(prompts)}, one per prompt")
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         check_integer(f"rows[{i}]", row, 0, SEEDS - 1)
         ids = np.asarray(prompt)
@@ -63,7 +63,7 @@ def check_generation(
 def make_blocks(
     prompts: Sequence[Sequence[int] | np.ndarray], block: int = PROMPT_BLOCK
 ) -> list[PromptBlock]:
-    """Split prompts into padded blocks with few different widths.
+    """Split prompts into padded blocks; a small set of widths limits recompilation.
 
     Args:
         prompts: ids of each row, at least one.
@@ -83,7 +83,7 @@ def make_blocks(
 
 
 def bucket(tokens: int, block: int = PROMPT_BLOCK) -> int:
-    """Round up to a power of two, or to a multiple of `block` above it."""
+    """Round up to a power of two, or above `block` to a multiple of `block`."""
     if tokens > block:
         return -(-tokens // block) * block
     return min(block, 1 << (tokens - 1).bit_length())

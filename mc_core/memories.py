@@ -1,4 +1,4 @@
-"""Memory kinds: one configuration class each, which declares all properties of the kind.
+"""Memory kinds. The configuration class of a kind declares all its properties.
 
 To add a kind, register a configuration class with `register_memory` and a backend per framework
 with `register_backend`; see `examples/custom_memory.py`.
@@ -23,17 +23,18 @@ class MemoryConfig(Serializable):
 
     A subclass is a frozen dataclass with a field `coefficients` (one of `COEFFICIENTS`) and one
     field per write coefficient: its constant value, or the initial value of a learned one. Initial
-    values are at least a thousandth of the range away from either end.
+    values are clipped to 0.1% of the range from its ends.
 
     Class attributes:
         kind: the memory's name in YAML files and on the command line.
         description: one line for help texts.
-        ranges: for each coefficient field, the range of the scaled sigmoid of a learned one.
-        coefficient_fields: for each coefficient of `memory_caching`, the field that sets it.
-        gradient_uses_weights: the inner gradient depends on the weights. It is taken at the weights
-            at the start of the chunk.
-        uses_previous_token: the write of a token uses the key and value of the previous token.
-        normalizes_qk: q and k are L2-normalized by default.
+        ranges: (low, high) of each coefficient field; a learned coefficient is a sigmoid scaled to
+            this range.
+        coefficient_fields: name of the field for each coefficient of `memory_caching`.
+        gradient_uses_weights: True if the inner gradient depends on the weights. It is then taken
+            at the weights at the start of the chunk.
+        uses_previous_token: True if the write of a token uses the previous token's key and value.
+        normalizes_qk: True if q and k are L2-normalized by default.
     """
 
     tag: ClassVar[Tag] = Tag("kind", MEMORIES)
@@ -62,7 +63,7 @@ class MemoryConfig(Serializable):
 
     @property
     def has_momentum(self) -> bool:
-        """True if the write has a momentum, of the same shape as the weights."""
+        """True if the state includes momentum, of the same shape as the weights."""
         return "momentum" in self.coefficient_fields
 
     @property
@@ -72,7 +73,7 @@ class MemoryConfig(Serializable):
 
     @property
     def adds_input(self) -> bool:
-        """True if a read adds its input. Keys and values then have the same width."""
+        """True if reads have a residual connection, which requires equal key and value widths."""
         return False
 
     @property
@@ -87,12 +88,12 @@ class MemoryConfig(Serializable):
 
     @property
     def normalizer_rows(self) -> int:
-        """Number of output rows of the weights that serve only to normalize a read."""
+        """Number of output rows of the weights that store the normalizer of a read."""
         return 0
 
     @property
     def state_copies(self) -> int:
-        """Number of arrays of the weights' shape in the state: weights, momentum, chunk start."""
+        """Number of copies of the weights in the state: weights, momentum, start of the chunk."""
         return 1 + self.has_momentum + self.gradient_uses_weights
 
     def widths(self, key: int, value: int) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ class MemoryConfig(Serializable):
         return key, value
 
     def sizes(self, key: int, value: int) -> list[int]:
-        """Return the number of weights of each layer of a head's memory, normalizers excluded."""
+        """Return the number of weights per layer of a head's memory, excluding normalizers."""
         return [a * b for a, b in pairwise(self.widths(key, value))]
 
     def gradient_flops(self, key: int, value: int) -> int:
@@ -116,9 +117,10 @@ class MemoryConfig(Serializable):
         check_choice(self, "coefficients", COEFFICIENTS)
         learned = self.coefficient_mode != "constant"
         for field, (low, high) in self.ranges.items():
-            if field in ("retention", "momentum"):
-                zero = field == "retention"
-                check_range(self, field, low, high, open_low=zero, open_high=not zero)
+            if field == "retention":
+                check_range(self, field, low, high, open_low=True)
+            elif field == "momentum":
+                check_range(self, field, low, high, open_high=True)
             elif learned:
                 check_range(self, field, low, high, open_low=field == "step")
             elif field == "step":
@@ -138,7 +140,7 @@ def register_memory(cls: type[M]) -> type[M]:
         ...     kind = "oja"
 
     Raises:
-        ValueError: the class lacks an attribute, or another class has its `kind`.
+        ValueError: the class lacks an attribute, or its `kind` is registered by another class.
     """
     if not (isinstance(cls, type) and issubclass(cls, MemoryConfig)):
         raise ValueError(f"register_memory: {cls!r} must be a subclass of MemoryConfig")
@@ -158,7 +160,7 @@ def register_memory(cls: type[M]) -> type[M]:
         )
     if "momentum" in cls.coefficient_fields and not cls.gradient_uses_weights:
         raise ValueError(
-            f"register_memory: {cls.__name__} has a momentum: gradient_uses_weights must be True"
+            f"register_memory: {cls.__name__} uses momentum: gradient_uses_weights must be True"
         )
     known = MEMORIES.get(cls.kind)
     if known is not None and (known.__module__, known.__qualname__) != (
@@ -166,7 +168,7 @@ def register_memory(cls: type[M]) -> type[M]:
         cls.__qualname__,
     ):
         raise ValueError(
-            f"register_memory: kind = {cls.kind!r} is taken by {known.__module__}."
+            f"register_memory: kind = {cls.kind!r} is already registered by {known.__module__}."
             f"{known.__qualname__}: choose another name"
         )
     MEMORIES[cls.kind] = cls
@@ -200,12 +202,12 @@ class LinearConfig(MemoryConfig):
 
     @property
     def linear_in_weights(self) -> bool:
-        """True without the normalizer."""
+        """True if reads are not normalized."""
         return not self.normalize
 
     @property
     def normalizer_rows(self) -> int:
-        """Number of normalizer rows: s is one more output row of W."""
+        """1 if reads are normalized, because s is stored as an additional output row of W."""
         return int(self.normalize)
 
     @classmethod
@@ -265,8 +267,8 @@ class MLPConfig(MemoryConfig):
 
     `inner_clip` bounds the Frobenius norm of each token's gradient in each layer; None is the
     papers' recurrence. With `norm="layer"` a read is `x + LN(z)`, regardless of `residual`. The
-    default steps are tuned for chunks of 64: the writes of a chunk are summed, so short chunks need
-    larger steps, and more so with a narrow memory (`expansion=1`).
+    default steps are tuned for chunks of 64. Writes of a chunk are summed, so short chunks need
+    larger steps, especially for narrow memories (`expansion=1`).
     """
 
     gradient_uses_weights: ClassVar[bool] = True
@@ -306,7 +308,7 @@ class MLPConfig(MemoryConfig):
 
     @property
     def random_initial(self) -> bool:
-        """True: at zero, all gradients of an MLP vanish."""
+        """True, because all gradients of an MLP with zero weights vanish."""
         return True
 
     def widths(self, key: int, value: int) -> tuple[int, ...]:

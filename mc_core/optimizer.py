@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mc_core.checks import check_range
 
-# Weight decay applies to the parameters with these last names in JAX: projections and embeddings.
+# Weight decay applies to JAX parameters with these names: projections and embeddings.
 DECAYED = ("kernel", "embedding")
 
 
@@ -14,7 +14,7 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: peak learning rate.
-        warmup_steps: number of steps from 0 to the peak.
+        warmup_steps: number of steps of linear warm-up from 0 to the peak.
         final_fraction: learning rate of the last step, relative to the peak.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.

@@ -21,7 +21,7 @@ WRAPPERS = frozenset(
         "_forward_module",
     }
 )
-COUNTER = "n_averaged"  # buffer of torch.optim.swa_utils.AveragedModel, not a parameter
+AVERAGE_COUNTER = "n_averaged"  # buffer of torch.optim.swa_utils.AveragedModel, not a parameter
 # Keys under which training loops store a state_dict in a checkpoint.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -31,14 +31,14 @@ _log = logging.getLogger("mc_core")
 def plain_names(
     names: Iterable[str], known: Callable[[str], bool] = in_table
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Remove wrappers, and a prefix that all names share.
+    """Remove the names of wrappers, and a prefix shared by all names.
 
-    A wrapper is removed only if it is the only child of its parent module; a shared prefix only if
-    all remaining names are known. Names therefore stay distinct.
+    A wrapper is removed only if it is the only child of its parent module. A shared prefix is
+    removed only if all remaining names are known. Names therefore remain distinct.
 
     Args:
         names: keys of a `state_dict`.
-        known: whether a name is that of a parameter.
+        known: function that returns True for the name of a parameter.
 
     Returns:
         The plain name of each name, and the removed prefixes in order of first appearance.
@@ -69,17 +69,19 @@ def strip_prefixes(
     path: str | PathLike[str],
     known: Callable[[str], bool] = in_table,
 ) -> dict[str, T]:
-    """Return parameters under their plain names; log the removed prefixes.
+    """Return parameters by their names without prefixes; log the removed prefixes.
 
     Args:
         flat: `state_dict` of a file.
-        path: path of the file, for the log.
+        path: path of the file, for log messages.
         known: as in `plain_names`.
     """
-    averaged = COUNTER in flat and all(
-        name == COUNTER or name.startswith("module.") for name in flat
+    averaged = AVERAGE_COUNTER in flat and all(
+        name == AVERAGE_COUNTER or name.startswith("module.") for name in flat
     )
-    flat = {name: value for name, value in flat.items() if not (averaged and name == COUNTER)}
+    flat = {
+        name: value for name, value in flat.items() if not (averaged and name == AVERAGE_COUNTER)
+    }
     plain, removed = plain_names(flat, known)
     if removed:
         words = ", ".join(f"'{part}.'" for part in removed)
@@ -94,8 +96,8 @@ def find_state_dict(
 
     Args:
         loaded: a `state_dict`, or a checkpoint that contains one.
-        path: path of the file, for the log.
-        is_array: whether a value is an array of the framework.
+        path: path of the file, for log messages.
+        is_array: function that returns True for an array of the framework.
 
     Raises:
         ValueError: there is no `state_dict`, or more than one.
@@ -110,16 +112,19 @@ def find_state_dict(
         key for key in STATE_DICT_KEYS if isinstance(loaded, Mapping) and is_state(loaded.get(key))
     ]
     if len(keys) > 1:
-        raise ValueError(f"holds several state_dicts, under {', '.join(map(repr, keys))}: keep one")
+        found = ", ".join(map(repr, keys))
+        raise ValueError(f"contains several state_dicts, under {found}: must contain one")
     if not keys:
         allowed = ", ".join(map(repr, STATE_DICT_KEYS))
-        raise ValueError(f"holds no state_dict: must be one, or have one under one of {allowed}")
-    _log.warning("%s: read the parameters under %r, and nothing else", path, keys[0])
+        raise ValueError(
+            f"contains no state_dict: must have one at the top level or under {allowed}"
+        )
+    _log.warning("%s: read only the parameters under %r", path, keys[0])
     return loaded[keys[0]]
 
 
 def _prefix(paths: list[list[str]], known: Callable[[str], bool]) -> int:
-    """Return the number of leading parts to remove so that all names are known, else 0."""
+    """Return the number of leading parts that make all names known if removed, else 0."""
     shortest = min(map(len, paths), default=0)
     for length in range(shortest):
         if len({tuple(path[:length]) for path in paths}) > 1:

@@ -12,8 +12,8 @@ from mc_core.checks import check_keys
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.weights import Leaf
 
-VERSION = 1  # of the names, the layouts and this description
-KEY = "memory_caching"  # of the metadata
+VERSION = 1  # version of parameter names, layouts and the description
+KEY = "memory_caching"  # key of the metadata entry
 # Metadata key of a language model's tokenizer: `bytes`, or the SHA-256 of a tokenizer file.
 TOKENIZER_KEY = "memory_caching_tokenizer"
 
@@ -40,18 +40,18 @@ def read_description(description: Any, kind: Any) -> Any:
         kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
-        ValueError: another version or class, or an invalid configuration.
+        ValueError: the version or class does not match, or the configuration is invalid.
     """
     keys = ("version", "module", "config")
     check_keys("description", description, keys, keys)
     version, module = description["version"], description["module"]
     if version != VERSION:
-        raise ValueError(f"has version {version!r}: this package reads {VERSION}")
+        raise ValueError(f"has version {version!r}: must be {VERSION}")
     if module not in _KINDS:
-        raise ValueError(f"holds a {module!r}: must be one of {', '.join(_KINDS)}")
+        raise ValueError(f"contains a {module!r}: must be one of {', '.join(_KINDS)}")
     config = _KINDS[module].from_dict(description["config"])
     if not isinstance(config, kind):
-        raise ValueError(f"holds a {module}: load it with {module}.from_pretrained")
+        raise ValueError(f"contains a {module}: load it with {module}.from_pretrained")
     return config
 
 
@@ -85,7 +85,7 @@ def read_tokenizer(path: str | PathLike[str]) -> str | None:
 def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:
     """Return the configuration in the metadata of a safetensors file; see `read_description`."""
     if KEY not in (metadata or {}):
-        raise ValueError(f"has no {KEY!r} in its metadata: `mc convert` writes files that have it")
+        raise ValueError(f"has no {KEY!r} in its metadata: must be a file written by `mc convert`")
     return read_description(json.loads(dict(metadata or {})[KEY]), kind)
 
 
@@ -97,5 +97,7 @@ def one_dtype(leaves: Mapping[str, Leaf]) -> str:
     """
     dtypes = sorted({leaf.dtype for leaf in leaves.values()})
     if len(dtypes) != 1:
-        raise ValueError(f"parameters have the dtypes {', '.join(dtypes)}: must all have one")
+        raise ValueError(
+            f"parameters have the dtypes {', '.join(dtypes)}: must have the same dtype"
+        )
     return dtypes[0]

@@ -17,11 +17,11 @@ def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> 
     Args:
         tokens: number of tokens, at least 1.
         segmentation: `constant` (the last segment may be shorter) or `logarithmic` (the powers of
-            two in the binary form of `tokens`, largest first).
-        segment_size: tokens of a constant segment.
+            two that sum to `tokens`, in descending order).
+        segment_size: number of tokens per segment under `constant`.
 
     Raises:
-        ValueError: `tokens` or `segment_size` is not positive, or the name is unknown.
+        ValueError: `tokens` or `segment_size` is not positive, or `segmentation` is unknown.
     """
     if tokens < 1:
         raise ValueError(f"tokens = {tokens}: must be >= 1")
@@ -50,10 +50,10 @@ class Plan:
         rows: number of rows.
         chunk_tokens: [rows * chunks * chunk_size] index of the token at each position; `tokens` at
             padding.
-        last_chunk: [n] flat index of the chunk with each segment's last token.
+        last_chunk: [n] flat index of the last chunk of each segment.
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
-        full_length: number of tokens of the last segment once it is complete.
-        streams: True if the segments are those of a stream, so that it can be extended.
+        full_length: number of tokens of the last segment when complete.
+        streams: True if the sequence can be extended, because its segments are those of a stream.
     """
 
     lengths: tuple[int, ...]
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """The `capacity` of a cache after all tokens; NO_STREAM where none may follow."""
+        """Capacity of a cache after all tokens; NOT_STREAMABLE if it cannot be extended."""
         return self.tokens if self.streams else NOT_STREAMABLE
 
     @property
@@ -146,12 +146,12 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         raise ValueError(
             f"segment_lengths = {list(lengths)}: must be positive and add up to {tokens} tokens"
         )
-    # Only segments of constant size can be continued by the next token.
+    # Streams require segments of constant size.
     streams = config.segmentation == "constant" and lengths == constant
     size = min(config.chunk_size, max(lengths))
     counts = [-(-length // size) for length in lengths]
     restart = config.state_init_mode == "restart"
-    # Parallel rows of segments of very unequal length would consist mostly of padding.
+    # For segments of very different lengths, parallel rows would be mostly padding.
     parallel = restart and len(lengths) * max(counts) <= 2 * sum(counts)
     rows, chunks = (len(lengths), max(counts)) if parallel else (1, sum(counts))
     first = np.arange(len(lengths)) * chunks if parallel else np.cumsum([0, *counts[:-1]])
@@ -179,10 +179,10 @@ def check_streaming_config(config: MCConfig) -> None:
     """Check that the segmentation does not depend on future tokens.
 
     Raises:
-        ValueError: it does; names the one to use.
+        ValueError: the segmentation depends on future tokens.
     """
     if config.segmentation == "logarithmic":
         raise ValueError(
-            "segmentation = 'logarithmic': its cuts depend on the total length, so it cannot "
-            "stream: use 'constant'"
+            "segmentation = 'logarithmic': must be 'constant' for streaming, because logarithmic "
+            "segments depend on the length of the sequence"
         )

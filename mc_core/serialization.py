@@ -38,7 +38,7 @@ class Serializable:
         """Build from a dictionary of the form of `to_dict`.
 
         Raises:
-            ValueError: an unknown or missing key, or a value that is out of range.
+            ValueError: a key is unknown or missing, or a value is out of range.
         """
         return from_dict(cls, data, cls.__name__)
 

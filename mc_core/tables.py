@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of results, with what is needed to reproduce it.
+    """Table of results, with the information to reproduce it.
 
     Attributes:
         title: title of the table.

@@ -16,14 +16,14 @@ Flat = dict[str, np.ndarray]  # names joined by "."; bfloat16 as `ml_dtypes.bflo
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def same(x: np.ndarray) -> np.ndarray:
+def identity(x: np.ndarray) -> np.ndarray:
     """Return the array unchanged."""
     return x
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
     """Swap the two axes: [in, out] and [out, in], [width, features] and [features, width]."""
-    # safetensors writes an array's buffer and ignores its strides.
+    # safetensors ignores the strides of arrays.
     return np.ascontiguousarray(x.T)
 
 
@@ -32,7 +32,7 @@ class ParameterNames(NamedTuple):
 
     jax: str  # path of the NNX attribute
     torch: str  # key of the state_dict
-    transform: Transform  # its own inverse
+    transform: Transform  # from JAX to PyTorch, and its own inverse
     rank: int
 
 
@@ -41,7 +41,7 @@ def _linear(name: str) -> ParameterNames:
 
 
 def _same_layout(name: str, rank: int) -> ParameterNames:
-    return ParameterNames(name, name, same, rank)
+    return ParameterNames(name, name, identity, rank)
 
 
 def layer_rows() -> tuple[ParameterNames, ...]:
@@ -64,7 +64,7 @@ def table() -> tuple[ParameterNames, ...]:
     layer = layer_rows()
     return (
         *layer,
-        ParameterNames("embed.embedding", "embed.weight", same, 2),
+        ParameterNames("embed.embedding", "embed.weight", identity, 2),
         *(
             row._replace(jax=f"blocks.#.mixer.{row.jax}", torch=f"blocks.#.mixer.{row.torch}")
             for row in layer
@@ -109,7 +109,7 @@ def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def in_table(name: str) -> bool:
-    """Return True if a layer or model of any configuration has a PyTorch parameter of this name."""
+    """Return True if a layer or model can have a PyTorch parameter with this name."""
     return _INDEX.sub("#", name) in by_torch_name()
 
 
@@ -117,7 +117,7 @@ def to_torch(flat: Mapping[str, np.ndarray]) -> Flat:
     """Convert JAX parameters to the names and layouts of PyTorch.
 
     Raises:
-        ValueError: lists all unknown names and wrong ranks.
+        ValueError: a name is unknown or a rank is wrong; the message lists all mismatches.
     """
     return _convert(flat, by_jax_name(), lambda row: row.torch)
 
@@ -126,7 +126,7 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
     """Convert PyTorch parameters to the names and layouts of JAX.
 
     Raises:
-        ValueError: lists all unknown names and wrong ranks.
+        ValueError: a name is unknown or a rank is wrong; the message lists all mismatches.
     """
     return _convert(flat, by_torch_name(), lambda row: row.jax)
 
@@ -142,7 +142,8 @@ def check_leaves(
         what: name of the arrays for the error message.
 
     Raises:
-        ValueError: lists all arrays that are missing, unexpected, or of another shape or dtype.
+        ValueError: an array is missing, unexpected, or of another shape or dtype; the message lists
+            all mismatches.
     """
     common = [name for name in expected if name in actual]
     mismatches = {
@@ -181,4 +182,4 @@ def _convert(
 
 def _raise_mismatches(mismatches: Iterable[str], what: str = "weights") -> None:
     if listed := list(mismatches):
-        raise ValueError(f"{what} do not fit:\n  " + "\n  ".join(listed))
+        raise ValueError(f"{what} do not match:\n  " + "\n  ".join(listed))

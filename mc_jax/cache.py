@@ -1,4 +1,4 @@
-"""Streaming state of a layer, valid between any two tokens."""
+"""Streaming state of a layer after any token."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ Tree = Any  # nested tuples of arrays
 
 
 class Segments(NamedTuple):
-    """Memory of each segment after its last token so far (section 4)."""
+    """Memories after the latest token of each segment (section 4)."""
 
-    weights: Weights  # first layer first, each [b, n, h, o, i]
+    weights: Weights  # per layer, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
     length: Array  # number of unmasked tokens of the segment, int32 [b, n]
 
@@ -30,14 +30,14 @@ class Segments(NamedTuple):
 class Cache(NamedTuple):
     """State of the streams of a memory layer. Rows are independent."""
 
-    stored: Segments  # complete segments, in slots; `segments` adds the online one
-    total: Weights  # sum of the complete segments' weights, if only their sum is read
+    stored: Segments  # complete segments, one per slot; `segments` also includes the online one
+    total: Weights  # sum of the weights of complete segments; () if reads do not use it
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
     pool: Array  # pooled key of the online segment [b, h, k]
     length: Array  # number of unmasked tokens of the online segment, int32 [b]
     slot: Array  # index of the online segment, int32 [b]
-    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    position: Array  # number of processed tokens, including masked ones, int32 [b]
     capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
     conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
@@ -45,8 +45,8 @@ class Cache(NamedTuple):
     def segments(self) -> Segments:
         """Memory, pooled key and length of all segments, including the online one.
 
-        Unused slots are zero. A cache of `init_cache` has no slots if no read needs them: under
-        `none`, and under `residual` and `mean` if reads are linear in the weights.
+        Unused slots are zero. A cache from `init_cache` has no slots if reads do not use them:
+        under `none`, and under `residual` and `mean` if reads are linear in the weights.
         """
         if not self.stored.length.shape[1]:
             return self.stored
@@ -69,10 +69,10 @@ class KVCache(NamedTuple):
     The token at position p is stored in slot p % n of n.
     """
 
-    keys: Array  # with rotary positions [b, n, h, k]
+    keys: Array  # keys after the rotary embedding [b, n, h, k]
     values: Array  # [b, n, h, v]
     mask: Array  # bool [b, n], False at empty slots and masked tokens
-    position: Array  # number of tokens so far, including masked ones, int32 [b]
+    position: Array  # number of processed tokens, including masked ones, int32 [b]
     capacity: Array  # maximum number of tokens, int32 []
     conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
 
@@ -94,12 +94,12 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
 
     Args:
         memory: the memory kind.
-        initial: W_0, first layer first, each [h, o, i].
-        k: keys [..., h, c, k], which set leading axes, device and dtype of the state.
+        initial: weights W_0 per layer, each [h, o, i].
+        k: keys [..., h, c, k]; they determine leading axes, device and dtype of the state.
         v: values [..., h, c, v].
     """
     dtype = state_dtype(k.dtype)
-    # Derived from the inputs, so that the carry of a scan has their sharding.
+    # The zeros are derived from the inputs, so that the carry of a scan has the inputs' sharding.
     zero = jnp.zeros_like(k[..., :1, :1], dtype=dtype)
     weights = tuple(
         w.astype(dtype).reshape((1,) * (zero.ndim - 3) + w.shape) + zero
@@ -127,14 +127,15 @@ def init_cache(
     """Return an empty cache.
 
     Args:
-        initial: W_0, first layer first, each [h, out, in].
+        initial: weights W_0 per layer, each [h, out, in].
         config: the layer's configuration, with segments of constant size.
         batch: number of streams, 0 or more.
         max_tokens: capacity, the maximum number of tokens per stream.
         dtype: dtype of q, k and v; None = that of `initial`.
-        cache_dtype: dtype of the cached memories; None = that of the online one, at least float32.
-        cache_device: where cached memories are stored: `device` or `host`. A call copies those that
-            it reads to the device (under `ssc` only the selected ones).
+        cache_dtype: dtype of the cached memories; None = that of the online memory (float32 or
+            wider).
+        cache_device: storage of cached memories: `device` or `host`. Reads copy memories from the
+            host to the device (under `ssc` only the selected ones).
 
     Raises:
         ValueError: an argument is out of range, the segments cannot stream, or the device has no
@@ -150,7 +151,7 @@ def init_cache(
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
     cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
-    # Copied, so that no two leaves share a buffer and the cache can be donated.
+    # Copy, so that no two leaves share a buffer and the cache can be donated.
     cache = jax.tree.map(jnp.copy, cache)
     if cache_device == "device":
         return cache
@@ -194,7 +195,7 @@ def cast_cache(cache: Cache, dtype: Dtype) -> Cache:
 
 
 def check_growth(cache: AnyCache, max_tokens: int) -> None:
-    """Check that `grow` does not shrink a cache. Without effect in a compiled program.
+    """Check that `grow` does not shrink a cache. No-op in a compiled program.
 
     Raises:
         ValueError: the new capacity is smaller, or the cache cannot be extended.
@@ -204,10 +205,10 @@ def check_growth(cache: AnyCache, max_tokens: int) -> None:
 
 
 def check_capacity(cache: AnyCache, tokens: int | Array) -> None:
-    """Check that a cache has capacity for the next tokens. Without effect in a compiled program.
+    """Check that a cache has capacity for the next tokens. No-op in a compiled program.
 
     Args:
-        cache: the streams so far.
+        cache: state before these tokens.
         tokens: number of next tokens, of all rows or [b].
 
     Raises:
@@ -226,7 +227,7 @@ def nan_past_capacity(y: Array, after: AnyCache) -> Array:
 
 
 def is_traced(x: Any) -> bool:
-    """Return True if a value is traced, so that it is known only in the compiled program."""
+    """Return True if a value is traced, so that it is unknown in Python."""
     return isinstance(x, jax.core.Tracer)
 
 
@@ -237,10 +238,10 @@ def empty_cache(
 
     Args:
         start: the state before the first token [b, h, ...].
-        k: keys [b, h, k], which set the shape of the pooled keys.
+        k: keys [b, h, k]; they determine the shape of the pooled keys.
         slots: number of slots for cached memories.
         capacity: maximum number of tokens per stream.
-        total: whether to keep the sum of the complete segments' weights.
+        total: if True, the cache has the sum of the complete segments' weights.
         dtype: dtype of the cached memories; None = that of the state.
     """
     zero = jnp.zeros_like(k, dtype=state_dtype(k.dtype))
@@ -287,19 +288,19 @@ def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
     def write(stored_leaf: Array, new_leaf: Array) -> Array:
         new_leaf = new_leaf.astype(stored_leaf.dtype)
         if slots.shape[1] > 1 or on_host(stored_leaf):
-            return update_in_place(_put_many, stored_leaf, new_leaf, slots, row)
-        return _put_one(stored_leaf, new_leaf, slots)
+            return update_in_place(_scatter_slots, stored_leaf, new_leaf, slots, row)
+        return _update_slot(stored_leaf, new_leaf, slots)
 
     return jax.tree.map(write, stored, new)
 
 
-def _put_many(stored_leaf: Array, new_leaf: Array, slots: Array, row: Array) -> Array:
+def _scatter_slots(stored_leaf: Array, new_leaf: Array, slots: Array, row: Array) -> Array:
     return stored_leaf.at[row, slots].set(new_leaf, mode="drop")
 
 
 @jax.vmap
-def _put_one(stored_leaf: Array, new_leaf: Array, slot: Array) -> Array:
-    # Out-of-range writes store the old value: to drop a write, XLA would copy all slots.
+def _update_slot(stored_leaf: Array, new_leaf: Array, slot: Array) -> Array:
+    # Out of range, write the old value, because XLA copies all slots for mode="drop".
     slot, inside = jnp.minimum(slot[0], len(stored_leaf) - 1), slot[0] < len(stored_leaf)
     old = jax.lax.dynamic_index_in_dim(stored_leaf, slot)
     return jax.lax.dynamic_update_index_in_dim(
@@ -312,7 +313,7 @@ def add_axis(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[:, None], tree)
 
 
-def tree_where(condition: Array, yes: Tree, no: Tree) -> Tree:
+def tree_where(condition: Array, on_true: Tree, on_false: Tree) -> Tree:
     """`where` for trees; `condition` [b] or [b, r] matches the leading axes of the leaves."""
 
     def pick(a: Array, b: Array) -> Array:
@@ -320,4 +321,4 @@ def tree_where(condition: Array, yes: Tree, no: Tree) -> Tree:
             condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
         )
 
-    return jax.tree.map(pick, yes, no)
+    return jax.tree.map(pick, on_true, on_false)

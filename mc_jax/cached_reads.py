@@ -1,4 +1,4 @@
-"""Sums over the cached memories of a stream, of which only the first slots are filled."""
+"""Weighted sums of reads of a stream's cached memories, which fill only the first slots."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,8 @@ from mc_jax.backends import Weights
 from mc_jax.numerics import Array, expand_leading_dims
 from mc_jax.offload import read_from_host
 
-READS = 8  # slots per step are READS / tokens
-RUN = 256  # tokens per run; a run reads the slots up to the last one that any of its tokens reads
+MAX_READS = 8  # maximum number of (token, slot) pairs per step
+BLOCK = 256  # tokens per block; a block reads the slots that at least one of its tokens reads
 
 # (tokens [b, s, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 CachedRead = Callable[[Array, Weights], Array]
@@ -20,7 +20,7 @@ CachedRead = Callable[[Array, Weights], Array]
 def sum_cached_reads(
     read: CachedRead, x: Array, gates: Array, weights: Weights, segment: Array
 ) -> Array:
-    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a run reads.
+    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a block reads.
 
     Args:
         read: function that reads several memories.
@@ -33,29 +33,29 @@ def sum_cached_reads(
         [b, h, c, o] in the gates' dtype.
     """
     b, h, c, _ = x.shape
-    if c <= RUN:
-        return _sum_run(read, x, gates, weights, jnp.max(segment))
+    if c <= BLOCK:
+        return _sum_block(read, x, gates, weights, jnp.max(segment))
 
     def split(x: Array, axis: int) -> Array:
-        widths = [(0, -c % RUN if i == axis else 0) for i in range(x.ndim)]
-        x = jnp.pad(x, widths).reshape(*x.shape[:axis], -1, RUN, *x.shape[axis + 1 :])
+        widths = [(0, -c % BLOCK if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths).reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    def run(part: tuple[Array, Array, Array]) -> Array:
+    def sum_block(part: tuple[Array, Array, Array]) -> Array:
         x, gates, segment = part
-        return _sum_run(read, x, gates, weights, jnp.max(segment))
+        return _sum_block(read, x, gates, weights, jnp.max(segment))
 
-    sums = jax.lax.map(run, (split(x, 2), split(gates, 2), split(segment, 1)))
+    sums = jax.lax.map(sum_block, (split(x, 2), split(gates, 2), split(segment, 1)))
     return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
 
 
-def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
-    """Compute `sum_cached_reads` for one run of tokens, over the first `filled` slots, in blocks.
+def _sum_block(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Compute `sum_cached_reads` for one block of tokens, over the first `filled` slots.
 
-    Example: 17 tokens in segments of 4 have n = 5 slots. A single token reads blocks of 2: slots
-    0 1, 2 3 and 3 4. The last block overlaps the previous one to have full size, and the gate of
-    the repeated slot 3 is set to 0. Token 12 in segment 3 reads slots 0 1 2: `filled` is 3, and
-    block 3 4 is skipped.
+    Each step reads a group of slots. Example: 17 tokens in segments of 4 have n = 5 slots. A single
+    token reads groups of 2: slots 0 1, 2 3 and 3 4. The last group overlaps the previous one to
+    have full size, and the gate of the repeated slot 3 is set to 0. Token 12 in segment 3 reads
+    slots 0 1 2: `filled` is 3, and group 3 4 is skipped.
     """
     n, size = gates.shape[-1], _block_size(gates.shape[-1], gates.shape[2])
     x = jnp.broadcast_to(x[:, None], (x.shape[0], size, *x.shape[1:]))
@@ -92,5 +92,5 @@ def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled:
 
 
 def _block_size(n: int, tokens: int) -> int:
-    # At least two steps: unlike a single product, a loop does not copy the slots.
-    return max(1, min(READS // tokens, n // 2))
+    # Use at least two steps, because a loop, unlike a single product, does not copy the slots.
+    return max(1, min(MAX_READS // tokens, n // 2))

@@ -1,9 +1,8 @@
-"""Rearrangement of tokens into the chunks and segments that are computed in parallel.
+"""Rearrangement of tokens into chunks and segments for parallel computation.
 
-Whole sequences follow a `Plan`: their chunks are known before the program runs. A stream may be
-split anywhere and its rows may be at different positions, so the chunks of a call follow from
-positions that only the running program knows. Their number does not: it is the largest number of
-chunks that a call of this length can touch.
+Full sequences follow a static `Plan`. A stream may be split anywhere and its rows may have
+different positions, so the chunks of a call depend on dynamic positions. Their number is static: it
+is the maximum number of chunks that a call of this length can span.
 """
 
 from typing import NamedTuple
@@ -67,17 +66,17 @@ def gather_positions(x: Array, positions: np.ndarray) -> Array:
 
 
 class CallLayout(NamedTuple):
-    """Assignment of a call's tokens to consecutive chunks, per row."""
+    """Assignment of the tokens of a call to consecutive chunks, for each row."""
 
     chunk_tokens: Array  # token at each position of the chunks, int32 [b, g, c]; t = none
     chunk_positions: Array  # position of each token in the chunks, int32 [b, t]; g * c = none
     segment: Array  # segment of each token, int32 [b, t]
-    has_first_token: Array  # bool [g, b, 1], the call contains the chunk's first token
-    starts_segment: Array  # bool [g, b, 1], and that token is the first of a segment
-    completes_segment: Array  # bool [g, b, 1], the chunk completes a segment
+    has_first_token: Array  # bool [g, b, 1], True if the call contains the chunk's first token
+    starts_segment: Array  # bool [g, b, 1], True if this token is also the first of a segment
+    completes_segment: Array  # bool [g, b, 1], True if the chunk completes a segment
     completing_chunk: Array  # chunks that complete the next s segments, int32 [b, s]
     completed_slots: Array  # slots of these segments, int32 [b, s]; out of range if incomplete
-    slot: Array  # segment of the row's last token so far, int32 [b]
+    slot: Array  # segment of the row's last token after the call, int32 [b]
 
 
 def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfig) -> CallLayout:
@@ -99,8 +98,8 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         completing_chunk  = [1, 3], completed_slots = [1, 2]
 
     Args:
-        position: number of tokens in each row before the call, int32 [b].
-        count: number of tokens of each row in the call, its first ones, int32 [b].
+        position: number of processed tokens per row before the call, int32 [b].
+        count: number of tokens of the call per row, int32 [b]; later tokens are padding.
         tokens: t, the length of the call.
         config: segment and chunk size.
     """
@@ -114,7 +113,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     begin = shape.chunk_start(chunk) - position
     end = shape.chunk_start(chunk + 1) - position
     stop = jnp.minimum(end, count)
-    first_here = jnp.maximum(begin, 0)  # the first token of this call in the chunk
+    first_here = jnp.maximum(begin, 0)  # the call's first token in the chunk
     chunk_tokens = first_here[..., None] + _range(width, 3)
     chunk_tokens = jnp.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)
@@ -169,7 +168,7 @@ def first_tokens(count: Array, tokens: int) -> Array:
 
 
 class Packing(NamedTuple):
-    """Order of tokens in which each row's padding comes last."""
+    """Permutation of tokens that moves each row's padding to the end."""
 
     order: Array  # index of the token at each position, int32 [b, t]
     inverse: Array  # position of each token, int32 [b, t]
@@ -177,7 +176,7 @@ class Packing(NamedTuple):
 
 
 def make_packing(padding: Array) -> Packing:
-    """Move the padding of each row to its end; the tokens keep their order.
+    """Move the padding of each row to its end, preserving the order of tokens.
 
     Args:
         padding: bool [b, t], True at padding.

@@ -1,6 +1,6 @@
 """Chunked write: a scan over chunks carries the memory, all other work is parallel (section 6).
 
-The online memory of an MLP is read during the scan, unless a soup or an inspection needs it later.
+The online memory of an MLP is read during the scan, except under `soup` and for inspection.
 """
 
 from functools import partial
@@ -19,19 +19,19 @@ from mc_jax.numerics import SAVE_POLICY, Array, einsum_f32, save_for_backward, s
 
 
 class Chunks(NamedTuple):
-    """Tokens in rows of chunks: the inputs of a write."""
+    """Inputs of a chunked write: tokens in r rows of g chunks."""
 
     k: Array  # keys [g, b, r, h, c, k], zero at masked tokens and padding
     v: Array  # values [g, b, r, h, c, v], likewise
     coefficients: Coefficients  # each [g, b, r, h, c]
     write_mask: Array  # 1 at unmasked tokens, else 0 [g, b, r, 1, c]
     # Queries [g, b, r, h, c, k] that read the online memory during the scan (MLP memories only);
-    # None = read later, by `online_apply`.
+    # None = read after the scan, by `online_apply`.
     q: Array | None = None
-    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = nowhere.
+    # bool [g, b or 1, r], True where a chunk starts from the initial state; None = no restarts.
     restarts: Array | None = None
-    # bool [g, b, r], False where tokens continue a chunk of an earlier call: their gradients are
-    # taken at `state.anchor`, all others at the memory before the chunk. None = all True.
+    # bool [g, b, r], False where the chunk started in an earlier call, so that its gradients are
+    # taken at `state.anchor`; else they are taken at the memory before the chunk. None = all True.
     has_first_token: Array | None = None
 
 
@@ -47,8 +47,8 @@ class OnlineMemory(NamedTuple):
 class WriteResult(NamedTuple):
     """Result of a chunked write."""
 
-    online: OnlineMemory | None  # None if read during the scan
-    read: Array | None  # reads of the online memory during the scan [g, b, r, h, c, v]
+    online: OnlineMemory | None  # None if `read` is given
+    read: Array | None  # reads of the online memory [g, b, r, h, c, v], if computed in the scan
     ends: Weights  # memory after each segment [b, n, h, o, i]
     final: MemoryState  # after the last token [b, h, ...]
 
@@ -58,14 +58,14 @@ class ChunkResult(NamedTuple):
 
     weights: Weights
     momentum: Weights
-    updates: RankOneUpdates | None  # None if the queries were read
-    read: Array | None  # reads of the queries [b, r, h, c, v]
+    updates: RankOneUpdates | None  # None if `read` is given
+    read: Array | None  # reads of the chunk's queries [b, r, h, c, v], if any
 
 
 class ScanResult(NamedTuple):
     """Result of a scan over chunks. Leading axes are [g, b, r]; of the final state [b, r]."""
 
-    before: Weights  # memory before each chunk, before a restart [..., h, o, i]
+    before: Weights  # memory carried into each chunk, before any restart [..., h, o, i]
     momentum: Weights
     updates: RankOneUpdates | None
     decay: ChunkDecay
@@ -90,7 +90,7 @@ def write_chunks(
         memory: the memory kind.
         k: keys [b, t, h, k], zero at masked tokens.
         v: values [b, t, h, v], zero at masked tokens.
-        initial: W_0, first layer first, each [h, o, i].
+        initial: weights W_0 per layer, each [h, o, i].
         coefficients: each [b, t, h].
         mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
@@ -121,8 +121,8 @@ def scan_chunks(
 ) -> ScanResult:
     """Write the chunks of each row sequentially.
 
-    The queries of a chunk are read in the same step as its write, because both use the same
-    arrays: these stay in cache, and momentum and updates of a chunk are not stored.
+    Each step writes a chunk and reads its queries. Both use the same arrays, which stay in the CPU
+    cache. Momentum and updates of the chunks are not stored.
 
     Args:
         memory: the memory kind.
@@ -149,7 +149,7 @@ def scan_chunks(
 def online_memory(
     scanned: ScanResult, start: MemoryState, restarts: Array | None
 ) -> OnlineMemory | None:
-    """Return the online memory of chunks [g, b, r, ...]; None if it was read during the scan."""
+    """Return the online memory of chunks [g, b, r, ...]; None if the scan has read it."""
     updates = scanned.updates
     if updates is None:
         return None
@@ -172,7 +172,7 @@ def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
     decay, updates = online.decay, online.updates
 
     def apply(layer: int, a: Array) -> Array:
-        # Scaled before the product, so that the scale's gradient needs no additional product.
+        # Scale the input, not the output: the gradient of the scale then needs no extra product.
         z = einsum_f32(
             "...oi,...ci->...co", online.weights[layer], scale_rows(decay.state, a), dtype=dtype
         )
@@ -191,7 +191,7 @@ def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
 def write_chunk(
     memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, decay: ChunkDecay
 ) -> ChunkResult:
-    """Write the tokens of one chunk; all gradients are taken at the same memory (section 6).
+    """Write the tokens of one chunk; all gradients are taken at the same weights (section 6).
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
@@ -203,7 +203,7 @@ def write_chunk(
         state: state before the chunk [b, r, h, ...], with an `anchor`.
         k: keys [b, r, h, c, k], zero at masked tokens and padding.
         v: values [b, r, h, c, v], likewise.
-        q: queries [b, r, h, c, k]; None = the online memory is read later.
+        q: queries [b, r, h, c, k]; None = read the online memory after the scan.
         decay: the chunk's decay weights.
     """
     updates = memory.rank_one_updates(state.anchor, k, v)  # 1
@@ -266,7 +266,7 @@ def _scan_sums(
     restarts: Array | None,
     dtype: jnp.dtype,
 ) -> tuple[Weights, MemoryState]:
-    # No gradient depends on the memory: all products are computed at once, the scan only adds.
+    # No gradient depends on the memory, so all products are batched and the scan only accumulates.
     (add,) = _outer(updates, decay.updates[..., -1, :], dtype)
     retention = decay.state[..., -1, None, None]
 
@@ -297,8 +297,8 @@ def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
     """Return the memory after each segment [b, n, h, ...] from the memories before chunks."""
     if plan.rows > 1:
         return final
-    following = before[plan.last_chunk[:-1] + 1, :, 0]
-    return jnp.concatenate([jnp.moveaxis(following, 0, 1), final], axis=1)
+    ends = before[plan.last_chunk[:-1] + 1, :, 0]
+    return jnp.concatenate([jnp.moveaxis(ends, 0, 1), final], axis=1)
 
 
 def _anchor(memory: Memory, scanned: ScanResult, plan: Plan) -> Weights:
@@ -306,20 +306,20 @@ def _anchor(memory: Memory, scanned: ScanResult, plan: Plan) -> Weights:
     if not memory.config.gradient_uses_weights:
         return ()
     last = int(plan.last_chunk[-1]) % plan.restarts.shape[1]
-    # A chunk that restarts keeps the anchor of the initial state, which is the initial memory.
+    # After a restart, the anchor is that of the initial state.
     return (
         scanned.final.anchor if plan.restarts[-1, last] else tuple(b[last] for b in scanned.before)
     )
 
 
 def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:
-    """Return k and v of the last unmasked token before each chunk [g, b, r, h, ...] and at the end.
+    """Return k and v of the last unmasked token before each chunk, and after the last chunk.
 
-    They are zero if there is no such token since the last restart.
+    The first are [g, b, r, h, ...]. Both are zero if no token has been written since the restart.
     """
     k, v, write_mask, restarts = chunks.k, chunks.v, chunks.write_mask > 0, chunks.restarts
-    number = np.arange(1, write_mask.shape[-1] + 1)
-    last = jnp.max(jnp.where(write_mask, number, 0), axis=-1)[..., None, None]  # 0 is none
+    ordinal = np.arange(1, write_mask.shape[-1] + 1)
+    last = jnp.max(jnp.where(write_mask, ordinal, 0), axis=-1)[..., None, None]  # 0 = none
 
     def step(carry: Weights, chunk):  # type: ignore[no-untyped-def]
         k, v, last, restart = chunk

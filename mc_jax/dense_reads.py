@@ -1,9 +1,9 @@
 """Sums over all pairs of a segment and an earlier memory, at half the cost of the masked square.
 
-The causal triangle of pairs is split recursively into square tiles: the later half of the segments
-reads the earlier half of the memories, then both halves are split in the same way. All tiles of one
-size run in one scan over their memories, so no weight is copied and each matrix product covers all
-tokens of a tile.
+The causal (lower triangular) set of pairs is split recursively into square tiles: the second half
+of the segments reads the first half of the memories, then both halves are split in the same way.
+One scan over memories processes all tiles of one size. It copies no weights, and each matrix
+product covers all tokens of a tile.
 """
 
 from collections.abc import Callable

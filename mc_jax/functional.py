@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
     output: Array  # [b, t, h, v], in the dtype of v
     cache: Cache  # state after the last token
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    gates: Array  # [b, t, h, n + 1]: cached memories, then the online memory; 0 if not read
     inner: InnerLoop | None = None  # statistics of the writes, if inspected
 
 
@@ -47,7 +47,7 @@ def memory_caching(
     method: str = "chunked",
     inspect: bool = False,
 ) -> Result:
-    """Write a sequence to its memory, cache the memory after each segment, and read it.
+    """Write a sequence to a memory, cache the memory after each segment, and read all memories.
 
     Implements arXiv:2602.24281. Projections, convolutions and norms of q, k and the output are part
     of the layer; the feature map is part of the memory.
@@ -57,19 +57,19 @@ def memory_caching(
         k: keys [b, t, h, k].
         v: values [b, t, h, v].
         u: connectors [b, t, h, k]; None if the aggregation has no gates, or with `use_q_as_u`.
-        initial: W_0, first layer first, each [h, out, in]; a matrix memory has one, [h, v, k].
+        initial: weights W_0 per layer, each [h, out, in]; a matrix memory has one, [h, v, k].
         coefficients: step, retention, momentum, previous, each [b, t, h] or None.
         config: the layer's configuration.
-        mask: [b, t] bool, False at masked tokens, which write nothing and have output 0.
-        segment_lengths: explicit segment lengths that add up to t. If they differ from those of the
-            configuration, the cache cannot be extended.
+        mask: [b, t] bool, False at masked tokens, which are not written and have output 0.
+        segment_lengths: explicit segment lengths with sum t. The cache can be extended only if they
+            equal the lengths of the configuration.
         norm: (gain, bias), each [h, v], for a memory with `norm="layer"`.
         method: `chunked`, the parallel form, or `recurrent`, the token-by-token definition. Both
             give the same result.
         inspect: also return `inner`; only for `chunked`.
 
     Raises:
-        ValueError: a wrong shape, a missing argument or an unknown name.
+        ValueError: an argument is missing, has a wrong shape, or is an unknown name.
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
@@ -78,9 +78,9 @@ def memory_caching(
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
     if not b:
-        # Reshapes and products of 0 rows may fail: add a row, and drop it from the result.
-        rows = q, k, v, u, coefficients, mask
-        q, k, v, u, coefficients, mask = jax.tree.map(add_row, rows)
+        # Reshapes and matrix products may fail for an empty batch: add a row, drop it at the end.
+        arguments = q, k, v, u, coefficients, mask
+        q, k, v, u, coefficients, mask = jax.tree.map(add_row, arguments)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm)
     inner = None
@@ -110,41 +110,42 @@ def extend(
     count: Array | None = None,
     norm: Norm = None,
 ) -> Result:
-    """Process the next tokens of a stream; equal to `memory_caching` for any split of a sequence.
+    """Process the next tokens of a stream.
 
+    Any split of a sequence into calls gives the result of `memory_caching` on the whole sequence.
     A compiled program cannot raise: rows that exceed the capacity of the cache have output NaN.
-    Call `check_capacity` before to raise instead.
+    Call `check_capacity` first to raise an error instead.
 
     Args:
-        q: as in `memory_caching`, like k, v, u, initial, coefficients, mask and norm.
-        k: as above.
-        v: as above.
-        u: as above.
-        initial: as above.
-        coefficients: as above.
-        cache: the stream so far.
+        q: as in `memory_caching`.
+        k: as in `memory_caching`.
+        v: as in `memory_caching`.
+        u: as in `memory_caching`.
+        initial: as in `memory_caching`.
+        coefficients: as in `memory_caching`.
+        cache: state of the stream before these tokens.
         config: the layer's configuration, with segments of constant size.
-        mask: as above.
-        count: number of tokens of each row, its first ones, int32 [b]; the rest is padding, which
-            takes no position and has output 0. None = all.
-        norm: as above.
+        mask: as in `memory_caching`.
+        count: number of tokens per row, int32 [b]; later tokens are padding, which does not advance
+            the position and has output 0. None = no padding.
+        norm: as in `memory_caching`.
 
     Raises:
-        ValueError: a wrong shape, a missing argument or an unknown name.
+        ValueError: an argument is missing, has a wrong shape, or is an unknown name.
     """
     check_streaming_config(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
     check_arguments(tensors, initial, coefficients, config, norm, mask, is_static)
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
-        raise ValueError(f"cache has {cache.position.shape[0]} rows: must be {b}, as q")
+        raise ValueError(f"cache has {cache.position.shape[0]} rows: must have {b}, like q")
     valid = jnp.ones((b, t), bool)
     if count is not None:
         valid = first_tokens(count, t)
     mask = valid if mask is None else mask & valid
     if not b:
-        rows = q, k, v, u, coefficients, mask, valid
-        q, k, v, u, coefficients, mask, valid = jax.tree.map(add_row, rows)
+        arguments = q, k, v, u, coefficients, mask, valid
+        q, k, v, u, coefficients, mask, valid = jax.tree.map(add_row, arguments)
         cache = map_rows(add_row, cache)
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
@@ -160,7 +161,7 @@ def extend(
 
 
 def _drop_rows(result: Result) -> Result:
-    """Drop the row of a result, which leaves 0 rows."""
+    """Drop the row that was added to an empty batch."""
     output, cache, gates, inner = result
     output, gates, inner = jax.tree.map(drop_rows, (output, gates, inner))
     return Result(output, map_rows(drop_rows, cache), gates, inner)
@@ -175,9 +176,9 @@ def _run_chunks(
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
-    # A soup needs the cached memories, so it can only be read after the write.
-    read_later = inspect or (config.mixes_layers and plan.segments > 1)
-    queries = q if config.memory.gradient_uses_weights and not read_later else None
+    # Under `soup`, a read mixes all cached memories, so it must follow the write.
+    read_after_write = inspect or (config.mixes_layers and plan.segments > 1)
+    queries = q if config.memory.gradient_uses_weights and not read_after_write else None
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)
     pools = pool_keys(k, mask, plan, config.pooling)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
@@ -206,7 +207,7 @@ def _run_chunks(
 def _zero_masked(
     q: Array, k: Array, v: Array, u: Array | None, coefficients: Coefficients, mask: Array
 ) -> Tokens:
-    # Values at masked tokens, including NaN, must not reach a product.
+    # Values at masked tokens may be NaN, which a mask applied after a product would not remove.
     head_mask = mask[:, :, None, None]
     q, k, v = (jnp.where(head_mask, x, jnp.zeros_like(x)) for x in (q, k, v))
     u = q if u is None else jnp.where(head_mask, u, jnp.zeros_like(u))

@@ -1,4 +1,4 @@
-"""Pooled keys and gates, the weights of memories in a token's read (sections 4 and 5)."""
+"""Pooled keys, and gates: the weight of each memory in a token's read (sections 4 and 5)."""
 
 from typing import NamedTuple
 
@@ -10,25 +10,25 @@ from mc_core.segmentation import Plan
 from mc_jax.chunk_layout import from_segments, to_segments
 from mc_jax.numerics import Array, einsum_f32, expand_leading_dims, running_sum, state_dtype
 
-SCORE_BLOCK = 512  # maximum number of tokens per block of the selection
-_SCORES = 1 << 17  # perf(cpu): maximum number of scores per block, to fit in cache
-_MAX_ARGMAX = 4  # perf(cpu): up to this many memories are selected by repeated maxima
+SCORE_BLOCK = 512  # maximum number of tokens per block of the top-k selection
+_MAX_SCORES = 1 << 17  # perf(cpu): maximum number of scores per block, to fit in the CPU cache
+_MAX_ARGMAX = 4  # perf(cpu): largest top-k that is computed by repeated maxima
 
 
 class Pools(NamedTuple):
     """Pooled keys of segments, and running pooled keys of the online segment."""
 
     segment: Array  # [b, n, h, k] after each segment's last token
-    running: Array  # [b, t, h, k] over the token's segment, up to and including the token
+    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
     length: Array  # number of unmasked tokens per segment, int32 [b, n]
     total: Array  # sum of each segment's keys [b, n, h, k]
 
 
 class Gates(NamedTuple):
-    """Weights of all tokens' reads; under `ssc`, of the selected memories only."""
+    """Weights of the memories in each token's read; under `ssc`, only of the selected memories."""
 
     weights: Array  # [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1]
-    selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = none
+    selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = unused
 
 
 def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
@@ -85,7 +85,7 @@ def gate_scores(u: Array, pools: Array, running: Array, segment: Array, config: 
 
 
 def segment_ages(segment: Array, n: int) -> Array:
-    """Return [..., n]: age of each of n cached memories, in segments, seen from segments [...]."""
+    """Return the ages [..., n] of n cached memories relative to segments [...], in segments."""
     return segment[..., None] - expand_leading_dims(
         jnp.arange(n, dtype=segment.dtype), segment.ndim + 1
     )
@@ -94,12 +94,11 @@ def segment_ages(segment: Array, n: int) -> Array:
 def level_score(u: Array, age: Array) -> Array:
     """Return the component of u for the level of each cached memory (arXiv:2506.04761).
 
-    The online memory has level 0, a cached one level 1 + floor(log2(age)), limited to the number of
-    components.
+    The online memory has level 0. A cached memory has level 1 + floor(log2(age)), at most k - 1.
 
     Args:
         u: connectors [..., k].
-        age: integers, broadcasts to [..., m]; values below 1 give an arbitrary level.
+        age: integers, broadcasts to [..., m]; the level of an age below 1 is unspecified.
 
     Returns:
         [..., m].
@@ -109,7 +108,7 @@ def level_score(u: Array, age: Array) -> Array:
 
 
 def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
-    """Return the `top_k` cached memories of each token under `ssc` (equation 16).
+    """Select the `top_k` cached memories of each token under `ssc` (equation 16).
 
     Args:
         score: [..., n], of cached memories.
@@ -117,8 +116,8 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
         top_k: number of memories to select.
 
     Returns:
-        [..., min(top_k, n)] indices by descending score; ties go to the earlier segment. n where
-        fewer memories are cached.
+        [..., min(top_k, n)] indices in order of descending score; ties go to the earlier segment.
+        Unused entries are n, if fewer memories are cached.
     """
     n = score.shape[-1]
     remaining = jnp.where(allowed, jax.lax.stop_gradient(score), -jnp.inf)
@@ -136,20 +135,20 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     return jnp.concatenate(selected, axis=-1)
 
 
-def normalize_scores(score: Array, read: Array, config: MCConfig) -> Array:
+def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
     """Convert scores to the weights of a read (equations 7, 10, 17).
 
     Args:
         score: [..., n + 1].
-        read: bool [..., n + 1], True where a memory is read; always True for the online memory.
+        read_mask: bool [..., n + 1], True at memories to read, always including the online memory.
         config: the aggregation.
     """
     if not config.gated:
-        weight = read.astype(score.dtype)
+        weight = read_mask.astype(score.dtype)
         if not config.rule.averaged:
             return weight
         return weight / jnp.sum(weight, axis=-1, keepdims=True)
-    return jax.nn.softmax(jnp.where(read, score, -jnp.inf), axis=-1)
+    return jax.nn.softmax(jnp.where(read_mask, score, -jnp.inf), axis=-1)
 
 
 def readable_mask(segment: Array, n: int, config: MCConfig) -> Array:
@@ -217,12 +216,12 @@ def _gate_selected(
     score = jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
 
     selected = selected.swapaxes(1, 2)  # 3
-    read = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
-    return Gates(normalize_scores(score, read, config), selected)
+    read_mask = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
+    return Gates(normalize_scores(score, read_mask, config), selected)
 
 
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
-    """Return the selection of tokens [b, h, t, k] among pools [b, h, n, k]: [b, h, t, m]."""
+    """Select memories [b, h, t, m] by connectors [b, h, t, k] and pooled keys [b, h, n, k]."""
     b, h, t, width = u.shape
     segment = jnp.broadcast_to(segment, (b, t))
 
@@ -235,10 +234,10 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
         allowed = readable_mask(segment, pools.shape[2], config)[:, None, :, :-1]
         return select_top_k(score, allowed, config.ssc_top_k)
 
-    size = max(SCORE_BLOCK // 8, min(SCORE_BLOCK, _SCORES // pools.shape[2]))
+    size = max(SCORE_BLOCK // 8, min(SCORE_BLOCK, _MAX_SCORES // pools.shape[2]))
     if t <= size:
         return select_block((u, segment))
-    # The scores of all tokens would be the largest array of a long sequence.
+    # In blocks, because the scores of all tokens would be the largest array of a long sequence.
     blocks = -(-t // size)
     u = jnp.pad(u, [(0, 0), (0, 0), (0, blocks * size - t), (0, 0)])
     segment = jnp.pad(segment, [(0, 0), (0, blocks * size - t)])
@@ -250,7 +249,7 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
 
 
 def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
-    """Return the gates of all tokens over all memories: the definition.
+    """Return the gates of all tokens over all memories, by their definition.
 
     Args:
         score: [b, t, h, n + 1].
@@ -261,15 +260,15 @@ def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
         [b, t, h, n + 1], 0 where a memory is not read.
     """
     n = score.shape[-1] - 1
-    read = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
+    read_mask = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
     if config.rule.sparse:
-        selected = select_top_k(score[..., :n], read[..., :n], config.ssc_top_k)
+        selected = select_top_k(score[..., :n], read_mask[..., :n], config.ssc_top_k)
         slots = selected[..., :, None] == expand_leading_dims(
             jnp.arange(n, dtype=selected.dtype), selected.ndim + 1
         )
         online = jnp.ones_like(score[..., n:], dtype=bool)
-        read = jnp.concatenate([slots.any(axis=-2), online], axis=-1)
-    return normalize_scores(score, jnp.broadcast_to(read, score.shape), config)
+        read_mask = jnp.concatenate([slots.any(axis=-2), online], axis=-1)
+    return normalize_scores(score, jnp.broadcast_to(read_mask, score.shape), config)
 
 
 def scatter_gates(weights: Array, selected: Array | None, n: int) -> Array:

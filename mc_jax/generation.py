@@ -32,15 +32,15 @@ def sample(
 ) -> Array:
     """Sample a token from the logits of each row.
 
-    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the fewest
-    whose probabilities sum to `top_p`. Among equal logits the lower id comes first.
+    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the
+    smallest set with a total probability of at least `top_p`. Ties go to the lower id.
 
     Args:
         logits: [b, vocab_size].
         rng: keys [b], one per row; None with temperature 0.
         temperature: 0 = greedy.
         top_k: number of logits to keep; None = all.
-        top_p: probability to keep, in (0, 1]; None = all.
+        top_p: total probability of the ids to keep, in (0, 1]; None = all.
 
     Returns:
         ids [b], int32; -1 if the largest logit is not finite.
@@ -53,7 +53,7 @@ def sample(
     if temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
     elif rng is None:
-        raise ValueError(f"rng = None: must be given where temperature = {temperature}")
+        raise ValueError(f"rng = None: must be given for temperature = {temperature}")
     else:
         ranked, order = _truncate(logits / temperature, top_k, top_p)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, ranked.shape[1:], ranked.dtype))(rng)
@@ -77,24 +77,24 @@ def generate(
     cache_device: str = "device",
     block: int = PROMPT_BLOCK,
 ) -> Iterator[Array]:
-    """Continue prompts. The result of a row does not depend on the other rows.
+    """Generate continuations of prompts. The result of a row does not depend on the other rows.
 
-    All programs are compiled before this returns: one per number of rows, width of a block and
+    All programs are compiled before this function returns: one per number of rows, block width and
     capacity (rounded up to a power of two). The next step is dispatched before a token is yielded.
 
     Args:
-        model: the language model; its segments must stream.
+        model: the language model, with segments of constant size.
         prompts: ids of each row, at least one per row.
-        max_new_tokens: number of steps; a caller may stop earlier.
+        max_new_tokens: number of tokens to generate per row; the caller may stop earlier.
         temperature: as in `sample`.
         top_k: as in `sample`.
         top_p: as in `sample`.
         seed: seed of all random streams.
         rows: index of each row's random stream; None = 0, 1, ...
-        cache_dtype: dtype of the cached memories; None = that of the online one.
-        cache_device: where cached memories are stored, `device` or `host`.
-        block: maximum number of prompt tokens per call; with 1, only the step of the generated
-            tokens is compiled.
+        cache_dtype: dtype of the cached memories; None = that of the online memory.
+        cache_device: storage of cached memories, `device` or `host`.
+        block: maximum number of prompt tokens per call; with 1, prompts use the program that is
+            compiled for single generated tokens.
 
     Returns:
         An iterator over the next id of each row, int32 [b]; -1 as in `sample`.
@@ -121,7 +121,7 @@ def generate(
     cache, last, keys = _place_like(params, (cache, last, keys))
     blocks, no_padding = _place_like(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
     step = PromptBlock(_draw(last, keys=keys, step=0, **options)[1], no_padding)
-    for tokens, padding in {one.tokens.shape: one for one in (*blocks, step)}.values():
+    for tokens, padding in {block.tokens.shape: block for block in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
     draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
     return _run(draw, extend, blocks, no_padding, max_new_tokens, cache, last)
@@ -147,10 +147,10 @@ def _run(
 
 @lru_cache(maxsize=16)
 def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
-    """Return the compiled functions that start the streams and read their next tokens [b, w].
+    """Return compiled functions that initialize the streams and process their next tokens [b, w].
 
-    The second returns the logits after each row's last token, [b, s]; a row without tokens in the
-    block keeps its previous logits.
+    The second function returns the logits after the last token of each row, [b, s]. A row without
+    tokens in the block retains its previous logits.
     """
 
     def start(
@@ -186,9 +186,9 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
 
 
 def _place_like(params: Any, tree: Any) -> Any:
-    """Put arrays on the device of the parameters, committed if those are.
+    """Place arrays on the device of the parameters, committed if the parameters are committed.
 
-    Results of committed parameters are committed; uncommitted arrays would need another program.
+    Otherwise JAX would compile separate programs for uncommitted inputs and committed results.
     """
     leaf = jax.tree.leaves(params)[0]
     if not leaf.committed or len(leaf.devices()) > 1:
@@ -203,14 +203,14 @@ def _place_like(params: Any, tree: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
 def _draw(logits: Array, keys: Array, step: int, **options: Any) -> tuple[Array, Array]:
-    """Return the tokens of a step [b], also as the next input of the stream [b, 1]."""
+    """Return the tokens of a step [b], and the same tokens as the next input [b, 1]."""
     rng = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
     tokens = sample(logits, rng, **options)
     return tokens, tokens[:, None]
 
 
 def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Array, Array]:
-    """Set logits that are not kept to -inf.
+    """Set logits outside of the top-k or top-p set to -inf.
 
     Returns:
         logits [b, s], in descending order if truncated, and the id of each, int32 [b, s].

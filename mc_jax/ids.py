@@ -1,6 +1,6 @@
-"""Range checks of token ids and indices, and safe lookups where the values are unknown.
+"""Range checks of token ids and indices, and safe lookups for compiled programs.
 
-A compiled program cannot raise. There, an id out of range reads row 0, and the caller sets all
+A compiled program cannot raise. Instead, an id out of range reads row 0, and the caller sets all
 dependent outputs to NaN.
 """
 
@@ -16,7 +16,7 @@ def check_ids(
     name: str,
     ids: Array | np.ndarray,
     size: int,
-    read: Array | np.ndarray | None = None,
+    mask: Array | np.ndarray | None = None,
     values: bool = True,
 ) -> bool:
     """Check that ids or indices are in `0..size - 1`.
@@ -27,43 +27,43 @@ def check_ids(
         name: name of the argument.
         ids: integers [...], any shape.
         size: number of ids.
-        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
+        mask: bool, same shape as `ids`, False at ids to ignore; None = check all.
         values: False checks only the dtype.
 
     Returns:
-        True where the ids are known to be in range; False where only a compiled program, or other
-        processes, know them.
+        True if the ids are in range; False if their values are not available, in a compiled program
+        or on other processes.
 
     Raises:
         ValueError: the ids are not integers, or one is out of range.
     """
     checks.check_integers(name, ids.dtype.name)
-    if not (values and _is_available(ids) and _is_available(read)):
+    if not (values and _is_available(ids) and _is_available(mask)):
         return False
-    checks.check_ids(name, np.asarray(ids), size, None if read is None else np.asarray(read))
+    checks.check_ids(name, np.asarray(ids), size, None if mask is None else np.asarray(mask))
     return True
 
 
 def safe_ids(
-    ids: Array | np.ndarray, size: int, read: Array | np.ndarray | None = None
+    ids: Array | np.ndarray, size: int, mask: Array | np.ndarray | None = None
 ) -> tuple[Array, Array]:
-    """Replace ids that are out of range or not read by 0.
+    """Replace ids that are out of range or masked by 0.
 
     Args:
         ids: integers [...] of any dtype and shape.
         size: number of ids.
-        read: as in `check_ids`.
+        mask: as in `check_ids`.
 
     Returns:
-        ids, int32, and bool, True at ids that are read and out of range.
+        ids, int32, and bool, True at unmasked ids that are out of range.
     """
     ids = jnp.asarray(ids)
     # Compared in the dtype of the ids, which may be too small to represent `size`.
     last = min(size - 1, int(jnp.iinfo(ids.dtype).max))
     inside = (ids >= 0) & (ids <= jnp.asarray(last, ids.dtype))
     readable, out_of_range = inside, ~inside
-    if read is not None:
-        readable, out_of_range = inside & read, out_of_range & read
+    if mask is not None:
+        readable, out_of_range = inside & mask, out_of_range & mask
     return jnp.where(readable, ids, jnp.zeros_like(ids)).astype(jnp.int32), out_of_range
 
 
@@ -75,15 +75,15 @@ def cumulative_any(mask: Array) -> Array:
 def safe_places(
     places: Array | np.ndarray, invalid: Array | None, tokens: int
 ) -> tuple[Array, Array | None]:
-    """Return places [b, p] in range, and a mask of those whose logits must be NaN.
+    """Return places [b, p] in range, and the mask of logits to set to NaN.
 
     Args:
         places: integers [b, p].
-        invalid: bool [b, t], True at tokens whose logits must be NaN; None = nowhere.
+        invalid: bool [b, t], True at tokens with logits NaN; None = none.
         tokens: t.
 
     Returns:
-        places, and bool [b, p] or None = nowhere.
+        places, and bool [b, p]; None = none.
 
     Raises:
         ValueError: see `check_ids`.
@@ -96,7 +96,7 @@ def safe_places(
 
 
 def nan_where(invalid: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = no change."""
     if invalid is None:
         return x
     invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))

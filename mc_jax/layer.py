@@ -21,7 +21,7 @@ from mc_jax.numerics import Array, Dtype, is_static, l2_normalize
 
 
 class MemoryCachingLayer(Mixer):
-    """Memory Caching layer, a recurrent memory that caches its states. Replaces attention.
+    """Memory Caching layer: a recurrent memory with cached states, in place of attention.
 
     Args:
         config: the layer's configuration.
@@ -73,7 +73,7 @@ class MemoryCachingLayer(Mixer):
         Args:
             x: [b, t, d].
             mask: bool [b, t], False at masked tokens, whose output is 0.
-            segment_lengths: explicit segment lengths that add up to t.
+            segment_lengths: explicit segment lengths with sum t.
 
         Returns:
             [b, t, d] in the dtype of `x`.
@@ -102,10 +102,10 @@ class MemoryCachingLayer(Mixer):
         Args:
             batch: number of streams.
             max_tokens: capacity, the maximum number of tokens per stream; `grow` increases it.
-            cache_dtype: dtype of the cached memories; None = that of the online one, at least
+            cache_dtype: dtype of the cached memories; None = that of the online memory, at least
                 float32.
-            cache_device: where cached memories are stored: `device` or `host`. A call copies those
-                that it reads to the device (under `ssc` only the selected ones).
+            cache_device: storage of cached memories: `device` or `host`. Reads copy memories from
+                the host to the device (under `ssc` only the selected ones).
 
         Raises:
             ValueError: an argument is out of range, or the segments cannot stream.
@@ -137,23 +137,23 @@ class MemoryCachingLayer(Mixer):
         *,
         padding: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Mix the next tokens of a stream. Equal to a call on the whole sequence, for any split.
+        """Mix the next tokens of a stream. Any split into calls equals a single full pass.
 
-        Compiles once per number of tokens, independent of the position. A compiled program cannot
-        raise: past the capacity of the cache its output is NaN.
+        Compiles once per number of tokens, for all positions. A compiled program cannot raise: rows
+        that exceed the capacity of the cache have output NaN.
 
         Args:
             x: [b, t, d], t >= 1.
-            cache: the stream so far, from `init_cache`, `extend` or `forward_with_cache`.
-            mask: bool [b, t], False at masked tokens, which still take a position.
-            padding: bool [b, t], True at padding, which takes no position and has output 0. The
-                result of a row does not depend on its padding.
+            cache: state before these tokens, from `init_cache`, `extend` or `forward_with_cache`.
+            mask: bool [b, t], False at masked tokens, which still advance the position.
+            padding: bool [b, t], True at padding, which does not advance the position and has
+                output 0. The result of a row does not depend on its padding.
 
         Returns:
             [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape, or the capacity of the cache is exceeded.
+            ValueError: an argument has a wrong shape, or the capacity of the cache is exceeded.
         """
         check_streaming_config(self.config)
         check_extend_inputs(x, cache, Cache, self.config, is_static)
@@ -203,11 +203,11 @@ class MemoryCachingLayer(Mixer):
 
         Args:
             x: tokens [b, t, d], zero at masked tokens.
-            before: `conv` of the cache.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            before: field `conv` of the cache.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
         Returns:
-            the arguments by name, and the `conv` of the cache after these tokens.
+            the arguments by name, and the cache's field `conv` after these tokens.
         """
         config = self.config
         q, k, v, conv = self._qkv(x, before, count)

@@ -10,18 +10,18 @@ from flax import nnx
 from mc_core.config import MCConfig
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, rms_norm, state_dtype
 
-START_MARGIN = 1e-3  # minimum relative distance of initial coefficients to their range's ends
+START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
 
 
 class Linear(nnx.Module):
     """`x W` without bias, in the dtype of x; initialized as in Flax (LeCun normal)."""
 
-    def __init__(self, into: int, out: int, *, rngs: nnx.Rngs, param_dtype: Dtype):
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, param_dtype: Dtype):
         draw = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(draw(rngs.params(), (into, out), param_dtype))
+        self.kernel = nnx.Param(draw(rngs.params(), (in_features, out_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
-        """Map [..., into] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         return x @ self.kernel[...].astype(x.dtype)
 
 
@@ -29,7 +29,7 @@ class Head(Linear):
     """Linear map that accumulates in the state dtype and returns it."""
 
     def __call__(self, x: Array) -> Array:
-        """Map [b, t, into] to [b, t, out]."""
+        """Map [b, t, in] to [b, t, out]."""
         return einsum_f32("btd,ds->bts", x, self.kernel[...], dtype=x.dtype)
 
 
@@ -38,7 +38,7 @@ class Coefficient(nnx.Module):
 
     Args:
         config: the layer's configuration.
-        name: field of the memory configuration, which holds the constant or initial value.
+        name: field of the memory configuration that sets the constant or initial value.
         rngs: random streams; the kernel uses `params`.
         param_dtype: dtype of the parameters.
     """
@@ -86,12 +86,12 @@ class ShortConv(nnx.Module):
         return sum(taps[1:], taps[0])
 
     def tail(self, x: Array, before: Array | None = None, count: Array | None = None) -> Array:
-        """Return `before` of the next call [b, width - 1, d], in the state dtype.
+        """Return the argument `before` [b, width - 1, d] of the next call, in the state dtype.
 
         Args:
             x: tokens [b, t, d].
             before: last inputs of the previous call.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
         """
         joined = self._with_before(x, before).astype(state_dtype(x.dtype))
         if count is None:
@@ -137,10 +137,8 @@ def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.V
         return []
     dims = memory.widths(width, width)
     if not memory.random_initial:
-        return [nnx.Param(jnp.zeros((h, out, into), dtype)) for into, out in pairwise(dims)]
+        return [nnx.Param(jnp.zeros((h, o, i), dtype)) for i, o in pairwise(dims)]
     return [
-        nnx.Param(
-            jax.random.normal(rngs.params(), (h, out, into), dtype) * np.asarray(into**-0.5, dtype)
-        )
-        for into, out in pairwise(dims)
+        nnx.Param(jax.random.normal(rngs.params(), (h, o, i), dtype) * np.asarray(i**-0.5, dtype))
+        for i, o in pairwise(dims)
     ]

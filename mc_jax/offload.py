@@ -1,4 +1,4 @@
-"""Arrays in host memory: reads copy their result to the device, updates run on the host.
+"""Arrays in host memory: reads copy results to the device, updates run on the host.
 
 Only cached memories are offloaded (`init_cache(..., cache_device="host")`).
 """
@@ -13,7 +13,7 @@ from mc_jax.numerics import Array
 
 HOST = jax.memory.Space.Host
 DEVICE = jax.memory.Space.Device
-KIND = "pinned_host"  # JAX's name of this kind of memory
+HOST_KIND = "pinned_host"  # JAX memory kind
 
 
 def move_to_host(x: Array) -> Array:
@@ -26,9 +26,9 @@ def move_to_host(x: Array) -> Array:
         return jax.device_put(x, HOST)
     device = next(iter(x.devices()))
     kinds = [memory.kind for memory in device.addressable_memories()]
-    if KIND not in kinds:
-        raise ValueError(f"cache_device = 'host': {device} has {kinds}: must have {KIND!r}")
-    return jax.device_put(x, x.sharding.with_memory_kind(KIND))
+    if HOST_KIND not in kinds:
+        raise ValueError(f"cache_device = 'host': {device} has {kinds}: must have {HOST_KIND!r}")
+    return jax.device_put(x, x.sharding.with_memory_kind(HOST_KIND))
 
 
 def read_from_host(function: Callable[..., Array], x: Array, *index: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Weights of a module as plain arrays, and modules from files of weights."""
+"""Conversion of modules to and from flat arrays, and loading of safetensors files."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -15,7 +15,7 @@ from mc_jax.numerics import Dtype
 
 
 def get_weights(module: nnx.Module) -> Flat:
-    """Return every parameter under its path, joined by "."; bfloat16 as `ml_dtypes.bfloat16`."""
+    """Return all parameters by their path, joined by "."; bfloat16 as `ml_dtypes.bfloat16`."""
     return {name: np.asarray(param[...]) for name, param in _params(module).items()}
 
 
@@ -23,8 +23,8 @@ def set_weights(module: nnx.Module, flat: Flat) -> None:
     """Set the weights of a module in place; parameters keep their sharding.
 
     Raises:
-        ValueError: lists all parameters that are missing, unexpected, or of another shape or dtype.
-            The module is then unchanged.
+        ValueError: a parameter is missing, unexpected, or of another shape or dtype; the message
+            lists all mismatches. The module is then unchanged.
     """
     params = _params(module)
     check_leaves(leaves(flat), leaves({name: param[...] for name, param in params.items()}))
@@ -38,7 +38,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     Prefixes that wrappers add to names are removed and logged.
 
     Args:
-        path: a file that `mc convert` wrote.
+        path: a file written by `mc convert`.
         kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
@@ -58,7 +58,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
 
 class Pretrained:
-    """Mixin of modules that load from a safetensors file with configuration and weights."""
+    """Mixin for modules that load configuration and weights from a safetensors file."""
 
     config_class: ClassVar[Any]
 
@@ -66,10 +66,10 @@ class Pretrained:
     def from_pretrained(
         cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
     ) -> Self:
-        """Build from a safetensors file; `param_dtype` None = the file's.
+        """Build from a safetensors file; `param_dtype` = None uses that of the file.
 
         Raises:
-            ValueError: the file is damaged or holds something else; lists all mismatches.
+            ValueError: the file is damaged or does not match; the message lists all mismatches.
             OSError: the file cannot be read.
         """
         make: Any = cls
@@ -80,7 +80,7 @@ class Pretrained:
                 raise ValueError(f"parameters of {param_dtype}: need jax.enable_x64(True)")
             module = make(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
             tensors = {name: array.astype(param_dtype) for name, array in tensors.items()}
-            # Checked under the file's names, so that an unknown name does not hide other errors.
+            # Check by the names of the file: renaming would raise at the first unknown name.
             check_leaves(leaves(tensors), leaves(to_torch(get_weights(module))))
             set_weights(module, to_jax(tensors))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Reads of online and cached memories (section 5), in their fast forms (section 6)."""
+"""Reads of online and cached memories (section 5), in parallel form (section 6)."""
 
 from functools import partial, reduce
 
@@ -32,7 +32,7 @@ def read_all(
         config: the aggregation.
         writes: result of the chunked write of the same tokens.
         q: queries [b, t, h, k].
-        gates: [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1], of the
+        gates: [b, t, h, n + 1], with the online memory last; under `ssc` [b, t, h, m + 1], for the
             selected memories only.
         selected: indices of the selected memories [b, t, h, m] under `ssc`, else None.
         plan: segments and chunks.
@@ -132,7 +132,7 @@ def read_sparse(memory: Memory, cached: Weights, q: Array, weight: Array, select
 def read_token(
     memory: Memory, config: MCConfig, online: Weights, cached: Weights, q: Array, gates: Array
 ) -> Array:
-    """Read one token by definition (section 5): every memory, or the explicit mixture.
+    """Compute the read of one token by definition (section 5), from all memories or their mixture.
 
     Args:
         memory: the memory kind.

@@ -1,4 +1,4 @@
-"""The definition: a recurrence over tokens, each of which is written and then read."""
+"""Reference implementation: a recurrence that writes, then reads, one token at a time."""
 
 from typing import NamedTuple
 
@@ -27,10 +27,10 @@ from mc_jax.reads import read_token
 class Token(NamedTuple):
     """One token of each sequence, with its segment and chunk boundaries."""
 
-    q: Array  # [b, h, k], also k and u
-    k: Array
+    q: Array  # [b, h, k]
+    k: Array  # [b, h, k]
     v: Array  # [b, h, v]
-    u: Array
+    u: Array  # [b, h, k]
     coefficients: Coefficients  # each [b, h]
     mask: Array  # bool [b]
     segment: Array  # int32 []
@@ -51,7 +51,7 @@ def run_tokens(
         memory: the memory kind.
         config: the layer's configuration.
         tokens: the sequence.
-        initial: W_0, first layer first, each [h, o, i].
+        initial: weights W_0 per layer, each [h, o, i].
         plan: the segments and chunks.
 
     Returns:
@@ -80,7 +80,7 @@ def run_token(
         memory: the memory kind.
         config: the layer's configuration.
         start: the initial state, for segments that restart.
-        cache: the stream so far.
+        cache: state before the token.
         token: the token.
 
     Returns:
@@ -90,8 +90,8 @@ def run_token(
     if config.state_init_mode == "restart":
         state = _where(token.starts_segment, start, state)
     if memory.config.gradient_uses_weights:
-        fresh = state._replace(anchor=state.weights)
-        state = _where(token.starts_chunk, fresh, state)
+        anchored = state._replace(anchor=state.weights)
+        state = _where(token.starts_chunk, anchored, state)
     updated = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
     state = tree_where(token.mask, updated, state)
 
@@ -119,5 +119,5 @@ def run_token(
     return cache, (output, gates)
 
 
-def _where(condition: Array, yes, no):  # type: ignore[no-untyped-def]
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+def _where(condition: Array, on_true, on_false):  # type: ignore[no-untyped-def]
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)

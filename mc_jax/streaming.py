@@ -1,4 +1,4 @@
-"""Chunked write and read of the next tokens of a stream, from its cache (sections 4 to 6)."""
+"""Chunked write and read of the next tokens of a stream, given its cache (sections 4 to 6)."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from mc_jax.reads import read_sparse
 class StreamPools(NamedTuple):
     """Pooled keys of the tokens and chunks of a call."""
 
-    running: Array  # [b, t, h, k] over the token's segment, up to and including the token
+    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
     sums: Array  # sum of the segment's keys after each chunk [g, b, h, k]
     counts: Array  # number of its unmasked tokens after each chunk, int32 [g, b]
 
@@ -39,12 +39,12 @@ def extend_chunks(
         memory: the memory kind.
         config: the layer's configuration.
         tokens: the next tokens.
-        initial: W_0, first layer first, each [h, o, i].
-        count: number of tokens of each row, its first ones, int32 [b]; the rest is padding.
-        cache: the stream so far.
+        initial: weights W_0 per layer, each [h, o, i].
+        count: number of tokens per row, int32 [b]; later tokens are padding.
+        cache: state before these tokens.
 
     Returns:
-        output [b, t, h, v], the new cache, gates [b, t, h, n + 1] over its n slots.
+        output [b, t, h, v], the new cache, and gates [b, t, h, n + 1] over the cache's n slots.
     """
     q = tokens.q
     layout = make_call_layout(cache.position, count, q.shape[1], config)
@@ -96,7 +96,7 @@ def _write(
     start = start_state(memory, initial, k[0], v[0])
     state = jax.tree.map(lambda x: x[:, None], cache.state)
     restarts = layout.starts_segment if config.state_init_mode == "restart" else None
-    # A soup also needs the memories of segments that this call completes.
+    # Under `soup`, reads also need the segments that this call completes.
     read_in_scan = config.memory.gradient_uses_weights and not config.mixes_layers
     q = to_call_chunks(tokens.q, layout) if read_in_scan else None
     chunks = Chunks(k, v, coefficients, write_mask, q, restarts, layout.has_first_token)
@@ -131,8 +131,8 @@ def _complete(
     """Store the segments that the call completes.
 
     Returns:
-        the slots, the sum of all complete segments' weights, and that sum before each chunk
-        [g, b, 1, h, o, i]. The sums are () if no read uses them.
+        the slots, the sum of the weights of all complete segments, and this sum before each chunk
+        [g, b, 1, h, o, i]. The sums are () if reads do not use them.
     """
     after = tuple(
         jnp.concatenate([before[1:], final[None]])

@@ -55,7 +55,7 @@ class AttentionLayer(Mixer):
         Args:
             x: [b, t, d].
             mask: bool [b, t], False at masked tokens, which are not attended to and have output 0.
-                They still take a position.
+                They still advance the position.
 
         Returns:
             [b, t, d] in the dtype of `x`.
@@ -91,8 +91,8 @@ class AttentionLayer(Mixer):
             batch: number of streams.
             max_tokens: capacity, the maximum number of tokens per stream; `grow` increases it.
             cache_dtype: dtype of keys and values; None = that of the parameters, at least float32.
-            cache_device: where keys and values are stored: `device` or `host`. Every call copies
-                those on the host to the device.
+            cache_device: storage of keys and values: `device` or `host`. Every call copies them
+                from the host to the device.
 
         Raises:
             ValueError: an argument is out of range.
@@ -120,23 +120,23 @@ class AttentionLayer(Mixer):
         *,
         padding: Array | None = None,
     ) -> tuple[Array, KVCache]:
-        """Mix the next tokens of a stream. Equal to a call on the whole sequence, for any split.
+        """Mix the next tokens of a stream. Any split into calls equals a single full pass.
 
-        `torch.compile` of this method compiles once per number of tokens, independent of the
-        position. A compiled program cannot raise: past the capacity of the cache its output is NaN.
+        `torch.compile` compiles this method once per number of tokens, for all positions. A
+        compiled program cannot raise: rows that exceed the capacity of the cache have output NaN.
 
         Args:
             x: [b, t, d], t >= 1.
-            cache: the stream so far, from `init_cache` or `extend`.
-            mask: bool [b, t], False at masked tokens, which still take a position.
-            padding: bool [b, t], True at padding, which takes no position and has output 0. The
-                result of a row does not depend on its padding.
+            cache: state before these tokens, from `init_cache` or `extend`.
+            mask: bool [b, t], False at masked tokens, which still advance the position.
+            padding: bool [b, t], True at padding, which does not advance the position and has
+                output 0. The result of a row does not depend on its padding.
 
         Returns:
             [b, t, d] in the dtype of `x`, and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape, or the capacity of the cache is exceeded.
+            ValueError: an argument has a wrong shape, or the capacity of the cache is exceeded.
         """
         check_extend_inputs(x, cache, KVCache, self.config, is_static)
         return extend_rows(partial(call_hooked, self, self._extend), x, cache, mask, padding)
@@ -282,7 +282,8 @@ def visible_keys(
         positions: of tokens, integers [b or 1, t].
         key_positions: of keys, integers [b or 1, s].
         key_mask: bool [b, s].
-        window: number of tokens that a token attends to, itself included; None = all before it.
+        window: number of most recent tokens, including the current one, that a token attends to;
+            None = all.
 
     Returns:
         bool [b, t, s].

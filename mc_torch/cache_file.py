@@ -1,4 +1,4 @@
-"""A stream's cache in a safetensors file, which both packages read."""
+"""Caches in safetensors files, readable by both packages."""
 
 from os import PathLike
 from pathlib import Path
@@ -25,9 +25,9 @@ def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
     """Write a cache to a file, atomically.
 
     Args:
-        path: the file.
-        cache: of a layer, or of all blocks of a model.
-        config: of the layer or model.
+        path: path of the file.
+        cache: cache of a layer, or of all blocks of a model.
+        config: configuration of the layer or model.
 
     Raises:
         OSError: the file cannot be written.
@@ -40,15 +40,15 @@ def save_cache(path: str | PathLike[str], cache: Any, config: Config) -> None:
 
 
 def load_cache(path: str | PathLike[str], module: Any, *, cache_device: str = "device") -> Any:
-    """Read a cache with which a module continues a stream.
+    """Read the cache of a stream from a file.
 
     Args:
-        path: a file that `save_cache` of either package wrote.
-        module: a layer or model with the configuration that the stream was started with.
-        cache_device: where cached memories are stored, `device` or `host`, as in `init_cache`.
+        path: a file written by `save_cache` of either package.
+        module: a layer or model with the same configuration as that of the saved cache.
+        cache_device: storage of cached memories, `device` or `host`, as in `init_cache`.
 
     Raises:
-        ValueError: the file is damaged or holds something else; lists all mismatches.
+        ValueError: the file is damaged or does not match; the message lists all mismatches.
         OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open

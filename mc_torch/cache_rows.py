@@ -15,13 +15,13 @@ Rows = Sequence[int] | np.ndarray | Array
 
 
 def take_rows(cache: Any, rows: Rows) -> Any:
-    """Return a cache with the streams of the given rows, which may be reordered or repeated.
+    """Return a cache with the streams of the given rows. Rows may be in any order and repeated.
 
-    A compiled program cannot raise: there, a row out of range yields a stream whose output is NaN.
+    A compiled program cannot raise: an index out of range gives a stream with output NaN.
 
     Args:
         cache: cache of a layer, or of all blocks of a model.
-        rows: integers [r], the row of each new stream; an empty list gives a cache of 0 streams.
+        rows: integers [r], the source row of each new stream; an empty list gives 0 streams.
 
     Returns:
         a cache of r streams. It shares no tensor with `cache`, which is unchanged.
@@ -53,7 +53,7 @@ def map_rows(function: Callable[[Array], Array], cache: Any) -> Any:
 
 
 def invalidate_rows(cache: Any, invalid: Array) -> Any:
-    """Make all later outputs of rows NaN where `invalid` is True, bool [b]."""
+    """Set all later outputs to NaN in the rows where `invalid` [b] is True."""
     return cache._replace(position=torch.where(invalid, INVALIDATED, cache.position))
 
 

@@ -1,4 +1,4 @@
-"""Sums over the cached memories of a stream, of which only the first slots are filled."""
+"""Weighted sums of reads of a stream's cached memories, which fill only the first slots."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from mc_torch.backends import Weights
 from mc_torch.cache import is_traced
 from mc_torch.numerics import Array, remat
 
-READS = 64  # slots per step are READS / tokens
-RUN = 256  # tokens per run; a run reads the slots up to the last one that any of its tokens reads
+MAX_READS = 64  # maximum number of (token, slot) pairs per step
+BLOCK = 256  # tokens per block; a block reads the slots that at least one of its tokens reads
 
 # (tokens [b, 1, h, c, i], weights each [b, s, h, o, i]) -> [b, s, h, c, o]
 CachedRead = Callable[[Array, Weights], Array]
@@ -18,9 +18,9 @@ CachedRead = Callable[[Array, Weights], Array]
 def sum_cached_reads(
     read: CachedRead, x: Array, gates: Array, weights: Weights, segment: Array
 ) -> Array:
-    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a run reads.
+    """Return `Σ_i gates_i read(x, weights_i)`, skipping slots that no token of a block reads.
 
-    A compiled program reads all slots, because it does not know which are filled.
+    A compiled program reads all slots, because the number of filled slots is dynamic.
 
     Args:
         read: function that reads several memories.
@@ -32,18 +32,20 @@ def sum_cached_reads(
     Returns:
         [b, h, c, o] in the gates' dtype.
     """
-    runs = zip(x.split(RUN, dim=2), gates.split(RUN, dim=2), segment.split(RUN, dim=1), strict=True)
-    return torch.cat([_sum_run(read, x, g, weights, torch.amax(s)) for x, g, s in runs], dim=2)
+    blocks = zip(
+        x.split(BLOCK, dim=2), gates.split(BLOCK, dim=2), segment.split(BLOCK, dim=1), strict=True
+    )
+    return torch.cat([_sum_block(read, x, g, weights, torch.amax(s)) for x, g, s in blocks], dim=2)
 
 
-def _sum_run(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
-    """Compute `sum_cached_reads` for one run of tokens, over the first `filled` slots, in blocks.
+def _sum_block(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
+    """Compute `sum_cached_reads` for one block of tokens, over the first `filled` slots.
 
     Example: 17 tokens in segments of 4 have n = 5 slots. A call of 13 tokens reads 64 // 13 = 4
     slots per step. Token 12 in segment 3 reads slots 0 1 2: `filled` is 3, and one step reads them.
     A compiled program reads slots 0 1 2 3, then slot 4.
     """
-    n, size = gates.shape[-1], min(gates.shape[-1], max(1, READS // gates.shape[2]))
+    n, size = gates.shape[-1], min(gates.shape[-1], max(1, MAX_READS // gates.shape[2]))
     if not is_traced(filled):
         n = min(n, int(filled))
     x = x[:, None]

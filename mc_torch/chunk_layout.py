@@ -1,9 +1,8 @@
-"""Rearrangement of tokens into the chunks and segments that are computed in parallel.
+"""Rearrangement of tokens into chunks and segments for parallel computation.
 
-Whole sequences follow a `Plan`: their chunks are known before the program runs. A stream may be
-split anywhere and its rows may be at different positions, so the chunks of a call follow from
-positions that only the running program knows. Their number does not: it is the largest number of
-chunks that a call of this length can touch.
+Full sequences follow a static `Plan`. A stream may be split anywhere and its rows may have
+different positions, so the chunks of a call depend on dynamic positions. Their number is static: it
+is the maximum number of chunks that a call of this length can span.
 """
 
 from collections.abc import Sequence
@@ -26,18 +25,18 @@ class TokenIndex(NamedTuple):
     """Indices of tokens to gather, with static properties."""
 
     positions: Array  # int64
-    identity: bool  # the indices are 0, 1, 2, ...
-    padded: bool  # some indices are one past the last token
+    identity: bool  # True if the indices are 0, 1, 2, ...
+    padded: bool  # True if some indices refer to padding, one past the last token
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """`mc_core`'s plan of segments and chunks, with its index arrays on a device."""
+    """Plan of segments and chunks from `mc_core`, with index tensors on a device."""
 
     tokens: int
     segments: int
     lengths: tuple[int, ...]  # number of tokens of each segment
-    full_length: int  # number of tokens of the last segment once it is complete
+    full_length: int  # number of tokens of the last segment when complete
     capacity: int  # capacity of the cache after all tokens
     rows: int
     chunk_size: int
@@ -48,7 +47,7 @@ class TensorPlan:
     restarts: tuple[
         bool, ...
     ]  # [chunks] restarts of the first row; other rows restart only at chunk 0
-    last_chunk: tuple[int, ...]  # [n] flat index of the chunk with each segment's last token
+    last_chunk: tuple[int, ...]  # [n] flat index of the last chunk of each segment
     segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
@@ -147,17 +146,17 @@ def from_segments(x: Array, plan: TensorPlan) -> Array:
 
 
 class CallLayout(NamedTuple):
-    """Assignment of a call's tokens to consecutive chunks, per row."""
+    """Assignment of the tokens of a call to consecutive chunks, for each row."""
 
     chunk_tokens: Array  # token at each position of the chunks, int64 [b, g, c]; t = none
     chunk_positions: Array  # position of each token in the chunks, int64 [b, t]; g * c = none
     segment: Array  # segment of each token, int64 [b, t]
-    has_first_token: Array  # bool [g, b, 1], the call contains the chunk's first token
-    starts_segment: Array  # bool [g, b, 1], and that token is the first of a segment
-    completes_segment: Array  # bool [g, b, 1], the chunk completes a segment
+    has_first_token: Array  # bool [g, b, 1], True if the call contains the chunk's first token
+    starts_segment: Array  # bool [g, b, 1], True if this token is also the first of a segment
+    completes_segment: Array  # bool [g, b, 1], True if the chunk completes a segment
     completing_chunk: Array  # chunks that complete the next s segments, int64 [b, s]
     completed_slots: Array  # slots of these segments, int64 [b, s]; out of range if incomplete
-    slot: Array  # segment of the row's last token so far, int32 [b]
+    slot: Array  # segment of the row's last token after the call, int32 [b]
 
 
 def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfig) -> CallLayout:
@@ -179,12 +178,12 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         completing_chunk  = [1, 3], completed_slots = [1, 2]
 
     Args:
-        position: number of tokens in each row before the call, int32 [b].
-        count: number of tokens of each row in the call, its first ones, int32 [b].
+        position: number of processed tokens per row before the call, int32 [b].
+        count: number of tokens of the call per row, int32 [b]; later tokens are padding.
         tokens: t, the length of the call.
         config: segment and chunk size.
     """
-    tokens = index(tokens)  # a number, where a compiler gives a symbol
+    tokens = index(tokens)  # converts a symbol of a compiler to a number
     shape = _call_shape(tokens, config)
     size, per_segment, width = shape.segment, shape.per_segment, shape.width
     position, count, device = position.long()[:, None], count.long()[:, None], position.device
@@ -195,7 +194,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     begin = shape.chunk_start(chunk) - position
     end = shape.chunk_start(chunk + 1) - position
     stop = torch.minimum(end, count)
-    first_here = begin.clamp(min=0)  # the first token of this call in the chunk
+    first_here = begin.clamp(min=0)  # the call's first token in the chunk
     chunk_tokens = first_here[..., None] + _range(width, 3, device)
     chunk_tokens = torch.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)
@@ -250,7 +249,7 @@ def first_tokens(count: Array, tokens: int) -> Array:
 
 
 class Packing(NamedTuple):
-    """Order of tokens in which each row's padding comes last."""
+    """Permutation of tokens that moves each row's padding to the end."""
 
     order: Array  # index of the token at each position, int64 [b, t]
     inverse: Array  # position of each token, int64 [b, t]
@@ -258,7 +257,7 @@ class Packing(NamedTuple):
 
 
 def make_packing(padding: Array) -> Packing:
-    """Move the padding of each row to its end; the tokens keep their order.
+    """Move the padding of each row to its end, preserving the order of tokens.
 
     Args:
         padding: bool [b, t], True at padding.

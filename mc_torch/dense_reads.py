@@ -74,7 +74,7 @@ def _read_tiles(read: TileRead, x: Array, gates: Array, weights: Weights) -> Arr
     b, h, a, c, i, rows = x.shape
     x = x.permute(2, 0, 1, 5, 3, 4).reshape(a, b, h, rows * c, i)
 
-    # Only the tokens and one memory are kept for the backward pass, never a product's result.
+    # The backward pass recomputes the reads; only their inputs are saved.
     total = None
     for gate, memory in unstack((gates, weights)):
         part = remat(read)(x, gate, memory)

@@ -1,4 +1,4 @@
-"""Pooled keys and gates, the weights of memories in a token's read (sections 4 and 5)."""
+"""Pooled keys, and gates: the weight of each memory in a token's read (sections 4 and 5)."""
 
 from typing import NamedTuple
 
@@ -15,23 +15,23 @@ from mc_torch.numerics import (
     take_along,
 )
 
-SCORE_BLOCK = 512  # number of tokens per block of the selection
+SCORE_BLOCK = 512  # number of tokens per block of the top-k selection
 
 
 class Pools(NamedTuple):
     """Pooled keys of segments, and running pooled keys of the online segment."""
 
     segment: Array  # [b, n, h, k] after each segment's last token
-    running: Array  # [b, t, h, k] over the token's segment, up to and including the token
+    running: Array  # [b, t, h, k] of the token's segment, up to and including the token
     length: Array  # number of unmasked tokens per segment, int32 [b, n]
     total: Array  # sum of each segment's keys [b, n, h, k]
 
 
 class Gates(NamedTuple):
-    """Weights of all tokens' reads; under `ssc`, of the selected memories only."""
+    """Weights of the memories in each token's read; under `ssc`, only of the selected memories."""
 
     weights: Array  # [b, t, h, n + 1], the online memory last; under `ssc` [b, t, h, m + 1]
-    selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = none
+    selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = unused
 
 
 def pool_keys(k: Array, mask: Array, plan: TensorPlan, pooling: str) -> Pools:
@@ -88,7 +88,7 @@ def gate_scores(u: Array, pools: Array, running: Array, segment: Array, config: 
 
 
 def segment_ages(segment: Array, n: int) -> Array:
-    """Return [..., n]: age of each of n cached memories, in segments, seen from segments [...]."""
+    """Return the ages [..., n] of n cached memories relative to segments [...], in segments."""
     return segment[..., None] - expand_leading_dims(
         torch.arange(n, device=segment.device), segment.ndim + 1
     )
@@ -97,24 +97,23 @@ def segment_ages(segment: Array, n: int) -> Array:
 def level_score(u: Array, age: Array) -> Array:
     """Return the component of u for the level of each cached memory (arXiv:2506.04761).
 
-    The online memory has level 0, a cached one level 1 + floor(log2(age)), limited to the number of
-    components.
+    The online memory has level 0. A cached memory has level 1 + floor(log2(age)), at most k - 1.
 
     Args:
         u: connectors [..., k].
-        age: integers, broadcasts to [..., m]; values below 1 give an arbitrary level.
+        age: integers, broadcasts to [..., m]; the level of an age below 1 is unspecified.
 
     Returns:
         [..., m].
     """
-    # The bits of an age are as many as the powers of two up to it.
+    # The bit length of an age is the number of powers of two not above it.
     powers = 2 ** torch.arange(31, device=age.device)
     bits = torch.bucketize(age.contiguous(), powers, right=True)
     return take_along(u, bits.clamp(max=u.shape[-1] - 1), -1)
 
 
 def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
-    """Return the `top_k` cached memories of each token under `ssc` (equation 16).
+    """Select the `top_k` cached memories of each token under `ssc` (equation 16).
 
     Args:
         score: [..., n], of cached memories.
@@ -122,30 +121,30 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
         top_k: number of memories to select.
 
     Returns:
-        [..., min(top_k, n)] indices by descending score; ties go to the earlier segment. n where
-        fewer memories are cached.
+        [..., min(top_k, n)] indices in order of descending score; ties go to the earlier segment.
+        Unused entries are n, if fewer memories are cached.
     """
     n = score.shape[-1]
     cached = torch.where(allowed, score.detach(), -torch.inf)
-    # `torch.topk` leaves the order of ties open.
+    # `torch.topk` does not specify the order of ties.
     best, index = torch.sort(cached, dim=-1, descending=True, stable=True)
     return torch.where(best == -torch.inf, n, index)[..., :top_k]
 
 
-def normalize_scores(score: Array, read: Array, config: MCConfig) -> Array:
+def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
     """Convert scores to the weights of a read (equations 7, 10, 17).
 
     Args:
         score: [..., n + 1].
-        read: bool [..., n + 1], True where a memory is read; always True for the online memory.
+        read_mask: bool [..., n + 1], True at memories to read, always including the online memory.
         config: the aggregation.
     """
     if not config.gated:
-        weight = read.to(score.dtype)
+        weight = read_mask.to(score.dtype)
         if not config.rule.averaged:
             return weight
         return weight / torch.sum(weight, dim=-1, keepdim=True)
-    return torch.softmax(torch.where(read, score, -torch.inf), dim=-1)
+    return torch.softmax(torch.where(read_mask, score, -torch.inf), dim=-1)
 
 
 def readable_mask(segment: Array, n: int, config: MCConfig) -> Array:
@@ -213,12 +212,12 @@ def _gate_selected(
     score = torch.cat([cached, online], dim=-1) / config.softmax_temperature
 
     selected = selected.transpose(1, 2)  # 3
-    read = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
-    return Gates(normalize_scores(score, read, config), selected)
+    read_mask = torch.cat([selected < n, torch.ones_like(online, dtype=torch.bool)], dim=-1)
+    return Gates(normalize_scores(score, read_mask, config), selected)
 
 
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:
-    """Return the selection of tokens [b, h, t, k] among pools [b, h, n, k]: [b, h, t, m]."""
+    """Select memories [b, h, t, m] by connectors [b, h, t, k] and pooled keys [b, h, n, k]."""
     b, _, t, _ = u.shape
     segment = segment.expand(b, t)
 
@@ -230,13 +229,13 @@ def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) 
         allowed = readable_mask(segment, pools.shape[2], config)[:, None, :, :-1]
         return select_top_k(score, allowed, config.ssc_top_k)
 
-    # The scores of all tokens would be the largest array of a long sequence.
+    # In blocks, because the scores of all tokens would be the largest array of a long sequence.
     parts = zip(u.split(SCORE_BLOCK, dim=2), segment.split(SCORE_BLOCK, dim=1), strict=True)
     return torch.cat([select_block(*part) for part in parts], dim=2)
 
 
 def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
-    """Return the gates of all tokens over all memories: the definition.
+    """Return the gates of all tokens over all memories, by their definition.
 
     Args:
         score: [b, t, h, n + 1].
@@ -247,14 +246,14 @@ def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
         [b, t, h, n + 1], 0 where a memory is not read.
     """
     n = score.shape[-1] - 1
-    read = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
+    read_mask = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
     if config.rule.sparse:
-        selected = select_top_k(score[..., :n], read[..., :n], config.ssc_top_k)
+        selected = select_top_k(score[..., :n], read_mask[..., :n], config.ssc_top_k)
         number = torch.arange(n, device=selected.device)
         slots = selected[..., :, None] == expand_leading_dims(number, selected.ndim + 1)
         online = torch.ones_like(score[..., n:], dtype=torch.bool)
-        read = torch.cat([slots.any(dim=-2), online], dim=-1)
-    return normalize_scores(score, read.expand(score.shape), config)
+        read_mask = torch.cat([slots.any(dim=-2), online], dim=-1)
+    return normalize_scores(score, read_mask.expand(score.shape), config)
 
 
 def scatter_gates(weights: Array, selected: Array | None, n: int) -> Array:

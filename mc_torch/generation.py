@@ -29,15 +29,15 @@ def sample(
 ) -> Array:
     """Sample a token from the logits of each row.
 
-    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the fewest
-    whose probabilities sum to `top_p`. Among equal logits the lower id comes first.
+    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the
+    smallest set with a total probability of at least `top_p`. Ties go to the lower id.
 
     Args:
         logits: [b, vocab_size].
         rng: generators [b], one per row; None with temperature 0.
         temperature: 0 = greedy.
         top_k: number of logits to keep; None = all.
-        top_p: probability to keep, in (0, 1]; None = all.
+        top_p: total probability of the ids to keep, in (0, 1]; None = all.
 
     Returns:
         ids [b], int64; -1 if the largest logit is not finite.
@@ -50,7 +50,7 @@ def sample(
     if temperature == 0:
         tokens = _first_largest(logits)
     elif rng is None:
-        raise ValueError(f"rng = None: must be given where temperature = {temperature}")
+        raise ValueError(f"rng = None: must be given for temperature = {temperature}")
     else:
         ranked, order = _truncate(logits / temperature, top_k, top_p)
         noise = torch.stack([_gumbel(ranked[0], generator) for generator in rng])
@@ -77,16 +77,16 @@ def generate(
     """Continue prompts. The result of a row does not depend on the other rows.
 
     Args:
-        model: the language model; its segments must stream.
+        model: the language model, with segments of constant size.
         prompts: ids of each row, at least one per row.
-        max_new_tokens: number of steps; a caller may stop earlier.
+        max_new_tokens: number of tokens to generate per row; the caller may stop earlier.
         temperature: as in `sample`.
         top_k: as in `sample`.
         top_p: as in `sample`.
         seed: seed of all random streams.
         rows: index of each row's random stream; None = 0, 1, ...
-        cache_dtype: dtype of the cached memories; None = that of the online one.
-        cache_device: where cached memories are stored, `device` or `host`.
+        cache_dtype: dtype of the cached memories; None = that of the online memory.
+        cache_device: storage of cached memories, `device` or `host`.
         block: maximum number of prompt tokens per call.
 
     Returns:
@@ -129,7 +129,7 @@ def _run(
         yield new
 
 
-# A decorator: a `with` block in the iterator would stay active in the caller between tokens.
+# Not a `with` block in the iterator, which would stay active in the caller between tokens.
 @torch.no_grad()
 def _extend(
     model: LanguageModel,
@@ -140,7 +140,7 @@ def _extend(
 ) -> tuple[Array, tuple[AnyCache, ...]]:
     """Return the logits after each row's last token of [b, w], [b, s].
 
-    A row without tokens in the block keeps its previous logits. After -1 they are NaN.
+    A row without tokens in the block retains its previous logits. Logits after id -1 are NaN.
     """
     # Checking every new token would synchronize with the device.
     logits, cache = model.extend(tokens, cache, padding=padding, check=padding is not None)
@@ -153,7 +153,7 @@ def _extend(
 
 
 def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Array, Array]:
-    """Set logits that are not kept to -inf.
+    """Set logits outside of the top-k or top-p set to -inf.
 
     Returns:
         logits [b, s], in descending order if truncated, and the id of each, int64 [b, s].

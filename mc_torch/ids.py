@@ -1,6 +1,6 @@
-"""Range checks of token ids and indices, and safe lookups where the values are unknown.
+"""Range checks of token ids and indices, and safe lookups for compiled programs.
 
-A compiled program cannot raise. There, an id out of range reads row 0, and the caller sets all
+A compiled program cannot raise. Instead, an id out of range reads row 0, and the caller sets all
 dependent outputs to NaN.
 """
 
@@ -11,7 +11,7 @@ from mc_torch.numerics import Array
 
 
 def check_ids(
-    name: str, ids: Array, size: int, read: Array | None = None, values: bool = True
+    name: str, ids: Array, size: int, mask: Array | None = None, values: bool = True
 ) -> bool:
     """Check that ids or indices are in `0..size - 1`.
 
@@ -21,7 +21,7 @@ def check_ids(
         name: name of the argument.
         ids: integers [...], any shape.
         size: number of ids.
-        read: bool, same shape as `ids`, False at ids that are not checked; None = check all.
+        mask: bool, same shape as `ids`, False at ids to ignore; None = check all.
         values: False checks only the dtype.
 
     Returns:
@@ -38,33 +38,33 @@ def check_ids(
         return True
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    inside = ids.long() if read is None else torch.where(read, ids.long(), 0)
+    inside = ids.long() if mask is None else torch.where(mask, ids.long(), 0)
     try:
         low, high = torch.stack(torch.aminmax(inside)).tolist()
     except RuntimeError:  # batched by vmap, traced, or without values
         return False
     if low < 0 or high >= size:
-        flags = None if read is None else read.cpu().numpy()
+        flags = None if mask is None else mask.cpu().numpy()
         checks.check_ids(name, ids.cpu().numpy(), size, flags)
     return True
 
 
-def safe_ids(ids: Array, size: int, read: Array | None = None) -> tuple[Array, Array]:
-    """Replace ids that are out of range or not read by 0.
+def safe_ids(ids: Array, size: int, mask: Array | None = None) -> tuple[Array, Array]:
+    """Replace ids that are out of range or masked by 0.
 
     Args:
         ids: integers [...] of any dtype and shape.
         size: number of ids.
-        read: as in `check_ids`.
+        mask: as in `check_ids`.
 
     Returns:
-        ids, int64, and bool, True at ids that are read and out of range.
+        ids, int64, and bool, True at unmasked ids that are out of range.
     """
     ids = ids.long()
     inside = (ids >= 0) & (ids < size)
     readable, out_of_range = inside, ~inside
-    if read is not None:
-        readable, out_of_range = inside & read, out_of_range & read
+    if mask is not None:
+        readable, out_of_range = inside & mask, out_of_range & mask
     return torch.where(readable, ids, 0), out_of_range
 
 
@@ -74,15 +74,15 @@ def cumulative_any(mask: Array) -> Array:
 
 
 def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Array, Array | None]:
-    """Return places [b, p] in range, and a mask of those whose logits must be NaN.
+    """Return places [b, p] in range, and the mask of logits to set to NaN.
 
     Args:
         places: integers [b, p].
-        invalid: bool [b, t], True at tokens whose logits must be NaN; None = nowhere.
+        invalid: bool [b, t], True at tokens with logits NaN; None = none.
         tokens: t.
 
     Returns:
-        places, and bool [b, p] or None = nowhere.
+        places, and bool [b, p]; None = none.
 
     Raises:
         ValueError: see `check_ids`.
@@ -95,7 +95,7 @@ def safe_places(places: Array, invalid: Array | None, tokens: int) -> tuple[Arra
 
 
 def nan_where(invalid: Array | None, x: Array) -> Array:
-    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = nowhere."""
+    """Set `x` [b, t, ...] to NaN where `invalid` [b, t] is True; None = no change."""
     if invalid is None:
         return x
     invalid = invalid.reshape(invalid.shape + (1,) * (x.ndim - 2))

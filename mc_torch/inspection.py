@@ -33,12 +33,12 @@ class InnerLoop(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Statistics of a layer on a sequence, from the same pass as the output.
+    """Statistics of a layer on a sequence, computed with its output.
 
     Only the gates and their entropy have gradients.
     """
 
-    gates: Array  # [b, t, h, n + 1]: cached segments, the online memory last; 0 where unread
+    gates: Array  # [b, t, h, n + 1]: cached memories, then the online memory; 0 if not read
     entropy: Array  # entropy of the normalized gates, in nats [b, t, h]
     token_index: Array  # [t]
     segment_index: Array  # [t] segment of each token
@@ -46,15 +46,15 @@ class Trace(NamedTuple):
     segment_norm: Array  # Frobenius norm of each cached memory over all layers [b, n, h]
     segment_length: Array  # number of unmasked tokens per segment [b, n]
     read_count: Array  # number of tokens that read each cached memory, int32 [b, n, h]
-    memory_norm: Array  # this and the following [b, t, h]: see `InnerLoop`
-    momentum_norm: Array | None
-    update_norm: Array
-    loss_before: Array
-    loss_after: Array
+    memory_norm: Array  # [b, t, h], as in `InnerLoop`
+    momentum_norm: Array | None  # [b, t, h], as in `InnerLoop`
+    update_norm: Array  # [b, t, h], as in `InnerLoop`
+    loss_before: Array  # [b, t, h], as in `InnerLoop`
+    loss_after: Array  # [b, t, h], as in `InnerLoop`
 
     @property
     def router_weights(self) -> Array:
-        """The gates [b, t, h, n + 1], under the name used by the package `memory-caching`."""
+        """Alias of `gates` [b, t, h, n + 1], as named by `memory-caching`."""
         return self.gates
 
 
@@ -165,7 +165,7 @@ def _previous_token(decay: ChunkDecay) -> ChunkDecay:
 
 def _difference(after: ChunkDecay, before: ChunkDecay, retention: Array) -> ChunkDecay:
     """Return the decay weights of W_t - W_{t-1}."""
-    # Not P_t - P_{t-1}, which would lose digits: the memory is much larger than its update.
+    # P_t - P_{t-1} would lose precision, because the memory is much larger than its update.
     state = (retention - 1) * before.state
     updates = after.updates - before.updates
     if after.momentum is None or before.momentum is None:

@@ -19,13 +19,13 @@ from mc_torch.pretrained import Pretrained
 
 
 class Mixer(nn.Module, Hooked, Pretrained):
-    """Projects tokens to q, k and v per head, and reads per head back to tokens.
+    """Projects tokens to q, k and v per head, and the heads' reads to outputs.
 
     The compute dtype of matrix products is autocast's where it is on, else that of the input.
 
     Args:
         config: the layer's configuration.
-        projects_u: whether to project the connector u.
+        projects_u: if True, the connector u is a separate projection.
         device: device of the parameters.
         dtype: dtype of the parameters.
     """
@@ -47,7 +47,7 @@ class Mixer(nn.Module, Hooked, Pretrained):
         def linear() -> nn.Linear:
             return Linear(d, d, device=device, dtype=dtype)
 
-        # A seed's draws follow this order.
+        # The order determines the parameters drawn from a seed.
         self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
         if projects_u:
             self.u_proj = linear()
@@ -77,10 +77,11 @@ class Mixer(nn.Module, Hooked, Pretrained):
         for parameter in self.parameters():
             if parameter.is_floating_point():
                 return state_dtype(parameter.dtype), parameter.device
-        return torch.float32, torch.device("cpu")  # all are packed by quantisation for the CPU
+        # Only quantized weights have no floating-point parameters, and these require the CPU.
+        return torch.float32, torch.device("cpu")
 
     def _inspect(self, x: Array, mask: Array | None) -> tuple[Array, Trace | None]:
-        """Mix tokens, and return the trace of the memory; None if the mixer has no memory."""
+        """Mix tokens, and return the trace of the memory, or None if the mixer has no memory."""
         return self(x, mask), None
 
     def _prepare_inputs(self, x: Array, mask: Array | None) -> Array:
@@ -95,11 +96,11 @@ class Mixer(nn.Module, Hooked, Pretrained):
 
         Args:
             x: tokens [b, t, d].
-            before: `conv` of the cache.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            before: field `conv` of the cache.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
         Returns:
-            q, k and v, each [b, t, h, k], and the `conv` of the cache after these tokens.
+            q, k and v, each [b, t, h, k], and the cache's field `conv` after these tokens.
         """
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tails: Weights = ()
@@ -127,11 +128,11 @@ def extend_rows(
     mask: Array | None,
     padding: Array | None,
 ) -> tuple[Array, Any]:
-    """Extend streams by right-padding their rows, and restore the order of the outputs.
+    """Extend streams by tokens with padding at any position.
 
     Args:
-        extend: function of right-padded tokens, `cache`, mask and, if there is padding, the number
-            of tokens per row, int32 [b]; returns outputs [b, t, ...] and a cache.
+        extend: function of right-padded tokens, a cache, a mask and, if there is padding, the
+            number of tokens per row, int32 [b]. Returns outputs [b, t, ...] and a cache.
         x: tokens [b, t, ...].
         cache: cache of a mixer, or of all blocks of a model.
         mask: bool [b, t], False at masked tokens.

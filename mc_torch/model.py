@@ -1,4 +1,4 @@
-"""A language model of pre-norm blocks: memory or attention, then SwiGLU."""
+"""Language model with pre-norm blocks, each a memory or attention and a SwiGLU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,8 +49,8 @@ class SwiGLU(nn.Module):
         super().__init__()
         d, f = config.layer.d_model, config.ffn_dim
 
-        def linear(into: int, out: int) -> nn.Linear:
-            return Linear(into, out, device=device, dtype=dtype)
+        def linear(in_features: int, out_features: int) -> nn.Linear:
+            return Linear(in_features, out_features, device=device, dtype=dtype)
 
         self.gate_proj, self.up_proj, self.down_proj = linear(d, f), linear(d, f), linear(f, d)
 
@@ -93,7 +93,7 @@ class Block(nn.Module, Hooked):
     def extend(
         self, x: Array, cache: AnyCache, mask: Array | None = None, count: Array | None = None
     ) -> tuple[Array, AnyCache]:
-        """Process the next tokens [b, t, d] of a stream; row i has `count[i]`, right-padded."""
+        """Process the next tokens [b, t, d] of a stream; rows are padded after `count` [b]."""
         mixer = self.mixer
         y, cache = call_hooked(mixer, mixer._extend, self.mixer_norm(x), cache, mask, count)
         return self._transform(x + y), cache
@@ -146,20 +146,20 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
     def forward(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
     ) -> Array:
-        """Return next-token logits at all tokens or at given places.
+        """Return next-token logits at all tokens or at selected ones.
 
         Args:
             tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
-            mask: bool [b, t], False at masked tokens, whose ids are not read.
-            places: integers [b, p], indices in `0..t - 1` of the tokens whose logits are computed;
+            mask: bool [b, t], False at masked tokens, whose ids are ignored.
+            places: integers [b, p], indices in `0..t - 1` of tokens at which to compute logits;
                 None = all.
 
         Returns:
             logits [b, t or p, vocab_size], float32 (float64 if the model computes in float64).
 
         Raises:
-            ValueError: a wrong shape or dtype, or an id or place out of range. A compiled program
-                cannot raise: from the first id out of range on, its row is NaN.
+            ValueError: an argument has a wrong shape or dtype, or an id or place is out of range. A
+                compiled program cannot raise: a row is NaN from its first id out of range.
         """
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
@@ -209,24 +209,24 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         padding: Array | None = None,
         check: bool = True,
     ) -> tuple[Array, tuple[AnyCache, ...]]:
-        """Return logits of the next tokens of a stream. Equal to a full pass, for any split.
+        """Return logits of the next tokens of a stream. Any split equals a single full pass.
 
         Args:
             tokens: ids [b, t], integers of any dtype, each in `0..vocab_size - 1`.
-            cache: the stream so far, from `init_cache` or `extend`.
-            mask: bool [b, t], False at masked tokens, which still take a position.
-            padding: bool [b, t], True at padding, which takes no position. The result of a row does
-                not depend on its padding. Masked and padded ids are not read.
-            check: False skips the check of ids, which synchronizes with the device. As in a
-                compiled program, a row is then NaN from the first id out of range on, also in
-                later calls.
+            cache: state before these tokens, from `init_cache` or `extend`.
+            mask: bool [b, t], False at masked tokens, which still advance the position.
+            padding: bool [b, t], True at padding, which does not advance the position. The result
+                of a row does not depend on its padding. Masked and padded ids are ignored.
+            check: False skips the range check of ids, which synchronizes with the device. As in a
+                compiled program, a row is then NaN from its first id out of range, including later
+                calls.
 
         Returns:
             logits [b, t, vocab_size], and the cache after these tokens.
 
         Raises:
-            ValueError: a wrong shape or dtype, an id out of range, or the capacity of the cache is
-                exceeded.
+            ValueError: an argument has a wrong shape or dtype, an id is out of range, or the
+                capacity of the cache is exceeded.
         """
         check_extend_tokens(tokens, cache, len(self.blocks), is_static)
         in_range = self._check(tokens, mask, padding, check)
@@ -281,10 +281,10 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         return check_ids("tokens", tokens, self.config.vocab_size, read, values)
 
     def _safe_ids(
-        self, tokens: Array, read: Array | None, in_range: bool
+        self, tokens: Array, mask: Array | None, in_range: bool
     ) -> tuple[Array, Array | None]:
-        """Return ids in range, and where outputs must be NaN, bool [b, t]; None = nowhere."""
-        ids, out_of_range = safe_ids(tokens, self.config.vocab_size, read)
+        """Return ids in range, and the mask of outputs to set to NaN, bool [b, t]; None = none."""
+        ids, out_of_range = safe_ids(tokens, self.config.vocab_size, mask)
         return ids, None if in_range else cumulative_any(out_of_range)
 
     def _embed(self, tokens: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Submodules of the layers, and calls of modules that users may have wrapped or replaced."""
+"""Submodules of the layers, and calls of wrapped or replaced modules."""
 
 import sys
 from collections.abc import Callable
@@ -23,19 +23,25 @@ from mc_torch.numerics import (
     state_dtype,
 )
 
-START_MARGIN = 1e-3  # minimum relative distance of initial coefficients to their range's ends
+START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
 
 
 def Linear(
-    into: int, out: int, *, device: torch.device | str | None = None, dtype: Dtype = None
+    in_features: int,
+    out_features: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: Dtype = None,
 ) -> nn.Linear:
     """Return an `nn.Linear` without bias, initialized as in Flax (LeCun normal).
 
-    Not a subclass, because `quantize_dynamic` silently skips those. Call it through `project`.
+    This is not a subclass, because `quantize_dynamic` skips subclasses. Call it through `project`.
     """
-    linear = nn.Linear(into, out, bias=False, device="meta", dtype=dtype)  # draws nothing
-    linear.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
-    std = into**-0.5 / 0.87962566103423978  # std of a normal truncated at 2 standard deviations
+    # On the meta device, the constructor draws no random numbers.
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+    # The divisor is the standard deviation of a normal truncated at 2 standard deviations.
+    std = in_features**-0.5 / 0.87962566103423978
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     return linear
 
@@ -53,7 +59,7 @@ def project(linear: nn.Module, x: Array, *, exact: bool = False) -> Array:
     """
     out = state_dtype(x.dtype) if exact else x.dtype
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Array):  # packed by quantization, which computes in float32
+    if not isinstance(weight, Array):  # quantized and packed, with float32 compute
         return linear(x.float()).to(out)
     if weight.dtype == x.dtype == out:
         return linear(x)
@@ -77,7 +83,7 @@ def embedding_matrix(embed: nn.Module, rows: int, device: torch.device) -> Array
 
 
 class Hooked:
-    """Base class of modules with methods that must run the hooks of `forward`."""
+    """Base class of modules with methods, other than `forward`, that run its hooks."""
 
     def _call(self, method: Callable[..., Any], x: Array | None) -> Any:
         return method(x)
@@ -92,7 +98,7 @@ def call_hooked(
         module: a `Hooked` module, or a wrapper that forwards attributes to one.
         method: method of that module that returns a pair.
         x: first argument [b, t, ...]. FSDP casts it and the first result by its policy.
-        args: other arguments. They bypass FSDP, so that a cache keeps its dtypes and devices.
+        args: other arguments. FSDP does not process them, so a cache keeps its dtypes and devices.
     """
     if not _is_sharded(module):
         return method(x, *args)
@@ -107,7 +113,7 @@ def call_hooked(
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Return True if FSDP shards a module or the module it wraps; register `_call` there once."""
+    """Return True if FSDP shards a module or the module it wraps; registers `_call` if needed."""
     kind, sharded = _imported("torch.distributed.fsdp", "FSDPModule"), False
     if not kind:
         return False
@@ -153,7 +159,7 @@ class Coefficient(nn.Module):
 
     Args:
         config: the layer's configuration.
-        name: field of the memory configuration, which holds the constant or initial value.
+        name: field of the memory configuration that sets the constant or initial value.
         device: device of the parameters.
         dtype: dtype of the parameters.
     """
@@ -222,16 +228,16 @@ class ShortConv(nn.Module):
         return sum(taps[1:], taps[0])
 
     def tail(self, x: Array, before: Array | None = None, count: Array | None = None) -> Array:
-        """Return `before` of the next call [b, width - 1, d], in the state dtype.
+        """Return the argument `before` [b, width - 1, d] of the next call, in the state dtype.
 
         Args:
             x: tokens [b, t, d].
             before: last inputs of the previous call.
-            count: number of tokens of each row, its first ones, int32 [b]; None = all.
+            count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
         """
         joined = self._with_before(x, before).to(state_dtype(x.dtype))
         if count is None:
-            # Cloned: a view would keep the storage of all tokens alive.
+            # Clone, because a view would retain the storage of all tokens.
             return joined[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
         width = self.weight.shape[1]
         index = count[:, None] + expand_leading_dims(torch.arange(width - 1, device=x.device), 2)
@@ -246,7 +252,7 @@ class ShortConv(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm over the last axis, with a learned scale of the given shape.
 
-    Not `nn.RMSNorm`, which names its parameter `weight`: keys equal the NNX paths (`scale`).
+    Unlike in `nn.RMSNorm`, the parameter is named `scale`, as in NNX.
     """
 
     def __init__(self, *shape: int, device: torch.device | str | None = None, dtype: Dtype = None):
@@ -289,8 +295,8 @@ def initial_memory(
     dims = memory.widths(width, width)
     if not memory.random_initial:
         zeros = partial(torch.zeros, device=device, dtype=dtype)
-        return [nn.Parameter(zeros(h, out, into)) for into, out in pairwise(dims)]
+        return [nn.Parameter(zeros(h, o, i)) for i, o in pairwise(dims)]
     return [
-        nn.Parameter(torch.randn(h, out, into, device=device, dtype=dtype) * into**-0.5)
-        for into, out in pairwise(dims)
+        nn.Parameter(torch.randn(h, o, i, device=device, dtype=dtype) * i**-0.5)
+        for i, o in pairwise(dims)
     ]

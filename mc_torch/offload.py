@@ -1,4 +1,4 @@
-"""Tensors in host memory: reads copy their result to the device, updates run on the host.
+"""Tensors in host memory: reads copy results to the device, updates run on the host.
 
 Only cached memories are offloaded (`init_cache(..., cache_device="host")`).
 """

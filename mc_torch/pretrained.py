@@ -1,4 +1,4 @@
-"""Weights of a module as plain tensors, and modules from files of weights."""
+"""Conversion of modules to and from flat tensors, and loading of safetensors files."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -28,8 +28,8 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
     """Set the weights of a module in place; parameters keep their device.
 
     Raises:
-        ValueError: lists all parameters that are missing, unexpected, or of another shape or dtype.
-            The module is then unchanged.
+        ValueError: a parameter is missing, unexpected, or of another shape or dtype; the message
+            lists all mismatches. The module is then unchanged.
     """
     check_leaves(leaves(flat), leaves(get_weights(module)))
     names, _ = plain_names(module.state_dict())
@@ -42,7 +42,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
     Prefixes that wrappers add to names are removed and logged.
 
     Args:
-        path: a file that `mc convert` wrote.
+        path: a file written by `mc convert`.
         kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
 
     Raises:
@@ -62,7 +62,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
 
 class Pretrained:
-    """Mixin of modules that load from a safetensors file with configuration and weights."""
+    """Mixin for modules that load configuration and weights from a safetensors file."""
 
     config_class: ClassVar[Any]
 
@@ -74,10 +74,10 @@ class Pretrained:
         device: torch.device | str | None = None,
         dtype: Dtype = None,
     ) -> Self:
-        """Build from a safetensors file; `dtype` None = the file's.
+        """Build from a safetensors file; `dtype` = None uses that of the file.
 
         Raises:
-            ValueError: the file is damaged or holds something else; lists all mismatches.
+            ValueError: the file is damaged or does not match; the message lists all mismatches.
             OSError: the file cannot be read.
         """
         make: Any = cls

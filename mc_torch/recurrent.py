@@ -1,4 +1,4 @@
-"""The definition: a recurrence over tokens, each of which is written and then read."""
+"""Reference implementation: a recurrence that writes, then reads, one token at a time."""
 
 from typing import NamedTuple
 
@@ -25,10 +25,10 @@ from mc_torch.reads import read_token
 class Token(NamedTuple):
     """One token of each sequence, with its segment and chunk boundaries."""
 
-    q: Array  # [b, h, k], also k and u
-    k: Array
+    q: Array  # [b, h, k]
+    k: Array  # [b, h, k]
     v: Array  # [b, h, v]
-    u: Array
+    u: Array  # [b, h, k]
     coefficients: Coefficients  # each [b, h]
     mask: Array  # bool [b]
     segment: int  # its segment
@@ -49,7 +49,7 @@ def run_tokens(
         memory: the memory kind.
         config: the layer's configuration.
         tokens: the sequence.
-        initial: W_0, first layer first, each [h, o, i].
+        initial: weights W_0 per layer, each [h, o, i].
         plan: the segments and chunks.
 
     Returns:
@@ -77,7 +77,7 @@ def run_token(
         memory: the memory kind.
         config: the layer's configuration.
         start: the initial state, for segments that restart.
-        cache: the stream so far.
+        cache: state before the token.
         token: the token.
 
     Returns:

@@ -13,7 +13,7 @@ from mc_torch.backends.base import apply_weights
 from mc_torch.numerics import Array, remat, tree_map
 from mc_torch.offload import read_from_host
 
-ROW_BLOCK = 64  # rows per block: larger blocks need more padding, smaller ones are less efficient
+ROW_BLOCK = 64  # rows per block: larger blocks add padding, smaller ones are less efficient
 
 
 def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -> Array:
@@ -23,10 +23,10 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
         memory: the memory kind.
         weights: cached memories, each [b, n, h, o, i].
         q: queries [b, t, h, k].
-        selected: [b, t, h, top_k] indices of memories; n = none.
+        selected: indices of memories [b, t, h, top_k]; n = unused.
 
     Returns:
-        [b, t, h, top_k, v]; zeros for n.
+        [b, t, h, top_k, v], zero at unused entries.
     """
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
@@ -78,10 +78,10 @@ def _gather_rows(x: Array, position: Array) -> Array:
 
 
 def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Array, Array]:
-    """Assign rows to blocks, each of which holds rows of a single memory.
+    """Assign rows to blocks, so that all rows of a block read the same memory.
 
     Example: 13 tokens in segments of 4, n = 4 memories; every token after the first segment selects
-    one memory. The 13 rows are assigned to 9 blocks of 3, that is to 27 positions:
+    one memory. The 13 rows are assigned to 9 blocks of 3 rows, with 27 positions in total:
 
         row        0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12
         group      4  4  4  4 |  0  0  0  0 |  0  1  1  0 |  2
@@ -94,8 +94,8 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
     Args:
         group: [b, h, rows] memory of each row; n = none.
         n: number of memories.
-        block: rows of a block.
-        blocks: number of blocks, including a partly filled last block per memory.
+        block: number of rows per block.
+        blocks: maximum number of blocks, including one partly filled block per memory.
 
     Returns:
         position: [b, h, rows] position of each row among the blocks; past the end if none.

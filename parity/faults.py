@@ -301,7 +301,7 @@ FAULTS = (
         "dropped gradient path: inner clip",
         TITANS,
         "gradient.k",
-        {"mc_torch.backends.mlp._clipped": _clip_without_gradient},
+        {"mc_torch.backends.mlp._clip_errors": _clip_without_gradient},
     ),
     Fault("top-k tie order", TIES, "gates", {"mc_torch.gates.select_top_k": _latest_of_ties}),
     Fault("transposed weight", LAYER, STATE, {"parity.run_torch.to_torch": _transposed}),

@@ -10,13 +10,13 @@ from mc_core.backends import add_backend, find_backend
 from mc_core.memories import MemoryConfig
 from mc_jax.numerics import Array, einsum_f32, running_sum, scale_rows
 
-Weights = tuple[Array, ...]  # first layer first, each [..., h, o, i]
+Weights = tuple[Array, ...]  # per layer, each [..., h, o, i]
 Apply = Callable[[int, Array], Array]  # (layer, a [..., h, c, i]) -> z [..., h, c, o]
 Norm = tuple[Array, Array] | None  # (gain, bias) of a memory's layer norm, each [h, v]
 
 
 class Coefficients(NamedTuple):
-    """Write coefficients, each [b, t, h]. A memory uses those in its `coefficient_fields`."""
+    """Write coefficients, each [b, t, h]; `coefficient_fields` lists those of a memory kind."""
 
     step: Array  # η_t > 0; for SWLA, weight λ_t of the current token
     retention: Array  # α_t in (0, 1]
@@ -27,16 +27,16 @@ class Coefficients(NamedTuple):
 class Tokens(NamedTuple):
     """Inputs of a memory. Masked tokens are zero and have coefficients of 1."""
 
-    q: Array  # [b, t, h, k], also k and u
-    k: Array
+    q: Array  # [b, t, h, k]
+    k: Array  # [b, t, h, k]
     v: Array  # [b, t, h, v]
-    u: Array
+    u: Array  # [b, t, h, k]
     coefficients: Coefficients  # each [b, t, h]
     mask: Array  # bool [b, t], False at masked tokens
 
 
 class MemoryState(NamedTuple):
-    """State of the online memory between two tokens."""
+    """State of the online memory after a token."""
 
     weights: Weights
     momentum: Weights = ()  # S, same shapes as the weights; empty without momentum
@@ -66,8 +66,8 @@ class RankOneUpdates(NamedTuple):
 class Memory:
     """Base class of memory backends. Tokens are [..., h, c, k], coefficients [..., h, c].
 
-    A subclass defines `read`, `loss` and `rank_one_updates`. The defaults of the other methods
-    write by gradient steps with retention and without momentum.
+    A subclass defines `read`, `loss` and `rank_one_updates`. By default, the other methods
+    implement gradient steps with retention and without momentum.
 
     Attributes:
         config: the memory's configuration.
@@ -156,7 +156,7 @@ def register_backend(kind: str) -> Callable[[M], M]:
     """Return a class decorator that registers the backend of a memory kind.
 
     Raises:
-        ValueError: the class is not a subclass of `Memory`, or the kind has another backend.
+        ValueError: the class is not a subclass of `Memory`, or the kind is already registered.
     """
 
     def register(cls: M) -> M:
@@ -196,10 +196,10 @@ def decay_products(x: Array) -> Array:
         i = 0 is the start of the chunk. Entries with i > t are 0.
     """
     c = x.shape[-1]
-    # The floor is added because a maximum would have no gradient for a factor of 0.
+    # Adding a small constant keeps a gradient for a factor of 0; a maximum would not.
     logs = jnp.log(x + float(jnp.finfo(x.dtype).tiny) ** 0.75)
-    # Each column has its own sum. Differences of a single sum from the chunk's start would carry
-    # the rounding errors of all earlier tokens, which are large if a factor is small.
+    # Sum each column separately. Differences of one cumulative sum would contain the rounding
+    # errors of all earlier tokens, which are large if a factor is small.
     after = jnp.tril(jnp.ones((c, c + 1), bool))
     total = running_sum(jnp.where(after, logs[..., None], 0))
     causal = jnp.tril(jnp.ones((c, c + 1), bool), k=1)
@@ -207,7 +207,7 @@ def decay_products(x: Array) -> Array:
 
 
 def mask_coefficients(coefficients: Coefficients, write_mask: Array) -> Coefficients:
-    """Disable write and decay of masked tokens, where `write_mask` [..., h, c] is 0."""
+    """Remove the write and the decay of masked tokens, where `write_mask` [..., h, c] is 0."""
     skip = 1 - write_mask
     step, retention, momentum, previous = coefficients
     return Coefficients(

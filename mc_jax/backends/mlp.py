@@ -53,7 +53,7 @@ class MLPMemory(Memory):
             errors.insert(0, save_for_backward(gradient) * gelu_slope(outputs[layer - 1]))
         if self.config.inner_clip is not None:
             clip = self.config.inner_clip
-            errors = [_clipped(d, a, clip) for d, a in zip(errors, activations, strict=True)]
+            errors = [_clip_errors(d, a, clip) for d, a in zip(errors, activations, strict=True)]
         return RankOneUpdates(tuple(activations), tuple(errors))
 
     def _hidden(self, apply: Apply, q: Array) -> Array:
@@ -64,7 +64,7 @@ class MLPMemory(Memory):
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:
-            gain, bias = (_by_head(p, z) for p in self.norm)
+            gain, bias = (_expand_heads(p, z) for p in self.norm)
             return x.astype(z.dtype) + standardize(z)[0] * gain + bias
         return z + x.astype(z.dtype) if self.config.residual else z
 
@@ -77,18 +77,18 @@ class MLPMemory(Memory):
         if self.norm is None:
             return gradient
         unit, inverse = standardize(z)
-        scaled = gradient * _by_head(self.norm[0], z)
+        scaled = gradient * _expand_heads(self.norm[0], z)
         mean = jnp.mean(scaled, axis=-1, keepdims=True)
         projection = jnp.mean(scaled * unit, axis=-1, keepdims=True)
         return inverse * (scaled - mean - unit * projection)
 
 
-def _by_head(parameter: Array, like: Array) -> Array:
+def _expand_heads(parameter: Array, like: Array) -> Array:
     """Reshape [h, v] to broadcast with [..., h, c, v]."""
     return expand_leading_dims(parameter.astype(like.dtype)[:, None, :], like.ndim)
 
 
-def _clipped(delta: Array, a: Array, clip: float) -> Array:
+def _clip_errors(delta: Array, a: Array, clip: float) -> Array:
     """Scale δ so that the Frobenius norm of `δ aᵀ` is at most `clip`."""
     a = a.astype(delta.dtype)
     squares = jnp.sum(delta * delta, -1) * jnp.sum(a * a, -1)

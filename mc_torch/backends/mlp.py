@@ -52,7 +52,7 @@ class MLPMemory(Memory):
             errors.insert(0, gradient * gelu_slope(outputs[layer - 1]))
         if self.config.inner_clip is not None:
             clip = self.config.inner_clip
-            errors = [_clipped(d, a, clip) for d, a in zip(errors, activations, strict=True)]
+            errors = [_clip_errors(d, a, clip) for d, a in zip(errors, activations, strict=True)]
         return RankOneUpdates(tuple(activations), tuple(errors))
 
     def _hidden(self, apply: Apply, q: Array) -> Array:
@@ -63,7 +63,7 @@ class MLPMemory(Memory):
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:
-            gain, bias = (_by_head(p, z) for p in self.norm)
+            gain, bias = (_expand_heads(p, z) for p in self.norm)
             return x.to(z.dtype) + standardize(z)[0] * gain + bias
         return z + x.to(z.dtype) if self.config.residual else z
 
@@ -76,18 +76,18 @@ class MLPMemory(Memory):
         if self.norm is None:
             return gradient
         unit, inverse = standardize(z)
-        scaled = gradient * _by_head(self.norm[0], z)
+        scaled = gradient * _expand_heads(self.norm[0], z)
         mean = torch.mean(scaled, dim=-1, keepdim=True)
         projection = torch.mean(scaled * unit, dim=-1, keepdim=True)
         return inverse * (scaled - mean - unit * projection)
 
 
-def _by_head(parameter: Array, like: Array) -> Array:
+def _expand_heads(parameter: Array, like: Array) -> Array:
     """Reshape [h, v] to broadcast with [..., h, c, v]."""
     return expand_leading_dims(parameter.to(like.dtype)[:, None, :], like.ndim)
 
 
-def _clipped(delta: Array, a: Array, clip: float) -> Array:
+def _clip_errors(delta: Array, a: Array, clip: float) -> Array:
     """Scale δ so that the Frobenius norm of `δ aᵀ` is at most `clip`."""
     a = a.to(delta.dtype)
     squares = torch.sum(delta * delta, -1) * torch.sum(a * a, -1)

@@ -77,7 +77,7 @@ RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]]
 ]
 
 
-def refused(cls: type, field: str, value: Any, allowed: str, **others: Any) -> None:
+def assert_rejected(cls: type, field: str, value: Any, allowed: str, **others: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{cls.__name__}.{field} = {value!r}: ")) as e:
         cls(**{**CONFIGS[cls], **others, field: value})
     assert allowed in str(e.value)
@@ -86,15 +86,15 @@ def refused(cls: type, field: str, value: Any, allowed: str, **others: Any) -> N
 
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
 def test_fields_reject_other_types(cls, field):
-    refused(cls, field, [1], "must be of type ")
+    assert_rejected(cls, field, [1], "must be of type ")
     hint = str(next(f.type for f in dataclasses.fields(cls) if f.name == field))
     if "bool" not in hint:
-        refused(cls, field, True, "must be of type ")
+        assert_rejected(cls, field, True, "must be of type ")
     if "float" in hint:
         for value in (float("nan"), float("inf")):
-            refused(cls, field, value, "must be finite")
+            assert_rejected(cls, field, value, "must be finite")
     if hint in ("int", "int | None"):
-        refused(cls, field, 1.0, "must be of type int")
+        assert_rejected(cls, field, 1.0, "must be of type int")
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ def test_fields_reject_other_types(cls, field):
     [x for x in FIELDS if x[1] in CHOICES],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_names_must_be_known(cls, field):
+def test_unknown_names_are_rejected(cls, field):
     allowed = "must be one of " + ", ".join(map(repr, CHOICES[field]))
-    refused(cls, field, "unheard-of", allowed)
+    assert_rejected(cls, field, "unheard-of", allowed)
     for name in CHOICES[field]:
         cls(**{**CONFIGS[cls], field: name})
 
 
 @pytest.mark.parametrize(("classes", "field", "values", "allowed", "others"), RANGES)
-def test_numbers_must_be_in_range(classes, field, values, allowed, others):
+def test_numbers_out_of_range_are_rejected(classes, field, values, allowed, others):
     for cls in classes:
         for value in values:
-            refused(cls, field, value, f"must be {allowed}", **others)
+            assert_rejected(cls, field, value, f"must be {allowed}", **others)
 
 
 def test_closed_range_ends_are_accepted():
@@ -156,7 +156,8 @@ def test_mixer_pattern_repeats_over_blocks():
     assert layers("window", "memory") == (few, layer, few)
     assert layers("memory", "attention", "window") == (layer, full, few)
     for mixers in ([], ["lstm"], ["memory"] * 4):
-        message = f"ModelConfig.mixers = {mixers}: must be 1 to num_layers = 3 words of 'memory', "
+        allowed = "must be a list of 1 to num_layers = 3 names out of 'memory', "
+        message = f"ModelConfig.mixers = {mixers}: {allowed}"
         with pytest.raises(ValueError, match=re.escape(message)):
             layers(*mixers)
     with pytest.raises(ValueError, match=r"ModelConfig.layer.d_model = 6: must be a multiple of 2"):
@@ -190,7 +191,7 @@ def test_configuration_dictionaries_round_trip(name):
 
 def test_configuration_dictionaries_are_strict():
     memory = {"kind": "titans"}
-    wrong: list[tuple[type, Any, str]] = [
+    invalid: list[tuple[type, Any, str]] = [
         (MCConfig, {**LAYER, "segments": 3}, "MCConfig: unknown key 'segments'; allowed are d_mo"),
         (MCConfig, {"d_model": 8}, "MCConfig: key 'num_heads' is missing"),
         (MCConfig, [1], "MCConfig = [1]: must be a mapping"),
@@ -209,7 +210,7 @@ def test_configuration_dictionaries_are_strict():
         (ModelConfig, {**MODEL, "layer": {"d_model": 8}}, "ModelConfig.layer: key 'num_heads' is"),
         (ModelConfig, {"layer": LAYER}, "ModelConfig: key 'vocab_size' is missing"),
     ]
-    for cls, data, message in wrong:
+    for cls, data, message in invalid:
         with pytest.raises(ValueError, match=re.escape(message)):
             cls.from_dict(data)
 
@@ -242,7 +243,7 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
     ("linear", "grm", lambda x: {"v": x["v"][:, :, :1]}, "v has shape (2, 13, 1, 3): must be (2, "),
     ("linear", "grm", lambda x: {"u": x["u"][..., :3]}, "u has shape (2, 13, 2, 3): must be (2, "),
     *(
-        ("linear", a, lambda x: {"u": None}, f"u = None: must be given where aggregation = '{a}'")
+        ("linear", a, lambda x: {"u": None}, f"u = None: must be given for aggregation = '{a}'")
         for a in ("grm", "soup", "ssc")
     ),
     (
@@ -275,16 +276,26 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
         "dla",
         "none",
         lambda x: {"v": x["v"][..., :3]},
-        "v has width 3: must be 4, as k, where the memory adds",
+        "v has width 3: must be 4, the width of k",
     ),
-    ("dla", "none", lambda x: {"norm": (1, 2)}, "norm is given: memory = DLAConfig(depth=2"),
+    (
+        "dla",
+        "none",
+        lambda x: {"norm": (1, 2)},
+        "norm is given: must be None for memory = DLAConfig(depth=2",
+    ),
     (
         "titans-norm",
         "none",
         lambda x: {"norm": None},
-        "norm is None: memory = TitansConfig(depth=2",
+        "norm is None: must be (gain, bias) for memory = TitansConfig(depth=2",
     ),
-    ("titans-norm", "none", lambda x: {"v": x["v"][..., :3]}, "v has width 3: must be 4, as k"),
+    (
+        "titans-norm",
+        "none",
+        lambda x: {"v": x["v"][..., :3]},
+        "v has width 3: must be 4, the width of k",
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 
-from helpers.cases import AGGREGATIONS, GATES, MAIN, MASKS, MODES
+from helpers.cases import AGGREGATIONS, GATES, KINDS, MASKS, MODES
 from helpers.covering_arrays import pairwise
 
 
@@ -14,7 +14,7 @@ from helpers.covering_arrays import pairwise
         ({"a": (1, 2), "b": (3, 4)}, 4),
         ({"a": (0, 1), "b": (0, 1), "c": (0, 1)}, 6),
         ({"a": range(4), "b": range(4), "c": range(4), "d": range(4)}, 27),
-        ({"m": MAIN, "a": AGGREGATIONS, "k": MASKS, "s": MODES, "g": GATES, "t": (1, 2)}, 36),
+        ({"m": KINDS, "a": AGGREGATIONS, "k": MASKS, "s": MODES, "g": GATES, "t": (1, 2)}, 36),
         ({"a": ([1], [1]), "b": ({}, {"x": 1}, {})}, 6),  # equal values, and unhashable ones
     ],
     ids=["two", "binary", "square", "suite", "equal"],

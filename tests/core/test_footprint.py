@@ -37,7 +37,7 @@ def build(config: Any) -> Any:
     return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
 
 
-def held(config: Any, tokens: int, dtype: str = "float32") -> int:
+def cache_bytes(config: Any, tokens: int, dtype: str = "float32") -> int:
     """Return the bytes of a stream's cache."""
     graph, state = nnx.split(build(config))
     cache = jax.eval_shape(
@@ -51,7 +51,7 @@ def held(config: Any, tokens: int, dtype: str = "float32") -> int:
 def test_cache_bytes_match_footprint(memory, aggregation):
     config = MCConfig(8, 2, MEMORIES[memory], aggregation, segment_size=4, conv_width=3)
     for tokens, dtype, item in ((13, "float32", 4), (64, "bfloat16", 2)):
-        assert cache_footprint(config, tokens, item).total == held(config, tokens, dtype)
+        assert cache_footprint(config, tokens, item).total == cache_bytes(config, tokens, dtype)
 
 
 def test_bytes_read_per_token():
@@ -82,7 +82,7 @@ def test_outgrows_kv_compares_with_kv_cache():
 def test_attention_and_model_cache_bytes(name):
     config = {**ATTENTION, **MODELS}[name]
     for tokens, dtype, item in ((3, "float32", 4), (64, "bfloat16", 2)):
-        assert state_bytes(config, tokens, item) == held(config, tokens, dtype)
+        assert state_bytes(config, tokens, item) == cache_bytes(config, tokens, dtype)
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *ATTENTION, *MODELS])
@@ -93,7 +93,7 @@ def test_parameter_counts(name):
     assert count(config) == sum(leaf.size for leaf in leaves)
 
 
-def counted(config: Any, tokens: int) -> float:
+def compiled_flops(config: Any, tokens: int) -> float:
     """Return the FLOPs per token of the forward pass's matrix products."""
     graph, state = nnx.split(build(config))
     x = jax.ShapeDtypeStruct((1, tokens, config.d_model), jnp.float32)
@@ -106,8 +106,8 @@ def counted(config: Any, tokens: int) -> float:
 def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):
     """The program needs up to 25% more, for running sums, mixtures and reads with weight 0."""
     config = MCConfig(256, 4, MEMORIES[memory], aggregation, segment_size=128, chunk_size=16)
-    found = counted(config, tokens)
-    assert flops_per_token(config, tokens) <= found <= 1.25 * flops_per_token(config, tokens)
+    flops = compiled_flops(config, tokens)
+    assert flops_per_token(config, tokens) <= flops <= 1.25 * flops_per_token(config, tokens)
 
 
 def test_flops_match_hand_computation():
@@ -121,12 +121,12 @@ def test_flops_match_hand_computation():
     linear = LinearConfig(coefficients="token")
     layer = MCConfig(d, 2, linear, "ssc", ssc_top_k=2, segment_size=4, chunk_size=3, conv_width=4)
     size = 2 * 32 * 32
-    own = 10 * d * d + 6 * 4 * d + 2 * 2 * d * 2 + 4 * size + 4 * d * 3
+    block_flops = 10 * d * d + 6 * 4 * d + 2 * 2 * d * 2 + 4 * size + 4 * d * 3
     cached = sum(2 * size * min(i // 4, 2) + 2 * d * (i // 4 + 1) for i in range(tokens)) / tokens
-    assert flops_per_token(layer, tokens) == pytest.approx(own + cached)
+    assert flops_per_token(layer, tokens) == pytest.approx(block_flops + cached)
     scores = sum(2 * d * (i // 4 + 1) for i in range(tokens)) / tokens
     by_token = dataclasses.replace(layer, gate="token")
-    assert flops_per_token(by_token, tokens) == pytest.approx(own + cached - scores)
+    assert flops_per_token(by_token, tokens) == pytest.approx(block_flops + cached - scores)
     model = ModelConfig(
         100, 3, layer, ffn_width=50, mixers=("memory", "attention"), attention_window=9
     )

@@ -66,8 +66,8 @@ def test_baseline_runs_all_selected_tests():
 def test_only_failing_tests_catch_a_mutant(monkeypatch, code, status):
     done = subprocess.CompletedProcess([], code, "FAILED tests/a/test_b.py::test_c[1 - 2] - x\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
-    found = run_tests(ROOT, OWN_TEST, None, limit=60.0)
-    assert found[:2] == (status, "test_b.py::test_c[1 - 2]")
+    outcome = run_tests(ROOT, OWN_TEST, None, limit=60.0)
+    assert outcome[:2] == (status, "test_b.py::test_c[1 - 2]")
 
 
 def test_failing_test_is_reported(tmp_path):
@@ -75,14 +75,14 @@ def test_failing_test_is_reported(tmp_path):
     (tmp_path / "tests" / "sub" / "test_it.py").write_text(
         "def test_good(): assert True\ndef test_bad(): assert False\n"
     )
-    found = run_tests(tmp_path, "test_it", "good or bad", limit=300.0)
-    assert found[:2] == ("caught", "test_it.py::test_bad")
+    outcome = run_tests(tmp_path, "test_it", "good or bad", limit=300.0)
+    assert outcome[:2] == ("caught", "test_it.py::test_bad")
 
 
 def test_missing_test_file_is_not_a_failure(tmp_path):
-    found = run_tests(tmp_path, "test_missing", None, limit=60.0)
-    assert found.status == "has no tests"
-    assert "test_missing.py: must be one file under tests/" in found.test
+    outcome = run_tests(tmp_path, "test_missing", None, limit=60.0)
+    assert outcome.status == "has no tests"
+    assert "test_missing.py: must be one file under tests/" in outcome.test
 
 
 def test_table_counts_caught_mutants():

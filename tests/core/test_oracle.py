@@ -1,4 +1,4 @@
-"""The oracle against finite differences, hand computations and exact identities."""
+"""The oracle matches finite differences, hand computations and exact identities."""
 
 from typing import Any
 
@@ -94,8 +94,8 @@ def test_swla_matches_hand_computation():
     close(case.run("none").states[0].ravel(), [9.8, 12.4])
     close(case.run("none").output.ravel(), [3.0, 6.0, 9.8 + 12.4])
     close(case.run("none", segment_size=2).states[0].ravel(), [1.6, 6.0, 9.8, 12.4])
-    fresh = case.run("none", state_init_mode="restart", segment_size=2)
-    close(fresh.states[0].ravel(), [1.6, 6.0, 2.0 + 9.0, 4.0 + 9.0])
+    anchored = case.run("none", state_init_mode="restart", segment_size=2)
+    close(anchored.states[0].ravel(), [1.6, 6.0, 2.0 + 9.0, 4.0 + 9.0])
     masked = case.run("none", mask=np.array([[True, False, True]]))
     # W_3 = (1.5, 2) + 0.2·1 (1, 0) + 3·3 (1, 1): the masked token is not the previous one
     close(masked.states[0].ravel(), [1.5 + 0.2 + 9.0, 2.0 + 9.0])
@@ -156,7 +156,7 @@ def test_segment_initial_state(name, mode):
     parts = case.run("none", state_init_mode=mode)
     for i, (begin, end) in enumerate([(0, 3), (3, 6), (6, 8)]):
         part = slice(begin if mode == "restart" else 0, end)
-        alone = case.each(lambda x: x[:, part]).run("none", segment_size=8)  # noqa: B023
+        alone = case.map_inputs(lambda x: x[:, part]).run("none", segment_size=8)  # noqa: B023
         for left, right in zip(parts.states, alone.states, strict=True):
             close(left[:, i], right[:, 0])
         close(parts.output[:, end - 1], alone.output[:, -1])
@@ -168,11 +168,11 @@ def test_segment_initial_state(name, mode):
 def test_masked_token_does_not_change_state(name, mode, aggregation):
     case, gone = make_case(MEMORIES[name]), [1, 3, 6]
     mask = ~np.isin(np.arange(8), gone)[None].repeat(2, 0)
-    spoilt = case.each(lambda x: np.where(mask.reshape(2, 8, *[1] * (x.ndim - 2)), x, np.nan))
+    spoilt = case.map_inputs(lambda x: np.where(mask.reshape(2, 8, *[1] * (x.ndim - 2)), x, np.nan))
     result = spoilt.run(aggregation, state_init_mode=mode, mask=mask)
     assert not result.output[:, gone].any()
     assert not result.gates[:, gone].any()
-    without = case.each(lambda x: np.delete(x, gone, 1))
+    without = case.map_inputs(lambda x: np.delete(x, gone, 1))
     without = without.run(aggregation, state_init_mode=mode, segment_lengths=(2, 2, 1))
     output, gates = (np.delete(x, gone, 1) for x in (result.output, result.gates))
     same(result._replace(output=output, gates=gates), without)
@@ -181,7 +181,7 @@ def test_masked_token_does_not_change_state(name, mode, aggregation):
 def test_batch_and_heads_are_independent():
     case = make_case(MEMORIES["titans-layer-norm"])
     alone = case._replace(initial=(case.initial[0][1:],), norm=tuple(x[1:] for x in case.norm))
-    whole, alone = case.run(), alone.each(lambda x: x[1:, :, 1:]).run()
+    whole, alone = case.run(), alone.map_inputs(lambda x: x[1:, :, 1:]).run()
     for left, right, shape in (
         (whole.output, alone.output, (2, 8, 2, 4)),
         (whole.gates, alone.gates, (2, 8, 2, 4)),
@@ -307,7 +307,7 @@ def test_query_as_connector():
 @pytest.mark.parametrize("aggregation", ["grm", "ssc", "soup"])
 def test_outputs_are_causal(name, mode, aggregation):
     case, halves = make_case(MEMORIES[name]), np.where(np.arange(8) >= 4, 0.5, 1.0)
-    changed = case.each(lambda x: x * halves.reshape(8, *[1] * (x.ndim - 2)))
+    changed = case.map_inputs(lambda x: x * halves.reshape(8, *[1] * (x.ndim - 2)))
     options = {"state_init_mode": mode, "chunk_size": 2, "ssc_top_k": 1}
     before, after = (x.run(aggregation, **options) for x in (case, changed))
     np.testing.assert_array_equal(before.output[:, :4], after.output[:, :4])

@@ -1,4 +1,4 @@
-"""The oracle's MLP memory against hand computations and finite differences."""
+"""The oracle's MLP memory matches hand computations and finite differences."""
 
 import numpy as np
 import pytest

@@ -28,14 +28,14 @@ FOREIGN = {
 
 def imported(file: Path) -> set[str]:
     """Return the top-level packages that a file imports, including inside functions."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module, f"{file}: a relative import"
-            found.add(node.module)
-    return {name.partition(".")[0] for name in found}
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("package", BELOW)
@@ -45,5 +45,5 @@ def test_packages_do_not_import_higher_layers(package):
     ]
     assert files
     forbidden = (BELOW.keys() - BELOW[package] - {package}) | FOREIGN[package]
-    wrong = {str(file.relative_to(ROOT)): imported(file) & forbidden for file in files}
-    assert not {file: names for file, names in wrong.items() if names}
+    violations = {str(file.relative_to(ROOT)): imported(file) & forbidden for file in files}
+    assert not {file: names for file, names in violations.items() if names}

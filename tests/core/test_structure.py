@@ -170,7 +170,7 @@ def test_public_functions_on_arrays_document_shapes():
     assert not found, "\n".join(found)
 
 
-def crowded(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def many_positional(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield line and name of functions with too many positional arguments.
 
     Commands and tests are excluded: Typer and pytest pass arguments by name.
@@ -195,7 +195,7 @@ def test_functions_take_at_most_7_positional_arguments():
     found = [
         f"{relative(file)}:{line} {name}"
         for file in sources(*PACKAGES, "tests", "tools", "examples")
-        for line, name in crowded(ast.parse(file.read_text()))
+        for line, name in many_positional(ast.parse(file.read_text()))
     ]
     assert not found, "\n".join(found)
 
@@ -222,7 +222,7 @@ def test_structure_rules_detect_violations():
         "match kind:\n    case 'dla': pass",
     ):
         assert list(branches(ast.parse(source))), source
-    assert list(crowded(ast.parse("def f(self, a, b, c, d, e, g, h, i): pass")))
-    assert not list(crowded(ast.parse("def f(self, a, b, c, d, e, g, h, *, i): pass")))
+    assert list(many_positional(ast.parse("def f(self, a, b, c, d, e, g, h, i): pass")))
+    assert not list(many_positional(ast.parse("def f(self, a, b, c, d, e, g, h, *, i): pass")))
     (function,) = public_functions(ast.parse("def f(x: Array) -> int:\n    'Return it.'"))
     assert takes_arrays(function)

@@ -24,7 +24,7 @@ MEMORIES: dict[str, Any] = {
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
 }
 MATRICES = ("linear", "linear-elu", "swla")  # reads are linear in the weights
-MAIN = ("linear", "swla", "dla", "titans")
+KINDS = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
 GATES = ("context", "token")
@@ -44,10 +44,10 @@ class Coefficients(NamedTuple):
 class FunctionCase(NamedTuple):
     """Arguments of `memory_caching`."""
 
-    q: Array  # [b, t, h, k], as k and u
-    k: Array
+    q: Array  # [b, t, h, k]
+    k: Array  # [b, t, h, k]
     v: Array  # [b, t, h, v]
-    u: Array | None
+    u: Array | None  # [b, t, h, k]
     initial: tuple[Array, ...]  # each [h, out, in]
     coefficients: Coefficients
     norm: tuple[Array, Array] | None  # each [h, v]
@@ -69,25 +69,28 @@ class FunctionCase(NamedTuple):
             "norm": self.norm,
         }
 
-    def where(self, **options: Any) -> "FunctionCase":
+    def with_config(self, **options: Any) -> "FunctionCase":
         """Change fields of the configuration."""
         return self._replace(config=MCConfig(**{**vars(self.config), **options}))
 
-    def closing(self) -> "FunctionCase":
+    def with_zero_decay(self) -> "FunctionCase":
         """Set retention and momentum to 0 at some tokens and close to 0 at others."""
-        at = self.coefficients
+        coefficients = self.coefficients
         token = np.arange(self.tokens)[:, None]
 
-        def close(x: Array | None) -> Array | None:
+        def reduce_decay(x: Array | None) -> Array | None:
             if x is None:
                 return None
             return np.where(token % 5 == 2, 0.0, np.where(token % 3 == 0, 0.01, x))
 
-        kept = {"retention": close(at.retention), "momentum": close(at.momentum)}
-        return self._replace(coefficients=at._replace(**kept))
+        changed = {
+            "retention": reduce_decay(coefficients.retention),
+            "momentum": reduce_decay(coefficients.momentum),
+        }
+        return self._replace(coefficients=coefficients._replace(**changed))
 
-    def each(self, change: Any) -> "FunctionCase":
-        """Change every input that has tokens, [b, t, h, ...]."""
+    def map_inputs(self, change: Any) -> "FunctionCase":
+        """Apply a function to all inputs with a token axis, [b, t, h, ...]."""
         return self._replace(
             **{
                 name: None if getattr(self, name) is None else change(getattr(self, name))
@@ -115,7 +118,7 @@ def make_case(
 ) -> FunctionCase:
     """Draw inputs for a memory (a name of `MEMORIES`, or its configuration) and an aggregation.
 
-    Matrix memories and those that do not add their input have values one narrower than keys.
+    Without a residual connection, values are narrower than keys by one.
     """
     memory = MEMORIES[memory] if isinstance(memory, str) else memory
     rng = np.random.default_rng(seed)
@@ -141,8 +144,8 @@ def make_case(
         momentum=rng.uniform(0.2, 0.9, shape) if memory.kind == "titans" else None,
         previous=rng.uniform(-1.0, 1.0, shape) if memory.kind == "swla" else None,
     )
-    layered = getattr(memory, "norm", "none") == "layer"
-    norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width))) if layered else None
+    has_norm = getattr(memory, "norm", "none") == "layer"
+    norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width))) if has_norm else None
     return FunctionCase(
         q,
         k,
@@ -160,7 +163,7 @@ def make_case(
 def make_mask(
     name: str, batch: int, tokens: int, config: MCConfig, rng: np.random.Generator
 ) -> Array | None:
-    """Draw a mask: `some` tokens, `padded` ends, the second `segment`, a whole `row`."""
+    """Draw a mask of `some` tokens, `padded` ends, the second `segment`, or one `row`."""
     if name == "none":
         return None
     mask = rng.random((batch, tokens)) < 0.7
@@ -173,7 +176,7 @@ def make_mask(
     return mask
 
 
-def spread(mask: Array, like: Array) -> Array:
+def expand_mask(mask: Array, like: Array) -> Array:
     """Add trailing axes to a mask [b, t], to broadcast with `like` [b, t, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 

@@ -38,7 +38,7 @@ def make_model(**options):
     return LanguageModel(ModelConfig(vocab_size=11, layer=LAYER, **options))
 
 
-def parted(module):
+def reshard(module):
     """Reshard a module, because FSDP keeps the root's parameters unsharded after a call."""
     if isinstance(module, FSDPModule):
         module.reshard()
@@ -47,16 +47,16 @@ def parted(module):
 
 def stream(module, x):
     """Return outputs and final cache of a stream of two calls."""
-    cache = parted(module).init_cache(len(x), 3)
-    first, cache = parted(module).extend(x[:, :3], cache)
+    cache = reshard(module).init_cache(len(x), 3)
+    first, cache = reshard(module).extend(x[:, :3], cache)
     second, cache = module.extend(x[:, 3:], module.grow(cache, x.shape[1]))
     return torch.cat([first, second], dim=1), cache
 
 
-def observe(model):
+def run_methods(model):
     """Return the results of all methods but `forward`."""
     with torch.no_grad():
-        seen = stream(model, TOKENS), parted(model).inspect(TOKENS)
+        seen = stream(model, TOKENS), reshard(model).inspect(TOKENS)
     options = {"temperature": 1.0, "top_k": 5}
     return *seen, *(list(generate(model, PROMPTS, 2, **chosen)) for chosen in ({}, options))
 
@@ -125,13 +125,13 @@ def wrap_sharded(model):
 @cache
 def expected(tie_embeddings):
     """Return the results of the unsharded model."""
-    return observe(make_model(tie_embeddings=tie_embeddings))
+    return run_methods(make_model(tie_embeddings=tie_embeddings))
 
 
 def check_model(shard, tie_embeddings):
     model = make_model(tie_embeddings=tie_embeddings)
     shard(model)
-    check_equal(observe(model), expected(tie_embeddings))
+    check_equal(run_methods(model), expected(tie_embeddings))
 
 
 def check_layer(memory):
@@ -143,7 +143,7 @@ def check_layer(memory):
     x = torch.randn(2, 7, 8)
     with torch.no_grad():
         seen = [
-            (stream(one, x), parted(one).inspect(x), parted(one).forward_with_cache(x))
+            (stream(one, x), reshard(one).inspect(x), reshard(one).forward_with_cache(x))
             for one in (layer, plain)
         ]
     check_equal(*seen)
@@ -167,7 +167,7 @@ def check_mixed_precision():
     policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
     shard_parts(model, mp_policy=policy)
     with torch.no_grad():
-        whole, (logits, cache), (_, traces) = model(TOKENS), *observe(model)[:2]
+        whole, (logits, cache), (_, traces) = model(TOKENS), *run_methods(model)[:2]
     assert whole.dtype == logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits, whole, rtol=0.05, atol=0.05)
     kinds = {x.dtype for x in leaves((cache, traces)) if x.is_floating_point()}
@@ -184,7 +184,7 @@ def check_tensor_parallel():
         assert block.ffn.gate_proj.weight.to_local().shape == (4, 8)
     parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
     assert isinstance(model.embed.weight, DTensor)
-    check_equal(observe(model), expected(True))
+    check_equal(run_methods(model), expected(True))
 
 
 CHECKS = {

@@ -30,40 +30,40 @@ SAMPLED = {"temperature": 2.0, "top_k": 11, "top_p": 0.97, "seed": 5}
 
 
 def make_model(name: str = "linear-grm", dtype: Any = jnp.float64, layers: int = 1) -> Any:
-    """Build a model with untied embeddings, which does not just repeat its last token."""
+    """Build a model with untied embeddings; with tied ones, greedy decoding repeats one token."""
     layer = MCConfig.from_dict(LAYERS[name].to_dict() | {"segment_size": 4, "chunk_size": 3})
     config = ModelConfig(VOCAB, num_layers=layers, layer=layer, ffn_width=16, tie_embeddings=False)
     return LanguageModel(config, rngs=nnx.Rngs(2), param_dtype=dtype)
 
 
-def tokens_of(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
+def generate_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any) -> np.ndarray:
     """Return the tokens of `generate`, [b, count]."""
     steps = list(generate(model, prompts, count, **options))
     assert all(step.shape == (len(prompts),) and step.dtype == jnp.int32 for step in steps)
     return np.stack(steps, axis=1)
 
 
-def keys_of(seed: int, rows: Any, step: int) -> jax.Array:
+def step_keys(seed: int, rows: Any, step: int) -> jax.Array:
     """Return the random keys of a step, by definition."""
     keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), r), step) for r in rows]
     return jnp.stack(keys)
 
 
-def mirrored(model: LanguageModel) -> mc_torch.LanguageModel:
+def convert_to_torch(model: LanguageModel) -> mc_torch.LanguageModel:
     """Convert a JAX model to PyTorch, in float64."""
-    mirror = mc_torch.LanguageModel(model.config, dtype=torch.float64)
-    load_torch(mirror, to_torch(jax_weights(model)))
-    return mirror
+    torch_model = mc_torch.LanguageModel(model.config, dtype=torch.float64)
+    load_torch(torch_model, to_torch(jax_weights(model)))
+    return torch_model
 
 
-def by_full_passes(
-    mirror: mc_torch.LanguageModel,
+def generate_by_full_passes(
+    torch_model: mc_torch.LanguageModel,
     prompts: list[list[int]],
     count: int,
     seed: int = 0,
     **options: Any,
 ) -> np.ndarray:
-    """Generate by a full pass over all tokens so far for each new token.
+    """Generate each token by a full pass over all previous tokens.
 
     The passes run in PyTorch, the sampling in JAX. Returns [b, count].
     """
@@ -74,8 +74,8 @@ def by_full_passes(
     for step in range(count):
         at = ends + step
         with torch.no_grad():
-            logits = mirror(torch.from_numpy(tokens[:, : at.max()])).numpy()
-        chosen = sample(jnp.asarray(logits[rows, at - 1]), keys_of(seed, rows, step), **options)
+            logits = torch_model(torch.from_numpy(tokens[:, : at.max()])).numpy()
+        chosen = sample(jnp.asarray(logits[rows, at - 1]), step_keys(seed, rows, step), **options)
         tokens[rows, at] = chosen
     return np.stack([row[end : end + count] for row, end in zip(tokens, ends, strict=True)])
 
@@ -87,14 +87,14 @@ def distribution(
     shares = np.exp((logits - logits.max()) / temperature)
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
     shares /= shares[ids].sum()
-    kept, total = [], 0.0
+    selected, total = [], 0.0
     for i in ids:
         if total >= (top_p or 1.0):
             break
-        kept.append(i)
+        selected.append(i)
         total += shares[i]
     out = np.zeros(len(logits))
-    out[kept] = shares[kept] / shares[kept].sum()
+    out[selected] = shares[selected] / shares[selected].sum()
     return out
 
 
@@ -111,9 +111,9 @@ SAMPLING = [
 LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with ties at the truncation thresholds
 
 
-def check_frequencies(found: np.ndarray, expected: np.ndarray) -> None:
+def check_frequencies(samples: np.ndarray, expected: np.ndarray) -> None:
     """Compare draws with probabilities, within 4.5 standard deviations."""
-    shares = np.bincount(found, minlength=len(expected)) / len(found)
+    shares = np.bincount(samples, minlength=len(expected)) / len(samples)
     assert (shares[expected == 0] == 0).all(), (shares, expected)
-    limit = 4.5 * np.sqrt(expected * (1 - expected) / len(found))
+    limit = 4.5 * np.sqrt(expected * (1 - expected) / len(samples))
     assert (np.abs(shares - expected) <= limit + 1e-12).all(), (shares, expected)

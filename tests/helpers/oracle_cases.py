@@ -31,8 +31,8 @@ class OracleCase(NamedTuple):
         *tensors, _, norm = self
         return oracle.memory_caching(*tensors, config, norm=norm, **inputs)
 
-    def each(self, change: Callable[[Array], Array]) -> "OracleCase":
-        """Change every input that has tokens, [b, t, h] or [b, t, h, k]."""
+    def map_inputs(self, change: Callable[[Array], Array]) -> "OracleCase":
+        """Apply a function to all inputs with a token axis, [b, t, h] or [b, t, h, k]."""
         return self._replace(
             **{name: change(getattr(self, name)) for name in "qkvu"},
             coefficients=Coefficients(*map(change, self.coefficients)),

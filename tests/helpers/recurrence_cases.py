@@ -24,7 +24,7 @@ METHODS = ("chunked", "recurrent")
 EXACT, GRADIENT = 1e-10, 1e-9
 
 
-def hold_to_oracle(result: Any, case: FunctionCase) -> None:
+def assert_matches_oracle(result: Any, case: FunctionCase) -> None:
     """Compare output, gates, cached states and pools, counts, and the state of the stream."""
     expected = oracle.memory_caching(*case[:6], **case.oracle_options)
     segments, state = result.cache.segments, result.cache.state
@@ -76,7 +76,7 @@ def random_cases(draw: st.DrawFn) -> FunctionCase:
     return case._replace(u=None) if case.config.use_q_as_u else case
 
 
-# No shrinking: each smaller example would be compiled, and 21 tokens are few.
+# Without shrinking, which would compile every smaller example.
 examples = settings(
     derandomize=True,
     deadline=None,
@@ -97,7 +97,7 @@ EDGES = {
 TOKEN_GATES = {"gate": "token", "tokens": 19, "segment_size": 2, "mask": "some"}
 
 
-def paired(pairs: Any) -> list[Any]:
+def with_layouts(pairs: Any) -> list[Any]:
     """Distribute start modes, masks and segment layouts over pairs of memory and aggregation."""
     layouts = ({}, {"chunk_size": 1}, {"chunk_size": 2, "segment_size": 5}, {"segment_size": 7})
     out = []
@@ -112,4 +112,4 @@ def paired(pairs: Any) -> list[Any]:
 
 def all_pairs() -> list[Any]:
     """Return every memory with every aggregation."""
-    return paired(product(MEMORIES, AGGREGATIONS))
+    return with_layouts(product(MEMORIES, AGGREGATIONS))

@@ -1,4 +1,4 @@
-"""Components of a read against loops: gates, tiled dense reads, sparse dispatch."""
+"""Components of reads match explicit loops: gates, tiled dense reads, sparse dispatch."""
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,11 @@ def test_tiled_reads_match_double_loop(n):
         return sum_earlier_reads(read, x, gates, (weights,))
 
     inputs = tuple(map(jnp.asarray, (x, gates, weights)))
-    both = [
+    functions = [
         jax.jit(lambda *a, f=f: (y := jax.vjp(f, *a))[1](jnp.cos(y[0])) + (y[0],))
         for f in (fast, loop)
     ]
-    actual, expected = (f(*inputs) for f in both)
+    actual, expected = (f(*inputs) for f in functions)
     assert_close(actual, expected, EXACT, name="triangle")
     assert not np.asarray(actual[-1])[:, :, 0].any()  # no memory before the first segment
 
@@ -111,8 +111,8 @@ def test_gates_match_loop(aggregation):
     gates = dense_gates(jnp.asarray(score), jnp.asarray(segment), config)
     expected = np.zeros_like(score)
     for at in np.ndindex(2, 5, 3):
-        own = segment[at[1]]
-        read = [*range(own)] if aggregation != "none" else []
+        reference = segment[at[1]]
+        read = [*range(reference)] if aggregation != "none" else []
         if aggregation == "ssc":
             read = sorted(read, key=lambda i: -score[at][i])[:2]
         read.append(n)
@@ -143,7 +143,7 @@ def test_level_is_bit_length_of_age(width):
 @pytest.mark.parametrize("block", [512, 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
-    """The fast form against `dense_gates`: gates, and gradients of u and the pools."""
+    """Sparse gates match `dense_gates`: values, and gradients of u and the pools."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
@@ -216,9 +216,9 @@ def gathered(memory: object, weights: tuple[Array, ...], q: Array, selected: Arr
     out = np.zeros((b, t, h, top_k, weights[-1].shape[-2]))
     for at in np.ndindex(b, t, h, top_k):
         if selected[at] < n:
-            own = tuple(jnp.asarray(w[at[0], selected[at], at[2]])[None] for w in weights)
+            reference = tuple(jnp.asarray(w[at[0], selected[at], at[2]])[None] for w in weights)
             x = jnp.asarray(q[at[:3]])[None, None]
-            out[at] = memory.read(apply_weights(own, x.dtype), x)[0, 0]
+            out[at] = memory.read(apply_weights(reference, x.dtype), x)[0, 0]
     return out
 
 
@@ -254,11 +254,11 @@ def test_sort_by_memory_is_stable(n):
 
 def rows_read(t: int, n: int, top_k: int) -> int:
     """Count the rows that `read_selected` passes to the memory."""
-    seen: list[int] = []
+    row_counts: list[int] = []
 
     class Probe:
         def read(self, apply: object, x: jax.Array) -> jax.Array:
-            seen.append(x.size // x.shape[-1])
+            row_counts.append(x.size // x.shape[-1])
             return x
 
     def trace(w: jax.Array, q: jax.Array, s: jax.Array) -> jax.Array:
@@ -270,7 +270,7 @@ def rows_read(t: int, n: int, top_k: int) -> int:
         jax.ShapeDtypeStruct((1, t, 1, 2), jnp.float32),
         jax.ShapeDtypeStruct((1, t, 1, top_k), jnp.int32),
     )
-    return seen[0]
+    return row_counts[0]
 
 
 def test_sparse_flops_are_independent_of_number_of_memories():

@@ -10,7 +10,7 @@ from mc_core.config import MCConfig, ModelConfig
 from mc_jax import LanguageModel, MemoryCachingLayer
 
 # Float32, a layer of width 8 with 2 heads, 64 tokens, segments of 8, chunks of 4.
-KEPT = {
+SAVED_BYTES = {
     ("titans", "grm"): 131_340,
     ("titans", "soup"): 182_604,
     ("titans", "ssc"): 154_812,
@@ -19,7 +19,7 @@ KEPT = {
 }
 
 
-def kept_bytes(module, config, x):
+def saved_bytes(module, config, x):
     """Return the bytes that a module saves for the backward pass, including parameters."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
 
@@ -30,19 +30,19 @@ def kept_bytes(module, config, x):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-@pytest.mark.parametrize("case", KEPT, ids="+".join)
+@pytest.mark.parametrize("case", SAVED_BYTES, ids="+".join)
 def test_layer_residual_bytes_do_not_exceed_recorded(case):
     kind, aggregation = case
     config = MCConfig(8, 2, MEMORIES[kind], aggregation, segment_size=8, chunk_size=4)
-    assert kept_bytes(MemoryCachingLayer, config, jnp.zeros((1, 64, 8))) <= KEPT[case]
+    assert saved_bytes(MemoryCachingLayer, config, jnp.zeros((1, 64, 8))) <= SAVED_BYTES[case]
 
 
 def test_remat_saves_only_block_inputs():
     layer = MCConfig(8, 2, MEMORIES["dla"], "none", segment_size=8, chunk_size=4)
-    recomputed, kept = (
-        kept_bytes(
+    recomputed, saved = (
+        saved_bytes(
             LanguageModel, ModelConfig(17, 1, layer, remat=remat), jnp.zeros((1, 64), jnp.int32)
         )
         for remat in (True, False)
     )
-    assert recomputed < kept / 4
+    assert recomputed < saved / 4

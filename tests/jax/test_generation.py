@@ -16,13 +16,13 @@ from helpers.generation_cases import (
     SAMPLED,
     SAMPLING,
     VOCAB,
-    by_full_passes,
     check_frequencies,
+    convert_to_torch,
     distribution,
-    keys_of,
+    generate_by_full_passes,
+    generate_tokens,
     make_model,
-    mirrored,
-    tokens_of,
+    step_keys,
 )
 from mc_core.generation import bucket, make_blocks
 from mc_jax import generate, sample
@@ -45,20 +45,22 @@ QUICK = ("titans-grm",)
 def test_generation_matches_repeated_full_passes(name):
     """Greedy and sampled, for rows of different lengths, over many segments."""
     model = make_model(name)
-    mirror = mirrored(model)
+    torch_model = convert_to_torch(model)
     for options in ({}, SAMPLED):
-        found = tokens_of(model, PROMPTS, 14, block=4, **options)
-        np.testing.assert_array_equal(found, by_full_passes(mirror, PROMPTS, 14, **options))
-    assert len(np.unique(found)) > 6
+        actual = generate_tokens(model, PROMPTS, 14, block=4, **options)
+        np.testing.assert_array_equal(
+            actual, generate_by_full_passes(torch_model, PROMPTS, 14, **options)
+        )
+    assert len(np.unique(actual)) > 6
 
 
 @pytest.mark.usefixtures("float64", "strict")
 def test_generation_rows_are_independent():
     model = make_model(layers=2)
     for options in ({"block": 1}, SAMPLED | {"block": 1}):
-        together = tokens_of(model, PROMPTS, 14, **options)
+        together = generate_tokens(model, PROMPTS, 14, **options)
         for row, prompt in enumerate(PROMPTS):
-            alone = tokens_of(model, [prompt], 14, rows=[row], **options)
+            alone = generate_tokens(model, [prompt], 14, rows=[row], **options)
             np.testing.assert_array_equal(together[row], alone[0])
 
 
@@ -69,7 +71,7 @@ def test_left_and_right_padded_prompts_match_single_rows():
     graph, state = nnx.split(model)
     extend = jax.jit(lambda s, *args, padding: nnx.merge(graph, s).extend(*args, padding=padding))
     ways = ((0, {}), (5, {"temperature": 2.0}))
-    expected = [tokens_of(model, PROMPTS, 6, seed=seed, **options) for seed, options in ways]
+    expected = [generate_tokens(model, PROMPTS, 6, seed=seed, **options) for seed, options in ways]
     width = max(map(len, PROMPTS))
     alone = np.broadcast_to(np.arange(width) > 0, (3, width))  # exactly one token
     for left in (True, False):
@@ -83,7 +85,7 @@ def test_left_and_right_padded_prompts_match_single_rows():
         for (seed, options), wanted in zip(ways, expected, strict=True):
             after, cache = logits[np.arange(3), np.array(last)], filled
             for step in range(6):
-                new = sample(after, keys_of(seed, range(3), step), **options)
+                new = sample(after, step_keys(seed, range(3), step), **options)
                 np.testing.assert_array_equal(new, wanted[:, step])
                 tokens = np.where(alone, 4, np.asarray(new)[:, None])
                 after, cache = extend(state, tokens, cache, padding=alone)
@@ -94,9 +96,11 @@ def test_left_and_right_padded_prompts_match_single_rows():
 @pytest.mark.usefixtures("float64")
 def test_generation_is_independent_of_block_width():
     model = make_model("linear-soup")
-    whole = tokens_of(model, PROMPTS, 10, **SAMPLED)
+    expected = generate_tokens(model, PROMPTS, 10, **SAMPLED)
     for block in (1, 3):
-        np.testing.assert_array_equal(tokens_of(model, PROMPTS, 10, block=block, **SAMPLED), whole)
+        np.testing.assert_array_equal(
+            generate_tokens(model, PROMPTS, 10, block=block, **SAMPLED), expected
+        )
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SAMPLING)
@@ -104,8 +108,8 @@ def test_sampling_matches_distribution(temperature, top_k, top_p):
     draws = 40_000
     rng = jax.random.split(jax.random.key(1), draws)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (draws, 7))
-    found = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
-    check_frequencies(np.asarray(found), distribution(LOGITS, temperature, top_k, top_p))
+    actual = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_frequencies(np.asarray(actual), distribution(LOGITS, temperature, top_k, top_p))
 
 
 def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
@@ -123,17 +127,17 @@ def test_seed_determines_generation():
     """The same seed gives the same tokens; other seeds and rows give others."""
     model, options = make_model("linear-none", jnp.float32), {"temperature": 2.0}
     prompts = [PROMPTS[0]] * 2
-    first = tokens_of(model, prompts, 20, seed=7, **options)
-    np.testing.assert_array_equal(first, tokens_of(model, prompts, 20, seed=7, **options))
-    assert (first != tokens_of(model, prompts, 20, seed=8, **options)).any(axis=1).all()
+    first = generate_tokens(model, prompts, 20, seed=7, **options)
+    np.testing.assert_array_equal(first, generate_tokens(model, prompts, 20, seed=7, **options))
+    assert (first != generate_tokens(model, prompts, 20, seed=8, **options)).any(axis=1).all()
     assert (first[0] != first[1]).any()
-    swapped = tokens_of(model, prompts, 20, seed=7, rows=[1, 0], **options)
+    swapped = generate_tokens(model, prompts, 20, seed=7, rows=[1, 0], **options)
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
 @pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_prompt_lengths_share_compiled_programs(restored, caplog):
-    """17 to 32 tokens share a shape; early stops and parameters of a checkpoint compile nothing.
+    """Prompts of 17 to 32 tokens share a program; early stops and restored parameters reuse it.
 
     Restored parameters are committed to a device, and so are all results.
     """
@@ -148,7 +152,7 @@ def test_prompt_lengths_share_compiled_programs(restored, caplog):
                 steps = generate(model, [prompt], 30, block=block)
                 used = caplog.text.count("Compiling jit(extend)")
                 assert len(list(islice(steps, 3))) == 3
-            assert caplog.text.count("Compiling jit(extend)") == used, "compiled on the way"
+            assert caplog.text.count("Compiling jit(extend)") == used, "unexpected compilation"
         assert used == programs
     assert [bucket(n, 8) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
 
@@ -158,7 +162,7 @@ def test_restored_model_offloads_cached_memories(caplog):
     """Cached memories stay on the host, the tokens are the same, and nothing is recompiled."""
     model = make_model("linear-grm", jnp.float32)
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    near = tokens_of(model, PROMPTS, 9)
+    near = generate_tokens(model, PROMPTS, 9)
     steps = generate(model, PROMPTS, 9, cache_device="host")
     weights = first_cache(steps).stored.weights
     assert {w.sharding.memory_kind for w in weights} == {"pinned_host"}
@@ -195,7 +199,7 @@ def test_generation_uses_cache_dtype():
         ({"prompts": [[1], []]}, r"prompts\[1\] has shape \(0,\): must be \[t\]"),
         ({"prompts": [[1, 13]]}, r"prompts\[0\]\[1\] = 13: must be in 0..12"),
         ({"prompts": [[-1, 1]]}, r"prompts\[0\]\[0\] = -1: must be in 0..12"),
-        ({"prompts": [[0.5]]}, r"prompts\[0\] has dtype float64: must be integers"),
+        ({"prompts": [[0.5]]}, r"prompts\[0\] has dtype float64: must be an integer dtype"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0: must be >= 1"),
         ({"block": 0}, "block = 0: must be >= 1"),
         ({"temperature": -0.1}, "temperature = -0.1: must be finite and >= 0"),
@@ -204,7 +208,7 @@ def test_generation_uses_cache_dtype():
         ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p = 1.1: must be in \(0, 1\]"),
         ({"seed": -1}, "seed = -1: must be in 0..4294967295"),
-        ({"rows": [0, 1]}, "rows: 2 numbers for 1 prompts"),
+        ({"rows": [0, 1]}, "rows has 2 elements: must have 1"),
         ({"rows": [2**32]}, r"rows\[0\] = 4294967296: must be in"),
     ],
 )
@@ -216,5 +220,5 @@ def test_generate_rejects_invalid_arguments(options, message):
 
 
 def test_sampling_requires_rng():
-    with pytest.raises(ValueError, match=r"rng = None: must be given where temperature = 1.0"):
+    with pytest.raises(ValueError, match=r"rng = None: must be given for temperature = 1.0"):
         sample(jnp.zeros((1, 3)), temperature=1.0)

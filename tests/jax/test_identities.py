@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.cases import AGGREGATIONS, FunctionCase, assert_close, make_case, spread
+from helpers.cases import AGGREGATIONS, FunctionCase, assert_close, expand_mask, make_case
 from helpers.jax_calls import arrays, call, run
 from mc_core import DLAConfig, LinearConfig, TitansConfig
 
@@ -17,7 +17,7 @@ EXACT = 1e-10
 DEEP = ("dla", "dla-deep", "titans", "titans-norm")
 
 
-def same(
+def assert_same_results(
     left: FunctionCase, right: FunctionCase, *, gates: bool = True, cache: bool = True
 ) -> None:
     """Compare a recurrent run of one case with a chunked run of the other."""
@@ -47,7 +47,7 @@ def test_single_segment_equals_no_caching(memory):
 def test_soup_equals_grm_for_matrix_memories(memory, mode):
     """A matrix memory's read is linear in its weights (equations 9 and 15)."""
     case = make_case(memory, "soup", state_init_mode=mode, mask="some")
-    same(case, case.where(aggregation="grm"))
+    assert_same_results(case, case.with_config(aggregation="grm"))
 
 
 def test_soup_differs_from_grm_for_normalized_or_deep_memories():
@@ -68,14 +68,14 @@ def test_soup_differs_from_grm_for_normalized_or_deep_memories():
 def test_ssc_with_all_segments_equals_grm(memory, mode, gate):
     """Equation 16 with top_k >= N."""
     case = make_case(memory, "ssc", state_init_mode=mode, ssc_top_k=9, mask="some", gate=gate)
-    same(case.where(aggregation="grm"), case)
+    assert_same_results(case.with_config(aggregation="grm"), case)
 
 
 @pytest.mark.parametrize(("memory", "mode"), [("linear", "checkpoint"), ("dla", "restart")])
 def test_grm_with_zero_connector_equals_mean(memory, mode):
     case = make_case(memory, "grm", state_init_mode=mode)
     case = case._replace(u=np.zeros_like(case.u))
-    same(case, case._replace(u=None).where(aggregation="mean"))
+    assert_same_results(case, case._replace(u=None).with_config(aggregation="mean"))
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-elu"])
@@ -86,29 +86,29 @@ def test_residual_with_restart_equals_undivided_linear_attention(memory):
         initial=(np.zeros_like(case.initial[0]),),
         coefficients=case.coefficients._replace(retention=np.ones((2, 13, 2))),
     )
-    whole = case.where(aggregation="none", segment_size=13)
-    same(case, whole, gates=False, cache=False)
-    same(whole, case, gates=False, cache=False)
+    undivided = case.with_config(aggregation="none", segment_size=13)
+    assert_same_results(case, undivided, gates=False, cache=False)
+    assert_same_results(undivided, case, gates=False, cache=False)
 
 
 def test_checkpoint_state_is_independent_of_segments():
     """Without cached reads, segment boundaries do not affect matrix memories."""
     for memory in ("linear", "swla"):
         case = make_case(memory, "none", mask="some")
-        same(case, case.where(segment_size=13), gates=False, cache=False)
+        assert_same_results(case, case.with_config(segment_size=13), gates=False, cache=False)
 
 
 @pytest.mark.parametrize("memory", ["linear", "linear-normalized", "swla"])
 def test_matrix_memories_are_independent_of_chunk_size(memory):
     """Their gradient does not depend on the memory (section 2, chunks)."""
     case = make_case(memory, "grm", chunk_size=1)
-    same(case, case.where(chunk_size=4))
+    assert_same_results(case, case.with_config(chunk_size=4))
 
 
 def test_depth_one_mlp_with_dot_loss_is_linear_attention():
     """Section 2: `dla` of depth 1 is `linear`."""
     case = make_case(DLAConfig(depth=1, residual=False, inner_clip=None), "grm")
-    same(case, case.where(memory=LinearConfig()), cache=False)
+    assert_same_results(case, case.with_config(memory=LinearConfig()), cache=False)
 
 
 def test_depth_one_mlp_with_l2_loss_is_delta_rule_with_momentum():
@@ -141,8 +141,10 @@ def test_outputs_are_causal(memory, aggregation, mode):
     """Changing token t inside a chunk leaves all earlier outputs bit-identical."""
     case, t = make_case(memory, aggregation, state_init_mode=mode, ssc_top_k=1), 7
     rng = np.random.default_rng(1)
-    later = spread(np.arange(13) >= t, np.empty((1, 13)))[None]
-    other = case.each(lambda x: np.where(spread(later, x), x * rng.uniform(0.2, 0.9, x.shape), x))
+    later = expand_mask(np.arange(13) >= t, np.empty((1, 13)))[None]
+    other = case.map_inputs(
+        lambda x: np.where(expand_mask(later, x), x * rng.uniform(0.2, 0.9, x.shape), x)
+    )
     before, after = run(case), run(other)
     np.testing.assert_array_equal(before.output[:, :t], after.output[:, :t])
     np.testing.assert_array_equal(before.gates[:, :t], after.gates[:, :t])
@@ -164,11 +166,11 @@ def test_write_decreases_inner_loss(memory):
     """Equations 30 and 34 with gradient descent: the read of k moves towards v."""
     case = make_case(memory, "none", tokens=1, batch=4)
     step = np.full((4, 1, 2), 0.02)
-    keep = case.coefficients._replace(retention=np.ones_like(step))
+    coefficients = case.coefficients._replace(retention=np.ones_like(step))
     case = case._replace(q=case.k)
     losses = []
     for eta in (0.0 * step, step):
-        y = np.asarray(run(case._replace(coefficients=keep._replace(step=eta))).output)
+        y = np.asarray(run(case._replace(coefficients=coefficients._replace(step=eta))).output)
         dot = case.config.memory.objective == "dot"
         losses.append(-(y * case.v).sum(-1) if dot else ((y - case.v) ** 2).sum(-1))
     assert (losses[1] < losses[0]).all()
@@ -182,11 +184,11 @@ def test_inner_clip_bounds_writes(memory):
     coefficients = case.coefficients._replace(retention=np.ones((2, 12, 2)))
     result = run(case._replace(coefficients=coefficients))
     momentum = 0.0 if coefficients.momentum is None else coefficients.momentum.max()
-    most = 12 * case.config.memory.inner_clip * coefficients.step.max() / (1 - momentum)
+    bound = 12 * case.config.memory.inner_clip * coefficients.step.max() / (1 - momentum)
     for start, end in zip(case.initial, result.cache.state.weights, strict=True):
         norms = np.linalg.norm(np.asarray(end), axis=(-2, -1))
-        assert (norms <= np.linalg.norm(start, axis=(-2, -1)) + most).all()
-        assert (norms > 0.01 * most).any()
+        assert (norms <= np.linalg.norm(start, axis=(-2, -1)) + bound).all()
+        assert (norms > 0.01 * bound).any()
 
 
 @pytest.mark.parametrize(
@@ -199,22 +201,22 @@ def test_inner_clip_bounds_writes(memory):
 def test_masked_tokens_do_not_change_outputs(memory, aggregation, mode):
     """NaN at masked tokens does not reach outputs and gradients; their outputs and gates are 0."""
     case = make_case(memory, aggregation, state_init_mode=mode, mask="segment")
-    junk = case.each(lambda x: np.where(spread(case.mask, x), x, np.nan))
+    poisoned = case.map_inputs(lambda x: np.where(expand_mask(case.mask, x), x, np.nan))
     function = jax.jit(
         jax.value_and_grad(
             lambda x: (lambda r: (jnp.sum(jnp.sin(r.output)), r))(call(x, case)), has_aux=True
         )
     )
-    clean, spoilt = function(arrays(case)), function(arrays(junk))
-    for left, right in zip(jax.tree.leaves(clean), jax.tree.leaves(spoilt), strict=True):
+    clean, masked_result = function(arrays(case)), function(arrays(poisoned))
+    for left, right in zip(jax.tree.leaves(clean), jax.tree.leaves(masked_result), strict=True):
         np.testing.assert_array_equal(left, right)
         assert np.isfinite(np.asarray(right)).all()
-    (_, result), grads = spoilt
+    (_, result), grads = masked_result
     assert not np.asarray(result.output)[~case.mask].any()
     assert not np.asarray(result.gates)[~case.mask].any()
     for name in "qkv":
         assert not np.asarray(grads[name])[~case.mask].any()
-    recurrent = run(junk, "recurrent")
+    recurrent = run(poisoned, "recurrent")
     assert_close(recurrent.output, result.output, EXACT)
 
 

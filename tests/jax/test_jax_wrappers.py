@@ -27,31 +27,31 @@ def make_model(config=CONFIG):
     return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
-def observe(model):
+def run_all_methods(model):
     """Return logits and traces of a full pass, and logits of a stream of two calls."""
-    whole, traces = model.inspect(TOKENS)
+    logits, traces = model.inspect(TOKENS)
     first, cache = model.extend(TOKENS[:, :3], model.init_cache(2, 7))
     second, cache = model.extend(TOKENS[:, 3:], cache)
-    return whole, traces, jnp.concatenate([first, second], axis=1)
+    return logits, traces, jnp.concatenate([first, second], axis=1)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_wrapped_block_is_called(remat):
     """The wrapper's `__call__` runs instead of that of `Block`."""
     model = make_model(dataclasses.replace(CONFIG, remat=remat))
-    seen = []
+    shapes = []
 
-    class Watched(nnx.Module):
+    class CallRecorder(nnx.Module):
         def __init__(self, block):
             self.block = block
 
         def __call__(self, x, mask):
-            seen.append(x.shape)
+            shapes.append(x.shape)
             return self.block(x, mask)
 
-    model.blocks[1] = Watched(model.blocks[1])
+    model.blocks[1] = CallRecorder(model.blocks[1])
     assert nnx.eval_shape(lambda model: model(TOKENS), model).shape == (2, 7, 11)
-    assert seen == [(2, 7, 8)]
+    assert shapes == [(2, 7, 8)]
 
 
 def test_lora_wraps_every_projection():
@@ -72,6 +72,6 @@ def test_lora_wraps_every_projection():
     for block in model.blocks:
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             adapt(block.mixer, name, 8)
-    whole, traces, streamed = nnx.eval_shape(observe, model)
-    assert whole.shape == streamed.shape == (2, 7, 11)
+    logits, traces, streamed = nnx.eval_shape(run_all_methods, model)
+    assert logits.shape == streamed.shape == (2, 7, 11)
     assert traces[1] is None

@@ -1,4 +1,4 @@
-"""The layer against a NumPy oracle of its projections and memory (section 1)."""
+"""The layer matches a NumPy oracle of its projections and memory (section 1)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +27,15 @@ def test_layer_matches_oracle(name):
     x = rng.standard_normal((2, 11, 8))
     mask = make_mask("some", 2, 11, config, rng) if name != "linear" else None
     expected, gates = layer_oracle(parameters(layer), config, x, mask)
-    given = None if mask is None else jnp.asarray(mask)
-    y, trace = nnx.jit(lambda layer, x: layer.inspect(x, given))(layer, jnp.asarray(x))
+    mask_array = None if mask is None else jnp.asarray(mask)
+    y, trace = nnx.jit(lambda layer, x: layer.inspect(x, mask_array))(layer, jnp.asarray(x))
     assert_close(y, expected, EXACT, name="output")
     assert_close(trace.gates, gates, EXACT, name="gates")
     segments = oracle.lengths_of(11, config)
-    own = np.repeat(np.arange(len(segments)), segments)
+    segment_of_token = np.repeat(np.arange(len(segments)), segments)
     np.testing.assert_array_equal(trace.token_index, np.arange(11))
-    np.testing.assert_array_equal(trace.segment_index, own)
-    np.testing.assert_array_equal(trace.cached_count, own)
+    np.testing.assert_array_equal(trace.segment_index, segment_of_token)
+    np.testing.assert_array_equal(trace.cached_count, segment_of_token)
     share = gates / np.maximum(gates.sum(-1, keepdims=True), 1e-300)
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
     assert_close(trace.entropy, entropy, EXACT, name="entropy")

@@ -53,7 +53,7 @@ def test_extend_compiles_once_for_all_positions():
     y, _ = extend(x[:, :1], cache)
     assert np.isnan(y).all()
     assert extend.programs() == 1
-    with pytest.raises(ValueError, match="position 13 would go to 14"):
+    with pytest.raises(ValueError, match="advance position 13 to 14"):
         module.extend(x[:, :1], cache)
 
 
@@ -68,7 +68,9 @@ def test_forward_cache_can_be_extended(memory, aggregation, mode):
     """`forward_with_cache` returns a full cache; `grow` increases its capacity."""
     module, x, extend, forward = layer(memory, aggregation, state_init_mode=mode)
     head, cache = forward(x[:, :7])
-    with pytest.raises(ValueError, match=r"max_tokens = 7, and position 7 would go to 13"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 7: the call would advance position 7 to 13"
+    ):
         module.extend(x[:, 7:], cache)
     tail, cache = extend(x[:, 7:], module.grow(cache, 13))
     y, expected = forward(x)
@@ -87,8 +89,8 @@ def test_grow_preserves_cache_content():
     assert int(grown.capacity) == 40
     for (name, before), (_, after) in zip(flatten(cache), flatten(grown), strict=True):
         if name != "capacity":
-            kept = after[:, : before.shape[1]] if name.startswith("stored") else after
-            np.testing.assert_array_equal(kept, before, err_msg=name)
+            stored_dtype = after[:, : before.shape[1]] if name.startswith("stored") else after
+            np.testing.assert_array_equal(stored_dtype, before, err_msg=name)
     with pytest.raises(ValueError, match="max_tokens = 5: must be >= 40"):
         module.grow(grown, 5)
 
@@ -96,10 +98,12 @@ def test_grow_preserves_cache_content():
 def test_exceeding_capacity_raises_or_gives_nan():
     module, x, *_ = layer()
     cache = module.init_cache(2, 8)
-    with pytest.raises(ValueError, match=r"max_tokens = 8, and position 0 would go to 13: grow"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 8: the call would advance position 0 to 13: call grow"
+    ):
         module.extend(x, cache)
     cache = cache._replace(position=jnp.asarray([8, 3], jnp.int32))
-    with pytest.raises(ValueError, match="position 8 would go to 9"):
+    with pytest.raises(ValueError, match="advance position 8 to 9"):
         module.extend(x[:, :1], cache)
 
 
@@ -117,8 +121,8 @@ def test_non_streamable_configurations_are_rejected():
     [
         (lambda m, x: m.init_cache(-1, 8), "batch = -1: must be >= 0"),
         (lambda m, x: m.init_cache(2, 0), "max_tokens = 0: must be >= 1"),
-        (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3"),
-        (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\], b = 2"),
+        (lambda m, x: m.extend(x, m.init_cache(3, 20)), r"must be \[b, t, 8\] with b = 3"),
+        (lambda m, x: m.extend(x[..., :5], m.init_cache(2, 20)), r"must be \[b, t, 8\] with b = 2"),
     ],
 )
 def test_extend_rejects_invalid_calls(call, message):
@@ -176,9 +180,9 @@ def model(name):
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_padded_rows_match_single_rows(name):
-    module, tokens, whole, extend = model(name)
+    module, tokens, full_pass, extend = model(name)
     every = np.ones((3, WIDTH), bool)
-    expected = np.asarray(whole(tokens, np.ones((3, 12), bool)))
+    expected = np.asarray(full_pass(tokens, np.ones((3, 12), bool)))
     for side in SIDES:
         padding = np.ones((3, WIDTH), bool)
         prompts = np.full((3, WIDTH), 16, np.int32)
@@ -199,14 +203,14 @@ def test_padded_rows_match_single_rows(name):
             padding = np.arange(WIDTH)[None] != np.array([[0], [4], [8]])
             token = np.where(padding, 16, tokens[np.arange(3), at][:, None]).astype(np.int32)
             y, cache = extend(token, cache, every, padding=padding)
-            found, alone = np.asarray(y)[~padding], expected[np.arange(3), at]
-            assert_close(found, alone, EXACT, name=f"{side}: step {step}")
+            actual, alone = np.asarray(y)[~padding], expected[np.arange(3), at]
+            assert_close(actual, alone, EXACT, name=f"{side}: step {step}")
     assert extend.programs() == 1
 
 
 def test_masked_tokens_take_positions():
     """Masked tokens take positions in segments, padding does not."""
-    module, tokens, whole, extend = model("titans-grm")
+    module, tokens, full_pass, extend = model("titans-grm")
     mask = np.random.default_rng(3).random((3, 12)) < 0.6
     cache, outputs = module.init_cache(3, 12), []
     for part in (slice(0, 5), slice(5, 12)):
@@ -215,7 +219,7 @@ def test_masked_tokens_take_positions():
         here = [np.pad(x[:, part], ((0, 0), (0, WIDTH - size))) for x in (tokens, mask)]
         y, cache = extend(here[0], cache, here[1], padding=padding)
         outputs.append(y[:, :size])
-    assert_close(np.concatenate(outputs, axis=1), whole(tokens, mask), EXACT)
+    assert_close(np.concatenate(outputs, axis=1), full_pass(tokens, mask), EXACT)
     assert cache[0].position.tolist() == [12] * 3
 
 
@@ -232,21 +236,21 @@ def test_values_at_padding_are_ignored():
 def test_bfloat16_cached_memories():
     """Cached memories need half the bytes, with bfloat16 error; the online memory is exact."""
     module, x, extend, forward = layer(dtype=jnp.float32, conv_width=0)
-    whole, expected = forward(x)
-    for kept in ("bfloat16", "float32"):
-        cache = module.init_cache(2, 13, cache_dtype=kept)
-        assert {str(w.dtype) for w in cache.stored.weights} == {kept}
+    full_pass, expected = forward(x)
+    for stored_dtype in ("bfloat16", "float32"):
+        cache = module.init_cache(2, 13, cache_dtype=stored_dtype)
+        assert {str(w.dtype) for w in cache.stored.weights} == {stored_dtype}
         y, cache = extend(x, cache)
-        assert {str(w.dtype) for w in cache.stored.weights} == {kept}
-        error = float(np.sqrt(np.mean((y - whole) ** 2) / np.mean(np.square(whole))))
-        assert error < (1e-2 if kept == "bfloat16" else 1e-5)
-        assert kept == "float32" or error > 1e-6  # it was rounded indeed
+        assert {str(w.dtype) for w in cache.stored.weights} == {stored_dtype}
+        error = float(np.sqrt(np.mean((y - full_pass) ** 2) / np.mean(np.square(full_pass))))
+        assert error < (1e-2 if stored_dtype == "bfloat16" else 1e-5)
+        assert stored_dtype == "float32" or error > 1e-6  # bfloat16 rounds
         assert_close(cache.state, expected.state, 1e-5, name="state")
 
 
 @pytest.mark.parametrize("aggregation", ["ssc", pytest.param("grm", marks=pytest.mark.slow)])
 def test_offloaded_cached_memories(aggregation):
-    """Offloaded memories give the same results and stay on the host."""
+    """Offloaded memories give the same results and remain in host memory."""
     module, x, extend, _ = layer(aggregation=aggregation)
 
     def run(place):

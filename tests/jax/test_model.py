@@ -83,11 +83,11 @@ def test_logits_at_places_match_all_logits(framework):
         )
     else:
         config = dataclasses.replace(CONFIG, num_layers=1)
-        mirror = mc_torch.LanguageModel(config, dtype=torch.float64)
+        torch_model = mc_torch.LanguageModel(config, dtype=torch.float64)
         ids = torch.from_numpy(TOKENS).long()
         with torch.no_grad():
-            every = mirror(ids).numpy()
-            some = mirror(ids, None, torch.from_numpy(places)).numpy()
+            every = torch_model(ids).numpy()
+            some = torch_model(ids, None, torch.from_numpy(places)).numpy()
     assert some.shape == (2, 3, 13)
     np.testing.assert_allclose(some, every[np.arange(2)[:, None], places], rtol=1e-12)
 

@@ -11,17 +11,17 @@ import torch
 from flax import nnx
 
 from helpers import torch_calls
-from helpers.cases import MAIN, FunctionCase, assert_close, make_case, rms
+from helpers.cases import KINDS, FunctionCase, assert_close, make_case, rms
 from helpers.jax_calls import arrays, call, projected, run
 from mc_core import AttentionConfig, MCConfig, TitansConfig
 from mc_jax import AttentionLayer, MemoryCachingLayer
 
 pytestmark = pytest.mark.usefixtures("strict")
-AGGREGATION = dict(zip(MAIN, ("ssc", "residual", "soup", "grm"), strict=True))
+AGGREGATION = dict(zip(KINDS, ("ssc", "residual", "soup", "grm"), strict=True))
 methods = pytest.mark.parametrize(
     "method", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)]
 )
-every_memory = pytest.mark.parametrize("memory", MAIN)
+every_memory = pytest.mark.parametrize("memory", KINDS)
 
 
 def long_case(memory: str, **options: Any) -> FunctionCase:
@@ -37,7 +37,7 @@ def long_case(memory: str, **options: Any) -> FunctionCase:
     )
     rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
     case = case._replace(**{n: x for n in "qkvu" if (x := getattr(case, n)) is not None})
-    return case.each(rounded)._replace(initial=tuple(map(rounded, case.initial)))
+    return case.map_inputs(rounded)._replace(initial=tuple(map(rounded, case.initial)))
 
 
 def exact(case: FunctionCase) -> Any:
@@ -62,7 +62,7 @@ def test_float32_is_close_to_float64(memory, method):
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_float32_is_close_to_float64_with_zero_retention(memory, framework):
     """Small factors have large logarithms, which must not affect later tokens of the chunk."""
-    case = long_case(memory, segment_size=64, chunk_size=64).closing()
+    case = long_case(memory, segment_size=64, chunk_size=64).with_zero_decay()
     if framework == "jax":
         output = run(case, "chunked", jnp.float32).output
     else:
@@ -113,8 +113,8 @@ def test_recurrence_accumulates_in_float32(memory, framework):
 def test_long_sums_accumulate_in_float32():
     """A bfloat16 running sum of ones would stall at 256."""
     case = make_case("linear", "grm", tokens=1000, heads=1, batch=1, segment_size=1000)
-    ones = case.each(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
-    result = run(ones.where(pooling="sum", chunk_size=64), dtype=jnp.bfloat16)
+    ones = case.map_inputs(np.ones_like)._replace(initial=tuple(map(np.zeros_like, case.initial)))
+    result = run(ones.with_config(pooling="sum", chunk_size=64), dtype=jnp.bfloat16)
     np.testing.assert_array_equal(result.cache.segments.pool, np.full((1, 1, 1, 4), 1000.0))
     np.testing.assert_array_equal(result.cache.state.weights[0], np.full((1, 1, 3, 4), 1000.0))
     np.testing.assert_array_equal(result.cache.length, [1000])
@@ -150,12 +150,12 @@ def test_layer_without_dtype_computes_in_input_dtype(kind, config):
 def test_layer_returns_input_dtype(dtype):
     config = MCConfig(16, 2, TitansConfig(), segment_size=16, chunk_size=8)
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    whole = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    reference = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 16)), dtype)
     forward = partial(nnx.jit, lambda m, x: m.forward_with_cache(x))
     y, cache = forward()(layer, x)
     assert y.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {np.dtype("f4"), np.dtype("i4")}
-    expected = forward()(whole, x.astype(jnp.float32))[0]
+    expected = forward()(reference, x.astype(jnp.float32))[0]
     error = rms(np.asarray(y, np.float32) - np.asarray(expected)) / rms(np.asarray(expected))
     assert error < 3e-2

@@ -1,7 +1,7 @@
-"""Both methods against the oracle (sections 2 to 5), and their gradients.
+"""Chunked and recurrent methods match the oracle (sections 2 to 5) and each other's gradients.
 
 Compilation dominates the run time, so static choices come from covering arrays. PyTorch needs no
-compilation: `test_torch_recurrence` searches at random, and its gradients are the reference here.
+compilation, so random search is in `test_torch_recurrence`. Its gradients are the reference here.
 """
 
 from itertools import product
@@ -19,7 +19,7 @@ from helpers.cases import (
     AGGREGATIONS,
     GATED,
     GATES,
-    MAIN,
+    KINDS,
     MASKS,
     MODES,
     FunctionCase,
@@ -35,15 +35,15 @@ from helpers.recurrence_cases import (
     METHODS,
     TOKEN_GATES,
     all_pairs,
+    assert_matches_oracle,
     examples,
-    hold_to_oracle,
-    paired,
     random_cases,
+    with_layouts,
 )
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
-# Variants of each kind alternate.
+# Variants of each kind, used in turn.
 VARIANTS = {
     "linear": ("linear", "linear-elu", "linear-normalized"),
     "swla": ("swla",),
@@ -51,7 +51,7 @@ VARIANTS = {
     "titans": ("titans", "titans-flat", "titans-norm", "titans-dot"),
 }
 CASES = pairwise(
-    kind=MAIN,
+    kind=KINDS,
     aggregation=AGGREGATIONS,
     mask=("some", "padded", "segment", "row"),
     state_init_mode=MODES,
@@ -66,7 +66,7 @@ CASES = pairwise(
 )
 
 
-def case_of(number: int) -> FunctionCase:
+def numbered_case(number: int) -> FunctionCase:
     options = dict(CASES[number])
     variants = VARIANTS[options.pop("kind")]
     case = make_case(variants[number % len(variants)], **options, tokens=13, seed=number)
@@ -76,7 +76,7 @@ def case_of(number: int) -> FunctionCase:
 def check(case: FunctionCase) -> None:
     results = [run(case, method) for method in METHODS]
     for result in results:
-        hold_to_oracle(result, case)
+        assert_matches_oracle(result, case)
     assert_close(*results, EXACT, name="methods")
 
 
@@ -85,13 +85,13 @@ def check(case: FunctionCase) -> None:
 )
 def test_both_methods_match_oracle(number):
     """Sections 2 to 5, at a length that is no multiple of segment or chunk size."""
-    check(case_of(number))
+    check(numbered_case(number))
 
 
 def test_cases_cover_all_pairs_and_variants():
-    configs = [case_of(number).config for number in range(len(CASES))]
+    configs = [numbered_case(number).config for number in range(len(CASES))]
     pairs = {(config.memory.kind, config.aggregation) for config in configs}
-    assert pairs == set(product(MAIN, AGGREGATIONS))
+    assert pairs == set(product(KINDS, AGGREGATIONS))
     assert len({config.memory for config in configs}) == sum(map(len, VARIANTS.values()))
 
 
@@ -100,7 +100,7 @@ def test_cases_cover_all_pairs_and_variants():
 @settings(examples, max_examples=400)
 def test_both_methods_match_oracle_on_large_grid(case):
     check(case)
-    jax.clear_caches()  # each program uses memory maps, of which a process may have 65,530
+    jax.clear_caches()  # programs use memory maps, and a process is limited to 65,530
 
 
 @pytest.mark.parametrize(
@@ -128,16 +128,18 @@ def test_segment_edges_match_oracle_on_large_grid(edge, memory, mode):
 
 def check_with_gradients(case: FunctionCase, method: str = "chunked") -> None:
     """Compare outputs with the oracle, and gradients with those of the other method in PyTorch."""
-    result, found = run_with_gradients(case, method)
-    hold_to_oracle(result, case)
+    result, actual = run_with_gradients(case, method)
+    assert_matches_oracle(result, case)
     other = next(name for name in METHODS if name != method)
-    assert_close(found, torch_calls.gradients(case, other), GRADIENT, name="gradient")
+    assert_close(actual, torch_calls.gradients(case, other), GRADIENT, name="gradient")
 
 
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_chunked_matches_recurrent_with_zero_retention(memory):
     """Retention and momentum at and near 0: values and gradients."""
-    check_with_gradients(make_case(memory, "residual", segment_size=11, chunk_size=11).closing())
+    check_with_gradients(
+        make_case(memory, "residual", segment_size=11, chunk_size=11).with_zero_decay()
+    )
 
 
 # All pairs are slow tests; PyTorch compares each kind and aggregation quickly.
@@ -157,7 +159,7 @@ def check_gradients(memory: str, aggregation: str, options: dict[str, Any]) -> N
         assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "options"), paired(QUICK))
+@pytest.mark.parametrize(("memory", "aggregation", "options"), with_layouts(QUICK))
 def test_chunked_gradients_match_recurrent(memory, aggregation, options):
     """Section 6: gradients of q, k, v, u, coefficients, initial, norm; also through the cache."""
     check_gradients(memory, aggregation, options)
@@ -171,7 +173,9 @@ def test_chunked_gradients_match_recurrent_for_all_pairs(memory, aggregation, op
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("memory", "aggregation", "options"), paired(product(MAIN, AGGREGATIONS)))
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "options"), with_layouts(product(KINDS, AGGREGATIONS))
+)
 def test_chunked_gradients_match_recurrent_for_other_masks_and_modes(
     memory, aggregation, options, seed
 ):
@@ -201,7 +205,7 @@ def test_token_gates_match_oracle(memory, aggregation, mode, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(KINDS, GATED, MODES)))
 def test_token_gates_match_oracle_on_large_grid(memory, aggregation, mode):
     options = TOKEN_GATES | {"state_init_mode": mode}
     check(make_case(memory, aggregation, **options))
@@ -225,13 +229,15 @@ def test_token_gates_are_independent_of_keys(aggregation, method):
         return jnp.sum(jnp.sin(gates)), gates
 
     for gate in GATES:
-        own = case.where(gate=gate)
-        both = jax.jit(jax.value_and_grad(lambda x, own=own: total(x, own), has_aux=True))
-        inputs = arrays(own)
+        gate_case = case.with_config(gate=gate)
+        both = jax.jit(
+            jax.value_and_grad(lambda x, gate_case=gate_case: total(x, gate_case), has_aux=True)
+        )
+        inputs = arrays(gate_case)
         (_, gates), gradient = both(inputs)
         (_, other), _ = both(inputs | {"k": -inputs["k"]})
-        seen = np.asarray(gradient["k"]).any(), (np.asarray(gates) != other).any()
-        assert seen == ((True, True) if gate == "context" else (False, False)), gate
+        depends = np.asarray(gradient["k"]).any(), (np.asarray(gates) != other).any()
+        assert depends == ((True, True) if gate == "context" else (False, False)), gate
         assert np.asarray(gradient["u"]).any()
 
 
@@ -251,9 +257,9 @@ def test_detaching_stops_only_cached_gradients():
     last = jnp.asarray(np.arange(8) >= 4, jnp.float64)[None, :, None, None]
     grads = {}
     for states, context in product((False, True), repeat=2):
-        cut = case.where(detach_cached_states=states, detach_cached_context=context)
-        loss = lambda x, cut=cut: jnp.sum(jnp.sin(call(x, cut).output) * last)  # noqa: E731
-        grads[states, context] = jax.jit(jax.grad(loss))(arrays(cut))
+        detached = case.with_config(detach_cached_states=states, detach_cached_context=context)
+        loss = lambda x, detached=detached: jnp.sum(jnp.sin(call(x, detached).output) * last)  # noqa: E731
+        grads[states, context] = jax.jit(jax.grad(loss))(arrays(detached))
     first = {key: np.asarray(g["k"])[:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
     assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys
@@ -280,6 +286,6 @@ def test_detaching_stops_only_cached_gradients():
     ],
 )
 def test_detached_gradients_match_between_methods(memory, aggregation, method):
-    """The other method runs in PyTorch, which has its own detach test."""
+    """The other method runs in PyTorch, whose detached gradients are tested separately."""
     case = make_case(memory, aggregation, tokens=9, detach_cached_states=True)
-    check_with_gradients(case.where(detach_cached_context=True), method)
+    check_with_gradients(case.with_config(detach_cached_context=True), method)

@@ -49,22 +49,22 @@ def check(config: MCConfig, tokens: int, dtype: Any) -> None:
     @jax.jit
     def run(values: Any) -> tuple[jax.Array, Any]:
         def loss(values: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            own = jax.tree.map(lambda x: x, state)
-            nnx.replace_by_pure_dict(own, values)
-            y = nnx.merge(graph, own)(x)
+            params = jax.tree.map(lambda x: x, state)
+            nnx.replace_by_pure_dict(params, values)
+            y = nnx.merge(graph, params)(x)
             return jnp.sum((y * cotangent).astype(jnp.float32)), y
 
         (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(values, x)
         return y, {"parameters": grads[0], "input": grads[1]}
 
-    wrong = []
+    not_finite = []
     for case, values in biased(nnx.to_pure_dict(state), tuple(config.memory.ranges)):
         y, grads = run(values)
         assert y.dtype == dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path({"output": y, "gradient": grads}):
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
-                wrong.append(f"{case}: {jax.tree_util.keystr(path)}")
-    assert not wrong, "not finite:\n" + "\n".join(wrong)
+                not_finite.append(f"{case}: {jax.tree_util.keystr(path)}")
+    assert not not_finite, "not finite:\n" + "\n".join(not_finite)
 
 
 def config(memory: str, aggregation: str, mode: str, segment: int, chunk: int) -> MCConfig:

@@ -10,7 +10,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from helpers import torch_calls
-from helpers.cases import AGGREGATIONS, GATES, MAIN, MASKS, MEMORIES, MODES, assert_close, make_case
+from helpers.cases import (
+    AGGREGATIONS,
+    GATES,
+    KINDS,
+    MASKS,
+    MEMORIES,
+    MODES,
+    assert_close,
+    make_case,
+)
 from helpers.covering_arrays import pairwise
 from helpers.jax_calls import arrays
 from mc_jax import Coefficients, extend, init_cache, memory_caching
@@ -21,7 +30,7 @@ EXACT = 1e-10
 TOKENS = 14  # whole prompts, halves and single tokens; segments of 4, chunks of 3
 SPLITS = ([1] * 14, [6, 8], [5, 1, 1, 7], [3, 3, 3, 5], [2, 9, 3], [14])
 CASES = pairwise(
-    memory=MAIN,
+    memory=KINDS,
     aggregation=AGGREGATIONS,
     mask=MASKS,
     state_init_mode=MODES,
@@ -33,7 +42,7 @@ CASES = pairwise(
 
 
 @partial(jax.jit, static_argnames="config")
-def take(tokens, initial, norm, cache, count, config):
+def extend_compiled(tokens, initial, norm, cache, count, config):
     """Extend a stream by the first `count` tokens."""
     *inputs, coefficients, mask = tokens
     options = {"config": config, "mask": mask, "count": count, "norm": norm}
@@ -60,9 +69,11 @@ def stream(case, splits):
     cache = init_cache(inputs["initial"], case.config, rows, case.tokens)
     outputs, start = [], 0
     for size in splits:
-        here = jax.tree.map(partial(part, start=start, size=size), tokens)
+        inputs_of_part = jax.tree.map(partial(part, start=start, size=size), tokens)
         count = np.full(rows, size, np.int32)
-        result = take(here, inputs["initial"], inputs["norm"], cache, count, case.config)
+        result = extend_compiled(
+            inputs_of_part, inputs["initial"], inputs["norm"], cache, count, case.config
+        )
         output = np.asarray(result.output)
         assert not output[:, size:].any()
         outputs.append(output[:, :size])
@@ -94,11 +105,11 @@ def test_split_stream_matches_full_pass(number):
         np.random.default_rng(number),
     )
     expected = torch_calls.run(case)
-    drawn = [
+    random_splits = [
         np.diff([0, *sorted(draw.permutation(TOKENS - 1)[:cuts] + 1), TOKENS]).tolist()
         for cuts in draw.integers(1, 7, 2)
     ]
-    for splits in (SPLITS[0], SPLITS[1 + number % 5], *drawn):
+    for splits in (SPLITS[0], SPLITS[1 + number % 5], *random_splits):
         assert_same_stream(case, expected, splits)
 
 
@@ -149,19 +160,23 @@ def test_gradients_through_cache_match_full_pass(memory, aggregation, mode):
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((2, 11, 2, case.v.shape[-1])))
     mask = jnp.asarray(case.mask)
 
-    def whole(inputs):
+    def full_pass_loss(inputs):
         result = memory_caching(**inputs, config=case.config, mask=mask)
         return jnp.sum(result.output * weight)
 
-    def parts(inputs):
+    def stream_loss(inputs):
         cache, total = init_cache(inputs["initial"], case.config, 2, 11), 0.0
         names = (*"qkvu", "coefficients")
         for part in (slice(0, 5), slice(5, 11)):
-            here = {name: jax.tree.map(lambda x, p=part: x[:, p], inputs[name]) for name in names}
-            result = extend(**inputs | here, cache=cache, config=case.config, mask=mask[:, part])
+            inputs_of_part = {
+                name: jax.tree.map(lambda x, p=part: x[:, p], inputs[name]) for name in names
+            }
+            result = extend(
+                **inputs | inputs_of_part, cache=cache, config=case.config, mask=mask[:, part]
+            )
             cache, total = result.cache, total + jnp.sum(result.output * weight[:, part])
         return total
 
     inputs = arrays(case)
-    expected, actual = (jax.jit(jax.grad(f))(inputs) for f in (whole, parts))
+    expected, actual = (jax.jit(jax.grad(f))(inputs) for f in (full_pass_loss, stream_loss))
     assert_close(actual, expected, 1e-9, name="gradient")

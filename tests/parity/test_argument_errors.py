@@ -28,7 +28,7 @@ def make(framework, name, config):
 
 
 @pytest.fixture(params=FRAMEWORKS)
-def kit(request):
+def fixtures(request):
     """Return a layer, attention, a model and another layer, with tokens and ids."""
     made = {}
     for key, name, config in (
@@ -53,9 +53,13 @@ def kit(request):
     ],
     ids=["longer", "flat", "numbers"],
 )
-def test_masks_and_padding_must_be_bool_with_token_shape(kit, name, flags, message):
+def test_masks_and_padding_must_be_bool_with_token_shape(fixtures, name, flags, message):
     """Integer masks are rejected, because `~` is not their logical negation."""
-    module, x, flags = kit[name], kit["ids" if name == "model" else "x"], kit["array"](flags)
+    module, x, flags = (
+        fixtures[name],
+        fixtures["ids" if name == "model" else "x"],
+        fixtures["array"](flags),
+    )
     with pytest.raises(ValueError, match="mask " + message):
         module(x, flags)
     for word in ("mask", "padding"):
@@ -73,24 +77,26 @@ def test_memory_caching_requires_bool_masks(framework):
 
 
 @pytest.mark.parametrize("name", ["layer", "attention", "model"])
-def test_extend_requires_at_least_one_token(kit, name):
-    module, x = kit[name], kit["ids" if name == "model" else "x"]
+def test_extend_requires_at_least_one_token(fixtures, name):
+    module, x = fixtures[name], fixtures["ids" if name == "model" else "x"]
     with pytest.raises(ValueError, match=r"shape \(2, 0.*t >= 1"):
         module.extend(x[:, :0], module.init_cache(2, 20))
 
 
-def test_extend_rejects_caches_of_other_layers(kit):
+def test_extend_rejects_caches_of_other_layers(fixtures):
     layer, attention, model, other, x = (
-        kit[name] for name in ("layer", "attention", "model", "other", "x")
+        fixtures[name] for name in ("layer", "attention", "model", "other", "x")
     )
     with pytest.raises(ValueError, match="cache is a KVCache: must be the layer's Cache"):
         layer.extend(x, attention.init_cache(2, 20))
     with pytest.raises(ValueError, match="cache is a Cache: must be the layer's KVCache"):
         attention.extend(x, layer.init_cache(2, 20))
-    with pytest.raises(ValueError, match="cache has 4 heads of width 2: must have 2 of 4"):
+    with pytest.raises(
+        ValueError, match="cache has 4 heads of width 2: must have 2 heads of width 4"
+    ):
         layer.extend(x, other.init_cache(2, 20))
-    with pytest.raises(ValueError, match="cache is of 1 blocks: must be of 2"):
-        model.extend(kit["ids"], model.init_cache(2, 20)[:1])
+    with pytest.raises(ValueError, match="cache has 1 blocks: must have 2"):
+        model.extend(fixtures["ids"], model.init_cache(2, 20)[:1])
 
 
 @BOTH
@@ -101,7 +107,7 @@ def test_cache_with_explicit_segments_cannot_be_extended(framework, method, leng
     side, package = (jax_calls, mc_jax) if framework == "jax" else (torch_calls, mc_torch)
     case = make_case("linear", "grm", tokens=7, lengths=lengths, segment_size=4)
     cache = side.run(case, method).cache
-    message = "set by segment_lengths, not by the configuration"
+    message = "its segments are not those of a stream"
     with pytest.raises(ValueError, match=message):
         package.cache.check_capacity(cache, 1)
     with pytest.raises(ValueError, match=message):

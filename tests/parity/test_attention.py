@@ -31,7 +31,7 @@ CONFIGS = {
 }
 TOKENS = 13
 PACKAGES = ("jax", "torch")
-EACH = pytest.mark.parametrize("package", PACKAGES)
+BOTH_PACKAGES = pytest.mark.parametrize("package", PACKAGES)
 
 
 def weights(config: AttentionConfig) -> dict[str, np.ndarray]:
@@ -55,22 +55,24 @@ def build(package: str, config: AttentionConfig) -> Any:
     return layer
 
 
-def put(package: str, x: np.ndarray | None) -> Any:
+def to_package(package: str, x: np.ndarray | None) -> Any:
     if x is None:
         return None
     return jnp.asarray(x) if package == "jax" else torch.tensor(x)
 
 
-def get(x: Any) -> np.ndarray:
+def to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
 
 
-def whole(package: str, layer: Any, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    x, mask = put(package, x), put(package, mask)
+def full_pass(
+    package: str, layer: Any, x: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    x, mask = to_package(package, x), to_package(package, mask)
     if package == "torch":
-        return get(layer(x, mask))
+        return to_numpy(layer(x, mask))
     graph, state = nnx.split(layer)
-    return get(jax.jit(lambda s, x: nnx.merge(graph, s)(x, mask))(state, x))
+    return to_numpy(jax.jit(lambda s, x: nnx.merge(graph, s)(x, mask))(state, x))
 
 
 def stream(
@@ -87,15 +89,15 @@ def stream(
     if package == "jax":
         extend = jax.jit(lambda *args, padding: layer.extend(*args, padding=padding))
     for first, last in pairwise((0, *accumulate(splits))):
-        part, seen, absent = (
-            put(package, None if a is None else a[:, first:last]) for a in (x, mask, padding)
+        part, mask_part, is_padding = (
+            to_package(package, None if a is None else a[:, first:last]) for a in (x, mask, padding)
         )
-        y, cache = extend(part, cache, seen, padding=absent)
-        outputs.append(get(y))
+        y, cache = extend(part, cache, mask_part, padding=is_padding)
+        outputs.append(to_numpy(y))
     return np.concatenate(outputs, axis=1), cache
 
 
-def draw(name: str = "none", rows: int = 2) -> tuple[np.ndarray, np.ndarray | None]:
+def draw_inputs(name: str = "none", rows: int = 2) -> tuple[np.ndarray, np.ndarray | None]:
     rng = np.random.default_rng(0)
     x, mask = rng.standard_normal((rows, TOKENS, 8)), rng.random((rows, TOKENS)) < 0.6
     return x, mask if name == "some" else None
@@ -117,100 +119,102 @@ def oracle(config: AttentionConfig, x: np.ndarray, mask: np.ndarray | None) -> n
             y = z
         return y.reshape(b, t, h, -1)
 
-    def turned(y: np.ndarray) -> np.ndarray:
+    def rotate(y: np.ndarray) -> np.ndarray:
         angle = np.arange(t)[:, None] * config.rope_base ** (-2 * np.arange(half) / (2 * half))
         z = (y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    q, k, v, y = turned(heads("q")), turned(heads("k")), heads("v"), np.zeros((b, t, h, d // h))
+    q, k, v, y = rotate(heads("q")), rotate(heads("k")), heads("v"), np.zeros((b, t, h, d // h))
     for row, i, head in np.ndindex(b, t, h):
         if not mask[row, i]:
             continue
         first = 0 if config.window is None else max(0, i + 1 - config.window)
-        seen = [j for j in range(first, i + 1) if mask[row, j]]
-        share = np.exp(k[row, seen, head] @ q[row, i, head] / np.sqrt(d // h))
-        y[row, i, head] = share @ v[row, seen, head] / share.sum()
+        visible = [j for j in range(first, i + 1) if mask[row, j]]
+        share = np.exp(k[row, visible, head] @ q[row, i, head] / np.sqrt(d // h))
+        y[row, i, head] = share @ v[row, visible, head] / share.sum()
     if config.output_norm == "rms":
         y = y / np.sqrt((y * y).mean(-1, keepdims=True) + NORM_EPS) * p["output_norm.scale"]
     return y.reshape(b, t, d) @ p["out_proj.kernel"]
 
 
-@EACH
+@BOTH_PACKAGES
 @pytest.mark.parametrize("mask", ["none", "some"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layer_matches_softmax_attention(package, name, mask):
-    config, (x, mask) = CONFIGS[name], draw(mask)
-    y = whole(package, build(package, config), x, mask)
+    config, (x, mask) = CONFIGS[name], draw_inputs(mask)
+    y = full_pass(package, build(package, config), x, mask)
     assert_close(y, oracle(config, x, mask), EXACT)
     if mask is not None:
         assert not y[~mask].any()
 
 
-@EACH
+@BOTH_PACKAGES
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
 def test_split_stream_matches_full_pass(package, name):
-    config, (x, mask) = CONFIGS[name], draw("some")
+    config, (x, mask) = CONFIGS[name], draw_inputs("some")
     layer = build(package, config)
     for splits in ((5, 1, 1, 5, 1), (1,) * TOKENS):
         y, _ = stream(package, layer, x, splits, mask)
-        assert_close(y, whole(package, layer, x, mask), EXACT, name=f"{splits}")
+        assert_close(y, full_pass(package, layer, x, mask), EXACT, name=f"{splits}")
 
 
-@EACH
+@BOTH_PACKAGES
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
 def test_padded_rows_match_single_rows(package, name):
     """Padding anywhere, also for a whole call, containing NaN."""
-    config, (x, _) = CONFIGS[name], draw(rows=3)
+    config, (x, _) = CONFIGS[name], draw_inputs(rows=3)
     layer, padding = build(package, config), np.random.default_rng(1).random((3, TOKENS)) < 0.4
     padding[0, :6], padding[1, 6:] = True, True
     mask = np.random.default_rng(2).random((3, TOKENS)) < 0.7
     poisoned = np.where(padding[..., None], np.nan, x)
     y, cache = stream(package, layer, poisoned, (6, 1, 6), mask, padding)
-    for row, absent in enumerate(padding):
-        here = ~absent
+    for row, is_padding in enumerate(padding):
+        here = ~is_padding
         alone = oracle(config, x[row : row + 1, here], mask[row : row + 1, here])
         assert_close(y[row, here], alone[0], EXACT, name=f"row {row}")
     assert not y[padding].any()
-    assert get(cache.position).tolist() == (~padding).sum(1).tolist()
+    assert to_numpy(cache.position).tolist() == (~padding).sum(1).tolist()
 
 
-@EACH
+@BOTH_PACKAGES
 def test_window_cache_size_is_bounded(package):
-    def held(config: AttentionConfig, tokens: int, **options: Any) -> int:
+    def cache_bytes(config: AttentionConfig, tokens: int, **options: Any) -> int:
         cache = build(package, config).init_cache(2, tokens, **options)
-        return sum(get(x).nbytes for _, x in flatten(cache))
+        return sum(to_numpy(x).nbytes for _, x in flatten(cache))
 
     window, full = CONFIGS["blocks-conv3"], CONFIGS["full-conv3"]
-    assert held(window, 100) == held(window, 10_000) < held(full, 10)
-    assert held(full, 2000) - held(full, 1000) == 2 * 1000 * (2 * 8 * 8 + 1)
+    assert cache_bytes(window, 100) == cache_bytes(window, 10_000) < cache_bytes(full, 10)
+    assert cache_bytes(full, 2000) - cache_bytes(full, 1000) == 2 * 1000 * (2 * 8 * 8 + 1)
     short = jnp.bfloat16 if package == "jax" else torch.bfloat16
     cache = build(package, full).init_cache(2, 10, cache_dtype=short)
     assert cache.keys.dtype == cache.values.dtype == short
 
 
-@EACH
+@BOTH_PACKAGES
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3", "longer-conv3"])
 def test_cache_grows_and_enforces_capacity(package, name):
-    layer, (x, _) = build(package, CONFIGS[name]), draw()
-    part = put(package, x)
+    layer, (x, _) = build(package, CONFIGS[name]), draw_inputs()
+    part = to_package(package, x)
     first, cache = layer.extend(part[:, :4], layer.init_cache(2, 4))
-    with pytest.raises(ValueError, match=r"max_tokens = 4, and position 4 would go to 5: grow\("):
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 4: the call would advance position 4 to 5: call grow\("
+    ):
         layer.extend(part[:, 4:5], cache)
     with pytest.raises(ValueError, match="max_tokens = 3: must be >= 4, the capacity of the cache"):
         layer.grow(cache, 3)
     second, cache = layer.extend(part[:, 4:], layer.grow(cache, TOKENS))
-    y = np.concatenate([get(first), get(second)], axis=1)
-    assert_close(y, whole(package, layer, x), EXACT)
+    y = np.concatenate([to_numpy(first), to_numpy(second)], axis=1)
+    assert_close(y, full_pass(package, layer, x), EXACT)
     assert int(cache.capacity) == TOKENS
 
 
-@EACH
-def test_invalid_arguments_are_named(package):
-    layer, (x, _) = build(package, CONFIGS["full-conv0"]), draw()
-    x = put(package, x)
+@BOTH_PACKAGES
+def test_invalid_arguments_are_rejected(package):
+    layer, (x, _) = build(package, CONFIGS["full-conv0"]), draw_inputs()
+    x = to_package(package, x)
     for call, message in (
         (lambda: layer(x[..., :5]), r"x has shape \(2, 13, 5\): must be \[b, t, 8\]"),
-        (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\], b = 3 as cache"),
+        (lambda: layer.extend(x, layer.init_cache(3, 20)), r"must be \[b, t, 8\] with b = 3"),
         (lambda: layer.init_cache(-1, 5), "batch = -1: must be >= 0"),
         (lambda: layer.init_cache(1, 0), "max_tokens = 0: must be >= 1"),
         (lambda: layer.init_cache(1, 2, cache_device="disk"), "cache_device = 'disk': must be"),
@@ -223,7 +227,7 @@ def test_invalid_arguments_are_named(package):
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv0", "band-conv3"])
 def test_gradients_agree_between_frameworks(name, streamed):
     """Gradients of inputs and parameters, with masked and padded tokens."""
-    config, (x, mask) = CONFIGS[name], draw("some")
+    config, (x, mask) = CONFIGS[name], draw_inputs("some")
     cotangent = np.random.default_rng(5).standard_normal(x.shape)
     padding = np.random.default_rng(6).random((2, TOKENS)) < 0.3
     padding[0, :8] = True
@@ -246,19 +250,19 @@ def test_gradients_agree_between_frameworks(name, streamed):
     layer, given = build("torch", config), torch.tensor(x, requires_grad=True)
     other = run(layer, given, torch.tensor)
     named = dict(layer.named_parameters())
-    found = torch.autograd.grad(other, [given, *named.values()])
-    assert_close(get(other), value, 1e-9)
-    assert_close(found[0].numpy(), by_x, 1e-9)
+    actual = torch.autograd.grad(other, [given, *named.values()])
+    assert_close(to_numpy(other), value, 1e-9)
+    assert_close(actual[0].numpy(), by_x, 1e-9)
     expected = {
         ".".join(map(str, path)): np.asarray(leaf[...])
         for path, leaf in nnx.to_flat_state(by_weight)
     }
-    flat = dict(zip(named, (g.numpy() for g in found[1:]), strict=True))
+    flat = dict(zip(named, (g.numpy() for g in actual[1:]), strict=True))
     assert_close(in_jax_layout(flat), expected, 1e-9)
     assert all(np.abs(g).max() > 1e-6 for g in flat.values())
 
 
-@EACH
+@BOTH_PACKAGES
 def test_softmax_is_float32_with_bfloat16_compute(package):
     """Section 8: 512 equal weights, each below bfloat16's resolution at 1, sum to 1."""
     config = AttentionConfig(8, 2, output_norm="none")
@@ -280,9 +284,9 @@ def test_softmax_is_float32_with_bfloat16_compute(package):
     assert_close(last[0, -1], oracle(config, np.ones((1, 1, 8)), None)[0, 0], 0.01)
 
 
-@EACH
+@BOTH_PACKAGES
 def test_offloaded_keys_and_values(package):
-    (x, mask), layer = draw("some"), build(package, CONFIGS["blocks-conv3"])
+    (x, mask), layer = draw_inputs("some"), build(package, CONFIGS["blocks-conv3"])
     near, far = (
         stream(package, layer, x, (4, 1, 8), mask, cache_device=place)
         for place in ("device", "host")
@@ -293,7 +297,7 @@ def test_offloaded_keys_and_values(package):
 
 
 def test_compiled_stream_past_capacity_is_nan():
-    layer, (x, _) = build("jax", CONFIGS["blocks-conv0"]), draw()
+    layer, (x, _) = build("jax", CONFIGS["blocks-conv0"]), draw_inputs()
     extend, cache = jax.jit(lambda x, cache: layer.extend(x, cache)), layer.init_cache(2, 4)
     for first, capacity in ((0, True), (3, False)):
         y, cache = extend(jnp.asarray(x)[:, first : first + 3], cache)
@@ -303,7 +307,7 @@ def test_compiled_stream_past_capacity_is_nan():
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3"])
 def test_torch_extend_compiles_once(name, size):
-    layer, (x, _) = build("torch", CONFIGS[name]), draw()
+    layer, (x, _) = build("torch", CONFIGS[name]), draw_inputs()
     x, cache = torch.tensor(x), layer.init_cache(2, 12)
     torch._dynamo.reset()
     run, outputs = torch.compile(layer.extend, fullgraph=True, backend="aot_eager"), []

@@ -49,7 +49,7 @@ def tokens(package: Any, config: Any) -> Any:
     return jnp.asarray(x) if package is mc_jax else torch.tensor(x)
 
 
-def begun(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
+def start_stream(package: Any, config: Any, cache_dtype: Any = None) -> tuple[Any, Any, Any]:
     """Return a module, the remaining tokens of a stream, and its cache inside a chunk."""
     module, x = build(package, config), tokens(package, config)
     cache = module.init_cache(2, 13, cache_dtype=cache_dtype)
@@ -78,7 +78,7 @@ def test_saved_cache_continues_stream(tmp_path, package, config):
     """With convolutions and bfloat16 memories."""
     path = tmp_path / "stream.safetensors"
     short = jnp.bfloat16 if package is mc_jax else torch.bfloat16
-    module, rest, cache = begun(package, config, short)
+    module, rest, cache = start_stream(package, config, short)
     package.save_cache(path, cache, config)
     loaded = package.load_cache(path, module)
     for (name, saved), (same, read) in zip(flatten(cache), flatten(loaded), strict=True):
@@ -92,7 +92,7 @@ def test_saved_cache_continues_stream(tmp_path, package, config):
 @pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
 def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"
-    module, rest, cache = begun(writer, config)
+    module, rest, cache = start_stream(writer, config)
     writer.save_cache(path, cache, config)
     expected = array(module.extend(rest, cache)[0])
     other = build(reader, config)
@@ -106,13 +106,15 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
     module = build(package, LAYER)
     cache = plain(module.init_cache(2, 13))
     package.save_cache(path, cache, LAYER)
-    with pytest.raises(ValueError, match=r"MCConfig.segment_size = 5: must be 4, as in the cache"):
+    with pytest.raises(
+        ValueError, match=r"MCConfig.segment_size = 5: must be 4, the value in the file"
+    ):
         package.load_cache(path, build(package, OTHER))
     with pytest.raises(ValueError, match="MemoryCachingLayer"):
         package.load_cache(path, build(package, MODEL))
     broken = cache._replace(pool=cache.pool[:, :1], conv=cache.conv[:2])
     package.save_cache(path, broken, LAYER)
-    message = r"(?s)tensors do not fit.*missing conv.2.*must be pool float64\[2, 2, 4\]"
+    message = r"(?s)tensors do not match.*missing conv.2.*must be pool float64\[2, 2, 4\]"
     with pytest.raises(ValueError, match=message):
         package.load_cache(path, module)
     path.write_bytes(b"nothing")
@@ -126,11 +128,11 @@ def test_mismatched_cache_files_are_rejected(tmp_path, package):
 )
 def test_loaded_cache_has_device_of_new_cache(tmp_path, package, config):
     path = tmp_path / "stream.safetensors"
-    module, rest, cache = begun(package, config)
+    module, rest, cache = start_stream(package, config)
     package.save_cache(path, cache, config)
     far = package.load_cache(path, module, cache_device="host")
-    fresh = module.init_cache(2, 13, cache_device="host")
-    places = [[place(x) for _, x in flatten(tree)] for tree in (far, fresh)]
+    anchored = module.init_cache(2, 13, cache_device="host")
+    places = [[place(x) for _, x in flatten(tree)] for tree in (far, anchored)]
     assert places[0] == places[1]
     if package is mc_jax:
         assert len(set(places[0])) == 2
@@ -144,7 +146,7 @@ def place(x: Any) -> str:
 
 def test_loading_float64_requires_x64(tmp_path):
     path = tmp_path / "stream.safetensors"
-    _, _, cache = begun(mc_torch, LAYER)
+    _, _, cache = start_stream(mc_torch, LAYER)
     mc_torch.save_cache(path, cache, LAYER)
     with jax.enable_x64(False):
         single = mc_jax.MemoryCachingLayer(LAYER, rngs=nnx.Rngs(0))

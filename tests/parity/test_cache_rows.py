@@ -68,17 +68,17 @@ def assert_same_streams(model, actual, rows: list[int], device: str = "device"):
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2], [2], []], ids=str)
 @torch.no_grad()
-def test_taken_rows_continue_independently(name, rows):
+def test_selected_rows_continue_independently(name, rows):
     model = make_model(name)
     _, cache = stream(model, [0, 1, 2])
     before = copy.deepcopy(cache)
-    taken = mc_torch.take_rows(cache, rows)
+    selected = mc_torch.take_rows(cache, rows)
     if rows:
-        assert_same_streams(model, taken, rows)
+        assert_same_streams(model, selected, rows)
     else:
-        assert {one.position.shape for one in taken} == {(0,)}
-    assert [one.capacity.item() for one in taken] == [16, 16, 16]
-    model.extend(torch.from_numpy(NEXT[rows]), taken)
+        assert {one.position.shape for one in selected} == {(0,)}
+    assert [one.capacity.item() for one in selected] == [16, 16, 16]
+    model.extend(torch.from_numpy(NEXT[rows]), selected)
     assert_close(dict(flatten(cache)), dict(flatten(before)), 0)  # the source is unchanged
 
 
@@ -118,14 +118,14 @@ def test_take_rows_under_jit(name):
     actual = run(params, *arguments, jnp.asarray(rows), jnp.asarray(NEXT[rows]))
     straight = run(params, *arguments, jnp.arange(3), jnp.asarray(NEXT))
     assert_close(actual, straight[jnp.asarray(rows)], 1e-12)
-    lost = run(params, *arguments, jnp.asarray([0, 3, -1]), jnp.asarray(NEXT))
-    assert np.isnan(lost[1:]).all()  # a compiled program cannot raise
-    assert_close(lost[0], straight[0], 1e-12)
+    invalid = run(params, *arguments, jnp.asarray([0, 3, -1]), jnp.asarray(NEXT))
+    assert np.isnan(invalid[1:]).all()  # a compiled program cannot raise
+    assert_close(invalid[0], straight[0], 1e-12)
 
 
 @torch.no_grad()
 def test_beam_search_matches_brute_force():
-    """With a beam that holds all continuations, rows are reordered at every step."""
+    """The beam contains all continuations, and every step reorders rows."""
     model, steps = make_model("titans"), 3
     logits, cache = stream(model, [1])
     cache = mc_torch.take_rows(cache, [0] * VOCABULARY)
@@ -172,9 +172,9 @@ def test_dropping_rows_does_not_change_others():
     [
         ([0, 2], r"rows\[1\] = 2: must be in 0\.\.1"),
         ([-1], r"rows\[0\] = -1: must be in 0\.\.1"),
-        ([0.5], "rows has dtype float64: must be integers"),
-        ([True, False], "rows has dtype bool: must be integers"),
-        ([[0, 1]], r"rows have shape \(1, 2\): must be \[r\]"),
+        ([0.5], "rows has dtype float64: must be an integer dtype"),
+        ([True, False], "rows has dtype bool: must be an integer dtype"),
+        ([[0, 1]], r"rows has shape \(1, 2\): must be \[r\]"),
     ],
     ids=str,
 )

@@ -293,7 +293,7 @@ def test_mismatched_parameters_are_listed():
     layer, _ = build(configure("linear"))
     state = layer.state_dict() | {"q_proj.bias": torch.zeros(D), "o_proj.weight": torch.zeros(D, 1)}
     state = {name: tensor.float() for name, tensor in state.items() if name != "u_proj.weight"}
-    with pytest.raises(ValueError, match="weights do not fit") as caught:
+    with pytest.raises(ValueError, match="weights do not match") as caught:
         from_community(layer.config, state)
     assert str(caught.value).splitlines()[1:] == [
         "  missing u_proj.weight float32[8, 8]",

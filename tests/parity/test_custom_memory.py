@@ -130,7 +130,9 @@ def test_registration_rejects_invalid_memories():
     class Copy(LinearConfig):
         kind = "linear"
 
-    with pytest.raises(ValueError, match=r"kind = 'linear' is taken by mc_core\.memories\.Linear"):
+    with pytest.raises(
+        ValueError, match=r"kind = 'linear' is already registered by mc_core\.memories\.Linear"
+    ):
         register_memory(Copy)
     assert MEMORIES["linear"] is LinearConfig
 

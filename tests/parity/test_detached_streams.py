@@ -22,13 +22,13 @@ PAIRS = [("linear", "residual"), ("linear", "ssc")]
 
 def key_and_value_gradients(package, case):
     """Return the gradients of k and v from outputs of the second segment of a stream."""
-    own = jax_calls if package is mc_jax else torch_calls
-    inputs = own.arrays(case)
+    calls = jax_calls if package is mc_jax else torch_calls
+    inputs = calls.arrays(case)
 
     def loss(k, v):
         cache = package.init_cache(inputs["initial"], case.config, 2, case.tokens)
-        given = inputs | {"k": k, "v": v}
-        output = package.extend(**given, cache=cache, config=case.config).output
+        arguments = inputs | {"k": k, "v": v}
+        output = package.extend(**arguments, cache=cache, config=case.config).output
         return (output[:, SEGMENT:] ** 2).sum()
 
     if package is mc_jax:
@@ -40,7 +40,7 @@ def key_and_value_gradients(package, case):
 @pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
 def test_stream_gradients_do_not_reach_detached_segments(package, pair):
     case = make_case(*pair, tokens=2 * SEGMENT, segment_size=SEGMENT, state_init_mode="restart")
-    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    case = case.with_config(detach_cached_states=True, detach_cached_context=True)
     for gradient in map(np.asarray, key_and_value_gradients(package, case)):
         assert not gradient[:, :SEGMENT].any()
         assert gradient[:, SEGMENT:].any()

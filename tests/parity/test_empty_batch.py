@@ -107,7 +107,7 @@ def test_jax_layers_with_empty_batch():
 def test_memory_caching_with_empty_batch(memory, aggregation, method):
     """Both methods, with and without mask, explicit segments and inspection."""
     case = make_case(memory, aggregation, tokens=TOKENS, mask="some")
-    case = case.each(lambda x: x[:0])._replace(mask=case.mask[:0])
+    case = case.map_inputs(lambda x: x[:0])._replace(mask=case.mask[:0])
     for one in (case, case._replace(mask=None), case._replace(lengths=(2, 5))):
         result = torch_calls.run(one, method)
         assert result.output.shape == case.v.shape
@@ -181,7 +181,7 @@ def test_generation_with_empty_batch(package):
     steps = list(package.generate(model_of(package, **options), [], 3))
     assert [tuple(step.shape) for step in steps] == [(0,)] * 3
     assert {str(step.dtype) for step in steps} <= {"int32", "torch.int64"}
-    with pytest.raises(ValueError, match="rows: 1 numbers for 0 prompts"):
+    with pytest.raises(ValueError, match="rows has 1 elements: must have 0"):
         package.generate(model_of(package, **options), [], 3, rows=[0])
 
 

@@ -23,7 +23,7 @@ from mc_core import (
 )
 from mc_torch.chunk_layout import make_plan
 
-FIXED = "must be a fixed number, because segments and chunks are planned for it"
+FIXED = "must be static, because segments and chunks depend on it"
 LAYERS = {
     "linear-grm": MCConfig(8, 2, LinearConfig(), "grm", segment_size=3, chunk_size=2),
     "swla-ssc": MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2),

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp
 
 import mc_jax
 from helpers import jax_calls
-from helpers.cases import AGGREGATIONS, MAIN, FunctionCase, assert_close, make_case
+from helpers.cases import AGGREGATIONS, KINDS, FunctionCase, assert_close, make_case
 from helpers.torch_calls import arrays, leaves
 from helpers.torch_layers import Extend
 from mc_core import (
@@ -105,7 +105,7 @@ def check_per_sample(case: FunctionCase, method: str = "chunked") -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_per_sample_gradients_match_loop(memory, aggregation):
     check_per_sample(small_case(memory, aggregation))
 
@@ -275,7 +275,7 @@ def test_per_sample_gradients_of_a_language_model(remat):
     assert_close(actual, stacked([autograd(loss, params, row) for row in tokens]), EXACT)
 
 
-def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
+def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that autograd saves for the backward pass outside of checkpoints."""
     kept: dict[int, int] = {}
 
@@ -292,7 +292,7 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
 def test_backward_pass_recomputes_activations(monkeypatch):
     layer, _ = build(MCConfig(8, 2, TitansConfig(2, 2), segment_size=8, chunk_size=4))
     x = normal(2, 64, 8).requires_grad_()
-    saved = kept_bytes(lambda: layer(x))
+    saved = saved_bytes(lambda: layer(x))
     calls = []
     write = chunked.write_chunk
     monkeypatch.setattr(chunked, "write_chunk", lambda *args: calls.append(1) or write(*args))
@@ -302,7 +302,7 @@ def test_backward_pass_recomputes_activations(monkeypatch):
     assert len(calls) == 32
     monkeypatch.setattr("mc_torch.chunked.remat", lambda function: function)
     monkeypatch.setattr("mc_torch.dense_reads.remat", lambda function: function)
-    assert saved < 0.5 * kept_bytes(lambda: layer(x))
+    assert saved < 0.5 * saved_bytes(lambda: layer(x))
 
 
 @pytest.mark.usefixtures("float64", "strict")

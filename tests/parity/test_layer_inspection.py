@@ -1,4 +1,4 @@
-"""Statistics of `inspect` in both frameworks, against the oracle."""
+"""Statistics of `inspect` match the oracle in both frameworks."""
 
 from functools import partial
 from itertools import product
@@ -16,7 +16,7 @@ import mc_torch
 import oracle
 from helpers import jax_calls, torch_calls
 from helpers.cases import (
-    MAIN,
+    KINDS,
     MASKS,
     MEMORIES,
     MODES,
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-10
 
 
-def inner_of(case: FunctionCase) -> mc_jax.InnerLoop:
+def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
     """Run the oracle, and compute the statistics of each write from its states."""
     config, (b, t, h, _) = case.config, case.q.shape
     memory, titans = config.memory, config.memory.kind == "titans"
     lengths = oracle.lengths_of(t, config, case.lengths)
-    found = np.zeros((5, b, t, h))
+    statistics = np.zeros((5, b, t, h))
 
     def tensors(state: oracle.State) -> list[Array]:
         normalizer = state.memory.normalizer
@@ -69,16 +69,16 @@ def inner_of(case: FunctionCase) -> mc_jax.InnerLoop:
                     at = {n: x[row, token, head] for n, x in at.items() if x is not None}
                     state = oracle.write(state, anchor, k, v, oracle.Write(**at), memory, gain)
                     losses = loss(before, k, v), loss(state, k, v)
-                    found[3:, row, token, head] = losses
+                    statistics[3:, row, token, head] = losses
                 pairs = zip(tensors(state), tensors(before), strict=True)
                 norms = (
                     norm(tensors(state)),
                     norm(state.momentum or ()),
                     norm(x - y for x, y in pairs),
                 )
-                found[:3, row, token, head] = norms
+                statistics[:3, row, token, head] = norms
                 token += 1
-    return mc_jax.InnerLoop(found[0], found[1] if titans else None, *found[2:])
+    return mc_jax.InnerLoop(statistics[0], statistics[1] if titans else None, *statistics[2:])
 
 
 @partial(jax.jit, static_argnames="config")
@@ -111,7 +111,9 @@ FRAMEWORKS = pytest.mark.parametrize(
 def test_torch_inspection_matches_oracle(memory):
     for mode, mask, chunk in product(MODES, MASKS, (1, 3, 5)):
         case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
-        assert_close(torch_inner(case), inner_of(case), EXACT, name=f"{mode} {mask} {chunk}")
+        assert_close(
+            torch_inner(case), oracle_statistics(case), EXACT, name=f"{mode} {mask} {chunk}"
+        )
 
 
 # Every memory once, with different modes, masks and chunks.
@@ -124,11 +126,11 @@ def test_torch_inspection_matches_oracle(memory):
 )
 def test_jax_inspection_matches_oracle(memory, mode, mask, chunk):
     case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
-    assert_close(jax_inner(case), inner_of(case), EXACT)
+    assert_close(jax_inner(case), oracle_statistics(case), EXACT)
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_small_step_decreases_inner_loss(inspect, float32, memory):
     case = make_case(memory, "none", chunk_size=1)
     ones = np.ones_like(case.coefficients.step)
@@ -152,7 +154,9 @@ def test_update_norms_are_precise_in_float32(inspect, float32):
     ones = np.ones_like(case.coefficients.step)
     at = case.coefficients._replace(step=1e-9 * ones, retention=retention * ones)
     case = case._replace(coefficients=at)
-    assert_close(inspect(case, float32).update_norm, inner_of(case).update_norm, 1e-6, 1e-9)
+    assert_close(
+        inspect(case, float32).update_norm, oracle_statistics(case).update_norm, 1e-6, 1e-9
+    )
 
 
 @FRAMEWORKS
@@ -169,22 +173,22 @@ def test_recurrent_method_rejects_inspect(inspect, float32):
 @pytest.mark.parametrize("name", ["swla", "titans-norm"])
 def test_layer_trace_matches_function(name, monkeypatch):
     """The trace matches that of the layer's function inputs, also with NaN at masked tokens."""
-    config, seen = CONFIGS[name], []
+    config, calls = CONFIGS[name], []
     run = oracle.memory_caching
 
     def spy(*args: Any, mask: Array | None, norm: Any) -> Any:
-        seen.append(FunctionCase(*args[:6], norm, args[6], mask))
+        calls.append(FunctionCase(*args[:6], norm, args[6], mask))
         return run(*args, mask=mask, norm=norm)
 
     monkeypatch.setattr(oracle, "memory_caching", lambda *a, **o: spy(*a, **o))
     layer, rng = make_layer(config), np.random.default_rng(0)
     x, mask = rng.standard_normal((2, 11, 8)), make_mask("some", 2, 11, config, rng)
     layer_oracle(parameters(layer), config, x, mask)
-    expected = inner_of(seen[0])
+    expected = oracle_statistics(calls[0])
     dirty = jnp.where(jnp.asarray(mask)[:, :, None], x, jnp.nan)
     _, trace = nnx.jit(lambda layer, x: layer.inspect(x, jnp.asarray(mask)))(layer, dirty)
-    found = {field: getattr(trace, field) for field in expected._fields}
-    assert_close(found, expected._asdict(), EXACT)
+    statistics = {field: getattr(trace, field) for field in expected._fields}
+    assert_close(statistics, expected._asdict(), EXACT)
 
 
 @pytest.mark.parametrize("package", ["jax", "torch"])

@@ -32,7 +32,7 @@ TORCH_ONLY = {
     },
     # PyTorch tools replace linear maps and embeddings, and FSDP only hooks `forward`.
     "modules.py": {"Hooked", "call_hooked", "embedding_matrix", "project"},
-    # Index arrays of a plan are on a device, and are built outside of compiled graphs.
+    # Index tensors of a plan are on a device and are created outside of compiled graphs.
     "chunk_layout.py": {"TokenIndex", "TensorPlan", "make_plan"},
     "pretrained.py": {"Flat"},
 }
@@ -41,7 +41,7 @@ JAX_ONLY = {
     "modules.py": {"Head"},
     "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
     # Host memory is a device in PyTorch and a memory space in JAX.
-    "offload.py": {"HOST", "DEVICE", "KIND"},
+    "offload.py": {"HOST", "DEVICE", "HOST_KIND"},
 }
 RENAMED = {"__call__": "forward"}
 # Constructor arguments: JAX has `rngs` and separate dtypes for compute and parameters.
@@ -97,13 +97,13 @@ def test_packages_have_the_same_names_and_signatures(file):
     extra = torch.keys() - jax.keys(), jax.keys() - torch.keys()
     assert extra == (TORCH_ONLY.get(file, set()), JAX_ONLY.get(file, set()))
     both = [name for name in jax if name in torch]
-    assert both == [name for name in torch if name in jax], "another order"
+    assert both == [name for name in torch if name in jax], "different order"
     for name in both:
         if (file, name) == ("modules.py", "Linear"):  # a function that makes an `nn.Linear`
             jax[name] = [x for x in jax[name]["__init__"] if x[0] != "self"]
         assert torch[name] == jax[name], name
         if isinstance(jax[name], dict):
-            assert list(torch[name]) == list(jax[name]), f"{name}: another order"
+            assert list(torch[name]) == list(jax[name]), f"{name}: different order"
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -115,16 +115,16 @@ def test_packages_have_the_same_einsums(file):
         return {x for x in strings if isinstance(x, str) and "->" in x and " " not in x}
 
     renamed = {"btd,dh->bth": "btd,hd->bth"}  # a weight is [out, in]
-    # A head, a running sum and a softmax attention, which PyTorch has (JAX's attention rounds to
-    # float32), and a product that XLA is slow at in another form.
-    own = {
+    # JAX only: PyTorch has built-in functions for the head, running sums and attention (that of JAX
+    # computes in float32). The elementwise product is an einsum because XLA is faster.
+    jax_only = {
         "btd,ds->bts",
         "ij,...jk->...ik",
         "...c,...ci->...ci",
         "bthk,bshk->bhts",
         "bhts,bshv->bthv",
     }
-    assert specs(TORCH) == {renamed.get(spec, spec) for spec in specs(JAX) - own}
+    assert specs(TORCH) == {renamed.get(spec, spec) for spec in specs(JAX) - jax_only}
 
 
 def test_packages_export_the_same_names():

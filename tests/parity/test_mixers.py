@@ -14,7 +14,7 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from helpers.cases import assert_close
-from helpers.generation_cases import PROMPTS, by_full_passes, tokens_of
+from helpers.generation_cases import PROMPTS, generate_by_full_passes, generate_tokens
 from helpers.weight_cases import draw, jax_module, torch_module
 from mc_core import AttentionConfig, LinearConfig, MCConfig, ModelConfig, TitansConfig
 from parity.weights import load_jax, load_torch, to_jax
@@ -116,9 +116,9 @@ def test_padded_streams_match_single_rows(name):
 @pytest.mark.parametrize("name", ["transformer", "hybrid"])
 def test_greedy_generation_matches_full_passes(name):
     left, right = both(name)
-    found = tokens_of(left, PROMPTS, 9, block=4)
+    found = generate_tokens(left, PROMPTS, 9, block=4)
     other = np.stack([x.numpy() for x in mc_torch.generate(right, PROMPTS, 9, block=4)], axis=1)
-    expected = by_full_passes(right, PROMPTS, 9)
+    expected = generate_by_full_passes(right, PROMPTS, 9)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(other, expected)
     assert len(np.unique(found)) > 3
@@ -136,10 +136,10 @@ def test_inspect_traces_blocks_with_memory():
     left, right = both("hybrid")
     logits, traces = compiled(left, "inspect")(jnp.asarray(TOKENS))
     with torch.no_grad():
-        other, mirrored = right.inspect(torch.tensor(TOKENS))
+        other, convert_to_torch = right.inspect(torch.tensor(TOKENS))
     assert_close(other.numpy(), logits, 1e-10)
     assert [trace is None for trace in traces] == [True, False, True]
-    assert [trace is None for trace in mirrored] == [True, False, True]
+    assert [trace is None for trace in convert_to_torch] == [True, False, True]
     assert traces[1].gates.shape == (2, 11, 2, 4)
 
 

@@ -130,7 +130,7 @@ def test_state_dict_in_training_checkpoint(place, tmp_path, caplog):
     assert read.config is None
     assert same_bits(read.flat, draw(MODEL))
     assert lines(caplog) == [
-        f"{path}: read the parameters under {place!r}, and nothing else",
+        f"{path}: read only the parameters under {place!r}",
         f"{path}: removed '_orig_mod.' from the names of parameters",
     ]
 
@@ -147,9 +147,12 @@ def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
     tensors = {name: to_tensor(array) for name, array in flat.items()}
     for loaded, message in (
         ({"state_dict": tensors, "model": tensors}, "several state_dicts, under 'state_dict', 'mo"),
-        ({"step": 1}, "holds no state_dict: must be one, or have one under one of 'state_dict', "),
-        ({"model": {}}, "holds no state_dict"),
-        ([1], "holds no state_dict"),
+        (
+            {"step": 1},
+            "contains no state_dict: must have one at the top level or under 'state_dict', ",
+        ),
+        ({"model": {}}, "contains no state_dict"),
+        ([1], "contains no state_dict"),
         ({"state_dict": tensors, "module": "LanguageModel"}, "key 'version' is missing"),
         ({"state_dict": tensors, "version": 2, "module": "x", "config": {}}, "has version 2"),
     ):
@@ -158,10 +161,10 @@ def test_missing_or_ambiguous_state_dict_is_rejected(tmp_path):
             STATE_DICT.read(path)
 
 
-def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
+def conversion_error(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
     """Return the error message of a failed conversion."""
     target = tmp_path / "target.safetensors"
-    with pytest.raises(ValueError, match="do not fit") as caught:
+    with pytest.raises(ValueError, match="do not match") as caught:
         convert(save_pt(tmp_path / "model.pt", flat), target, STATE_DICT, SAFETENSORS, MODEL)
     assert not target.exists()
     return str(caught.value)
@@ -170,27 +173,27 @@ def refused(tmp_path: Path, flat: dict[str, np.ndarray]) -> str:
 def test_prefixed_mismatch_is_listed_once(tmp_path):
     flat = renamed("compiled, then distributed")
     flat["module._orig_mod.norm.bias"] = flat.pop("module._orig_mod.norm.scale")
-    faults = refused(tmp_path, flat).splitlines()[1:]
+    faults = conversion_error(tmp_path, flat).splitlines()[1:]
     assert faults == ["  missing norm.scale float32[8]", "  unexpected norm.bias float32[8]"]
 
 
 def test_partial_wrapper_prefix_is_rejected(tmp_path):
     flat = draw(MODEL)
     flat["module.norm.scale"] = flat.pop("norm.scale")
-    assert "unexpected module.norm.scale" in refused(tmp_path, flat)
+    assert "unexpected module.norm.scale" in conversion_error(tmp_path, flat)
     both = draw(MODEL) | {"_orig_mod.norm.scale": np.zeros(8, np.float32)}
-    assert refused(tmp_path, both).splitlines()[1:] == [
+    assert conversion_error(tmp_path, both).splitlines()[1:] == [
         "  unexpected _orig_mod.norm.scale float32[8]"
     ]
     inside = draw(MODEL)
     inside["blocks.0._orig_mod.mixer_norm.scale"] = inside.pop("blocks.0.mixer_norm.scale")
-    assert "unexpected blocks.0._orig_mod.mixer_norm.scale" in refused(tmp_path, inside)
+    assert "unexpected blocks.0._orig_mod.mixer_norm.scale" in conversion_error(tmp_path, inside)
 
 
 def test_prefix_is_removed_only_if_all_names_are_known(tmp_path, caplog):
     flat = {f"encoder.{name}": array for name, array in draw(MODEL).items()}
     flat["encoder.pooler.weight"] = np.zeros((8, 8), np.float32)
-    assert "unexpected encoder.norm.scale" in refused(tmp_path, flat)
+    assert "unexpected encoder.norm.scale" in conversion_error(tmp_path, flat)
     assert lines(caplog) == []
     # Names of a layer in a model are known and are not shortened to those of a layer.
     block = [name for name in NAMES if name.startswith("blocks.0.mixer.")]
@@ -230,7 +233,7 @@ def test_commands_read_wrapped_models(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert not stop.value.code
     assert "13 parameters of float32, bit-equal" in captured.out
-    place = f"mc: {source}: read the parameters under 'model', and nothing else\n"
+    place = f"mc: {source}: read only the parameters under 'model'\n"
     assert captured.err == place + line
     assert same_bits(SAFETENSORS.read(target).flat, draw(config))
 

@@ -149,7 +149,7 @@ def test_learning_rates_agree(warmup):
 # Detection of faults
 
 
-def test_planted_faults_are_caught_in_expected_leaf():
+def test_injected_faults_are_detected_in_expected_leaf():
     findings = list(selftest())
     missed = [
         f"{finding.fault.name if finding.fault else 'nothing'}: "
@@ -164,7 +164,7 @@ def test_planted_faults_are_caught_in_expected_leaf():
     assert sum(finding.fault is None for finding in findings) == len({f.case for f in FAULTS})
 
 
-def test_metrics():
+def test_error_metrics():
     same = difference("x", leaf(3.0, 4.0), leaf(3.0, 4.0), 1e-10)
     assert (same.ok, same.error, same.maximum) == (True, 0, 0)
     assert same.cosine == pytest.approx(1)

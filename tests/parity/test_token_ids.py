@@ -25,7 +25,7 @@ from train import step
 SIZE = 11
 LAYER = MCConfig(4, 1, LinearConfig(), "grm", segment_size=3, chunk_size=2, conv_width=2)
 CONFIG = ModelConfig(SIZE, 1, LAYER)
-OUT = pytest.mark.parametrize("wrong", [SIZE, -1, -100, 2**31 - 1])
+OUT_OF_RANGE = pytest.mark.parametrize("wrong", [SIZE, -1, -100, 2**31 - 1])
 TOKENS = np.random.default_rng(0).integers(SIZE, size=(3, 7)).astype(np.int32)
 MASK = np.array([[0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7], bool)
 
@@ -106,28 +106,28 @@ def get(x):
     return x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
-def same(left, right):
+def assert_equal_trees(left, right):
     assert len(left) == len(right)
     for one, other in zip(map(get, left), map(get, right), strict=True):
         assert np.isfinite(other).all()
         np.testing.assert_array_equal(one, other)
 
 
-def put(wrong, *where):
+def with_id(wrong, *where):
     tokens = TOKENS.copy()
     for place in where:
         tokens[place] = wrong
     return tokens
 
 
-@OUT
+@OUT_OF_RANGE
 def test_ids_at_masked_tokens_are_not_read(side, wrong):
     """Neither values nor gradients depend on them, eager and compiled."""
     logits, grads = side.grads(TOKENS, MASK, MASK)
     tokens = np.where(MASK, TOKENS, np.int32(wrong))
     masked, grads_of_masked = side.grads(tokens, MASK, MASK)
-    same([masked], [logits])
-    same(grads_of_masked, grads)
+    assert_equal_trees([masked], [logits])
+    assert_equal_trees(grads_of_masked, grads)
 
 
 def test_ids_at_masked_tokens_are_not_checked(side):
@@ -142,36 +142,38 @@ def test_ids_at_masked_tokens_are_not_checked(side):
         model.extend(tokens, cache, ~mask)
 
 
-@OUT
+@OUT_OF_RANGE
 def test_compiled_program_gives_nan_after_invalid_id(side, wrong):
     """Earlier tokens, other rows and their gradients are unaffected."""
     everywhere = np.ones_like(MASK)
-    lost = np.zeros_like(MASK)
-    lost[0, 3:] = lost[2, 6:] = True
-    logits, grads = side.grads(TOKENS, everywhere, ~lost)
-    broken, grads_of_rest = side.grads(put(wrong, (0, 3), (2, 6)), everywhere, ~lost)
-    assert np.isnan(broken[lost]).all()
-    same([broken[~lost]], [logits[~lost]])
-    same(grads_of_rest, grads)
+    out_of_range = np.zeros_like(MASK)
+    out_of_range[0, 3:] = out_of_range[2, 6:] = True
+    logits, grads = side.grads(TOKENS, everywhere, ~out_of_range)
+    broken, grads_of_rest = side.grads(with_id(wrong, (0, 3), (2, 6)), everywhere, ~out_of_range)
+    assert np.isnan(broken[out_of_range]).all()
+    assert_equal_trees([broken[~out_of_range]], [logits[~out_of_range]])
+    assert_equal_trees(grads_of_rest, grads)
 
 
-@OUT
+@OUT_OF_RANGE
 def test_stream_stays_nan_after_invalid_id(side, wrong):
     nothing = np.zeros_like(MASK)
     start = side.model.init_cache(3, 21)
     right, cache = side.extend(TOKENS, start, nothing)
-    left, broken = side.extend(put(wrong, (1, 4)), start, nothing)
+    left, broken = side.extend(with_id(wrong, (1, 4)), start, nothing)
     expected = np.zeros_like(MASK)
     expected[1, 4:] = True
     np.testing.assert_array_equal(np.isnan(get(left)).any(-1), expected)
-    same([get(left)[~expected]], [get(right)[~expected]])
+    assert_equal_trees([get(left)[~expected]], [get(right)[~expected]])
     for _ in range(2):
         right, cache = side.extend(TOKENS, cache, nothing)
         left, broken = side.extend(TOKENS, broken, nothing)
         assert np.isnan(get(left)[1]).all()
-        same([get(left)[[0, 2]]], [get(right)[[0, 2]]])
+        assert_equal_trees([get(left)[[0, 2]]], [get(right)[[0, 2]]])
     # The cache is full, but an invalidated row needs no capacity.
-    with pytest.raises(ValueError, match="max_tokens = 21, and position 21 would go to 22"):
+    with pytest.raises(
+        ValueError, match="max_tokens = 21: the call would advance position 21 to 22"
+    ):
         side.model.extend(side.array(TOKENS[:, :1]), broken)
 
 
@@ -180,9 +182,9 @@ def test_padded_ids_are_not_read(side):
     right, cache = side.extend(TOKENS, side.model.init_cache(3, 21), padding)
     tokens = np.where(padding, np.int32(-100), TOKENS)
     left, other = side.extend(tokens, side.model.init_cache(3, 21), padding)
-    same([get(left)[MASK]], [get(right)[MASK]])
+    assert_equal_trees([get(left)[MASK]], [get(right)[MASK]])
     left, right = (side.extend(TOKENS, one, padding)[0] for one in (other, cache))
-    same([get(left)[MASK]], [get(right)[MASK]])
+    assert_equal_trees([get(left)[MASK]], [get(right)[MASK]])
 
 
 ENTRIES = {
@@ -192,10 +194,10 @@ ENTRIES = {
 }
 
 
-@OUT
+@OUT_OF_RANGE
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_ids_out_of_range_raise_with_position(side, entry, wrong):
-    tokens = side.array(put(wrong, (1, 5), (2, 0)))
+    tokens = side.array(with_id(wrong, (1, 5), (2, 0)))
     with pytest.raises(ValueError, match=rf"tokens\[1, 5\] = {wrong}: must be in 0..10$"):
         ENTRIES[entry](side.model, tokens)
 
@@ -204,7 +206,7 @@ def test_ids_out_of_range_raise_with_position(side, entry, wrong):
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
 def test_non_integer_ids_are_rejected(side, entry, dtype):
     tokens = side.array(np.ones((2, 3), dtype))
-    with pytest.raises(ValueError, match=f"tokens has dtype {dtype}: must be integers"):
+    with pytest.raises(ValueError, match=f"tokens has dtype {dtype}: must be an integer dtype"):
         ENTRIES[entry](side.model, tokens)
 
 
@@ -212,18 +214,20 @@ def test_non_integer_ids_are_rejected(side, entry, dtype):
 def test_all_integer_dtypes_agree(dtype):
     models, tokens = {name: one().model for name, one in SIDES.items()}, TOKENS.astype(dtype)
     with torch.no_grad():
-        same([models["torch"](torch.tensor(tokens))], [models["torch"](torch.tensor(TOKENS))])
+        assert_equal_trees(
+            [models["torch"](torch.tensor(tokens))], [models["torch"](torch.tensor(TOKENS))]
+        )
     jax.eval_shape(lambda: models["jax"](jnp.asarray(tokens)))
     for size in (SIZE, 1000):  # the second is beyond some dtypes
         given = np.array([0, SIZE - 1, 120, np.iinfo(dtype).max, np.iinfo(dtype).min], dtype)
         given = given[: 4 if dtype == "int64" else 5]  # JAX has 32 bits here
         ids, wrong = mc_jax.ids.safe_ids(given.clip(max=2**31 - 1), size)
-        mirror, lost = mc_torch.ids.safe_ids(torch.tensor(given), size)
+        mirror, out_of_range = mc_torch.ids.safe_ids(torch.tensor(given), size)
         inside = (given.astype(float) >= 0) & (given.astype(float) < size)
         np.testing.assert_array_equal(ids, np.where(inside, given, 0))
         np.testing.assert_array_equal(ids, mirror)
         np.testing.assert_array_equal(wrong, ~inside)
-        np.testing.assert_array_equal(wrong, lost)
+        np.testing.assert_array_equal(wrong, out_of_range)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
@@ -238,7 +242,7 @@ def test_places_are_indices_of_tokens(side, dtype):
             model(tokens, None, side.array(broken))
     with pytest.raises(ValueError, match=r"places\[0, 1\] = -1: must be in 0..6"):
         model(tokens, None, side.array(np.array([[0, -1]] * 3)))
-    with pytest.raises(ValueError, match="places has dtype float32: must be integers"):
+    with pytest.raises(ValueError, match="places has dtype float32: must be an integer dtype"):
         model(tokens, None, side.array(np.zeros((3, 2), np.float32)))
     side.trace(lambda: model(tokens, None, side.array(places)))
 
@@ -250,21 +254,21 @@ def test_compiled_torch_gives_nan_at_invalid_ids_and_places():
     with torch.no_grad():
         right = model(torch.tensor(TOKENS))
         places = torch.tensor([[6, -1], [7, 0], [2, 2]])
-        left = run(torch.tensor(put(SIZE, (2, 3))), None, places)
-    lost = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool)
-    assert left[lost].isnan().all()
+        left = run(torch.tensor(with_id(SIZE, (2, 3))), None, places)
+    out_of_range = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    assert left[out_of_range].isnan().all()
     expected = torch.stack([right[0, 6], right[1, 0], right[2, 2], right[2, 2]])
-    torch.testing.assert_close(left[~lost], expected)
+    torch.testing.assert_close(left[~out_of_range], expected)
 
 
 def test_torch_func_does_not_check_ids():
     """`torch.func.vmap` cannot raise for one of its samples."""
-    model, tokens = mc_torch.LanguageModel(CONFIG), put(SIZE, (1, 2))
+    model, tokens = mc_torch.LanguageModel(CONFIG), with_id(SIZE, (1, 2))
     with torch.no_grad():
         logits = torch.func.vmap(lambda row: model(row[None])[0])(torch.tensor(tokens))
-    lost = np.zeros_like(MASK)
-    lost[1, 2:] = True
-    np.testing.assert_array_equal(logits.isnan().any(-1), lost)
+    out_of_range = np.zeros_like(MASK)
+    out_of_range[1, 2:] = True
+    np.testing.assert_array_equal(logits.isnan().any(-1), out_of_range)
 
 
 def test_generated_tokens_are_not_checked(monkeypatch):
@@ -297,7 +301,7 @@ def test_labels_with_zero_weight_are_not_read():
     def loss(logits, labels):
         return jnp.where(read, step.cross_entropy(logits, labels, read), 0).sum()
 
-    same(loss(logits, LABELS), loss(logits, np.where(read, LABELS, 0)))
+    assert_equal_trees(loss(logits, LABELS), loss(logits, np.where(read, LABELS, 0)))
     assert np.isfinite(step.cross_entropy(logits, LABELS, read)).all()
     np.testing.assert_array_equal(np.isnan(step.cross_entropy(logits, LABELS)), ~read)
 
@@ -327,10 +331,10 @@ def test_inputs_at_masked_tokens_are_not_read(memory, method):
             *torch_calls.leaves(torch_calls.run(one, method)),
         ]
         for value in (0.5, np.nan, np.inf)
-        for one in [case.each(lambda x: fill(x, value))]  # noqa: B023
+        for one in [case.map_inputs(lambda x: fill(x, value))]  # noqa: B023
     ]
     for dirty in results[1:]:
-        same(dirty, results[0])
+        assert_equal_trees(dirty, results[0])
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
@@ -339,7 +343,7 @@ def test_inputs_at_masked_tokens_are_not_read(memory, method):
     [
         ({"prompts": [[1, 2], [3, 4, SIZE]]}, r"prompts\[1\]\[2\] = 11: must be in 0..10"),
         ({"prompts": [[-1]]}, r"prompts\[0\]\[0\] = -1: must be in 0..10"),
-        ({"prompts": [[True]]}, r"prompts\[0\] has dtype bool: must be integers"),
+        ({"prompts": [[True]]}, r"prompts\[0\] has dtype bool: must be an integer dtype"),
         ({"rows": [0.5]}, r"rows\[0\] = 0.5: must be an integer"),
         ({"rows": [True]}, r"rows\[0\] = True: must be an integer"),
         ({"seed": 1.0}, "seed = 1.0: must be an integer"),

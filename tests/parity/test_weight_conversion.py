@@ -117,7 +117,7 @@ def test_wrong_transform_leaves_no_file(run, tiny, saved, tmp_path, monkeypatch,
         if (
             row.jax == "blocks.#.mixer.q_proj.kernel"
         ):  # square, so that shapes do not reveal a transpose
-            rows[name] = row._replace(transform=weights.same)
+            rows[name] = row._replace(transform=weights.identity)
     monkeypatch.setattr(weights, side, lambda: rows)
     source, read = (run, run_format(tiny)) if direction == "from jax" else (saved("tied"), None)
     target = tmp_path / "target.pt"
@@ -201,10 +201,10 @@ def test_mismatched_file_lists_all_errors(saved, tmp_path, package):
     flat = load_file(path)
     del flat["embed.weight"]
     save_file(flat, path, to_metadata(MODELS["tied"]))
-    with pytest.raises(ValueError, match="do not fit") as caught:
+    with pytest.raises(ValueError, match="do not match") as caught:
         package.LanguageModel.from_pretrained(path)
     for words in (
-        f"{path}: weights do not fit:",
+        f"{path}: weights do not match:",
         "missing embed.weight float32[11, 8]",
         "unexpected extra float32[1]",
         "must be norm.scale float32[8], is float32[3]",

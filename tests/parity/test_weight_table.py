@@ -70,7 +70,7 @@ def test_converted_weights_are_copies():
     assert np.abs(before["q_proj.weight"]).sum() > 0
 
 
-def spoil(flat, kernel):
+def corrupt(flat, kernel):
     """Remove one parameter, add one, and change shape and dtype of others."""
     flat = dict(flat)
     flat.pop("norm.scale")
@@ -89,11 +89,11 @@ def test_set_weights_lists_all_errors_and_changes_nothing(framework):
     }[framework]
     module = make(config)
     before = get(module)
-    with pytest.raises(ValueError, match="weights do not fit") as caught:
-        load(module, spoil(before, kernel))
+    with pytest.raises(ValueError, match="weights do not match") as caught:
+        load(module, corrupt(before, kernel))
     shape = list(before[kernel].shape)
     assert str(caught.value).split("\n  ") == [
-        "weights do not fit:",
+        "weights do not match:",
         "missing norm.scale float32[8]",
         "unexpected blocks.0.mixer.q_prj.kernel float32[3]",
         *sorted(
@@ -112,7 +112,7 @@ def test_unknown_weights_are_listed():
     flat["blocks.0.mixer.w_proj.weight"] = np.ones((2, 2))
     flat["head.bias"] = np.ones(2)
     flat["norm.scale"] = np.ones((1, 8))
-    with pytest.raises(ValueError, match="weights do not fit") as caught:
+    with pytest.raises(ValueError, match="weights do not match") as caught:
         to_jax(flat)
     assert str(caught.value).split("\n  ")[1:] == [
         "must have 1 axes: norm.scale float64[1, 8]",
@@ -131,8 +131,8 @@ def test_description_round_trips(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2: this package reads 1"),
-        ({"module": "Transformer"}, "holds a 'Transformer': must be one of MemoryCachingLayer"),
+        ({"version": 2}, "has version 2: must be 1"),
+        ({"module": "Transformer"}, "contains a 'Transformer': must be one of MemoryCachingLayer"),
         ({"module": "LanguageModel"}, "unknown key 'd_model'"),
         ({"config": {"d_model": 8, "num_heads": 3}}, "d_model = 8: must be a multiple"),
         ({"extra": 1}, "unknown key 'extra'"),
@@ -147,5 +147,5 @@ def test_description_is_strict(change, message):
 def test_mixed_dtypes_are_rejected():
     flat = draw(LAYERS["linear"])
     flat["q_proj.weight"] = flat["q_proj.weight"].astype(np.float64)
-    with pytest.raises(ValueError, match="float32, float64: must all have one"):
+    with pytest.raises(ValueError, match="float32, float64: must have the same dtype"):
         one_dtype(leaves(flat))

@@ -14,9 +14,9 @@ from helpers.generation_cases import (
     SAMPLED,
     SAMPLING,
     check_frequencies,
+    convert_to_torch,
     distribution,
     make_model,
-    mirrored,
 )
 from mc_torch import LanguageModel, generate, sample
 
@@ -31,11 +31,11 @@ def torch_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any)
 @pytest.mark.parametrize("name", LAYERS)
 def test_generation_rows_match_full_passes(name):
     """Greedy and sampled, in a batch and as single rows."""
-    mirror = mirrored(make_model(name))
+    torch_model = convert_to_torch(make_model(name))
     for options in ({}, SAMPLED):
-        together = torch_tokens(mirror, PROMPTS, 10, block=4, **options)
+        together = torch_tokens(torch_model, PROMPTS, 10, block=4, **options)
         for row, prompt in enumerate(PROMPTS):
-            alone = torch_tokens(mirror, [prompt], 10, rows=[row], **options)
+            alone = torch_tokens(torch_model, [prompt], 10, rows=[row], **options)
             np.testing.assert_array_equal(together[row], alone[0])
         if options:
             continue
@@ -43,7 +43,7 @@ def test_generation_rows_match_full_passes(name):
             tokens = list(prompt)
             for _ in range(10):
                 with torch.no_grad():
-                    tokens.append(int(mirror(torch.tensor([tokens]))[0, -1].argmax()))
+                    tokens.append(int(torch_model(torch.tensor([tokens]))[0, -1].argmax()))
             assert together[row].tolist() == tokens[len(prompt) :]
 
 
@@ -53,8 +53,8 @@ def test_sampling_matches_distribution(temperature, top_k, top_p):
     draws = 20_000
     rng = [torch.Generator().manual_seed(1)] * draws
     logits = torch.tensor(LOGITS, dtype=torch.float32).expand(draws, 7)
-    found = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
-    check_frequencies(found.numpy(), distribution(LOGITS, temperature, top_k, top_p))
+    actual = sample(logits, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_frequencies(actual.numpy(), distribution(LOGITS, temperature, top_k, top_p))
 
 
 def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
@@ -62,7 +62,7 @@ def test_greedy_takes_first_of_equal_logits_and_flags_non_finite():
     bad[0] = np.nan
     logits = torch.tensor(np.stack([LOGITS, np.zeros(7), bad, np.full(7, np.inf)]))
     assert sample(logits).tolist() == [5, 0, -1, -1]
-    with pytest.raises(ValueError, match=r"rng = None: must be given where temperature = 1.0"):
+    with pytest.raises(ValueError, match=r"rng = None: must be given for temperature = 1.0"):
         sample(logits, temperature=1.0)
 
 

@@ -208,7 +208,7 @@ def test_explicit_segment_lengths():
         layer(x, None, (4, 4))
 
 
-def test_plan_from_inference_mode_works_in_training():
+def test_plan_created_in_inference_mode_works_in_training():
     layer, x = make_layer(SMALL), draw(1, 29, 8)
     with torch.inference_mode():
         layer(x)

@@ -1,4 +1,4 @@
-"""`mc_torch`: both methods against the oracle, and gradients against each other.
+"""Both methods of `mc_torch` match the oracle, and their gradients match each other.
 
 PyTorch needs no compilation, so random searches and full grids are here; `test_recurrence` compares
 `mc_jax` with the oracle and with gradients of `mc_torch` for fewer cases.
@@ -12,7 +12,16 @@ import torch
 from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
-from helpers.cases import AGGREGATIONS, GATED, GATES, MAIN, MEMORIES, MODES, assert_close, make_case
+from helpers.cases import (
+    AGGREGATIONS,
+    GATED,
+    GATES,
+    KINDS,
+    MEMORIES,
+    MODES,
+    assert_close,
+    make_case,
+)
 from helpers.recurrence_cases import (
     EDGES,
     EXACT,
@@ -20,8 +29,8 @@ from helpers.recurrence_cases import (
     METHODS,
     TOKEN_GATES,
     all_pairs,
+    assert_matches_oracle,
     examples,
-    hold_to_oracle,
     random_cases,
 )
 from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
@@ -33,7 +42,7 @@ from mc_torch.numerics import tree_map
 def check(case):
     results = [run(case, method) for method in METHODS]
     for result in results:
-        hold_to_oracle(result, case)
+        assert_matches_oracle(result, case)
     assert_close(*results, EXACT, name="methods")
 
 
@@ -67,10 +76,10 @@ def test_ties_go_to_the_earlier_segment():
     assert (run(case).gates[:, -1] > 0).sum(1).tolist() == [[2, 2, 0, 0, 0, 0, 2]] * 2
 
 
-@pytest.mark.parametrize("memory", MAIN)
+@pytest.mark.parametrize("memory", KINDS)
 def test_chunked_matches_recurrent_with_zero_retention(memory):
     """Retention and momentum at and near 0: values and gradients."""
-    case = make_case(memory, "residual", segment_size=11, chunk_size=11).closing()
+    case = make_case(memory, "residual", segment_size=11, chunk_size=11).with_zero_decay()
     check(case)
     assert_close(*(gradients(case, method) for method in METHODS), GRADIENT, name="gradient")
 
@@ -89,7 +98,7 @@ def test_chunked_gradients_match_recurrent(memory, aggregation, options):
     check_gradients(memory, aggregation, options)
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(MAIN, GATED, MODES)))
+@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(KINDS, GATED, MODES)))
 def test_token_gates_match_oracle(memory, aggregation, mode):
     """Levels of log-linear attention: both methods, and their gradients."""
     options = TOKEN_GATES | {"state_init_mode": mode}
@@ -103,14 +112,14 @@ def test_token_gates_are_independent_of_keys(aggregation, method):
     """Gates have no gradient to k and do not depend on k, unlike with `gate="context"`."""
     case = make_case("linear", aggregation, tokens=9)
     for gate_ in GATES:
-        own = case.where(gate=gate_)
-        inputs = arrays(own)
-        total = call(inputs, own, method).gates.sin().sum()
+        gate_case = case.with_config(gate=gate_)
+        inputs = arrays(gate_case)
+        total = call(inputs, gate_case, method).gates.sin().sum()
         wanted = inputs["k"], inputs["u"]
         by_k, by_u = torch.autograd.grad(total, wanted, materialize_grads=True)
-        other = run(own._replace(k=-own.k), method).gates
-        seen = bool(by_k.any()), not torch.equal(run(own, method).gates, other)
-        assert seen == ((True, True) if gate_ == "context" else (False, False)), gate_
+        other = run(gate_case._replace(k=-gate_case.k), method).gates
+        depends = bool(by_k.any()), not torch.equal(run(gate_case, method).gates, other)
+        assert depends == ((True, True) if gate_ == "context" else (False, False)), gate_
         assert by_u.any()
 
 
@@ -120,11 +129,11 @@ def test_detaching_stops_only_cached_gradients():
     )
     grads = {}
     for states, context in product((False, True), repeat=2):
-        cut = case.where(detach_cached_states=states, detach_cached_context=context)
-        inputs = arrays(cut)
-        last = call(inputs, cut).output[:, 4:].sin().sum()
-        found = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
-        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in found), strict=True))
+        detached = case.with_config(detach_cached_states=states, detach_cached_context=context)
+        inputs = arrays(detached)
+        last = call(inputs, detached).output[:, 4:].sin().sum()
+        actual = torch.autograd.grad(last, [inputs[name] for name in "qkvu"])
+        grads[states, context] = dict(zip("qkvu", (x.numpy() for x in actual), strict=True))
     first = {key: g["k"][:, :4] for key, g in grads.items()}
     assert np.abs(first[False, False]).max() > 1e-4
     assert np.abs(first[True, False]).max() > 1e-4  # through pooled keys
@@ -147,7 +156,7 @@ def test_detaching_stops_only_cached_gradients():
 def test_detached_gradients_match_between_methods(memory, aggregation):
     case = make_case(memory, aggregation, tokens=9)
     plain = gradients(case)
-    case = case.where(detach_cached_states=True, detach_cached_context=True)
+    case = case.with_config(detach_cached_states=True, detach_cached_context=True)
     chunked, recurrent = (output_gradient(case, method) for method in METHODS)
     assert_close(chunked, recurrent, GRADIENT)
     assert np.abs(chunked[0] - plain["k"]).max() > 1e-4
@@ -175,13 +184,13 @@ def check_derivatives(memory, aggregation, mode, order):
         memory, aggregation, tokens=5, batch=1, heads=1, segment_size=2, state_init_mode=mode
     )
     inputs = arrays(case)
-    given = leaves(inputs)
+    tensors = leaves(inputs)
 
     def function(*tensors):
         rest = iter(tensors)
         return projected(call({k: _filled(x, rest) for k, x in inputs.items()}, case))
 
-    (gradcheck if order == 1 else gradgradcheck)(function, given, fast_mode=True)
+    (gradcheck if order == 1 else gradgradcheck)(function, tensors, fast_mode=True)
 
 
 def _filled(tree, tensors):
@@ -211,7 +220,7 @@ def test_level_is_bit_length_of_age(width):
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [512, 3])
 def test_gates_of_selected_memories_match_dense_gates(block, gated_by, monkeypatch):
-    """The fast form against `dense_gates`, in one and in several blocks of tokens."""
+    """Sparse gates match `dense_gates`, for one and for several blocks of tokens."""
     monkeypatch.setattr("mc_torch.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(0)
     u, running = torch.from_numpy(rng.standard_normal((2, 2, 7, 3, 4)))

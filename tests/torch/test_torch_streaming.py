@@ -125,8 +125,8 @@ def test_stream_gradients_match_full_pass(memory, mode, aggregation):
         inputs = arrays(case)
         output, cache, *_ = run(inputs, case)
         scalar = projected((output, comparable(cache, case.config)))
-        found = torch.autograd.grad(scalar, leaves(inputs), materialize_grads=True)
-        results.append([x.numpy() for x in found])
+        actual = torch.autograd.grad(scalar, leaves(inputs), materialize_grads=True)
+        results.append([x.numpy() for x in actual])
     assert_close(results[1], results[0], GRADIENT, name="gradient")
 
 
@@ -154,12 +154,12 @@ def test_layer_stream_gradients_match_full_pass(config):
         given_x = x.clone().requires_grad_()
         y, cache = run(given_x, mask)
         parts = [y, comparable(cache, config)]
-        wanted = [given_x, *layer.parameters()]
-        gradient = torch.autograd.grad(projected(parts), wanted, materialize_grads=True)
+        tensors = [given_x, *layer.parameters()]
+        gradient = torch.autograd.grad(projected(parts), tensors, materialize_grads=True)
         results.append([parts, [g.numpy() for g in gradient]])
-    (whole, expected), (parts, found) = results
+    (whole, expected), (parts, actual) = results
     assert_close(tree(parts), tree(whole), EXACT)
-    assert_close(found, expected, GRADIENT)
+    assert_close(actual, expected, GRADIENT)
 
 
 def tree(parts):
@@ -175,7 +175,9 @@ def test_full_pass_cache_can_be_extended(config):
     with torch.no_grad():
         whole = layer(x)
         y, cache = layer.forward_with_cache(x[:, :6])
-        with pytest.raises(ValueError, match=r"max_tokens = 6, and position 6 would go to 13"):
+        with pytest.raises(
+            ValueError, match=r"max_tokens = 6: the call would advance position 6 to 13"
+        ):
             layer.extend(x[:, 6:], cache)
         cache = layer.grow(cache, 13)
         rest, cache = streamed(layer, x[:, 6:], (1, 4, 2), cache=cache)
@@ -208,8 +210,8 @@ def test_padded_rows_match_single_rows(config, side):
             alone, expected = streamed(
                 layer, torch.cat(parts, 1), (len(masks[0]),), masks, layer.init_cache(1, 23)
             )
-            found = torch.cat([before[one], y[one][:, real], after[one]], dim=1)
-            assert_close(found, alone, EXACT)
+            actual = torch.cat([before[one], y[one][:, real], after[one]], dim=1)
+            assert_close(actual, alone, EXACT)
             ours = tree_map(lambda c, one=one: c[one] if c.ndim else c, cache)
             assert_close(comparable(ours, config), comparable(expected, config), EXACT)
 
@@ -232,9 +234,9 @@ def test_slots_are_copied_only_when_a_segment_completes():
     cache, copied = layer.init_cache(1, 9), []
     with torch.no_grad():
         for token in x.split(1, dim=1):
-            held = cache.stored.weights[0].data_ptr()
+            pointer = cache.stored.weights[0].data_ptr()
             cache = layer.extend(token, cache)[1]
-            copied.append(cache.stored.weights[0].data_ptr() != held)
+            copied.append(cache.stored.weights[0].data_ptr() != pointer)
     assert copied == [False, False, False, True] * 2 + [False]
 
 
@@ -300,9 +302,9 @@ def test_compiled_gradients_through_cache(config):
     for run in (layer.extend, compiled):
         given_x = x.clone().requires_grad_()
         y, cache = streamed(layer, given_x, (3, 3, 3), run=run)
-        wanted = [given_x, *layer.parameters()]
-        found = torch.autograd.grad(projected((y, cache)), wanted, materialize_grads=True)
-        results.append([g.numpy() for g in found])
+        tensors = [given_x, *layer.parameters()]
+        actual = torch.autograd.grad(projected((y, cache)), tensors, materialize_grads=True)
+        results.append([g.numpy() for g in actual])
     assert_close(*results, 1e-10)
 
 
@@ -360,7 +362,7 @@ def test_model_stream_matches_full_pass(tie):
         assert_close(padded[1, 4:], model(tokens[1:, 4:])[0], EXACT)
         assert_close(padded[0], model(tokens[:1])[0], EXACT)
     assert [one.position.tolist() for one in cache] == [[9, 5]] * 2
-    with pytest.raises(ValueError, match=r"tokens have shape \(1, 9\): must be \[2, t\]"):
+    with pytest.raises(ValueError, match=r"tokens has shape \(1, 9\): must be \[b, t\] with b = 2"):
         model.extend(tokens[:1], cache)
 
 
@@ -369,18 +371,18 @@ def test_invalid_streams_are_rejected():
     cache = layer.init_cache(2, 4)
     for words, given_x in (
         (r"x has shape \(2, 4, 7\): must be \[b, t, 8\]", x[..., :7]),
-        (r"x has shape \(1, 4, 8\): .* b = 2 as cache", x[:1]),
+        (r"x has shape \(1, 4, 8\): .* with b = 2", x[:1]),
     ):
         with pytest.raises(ValueError, match=words):
             layer.extend(given_x, cache)
     with pytest.raises(ValueError, match="max_tokens = 0: must be >= 1"):
         layer.init_cache(2, 0)
-    with pytest.raises(ValueError, match="position 0 would go to 5"):
+    with pytest.raises(ValueError, match="advance position 0 to 5"):
         layer.extend(draw(2, 5, 8), cache)
     padding = torch.arange(5) < torch.tensor([[1], [2]])
     assert layer.extend(draw(2, 5, 8), cache, padding=padding)[1].position.tolist() == [4, 3]
     logarithmic = MCConfig(8, 2, segmentation="logarithmic")
-    with pytest.raises(ValueError, match="cannot stream"):
+    with pytest.raises(ValueError, match="must be 'constant' for streaming"):
         make_layer(logarithmic).init_cache(1, 4)
 
 

@@ -79,24 +79,24 @@ def stream(module, x):
 
 
 @torch.no_grad()
-def observe(model):
+def run_methods(model):
     """Return the results of all methods but `forward`."""
     return stream(model, TOKENS), model.inspect(TOKENS), list(generate(model, PROMPTS, 3))
 
 
 @cache
-def bare():
+def unwrapped_results():
     """Return the results of the model without wrappers."""
-    return observe(make_model())
+    return run_methods(make_model())
 
 
 @pytest.mark.parametrize("part", ["blocks", "mixers", "model"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapped_modules_match_plain_modules(name, part):
     model = wrap(make_model(), part, WRAPPERS[name])
-    seen = observe(model)
-    torch.testing.assert_close(seen, bare(), rtol=0, atol=0)
-    (_, caches), (_, traces), _ = seen
+    actual = run_methods(model)
+    torch.testing.assert_close(actual, unwrapped_results(), rtol=0, atol=0)
+    (_, caches), (_, traces), _ = actual
     assert len(caches) == len(traces) == 2
     assert traces[1] is None
 
@@ -141,7 +141,7 @@ def test_replaced_modules_are_called(path):
     setattr(parent, name, Scaled(getattr(parent, name), 2.0))
     with torch.no_grad():
         getattr(scaled.get_submodule(path), "scale" if name == "norm" else "weight").mul_(2)
-    torch.testing.assert_close(observe(model), observe(scaled))
+    torch.testing.assert_close(run_methods(model), run_methods(scaled))
 
 
 def test_replaced_embedding_with_tied_head():
@@ -150,7 +150,7 @@ def test_replaced_embedding_with_tied_head():
     model.embed = Scaled(model.embed, 2.0)
     with torch.no_grad():
         scaled.embed.weight.mul_(2)
-    torch.testing.assert_close(observe(model), observe(scaled))
+    torch.testing.assert_close(run_methods(model), run_methods(scaled))
 
 
 def test_weight_names_exclude_wrappers(tmp_path):
@@ -222,7 +222,7 @@ def test_dynamic_quantization_replaces_all_linear_maps(tied, layer):
     assert sum(isinstance(module, kind) for module in small.modules()) == maps == 15 + (not tied)
     with torch.no_grad():
         plain = model(TOKENS)
-        (logits, caches), (whole, _), tokens = observe(small)
+        (logits, caches), (whole, _), tokens = run_methods(small)
     for found in (whole, logits):
         assert 0 < (found - plain).norm() < 0.2 * plain.norm()
     assert caches[0].state.weights[0].dtype == caches[1].keys.dtype == torch.float32
@@ -261,11 +261,11 @@ def test_lora_wraps_every_projection():
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in name), name
         assert parameter.grad is None or parameter.grad.abs().max() > 0, name
-    seen = observe(model)
-    torch.testing.assert_close(seen[0][0], logits.detach())
+    actual = run_methods(model)
+    torch.testing.assert_close(actual[0][0], logits.detach())
     merged = model.merge_and_unload()
     assert type(merged) is LanguageModel
-    torch.testing.assert_close(observe(merged), seen)
+    torch.testing.assert_close(run_methods(merged), actual)
     assert merged.state_dict().keys() == make_model().state_dict().keys()
 
 

@@ -222,7 +222,9 @@ def test_config_of_mixers(tmp_path):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     for word in ("model.mixers=window", "model.mixers=[window]"):
         assert load_config(twin, [word, "model.ffn_width=0"]).model.mixers == ("window",)
-    message = r"model.mixers = \['lstm'\]: must be 1 to num_layers = 1 words of 'memory'"
+    message = (
+        r"model.mixers = \['lstm'\]: must be a list of 1 to num_layers = 1 names out of 'memory'"
+    )
     with pytest.raises(UserError, match=message):
         load_config(path, ["model.mixers=lstm"])
     # A checkpoint from before there were mixers resumes as what it was.

@@ -236,7 +236,7 @@ def test_peers_are_compared_with_subjects_on_as_many_devices(monkeypatch):
     for relative, expected in ((True, (None, None, 1.5, 1.25)), (False, (None, 2, 2 / 3, 1.6))):
         comparison = peers.Comparison(lambda _: subjects, relative_time=relative)
         rows = peers.measure("", comparison, 2, (1, 2))
-        column = "times its time" if relative else "times faster"
+        column = "relative time" if relative else "times faster"
         assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
 
 

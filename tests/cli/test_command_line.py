@@ -135,7 +135,7 @@ def test_checkpoint_of_another_version_is_refused(finished, copied, monkeypatch,
     meta = json.loads(file.read_text())
     (meta["config"] if of_config else meta)["depth"] = 1
     file.write_text(json.dumps(meta))
-    message = f"{copied} holds a checkpoint of another version ("
+    message = f"{copied} has a checkpoint of another version ("
     fails(finished, monkeypatch, capsys, message, "evaluate", copied)
 
 
@@ -190,7 +190,7 @@ def test_sections_must_be_mappings(tmp_path, monkeypatch, capsys, key, value, me
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
         (["train"], "Missing argument 'CONFIG'"),
-        (["evaluate", "."], "no checkpoint here"),
+        (["evaluate", "."], "no checkpoint found"),
         (["segments", "--length", "0"], "tokens = 0: must be >= 1"),
         (["segments", "--length", "x"], "'--length'"),
         (["segments", "--length", "3", "--segmentation", "x"], "'--segmentation'"),

@@ -195,7 +195,7 @@ def test_default_lengths_reach_twice_the_trained():
         ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),
         ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
         ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),
-        ("mqar", ["--task", "niah"], "knows no text"),
+        ("mqar", ["--task", "niah"], "has no text"),
         ("mqar", ["--task", "text"], "use mqar or niah"),
         ("mqar", ["--task", "quiz"], "'--task'"),
         ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),

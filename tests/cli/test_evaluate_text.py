@@ -173,7 +173,7 @@ def test_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
 
 def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "made", data=MQAR)
-    message = "a run on data.task = 'mqar' knows no text"
+    message = "data.task = 'mqar' has no text"
     words = ("evaluate", run, "--task", "text", "--corpus", text)
     fails(text, monkeypatch, capsys, message, *words)
 

@@ -165,7 +165,7 @@ def test_invalid_generate_options_are_refused(run, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "nowhere: no checkpoint here; name the folder of a run"),
+        ("nowhere", "nowhere: no checkpoint found; must be a run directory"),
         ("nowhere.safetensors", "nowhere.safetensors"),
         ("tiny.yaml", "tiny.yaml: must be a run's folder or a .safetensors file"),
     ],

@@ -144,7 +144,7 @@ def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{run}/nowhere", "--text", "{text}"], "nowhere: no checkpoint here"),
+        (["{run}/nowhere", "--text", "{text}"], "nowhere: no checkpoint found"),
         (["{run}", "--text", "{run}/nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["{run}", "--text", "{empty}"], "empty.txt: the file is empty: name one with text"),
         (["{run}"], "Missing option '--text'"),

@@ -21,7 +21,7 @@ from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw
 from parity.check import check, check_case
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.environment import quick_compile
-from parity.faults import FAULTS, TIES, planted, selftest
+from parity.faults import FAULTS, TIES, injected, selftest
 from parity.files import write_safetensors
 from parity.grids import QUICK, full
 from parity.leaves import Leaf, cotangent
@@ -184,7 +184,7 @@ def test_metrics():
     [
         (leaf(1.0, np.nan), leaf(1.0, 2.0), "1 NaN or infinite values in torch, 0 in jax"),
         (leaf(np.nan, 1.0), leaf(1.0, np.nan), "1 NaN or infinite values in torch, 1 in jax"),
-        (leaf(np.nan), leaf(np.nan), "nothing finite on either side"),
+        (leaf(np.nan), leaf(np.nan), "no finite value in either framework"),
         (leaf(1.0), leaf(1.0, 1.0), "shape (1,) in torch, (2,) in jax"),
         (leaf(1.0, dtype="float32"), leaf(1.0), "dtype float32 in torch, float64 in jax"),
         (None, leaf(1.0), "missing in torch"),
@@ -276,7 +276,7 @@ def test_parity_command_writes_report(monkeypatch, capsys, tmp_path):
 
 
 def test_parity_command_fails_on_difference(monkeypatch, capsys):
-    with planted(next(fault for fault in FAULTS if fault.name == "mask ignored")):
+    with injected(next(fault for fault in FAULTS if fault.name == "mask ignored")):
         assert mc(monkeypatch, "parity", *ONE_CASE) == 1
     out, err = capsys.readouterr()
     assert not err

@@ -324,7 +324,7 @@ def test_convert_command_errors_are_one_line(run, tiny, saved, tmp_path, monkeyp
     for words, message in {
         (tmp_path / "none.pt", out): "none.pt: no such file or folder",
         (tmp_path / "none", out): "none: no such file or folder",
-        (tmp_path / "empty", out): "empty: no checkpoint here",
+        (tmp_path / "empty", out): "empty: no checkpoint found",
         (model, tmp_path / "out.onnx"): "out.onnx: unknown format; name a run's folder",
         (yaml, out): "tiny.yaml: unknown format",
         (model, out, "--from", "onnx"): "'onnx' is not one of 'run', 'safetensors', 'torch'",

@@ -187,7 +187,7 @@ def test_extended_run_needs_its_own_report(path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("run.steps=5",), "of run.steps = 6, and it is 5: run.steps may grow but not shrink"),
+        (("run.steps=5",), "with run.steps = 6, got 5: run.steps must not decrease"),
         (("run.steps=12", "run.seed=1"), "another config: run.seed was 0 and is 1"),
         (("run.steps=12", "optimizer.beta1=0.8"), "optimizer.beta1 was 0.9 and is 0.8"),
     ],
@@ -204,7 +204,7 @@ def test_only_steps_may_change(path, monkeypatch, capsys, words, message):
 def test_extended_run_cannot_shrink(grown, monkeypatch, capsys):
     path, _ = grown
     assert mc(monkeypatch, "train", path, *SIX) == 2
-    assert "may grow but not shrink" in capsys.readouterr().err
+    assert "run.steps must not decrease" in capsys.readouterr().err
     out = io.StringIO()
     report = evaluate(path.parent / "runs" / "tiny", Console(file=out))
     assert report.steps == 12
@@ -312,7 +312,7 @@ def test_init_from_reports_other_settings(path, monkeypatch):
         (["model.ffn_width=8"], "is of another architecture: blocks.0."),
         (["model.ffn_width=8"], "; model.ffn_width is 16 there and 8 here"),
         (["model.num_layers=2"], "is missing there and ["),
-        (["run.init_from=nowhere"], "run.init_from: nowhere: no checkpoint here"),
+        (["run.init_from=nowhere"], "run.init_from: nowhere: no checkpoint found"),
         (["run.init_from={runs}/new"], "new: must not be this run's own directory"),
         (["run.init_from=null", "run.init_optimizer=true"], "run.init_optimizer = True: must be"),
         (["run.init_from=3"], "run.init_from = 3: must be of type str"),

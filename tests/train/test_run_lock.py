@@ -180,7 +180,7 @@ def test_read_only_directory_needs_no_lock(tmp_path, monkeypatch):
 def test_refused_run_creates_no_directory(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "train", path, "run.init_from=nowhere") == 2
-    assert "run.init_from: nowhere: no checkpoint here" in capsys.readouterr().err
+    assert "run.init_from: nowhere: no checkpoint found" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "tiny").exists()
 
 

@@ -138,11 +138,11 @@ def test_other_seeds_start_after_all_rates(tmp_path):
         for run in [*taken[:2], other]:
             plan.add(result_of(run, 1 - run.rate))
         assert plan.progress() == "5/6"
-        assert plan.left
+        assert plan.has_pending
         last = plan.take()
         assert last.key == ("d_model=8", 1, 0.1)
         plan.add(result_of(last, 0.5))
-        assert not plan.left
+        assert not plan.has_pending
         assert [(row["row"], row["seed"]) for row in plan.table()] == [
             ("d_model=8", 0), ("d_model=8", 1), ("d_model=16", 0), ("d_model=16", 1),
         ]  # fmt: skip
@@ -159,7 +159,7 @@ def test_concurrent_sweeps_share_the_work(tmp_path):
         assert two.progress() == "1/2"
         two.add(result_of(second, 0.6))
         assert one.take() is None
-        assert not one.left
+        assert not one.has_pending
         assert one.table() == two.table()
     assert len(read_results(tmp_path / "sweep")) == 2
 

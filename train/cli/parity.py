@@ -137,7 +137,7 @@ def selftest() -> None:
     from parity import faults
 
     start = time.perf_counter()
-    findings = list(_watched(faults.selftest(), len(faults.FAULTS) + len(faults.SUBJECTS)))
+    findings = list(_watched(faults.selftest(), len(faults.FAULTS) + len(faults.CASES)))
     console = _console()
     console.print(faults.table(findings))
     line = faults.summary(findings, time.perf_counter() - start)

@@ -143,7 +143,7 @@ def check_text_options(
     """
     if isinstance(config.data, MQARConfig):
         raise UserError(
-            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: use mqar or niah"
+            f"{directory}: --task text: data.task = 'mqar' has no text: use mqar or niah"
         )
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     defaults = dataclasses.asdict(EvaluationOptions())

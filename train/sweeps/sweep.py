@@ -115,7 +115,7 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
                     plan.add(result)
                     line = f"{plan.progress()}  {describe(result)}"
                     console.print(line, soft_wrap=True, highlight=False)
-            elif plan.left:
+            elif plan.has_pending:
                 if not waits:
                     console.print(
                         f"waiting for a run of another process: {plan.blocked}",

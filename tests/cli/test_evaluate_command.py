@@ -122,7 +122,10 @@ def test_model_size_is_at_longest_test_examples(runs, tmp_path, monkeypatch, cap
         "flops_per_token": flops_per_token(model, 40),
     }
     for text in (capsys.readouterr().out, markdown.read_text()):
-        assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
+        assert (
+            f"{size['parameters']:,} parameters; {size['state_bytes']:,} bytes of state after 40 tokens"
+            in text
+        )
 
 
 def test_model_that_cannot_stream_has_no_state():
@@ -131,7 +134,7 @@ def test_model_that_cannot_stream_has_no_state():
     config = from_dict(TINY | {"data": MQAR, "model": TINY["model"] | {"layer": layer}})
     size = subject.size_of(config.model, config.data, 7)
     assert size["state_bytes"] is None
-    assert subject.size_line(size).startswith("7 parameters; it cannot stream; ")
+    assert subject.size_line(size).startswith("7 parameters; streaming unsupported; ")
 
 
 def test_help_shows_default_values(monkeypatch, capsys):
@@ -186,22 +189,22 @@ def test_default_lengths_reach_twice_the_trained():
     ("name", "words", "message"),
     [
         ("mqar", ["--lengths", "8"], "--lengths '8': must have the form tokens:pairs"),
-        ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be different"),
-        ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be different"),
+        ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be distinct"),
+        ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be distinct"),
         ("mqar", ["--json", "."], "Invalid value for '--json': file '.' is a directory."),
         ("mqar", ["--json", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
         ("mqar", ["--markdown", "/"], "'--markdown': file '/' is a directory."),
         ("mqar", ["--plot", ""], "'--plot': file '' is a directory."),
         ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),
         ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
-        ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),
+        ("mqar", ["--depths", "3"], "--depths: not supported by --task mqar"),
         ("mqar", ["--task", "niah"], "has no text"),
         ("mqar", ["--task", "text"], "use mqar or niah"),
         ("mqar", ["--task", "quiz"], "'--task'"),
         ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),
         ("niah", ["--lengths", "30"], "data.lengths = 30: must be > "),
-        ("mqar", ["--corpus", "book.txt"], "--corpus: has no meaning for --task mqar"),
-        ("niah", ["--corpus", "book.txt"], "--corpus: has no meaning for --haystack noise"),
+        ("mqar", ["--corpus", "book.txt"], "--corpus: not supported by --task mqar"),
+        ("niah", ["--corpus", "book.txt"], "--corpus: not supported by --haystack noise"),
         ("niah", ["--depths", "0"], "depths = 0: must be >= 1"),
         ("niah", ["--value", "word"], "value = 'word': must be one of 'number', 'uuid'"),
     ],

@@ -151,7 +151,7 @@ def test_moved_run_scores_other_text_without_its_corpus(text, tmp_path, monkeypa
     moved = Path(shutil.move(run, tmp_path / "moved"))
     shutil.rmtree(tmp_path / "made" / "text")
     monkeypatch.chdir(tmp_path)
-    message = "so there is no validation text: bring it back, or name another text with --corpus"
+    message = "so there is no validation text: restore it, or give another text with --corpus"
     fails(text, monkeypatch, capsys, message, "evaluate", moved)
     assert mc(monkeypatch, "evaluate", "moved", "--corpus", "other.txt") == 0
     known(monkeypatch, lambda example, places: places > 0)
@@ -194,7 +194,7 @@ def test_options_without_meaning_are_refused(tmp_path, options):
 
     config = load_config(write_config(tmp_path))
     name = next(iter(options))
-    with pytest.raises(UserError, match=f"^--{name}: has no meaning for --task text: use mqar or"):
+    with pytest.raises(UserError, match=f"^--{name}: not supported by --task text: use mqar or"):
         check_text_options(tmp_path, config, EvaluationOptions(**options), None)
     check_text_options(tmp_path, config, EvaluationOptions("text", corpus=("x",)), None)
 
@@ -202,11 +202,11 @@ def test_options_without_meaning_are_refused(tmp_path, options):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plot", "x.png"], "--plot: has no meaning for --task text"),
+        (["--plot", "x.png"], "--plot: not supported by --task text"),
         (["--json", "no/x.json"], "no/x.json: its folder does not exist"),
         (["--corpus", "nowhere"], "nowhere: no such file or folder: correct --corpus"),
         (["--corpus", "{folder}"], "{folder}: no file with text in this folder"),
-        (["--corpus", "{folder}/.x"], ".x: the file is empty: take it out of --corpus"),
+        (["--corpus", "{folder}/.x"], ".x: the file is empty: remove it from --corpus"),
     ],
 )
 def test_invalid_evaluate_options_are_named(run, tmp_path, monkeypatch, capsys, words, message):
@@ -222,7 +222,7 @@ def test_text_that_cannot_be_tokenized_is_named(text, tmp_path, monkeypatch, cap
     run = make_run(tmp_path / "made", *keys)
     for content, message in (
         (b"\xff", "--corpus: 'utf-8' codec can't decode"),
-        (b" \n", "the tokenizer finds no token in it"),
+        (b" \n", "the tokenizer returns no token"),
     ):
         text.write_bytes(content)
         fails(text, monkeypatch, capsys, message, "evaluate", run, "--corpus", text)

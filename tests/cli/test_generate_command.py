@@ -45,10 +45,12 @@ def test_run_ends_with_a_sample(run, monkeypatch, capsys):
     config = run.parents[1] / "tiny.yaml"
     out = (run.parents[1] / "stdout.txt").read_text()
     sample = load_report(run).sample
-    prompt, _, text = out.partition("tiny continues (30 tokens at temperature 0.8, seed 0):\n")
+    prompt, _, text = out.partition(
+        "continuation by tiny (30 tokens at temperature 0.8, seed 0):\n"
+    )
     assert text == "".join(f"| {line}\n" for line in printable(sample.text).split("\n"))
     assert sample.prompt in prompt
-    assert prompt.count("the validation text begins:") == 1
+    assert prompt.count("start of the validation text:") == 1
     before = snapshot(run)
     assert mc(monkeypatch, "train", config, "run.sample_tokens=30") == 0
     assert capsys.readouterr().out.strip("\n") in out
@@ -137,7 +139,7 @@ def test_weight_file_generates_like_its_run(run, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--top-k", "3"], "top_k = 3: needs temperature > 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "top_p = 1.5: must be in"),
         (["--prompt", "a", "--seed", "-1"], "seed = -1: must be in 0..4294967295"),
-        (["--prompt", "a", "--stop", ""], "stop = '': must have a character"),
+        (["--prompt", "a", "--stop", ""], "stop = '': must have at least one character"),
         (["--prompt", "a", "--cache-dtype", "int8"], "'--cache-dtype'"),
         (["--prompt", "a", "--output", "{folder}/empty.jsonl"], "empty.jsonl: exists"),
         (["--prompt", "a", "--output", "{folder}/no/x"], "its folder does not exist"),
@@ -167,7 +169,7 @@ def test_invalid_generate_options_are_refused(run, tmp_path, monkeypatch, capsys
     [
         ("nowhere", "nowhere: no checkpoint found; must be a run directory"),
         ("nowhere.safetensors", "nowhere.safetensors"),
-        ("tiny.yaml", "tiny.yaml: must be a run's folder or a .safetensors file"),
+        ("tiny.yaml", "tiny.yaml: must be a run directory or a .safetensors file"),
     ],
 )
 def test_invalid_sources_are_refused(run, monkeypatch, capsys, source, message):

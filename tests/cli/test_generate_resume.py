@@ -202,12 +202,12 @@ FIRST = line({"id": 0, "prompt": TEXTS[0]})
 @pytest.mark.parametrize(
     ("more", "change", "message"),
     [
-        (["--seed", 4], None, "holds rows of other settings: seed was 3 and is 4: delete it"),
+        (["--seed", 4], None, "has rows of other settings: seed was 3 and is 4: delete it"),
         (["--max-tokens", 7], None, "max_tokens was 6 and is 7"),
         (["--stop", "x"], None, 'stops was [] and is ["x"]'),
         (["--cache-dtype", "bfloat16"], None, 'cache_dtype was "float32" and is "bfloat16"'),
-        (["seed1"], None, "holds rows of other settings: model was "),
-        ([], edit(FIRST), "holds 2 rows, and 1 prompts are given"),
+        (["seed1"], None, "has rows of other settings: model was "),
+        ([], edit(FIRST), "has 2 rows for 1 prompts"),
         ([], edit(FIRST + line({"id": 1, "prompt": "x"})), "row 2 is of another prompt"),
         ([], edit(FIRST + line({"id": 9, "prompt": TEXTS[1]})), "row 2 is of another prompt"),
         ([], lambda _, partial: partial.write_text("x\n"), "not a partial output of mc generate"),
@@ -240,7 +240,7 @@ def test_output_is_locked(run, prompts, monkeypatch, capsys):
         assert mc(monkeypatch, *words(run, prompts)) == 2
         err = capsys.readouterr().err
         assert f"{output}: in use by process " in err
-        assert err.endswith(": name another --output\n")
+        assert err.endswith(": use another --output\n")
         assert not output.exists()
 
 

@@ -202,7 +202,7 @@ def test_needle_verdicts():
 def test_equal_weights_rank_last_and_residual_gates_are_shares():
     found = weighed([1, 1, 1, 0, 1], "residual")
     assert (found.last_weight.item(), found.last_rank.item()) == (0.25, 3)
-    assert found.verdict.startswith("no: this aggregation weights all memories alike; ")
+    assert found.verdict.startswith("no: this aggregation gives equal weight to all memories; ")
 
 
 def test_needle_across_segments_counts_in_both():

@@ -1,4 +1,4 @@
-"""One HTML page of an inspection: pictures, numbers and the text, self-contained."""
+"""Self-contained HTML page of an inspection: plots, tables and the text."""
 
 from base64 import b64encode
 from collections.abc import Sequence

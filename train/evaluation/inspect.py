@@ -26,16 +26,16 @@ def inspect(
     tokens: int | None = None,
     needle: str | None = None,
 ) -> Inspection:
-    """Run a text through a run's last checkpoint, and write pictures, a page and the numbers.
+    """Run the last checkpoint of a run on a text, and write plots, an HTML page and the numbers.
 
     Args:
-        directory: the run.
-        path: the text.
-        console: where a table and the paths of the files are printed.
+        directory: run directory.
+        path: text file.
+        console: receives a table and the paths of the files.
         json_file: output file of the numbers, or None.
         output: folder of `inspect.html` and `layer-<i>.png`; None = `inspect` in the run.
-        tokens: limit, from the text's start; None = 4,096.
-        needle: words of the text; the gates of later tokens should weight their segment.
+        tokens: maximum number of tokens, from the start of the text; None = 4,096.
+        needle: words of the text; report the gate weights of the segment that contains them.
 
     Raises:
         UserError: there is no checkpoint, or the text or the needle cannot be used.

@@ -187,7 +187,9 @@ def make_model(vocab_size: int = 256, **options: str) -> LanguageModel:
 def test_weight_file_needs_its_tokenizer(tmp_path, words):
     model, path = make_model(300), tmp_path / "model.safetensors"
     write_safetensors(path, model.config, to_torch(jax_weights(model)))
-    with pytest.raises(UserError, match="has 300 tokens, and does not say which: name the tok"):
+    with pytest.raises(
+        UserError, match="has 300 tokens, and does not declare its tokenizer: pass the tok"
+    ):
         load_source(path, None)
     tokenizer = tmp_path / "tokenizer.json"
     words.save(str(tokenizer))

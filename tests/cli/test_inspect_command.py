@@ -146,7 +146,7 @@ def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
     [
         (["{run}/nowhere", "--text", "{text}"], "nowhere: no checkpoint found"),
         (["{run}", "--text", "{run}/nowhere.txt"], "nowhere.txt: No such file or directory"),
-        (["{run}", "--text", "{empty}"], "empty.txt: the file is empty: name one with text"),
+        (["{run}", "--text", "{empty}"], "empty.txt: the file is empty: use a file with text"),
         (["{run}"], "Missing option '--text'"),
         (["{run}", "--text", "{text}", "--tokens", "0"], "--tokens = 0: must be >= 1"),
         (["{run}", "--text", "{text}", "--needle", "8"], "--needle '8': not in the text"),
@@ -236,7 +236,7 @@ def test_inspection_of_tokenized_text(tmp_path):
     with pytest.raises(UserError, match=r"text.txt: .*a tokenizer needs UTF-8 text"):
         read_text(path, loaded)
     path.write_text(" \n")
-    with pytest.raises(UserError, match="makes no token of it"):
+    with pytest.raises(UserError, match="returns no token for it"):
         read_text(path, loaded)
 
 

@@ -325,7 +325,7 @@ def test_convert_command_errors_are_one_line(run, tiny, saved, tmp_path, monkeyp
         (tmp_path / "none.pt", out): "none.pt: no such file or folder",
         (tmp_path / "none", out): "none: no such file or folder",
         (tmp_path / "empty", out): "empty: no checkpoint found",
-        (model, tmp_path / "out.onnx"): "out.onnx: unknown format; name a run's folder",
+        (model, tmp_path / "out.onnx"): "out.onnx: unknown format; must be a run directory",
         (yaml, out): "tiny.yaml: unknown format",
         (model, out, "--from", "onnx"): "'onnx' is not one of 'run', 'safetensors', 'torch'",
         (model, tmp_path / "copy.pt"): "model.pt: is of the format torch already; copy it",

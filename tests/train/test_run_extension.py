@@ -309,7 +309,7 @@ def test_init_from_reports_other_settings(path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.ffn_width=8"], "is of another architecture: blocks.0."),
+        (["model.ffn_width=8"], "has another architecture: blocks.0."),
         (["model.ffn_width=8"], "; model.ffn_width is 16 there and 8 here"),
         (["model.num_layers=2"], "is missing there and ["),
         (["run.init_from=nowhere"], "run.init_from: nowhere: no checkpoint found"),

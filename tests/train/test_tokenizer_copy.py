@@ -89,7 +89,7 @@ def test_run_reads_its_tokenizer_copy(folder, tmp_path, monkeypatch, change):
     ("change", "message"),
     [
         (edit, "tokenizer.json (SHA-256 {other}) is not the tokenizer that "),
-        (Path.unlink, "tokenizer.json: no such file: it is the run's copy of data.tokenizer = "),
+        (Path.unlink, "tokenizer.json: no such file: this is the run's copy of data.tokenizer = "),
     ],
 )
 def test_changed_tokenizer_copy_is_refused(folder, monkeypatch, capsys, change, message):
@@ -138,7 +138,7 @@ def test_run_resumes_only_with_the_same_tokenizer(folder, monkeypatch, capsys):
     fails(config, monkeypatch, capsys, message, "train", config, *words)
     fails(config, monkeypatch, capsys, "data.tokenizer = plain.json", "train", config, *words)
     (folder / "plain.json").unlink()
-    message = f"no such file; the run keeps a copy: set data.tokenizer={run}/tokenizer.json"
+    message = f"no such file; the run has a copy: set data.tokenizer={run}/tokenizer.json"
     fails(config, monkeypatch, capsys, message, "train", config, *words)
     kept = f"data.tokenizer={run}/tokenizer.json"
     assert mc(monkeypatch, "train", config, *words, kept) == 0
@@ -153,7 +153,7 @@ def test_run_without_copy_reads_the_named_file(folder, monkeypatch, capsys):
     file.write_text(json.dumps(meta))
     assert source(run)[1].get_vocab() == byte_level().get_vocab()
     (folder / "plain.json").rename(folder / "moved.json")
-    message = "data.tokenizer = plain.json: no such file, and the run keeps no copy of it"
+    message = "data.tokenizer = plain.json: no such file, and the run has no copy of it"
     fails(folder / "tiny.yaml", monkeypatch, capsys, message, "generate", run, "--prompt", "a")
     assert source(run, "moved.json")[1].get_vocab() == byte_level().get_vocab()
 
@@ -166,7 +166,7 @@ def test_weight_file_has_its_tokenizer_hash(folder, tmp_path, monkeypatch, capsy
     assert mc(monkeypatch, "convert", run, path) == 0
     assert f"keep {run}/tokenizer.json for it" in " ".join(capsys.readouterr().out.split())
     assert source(path, "plain.json")[1].get_vocab() == byte_level().get_vocab()
-    with pytest.raises(UserError, match=r"has 300 tokens, and says only its SHA-256"):
+    with pytest.raises(UserError, match=r"has 300 tokens, and declares only its SHA-256"):
         source(path)
     edit(folder / "plain.json")
     for name in ("plain.json", "bytes"):

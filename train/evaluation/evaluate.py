@@ -210,7 +210,7 @@ def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int)
 
 
 def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
-    """Return the cache bytes of a stream after `tokens` tokens; None if streaming is unsupported."""
+    """Return the cache bytes after `tokens` streamed tokens; None if streaming is unsupported."""
     try:
         for layer in config.block_layers:
             if isinstance(layer, MCConfig):

@@ -43,8 +43,7 @@ class TextEvaluation:
         model: memory and aggregation.
         parameters: number of parameters of the model.
         window: tokens per window; each window starts with an empty state.
-        bits_per_byte: total bits divided by total bytes; separator tokens are predicted but count as
-            zero bytes.
+        bits_per_byte: total bits divided by total bytes; separator tokens have bits but no bytes.
         bytes: length of the text in bytes.
         tokens: length of the text in tokens, including separators.
         tokens_per_byte: ratio of the two; 1 for byte-level models.

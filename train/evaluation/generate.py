@@ -210,8 +210,8 @@ def run(
 ) -> Speed:
     """Continue prompts; stream text to stdout, and print the speed to stderr.
 
-    With `output`, rows of finished batches are saved to a partial file, from which a later call with
-    the same arguments resumes. A row depends on its number, not on its batch.
+    With `output`, rows of finished batches are saved to a partial file, from which a later call
+    with the same arguments resumes. A row depends on its number, not on its batch.
 
     Args:
         source: see `load_source`.
@@ -260,7 +260,7 @@ def _run_batches(
     partial: Partial | None,
     as_lines: bool,
 ) -> Speed:
-    """Continue the prompts that have no row in `partial`; print the text, or add it to `partial`."""
+    """Continue the prompts that have no row in `partial`; print the text or add it to `partial`."""
     speed, terminal = Speed(), is_terminal()
 
     def show(row: int, text: str) -> None:

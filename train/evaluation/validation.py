@@ -101,8 +101,8 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
 def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
     """Return a function that scores a text.
 
-    It maps parameters, other state, tokens and a number of bytes to a `Validation`. The score is the
-    number of bits of all tokens, including separators between documents, divided by the number of
+    It maps parameters, other state, tokens and a number of bytes to a `Validation`. The score is
+    the number of bits of all tokens, including separators between documents, divided by the number of
     bytes. Every token is predicted once. Windows start with an empty state and read the last token
     of the previous window first, so the token at position i (from 0) of a window is predicted from
     i + 1 tokens. The first token of the text has no context: it costs log2(vocab_size), and has no

@@ -1,4 +1,4 @@
-"""Names and notes of subjects on several devices."""
+"""Names and notes for subjects on several devices."""
 
 ABOUT = (
     "devices: the batch is split over them; of a CPU, one device runs a batch of small products on "

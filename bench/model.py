@@ -1,4 +1,4 @@
-"""`mc bench model`: a configuration's training step and its share of the matmul rate."""
+"""`mc bench model`: time of a training step, and its share of the peak matmul rate."""
 
 import time
 from collections.abc import Callable
@@ -22,13 +22,13 @@ def run(
     """Time the whole optimiser step on random tokens.
 
     Args:
-        config: a training run's configuration.
-        build: makes the model's structure, its first state and the jitted step of it.
-        losses: (structure, parameters, rest, tokens) -> the losses of a microbatch.
-        runs: timed steps.
+        config: configuration of a training run.
+        build: returns the graph definition, the initial state and the jitted training step.
+        losses: (graph definition, parameters, rest, tokens) -> losses of a microbatch.
+        runs: number of timed steps.
 
     Raises:
-        UserError: there are fewer devices than `run.devices`.
+        UserError: fewer devices than `run.devices` are available.
     """
     run, window = config.run, config.data.window
     devices = local(run.devices, "run.devices")
@@ -49,7 +49,7 @@ def run(
     held = [state]
 
     def once() -> None:
-        # The step consumes its state.
+        # The step donates its state.
         held[0], metrics = compiled(held[0], tokens)
         jax.block_until_ready((held[0], metrics))
 

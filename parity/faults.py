@@ -111,7 +111,7 @@ def table(findings: list[Finding]) -> Table:
 
 
 def summary(findings: list[Finding], seconds: float) -> str:
-    """Return the verdict on one line."""
+    """Return a one-line summary."""
     faulty = [finding for finding in findings if finding.fault]
     caught = sum(finding.ok for finding in faulty)
     clean = sum(finding.ok for finding in findings) - caught

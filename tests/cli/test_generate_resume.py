@@ -281,8 +281,8 @@ def test_other_keys_are_copied_to_the_output(run, fake, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a", "tokens": 3}', 'line 1: key "tokens": is one that the output adds'),
-        ('{"prompt": "a", "completion": ""}', 'key "completion": is one that the output adds'),
+        ('{"prompt": "a", "tokens": 3}', 'line 1: key "tokens": is reserved for the output'),
+        ('{"prompt": "a", "completion": ""}', 'key "completion": is reserved for the output'),
         ('{"prompt": "a", "x": NaN}', "line 1: Out of range float values are not JSON compliant"),
         ('{"prompt": "a", "x": 1e999}', "line 1: Out of range float values are not JSON compliant"),
         ('{"id": 1}', 'line 1: must be an object with the key "prompt"'),

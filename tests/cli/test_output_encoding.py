@@ -129,7 +129,7 @@ def test_tables_of_a_sweep_are_printed(tmp_path, monkeypatch, encoding, name):
     words = ["sweep", path, "--markdown", tmp_path / "table.md"]
     code, out, err = command(monkeypatch, encoding, *words)
     assert (code, err) == (0, b"")
-    assert encoded(f"results and pictures: {directory}", encoding) in out
+    assert encoded(f"results and plots: {directory}", encoding) in out
     assert os.fsencode(path) in (tmp_path / "table.md").read_bytes()
 
 

@@ -314,10 +314,10 @@ def test_missing_framework_is_a_one_line_error(package):
     [
         (("check", "--kind", "attention"), "'attention' is not one of 'linear', 'swla'"),
         (("check", "--dtype", "float16"), "'float16' is not one of"),
-        (("check", "--device", "cuda"), "sees no CUDA device"),
+        (("check", "--device", "cuda"), "finds no CUDA device"),
         (("check", "--tokens", "7"), "--tokens: needs --config or --checkpoint"),
         (("check", "--config", "none.yaml"), "none.yaml: No such file"),
-        (("check", "--checkpoint", "none.zip"), "must be a run's folder, or a file that ends"),
+        (("check", "--checkpoint", "none.zip"), "must be a run directory, or a file that ends"),
         (("train", "--config", "none.yaml"), "none.yaml: No such file"),
     ],
 )
@@ -342,7 +342,7 @@ def test_parity_of_user_model_and_weights(monkeypatch, capsys, tmp_path):
     file = tmp_path / "weights.safetensors"
     write_safetensors(file, layer.config, run_torch.to_torch(weights))
     assert mc(monkeypatch, *words, "--checkpoint", file) == 2
-    assert "is of another model than" in capsys.readouterr().err
+    assert "has another model than" in capsys.readouterr().err
     assert mc(monkeypatch, "parity", "check", "--checkpoint", file) == 0
     assert "linear+residual layer" in capsys.readouterr().out
 

@@ -172,7 +172,7 @@ def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
     base.write_text(base.read_text().replace("steps: 3", "steps: 4"))
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
-    assert "holds aggregation=none of another config" in err
+    assert "has aggregation=none of another config" in err
     assert err.count("\n") == 1
 
 
@@ -240,7 +240,7 @@ def test_nonfinite_test_loss_is_null_in_json(tmp_path):
         ({"vary": 3}, "vary = 3: must be a list"),
         ({"vary": {"run.stesp": [3]}}, "run: unknown key 'stesp'"),
         ({"vary": {"run.steps": [0]}}, "run.steps = 0: must be >= 1"),
-        ({"vary": {"run.seed": [1]}}, "'run.seed': must be no key that seeds, rates"),
+        ({"vary": {"run.seed": [1]}}, "'run.seed': must be no key set by seeds, rates"),
         ({"rows": [{"a": 1}, {"a": 1}]}, "'a=1': must be different rows"),
         ({"rows": [3]}, "rows[0] = 3: must be a mapping"),
         ({"seeds": []}, "seeds = []: must be a list of different values"),
@@ -258,7 +258,7 @@ def test_nonfinite_test_loss_is_null_in_json(tmp_path):
         ({"directory": 3}, "directory = 3: must be of type str"),
         (
             {"rows": [{"data.task": "text", "data.corpus": "x"}]},
-            "examples = 4: must be left out for text",
+            "examples = 4: not supported for text",
         ),
         ({"vary": {"data.task": ["mqar", "niah"]}}, "data.task = mqar, niah: must be the same"),
     ],

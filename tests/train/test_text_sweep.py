@@ -200,7 +200,7 @@ def test_invalid_text_sweeps_are_refused(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, examples=4)
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
-    assert "examples = 4: must be left out for text" in err
+    assert "examples = 4: not supported for text" in err
     mixed = write_recall(
         tmp_path,
         vary={"model.layer.d_model": [8]},

@@ -303,7 +303,7 @@ def test_unreadable_config_files_are_named(tmp_path):
         ("missing.yaml", None, "No such file"),
         ("list.yaml", "- 1\n", "must be a mapping"),
         ("broken.yaml", "a: [1\n", "not a YAML file"),
-        ("circle.yaml", "base: circle.yaml\n", "leads back"),
+        ("circle.yaml", "base: circle.yaml\n", "cyclic reference"),
         ("lost.yaml", "base: nowhere.yaml\n", "nowhere.yaml: No such file"),
         ("number.yaml", "base: 3\n", "must be the name of a YAML file"),
         ("short.yaml", "data: {corpus: x}\n", "key 'model' is missing"),

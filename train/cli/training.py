@@ -1,4 +1,4 @@
-"""`mc train` and `mc sweep`. Imports are inside the commands, to start quickly."""
+"""`mc train` and `mc sweep`. Commands import lazily, to start quickly."""
 
 from pathlib import Path
 from typing import Annotated

@@ -122,7 +122,7 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
         table.add_row(name, f"{bits:.3f}", f"{bits - report.bits_per_byte:+.3f}", *rest)
     console.print(table)
     console.print(verdict(report), soft_wrap=True)
-    console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
+    console.print(f"curves, checkpoints and plots: {run}\n", soft_wrap=True)
     print_positions(console, report)
     if report.sample:
         print_sample(console, report.name, report.sample)

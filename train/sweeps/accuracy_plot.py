@@ -27,9 +27,9 @@ Lines = dict["Look", list[tuple[RunResult, dict[str, float]]]]
 
 
 class Look(NamedTuple):
-    """Style of a row: colour of the memory, marker of the aggregation, open for carried states.
+    """What determines the style of a row: memory (colour), aggregation (marker), mode (filling).
 
-    Other overrides count as another memory.
+    Rows with other overrides are drawn as another memory.
     """
 
     memory: str
@@ -45,7 +45,7 @@ class Look(NamedTuple):
 
 
 class Legend:
-    """The colours, markers and fillings of a picture, in the order of their first appearance."""
+    """Colours, markers and fillings of a plot, assigned in the order of first appearance."""
 
     def __init__(self, looks: Sequence[Look]):
         memories, aggregations, modes = (dict.fromkeys(words) for words in zip(*looks, strict=True))
@@ -54,14 +54,14 @@ class Legend:
         self._open = {word: word == "checkpoint" for word in modes}
 
     def style(self, look: Look) -> dict[str, Any]:
-        """Return the keywords of a plot."""
+        """Return the keyword arguments of `Axes.plot`."""
         color = self._colors[look.memory]
         face = "white" if self._open[look.mode] else color
         marker = self._markers[look.aggregation]
         return {"color": color, "marker": marker, "markerfacecolor": face, "markersize": 6}
 
     def sorted(self, looks: Iterable[Look]) -> list[Look]:
-        """Return looks in the order of the legend: grouped by memory."""
+        """Sort by memory, then mode, as in the legend."""
         memories, modes = list(self._colors), list(self._open)
         return sorted(looks, key=lambda look: (memories.index(look.memory), modes.index(look.mode)))
 
@@ -80,10 +80,10 @@ class Legend:
 
 
 def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
-    """Draw accuracy against width, or aggregation where there is one width, and state bytes.
+    """Plot accuracy against width (or aggregation if there is one width) and against state bytes.
 
-    Rows that differ only in width form a line. Bars are 95% intervals. The picture of text is
-    `bits_per_byte.draw_sweep`'s.
+    Rows that differ only in width form a line. Error bars are 95% intervals. For sweeps on text,
+    see `bits_per_byte.draw_sweep`.
     """
     if any(map(is_text, results)):
         return bits_per_byte.draw_sweep(title, by_row(results))
@@ -115,9 +115,7 @@ def _draw_lines(
     axes: Axes, lines: Lines, legend: Legend, by: str, words: str, unit: int = 1
 ) -> None:
     for look, points in lines.items():
-        points = [
-            point for point in points if point[0][by] is not None
-        ]  # a model that cannot stream
+        points = [point for point in points if point[0][by] is not None]  # the model cannot stream
         points.sort(key=lambda point: point[0][by])
         places = [result[by] / unit for result, _ in points]
         _plot(axes, places, [one for _, one in points], legend, look)
@@ -128,7 +126,7 @@ def _draw_lines(
 
 
 def _draw_groups(axes: Axes, lines: Lines, legend: Legend) -> None:
-    """Draw one group per aggregation, with the memories and their modes side by side."""
+    """Draw one group of points per aggregation, with memories and modes side by side."""
     names = []
     groups = sorted(dict.fromkeys(look.aggregation for look in lines), key=lambda word: not word)
     for place, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""A sweep on text: bits per byte of validation text, total and by position in the window."""
+"""Sweeps on text: bits per byte of the validation text, total and by position in the window."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def about(config: TrainConfig) -> RunResult:
-    """Return the fields of a result that do not depend on the outcome."""
+    """Return the result fields that depend only on the configuration."""
     model = config.model
     cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
@@ -52,16 +52,16 @@ def outcome(report: TextReport) -> RunResult:
 
 
 def describe(result: RunResult) -> str:
-    """Return the measured value in words."""
+    """Return the measured value as text."""
     return f"{result['bits_per_byte']:.4f} bits per byte"
 
 
 def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
-    """Return the runs without caching for comparison with a row, or None.
+    """Return the runs of the baseline of a row, the comparable row without caching, or None.
 
-    They have the row's window, validation text and tokens; of several such rows, the one that
-    shares most overrides is taken, of those the one with the fewest bits. A row without caching has
-    none.
+    Comparable rows have the same window, validation text and number of tokens. Of several rows, the
+    one that shares most overrides is used; ties: the one with the fewest bits. Rows without caching
+    have no baseline.
     """
     first = own[0]
     if first["cacheless"]:
@@ -79,7 +79,7 @@ def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
 
 
 def _scored(own: Sequence[RunResult]) -> list[Any]:
-    """Return the fields that must be equal to compare positions: text, window and tokens."""
+    """Return the fields that must be equal in comparable rows: text, window and tokens."""
     buckets = [(b["start"], b["end"], b["tokens"]) for b in own[0]["positions"]]
     return [*(own[0][key] for key in ("state_tokens", "validation_sha256", "unit")), buckets]
 
@@ -88,8 +88,8 @@ def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndar
     """Return the gain of a row over another in bits, per seed.
 
     Returns:
-        bits per byte [s] and bits per token in each bucket of positions [s, buckets], for the seeds
-        that both have.
+        Gains in bits per byte [s], and in bits per token by position [s, buckets], for the seeds
+        that both rows have.
     """
     pairs = [(a, b) for a in own for b in other if a["seed"] == b["seed"]]
     whole = np.array([b["bits_per_byte"] - a["bits_per_byte"] for a, b in pairs])
@@ -98,7 +98,7 @@ def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndar
 
 
 def bits(own: Sequence[RunResult]) -> np.ndarray:
-    """Return the bits per token [s, buckets] of the runs of a row, by position."""
+    """Return the bits per token by position of the runs of a row, [s, buckets]."""
     return np.array([[bucket["bits"] for bucket in result["positions"]] for result in own])
 
 
@@ -128,10 +128,10 @@ def names(rows: Rows) -> dict[str, str]:
 
 
 def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> ResultTable:
-    """Return one line per row: bits per byte, gain over no caching, size and cost.
+    """Return a table with bits per byte, gain over no caching, size and cost of each row.
 
-    With `cells` also rate, seeds, parameters, and the bits at each bucket of positions, which makes
-    a wide table; without them a note gives the parameters.
+    With `cells`, the table also has rate, seeds, parameters and the bits of each bucket of
+    positions, otherwise a note has the range of parameters.
     """
     good = _good(rows)
     name_of = names(rows)
@@ -175,7 +175,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
 
 
 def _good(rows: Rows) -> dict[str, list[RunResult]]:
-    """Return the rows with their successful runs, if any."""
+    """Return the successful runs of each row; rows without any are omitted."""
     good = {row: [result for result in own if not result.get("error")] for row, own in rows.items()}
     return {row: own for row, own in good.items() if own}
 
@@ -205,10 +205,10 @@ def _cost(own: Sequence[RunResult], good: Sequence[RunResult], cells: bool) -> R
 
 
 def draw_sweep(title: str, rows: Rows) -> bytes:
-    """Draw bits by position, and the gain over no caching.
+    """Plot bits by position, and the gain over no caching.
 
-    One line per row: the mean over the seeds, with a band from the lowest to the highest. Colours
-    are models, line styles windows.
+    Each row is a line, the mean over the seeds, and a band from the lowest to the highest seed.
+    Colours denote models, line styles windows.
     """
     good = _good(rows)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -249,7 +249,7 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
 def _band(
     axes: Axes, place: Sequence[float], values: np.ndarray, look: dict[str, Any], name: str
 ) -> None:
-    """Draw the mean of [s, buckets] over s, and the range."""
+    """Plot mean and range over s of values [s, buckets]."""
     axes.plot(place, values.mean(0), marker="o", markersize=3, label=name, **look)
     axes.fill_between(
         place, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0

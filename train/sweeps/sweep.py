@@ -1,4 +1,4 @@
-"""A sweep, from its file to its table; finished runs are not repeated."""
+"""Execution of a sweep: train and test its runs, and write its table and plot."""
 
 import io
 import math
@@ -44,26 +44,26 @@ def sweep(
     plot: Path | None = None,
     recorded: Path | None = None,
 ) -> list[RunResult]:
-    """Train and test the runs of a sweep without a result; print and draw all results.
+    """Train and test the runs of a sweep that have no result, and print and plot all results.
 
-    Every rate is tried with the first seed. The one with the best validation accuracy (ties: the
-    lower loss, then the lower rate) is run with the other seeds. Those runs give the row's figures,
-    from test examples. The results of all rates are saved. On text, the rate
-    with the fewest bits per byte is chosen, and the figures are those of the validation text.
+    Every rate is tried with the first seed. The rate with the best validation accuracy (ties: the
+    lower loss, then the lower rate) is run with the other seeds. The table has the test accuracy of
+    the runs at this rate; the results of all rates are saved. On text, the rate with the fewest
+    bits per byte is chosen, and the table has the bits per byte of the validation text.
 
     Args:
-        path: the sweep's YAML file.
-        console: where progress and the table are printed.
-        jobs: parallel runs; each has its share of the cores.
+        path: YAML file of the sweep.
+        console: receives progress and the table.
+        jobs: number of parallel runs; each has its share of the cores.
         markdown: output file of the table.
         plot: output file of the plot; None = `sweep.png` in the sweep's directory.
         recorded: `results.jsonl` of an earlier sweep; the table shows its accuracy.
 
     Returns:
-        the results of the runs in the table.
+        Results of the runs in the table.
 
     Raises:
-        UserError: the sweep, or a run of it, is not allowed; nothing is trained then.
+        UserError: the configuration of the sweep or a run is invalid; nothing is trained.
         OSError: a file cannot be read or written.
     """
     check_jobs(jobs)
@@ -91,18 +91,18 @@ def sweep(
         write_atomic(markdown, to_bytes(table.as_markdown()))
     picture = plot or directory / "sweep.png"
     write_atomic(picture, draw_sweep(title, chosen))
-    console.print(f"results and pictures: {directory}", soft_wrap=True, highlight=False)
+    console.print(f"results and plots: {directory}", soft_wrap=True, highlight=False)
     return chosen
 
 
 def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:
-    """Do the remaining runs of a sweep, and print a line about each.
+    """Execute the remaining runs of a sweep, and print a line about each.
 
     Args:
-        plan: of the runs.
-        jobs: parallel runs.
-        console: output.
-        devices: the maximum over the runs.
+        plan: queue of the runs.
+        jobs: number of parallel runs.
+        console: output console.
+        devices: maximum `run.devices` of the runs.
     """
     waits = False
     message = "interrupted: the same command resumes the sweep"
@@ -130,9 +130,9 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
 
 
 def do(run: Run) -> RunResult:
-    """Train and test one run, from its last checkpoint if it has one.
+    """Train and test one run; resume from its last checkpoint, if any.
 
-    A run that ends with a NaN or an infinity is a result with an `error`.
+    A run that stops at a NaN or an infinity returns a result with an `error`.
     """
     start = time.monotonic()
     config = run.config
@@ -173,13 +173,13 @@ def do(run: Run) -> RunResult:
 
 
 def run_on() -> dict[str, Any]:
-    """Return the machine of a run; a worker has a share of its cores."""
+    """Return a description of the machine; in a worker, with the cores of the worker."""
     found = machine()
     return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
 
 
 def longest(run: Run) -> int:
-    """Return the tokens of a window of text, or of the longest test example."""
+    """Return the number of tokens of a text window or of the longest test example."""
     data = run.config.data
     if isinstance(data, TextConfig):
         return data.max_tokens
@@ -196,7 +196,7 @@ def recall_outcome(run: Run, report: RecallReport) -> RunResult:
 
 
 def describe(result: RunResult) -> str:
-    """Return a line about a run."""
+    """Return a one-line description of a result."""
     name = f"{result['row']} rate={result['rate']:g} seed={result['seed']}"
     if result.get("error"):
         return f"{name}: {result['error']}"

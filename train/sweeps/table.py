@@ -25,7 +25,7 @@ MEASURE = (
 
 
 def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Return the results of each row, in order."""
+    """Group results by row, in order."""
     rows: dict[str, list[RunResult]] = {}
     for result in results:
         rows.setdefault(result["row"], []).append(result)
@@ -33,7 +33,7 @@ def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def score(results: Sequence[RunResult]) -> dict[str, float]:
-    """Return the accuracy on all test cells of several runs, with its interval."""
+    """Return the accuracy over all test cells of several runs, with its interval."""
     cells = [cell for result in results for cell in result["test"]]
     right, asked = (sum(cell[name] for cell in cells) for name in ("right", "asked"))
     low, high = wilson(int(right), int(asked))
@@ -48,10 +48,10 @@ def make_table(
     recorded: Recorded | None = None,
     cells: bool = True,
 ) -> ResultTable:
-    """Return one line per row: rate, size and accuracy.
+    """Return a table with rate, size and accuracy of each row.
 
-    With `recorded` also the recorded accuracy. With `cells` also the spread over the seeds and each
-    test cell, which makes a wide table. Text has its own `bits_per_byte.make_table`.
+    With `recorded`, the table also has the recorded accuracy; with `cells`, also the range over the
+    seeds and the accuracy of each test cell. For text, see `bits_per_byte.make_table`.
     """
     if any(map(is_text, results)):
         return bits_per_byte.make_table(title, by_row(results), config, cells=cells)
@@ -105,7 +105,7 @@ def _line(
 
 
 def _figures(good: list[RunResult], cells: bool) -> Row:
-    """Return the accuracy of a row's runs and its spread."""
+    """Return the accuracy of the runs of a row, and its range over the seeds."""
     whole = score(good) if good else {}
     each = [100 * score([result])["accuracy"] for result in good]
     spread = cells and len(each) > 1
@@ -119,7 +119,7 @@ def _figures(good: list[RunResult], cells: bool) -> Row:
 
 
 def for_terminal(report: ResultTable) -> Table:
-    """Return a table for 80 columns; the first column is never truncated."""
+    """Return a table for terminals of 80 columns; the first column is never truncated."""
     made = report.table()
     made.box, made.show_edge, made.pad_edge, made.collapse_padding = SIMPLE, False, False, True
     words = [word for row in report.rows for word in row["row"].split()]

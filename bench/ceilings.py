@@ -33,7 +33,7 @@ class Ceilings:
         return flops / seconds / self.matmul
 
 
-def side() -> int:
+def matrix_size() -> int:
     """Return the size of the timed square matrices, large enough to use the whole device."""
     return 2048 if jax.default_backend() == "cpu" else 8192
 
@@ -46,7 +46,7 @@ def measure(dtype: str = "float32", runs: int = 10) -> Ceilings:
         runs: number of timed runs of each operation.
     """
     on_cpu = jax.default_backend() == "cpu"
-    left = jax.random.normal(jax.random.key(0), (side(), side())).astype(dtype)
+    left = jax.random.normal(jax.random.key(0), (matrix_size(), matrix_size())).astype(dtype)
     numbers = jnp.ones(COPIED if on_cpu else COPIED_BY_ACCELERATOR, dtype)
     multiply = jax.jit(lambda x: x @ x).lower(left).compile()
     copy = jax.jit(lambda x: x + 1).lower(numbers).compile()
@@ -58,6 +58,6 @@ def measure(dtype: str = "float32", runs: int = 10) -> Ceilings:
         runs,
     )
     return Ceilings(
-        matmul=2.0 * side() ** 3 / min(times["matmul"].seconds),
+        matmul=2.0 * matrix_size() ** 3 / min(times["matmul"].seconds),
         copy=2.0 * numbers.nbytes / min(times["copy"].seconds),
     )

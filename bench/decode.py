@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench.timing import STEADY, Timing, alternate, ratio
+from bench.timing import WARM_CACHE_NOTE, Timing, alternate, ratio
 from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
@@ -59,7 +59,7 @@ def run(
     if configs and configs[0].num_heads % devices:
         raise UserError(f"--devices {devices}: must divide --heads {configs[0].num_heads}")
     notes = ["one stream, float32; random memories, which do not change the cost of a step"]
-    notes.append(STEADY)
+    notes.append(WARM_CACHE_NOTE)
     rows = compare(configs, contexts, runs, seed)
     for config in configs if prompt else ():
         one = compare_prefill(config, prompt, seed, places)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.ceilings import Ceilings, measure, side
-from bench.devices import ABOUT, named
-from bench.timing import STEADY, Subject, Timing, alternate
+from bench.ceilings import Ceilings, matrix_size, measure
+from bench.devices import DEVICES_NOTE, named
+from bench.timing import WARM_CACHE_NOTE, Subject, Timing, alternate
 from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.files import to_png, write_atomic
@@ -77,10 +77,12 @@ def run(grid: Grid, runs: int) -> ResultTable:
             f"{dtype} {of.matmul / 1e9:.0f} GFLOP/s, {of.copy / 1e9:.1f} GB/s"
             for dtype, of in ceilings.items()
         )
-        notes.append(f"ceilings: a product of {side():,}² matrices and a large copy: {rates}")
-        notes.append(STEADY)
+        notes.append(
+            f"ceilings: a product of {matrix_size():,}² matrices and a large copy: {rates}"
+        )
+        notes.append(WARM_CACHE_NOTE)
     if max(grid.devices) > 1:
-        notes.append(f"{ABOUT}; MiB are summed over them")
+        notes.append(f"{DEVICES_NOTE}; MiB are summed over them")
     rows = [row(s, times.get(name), ceilings.get(s.dtype)) for name, s in subjects.items()]
     size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
     return result_table(f"Layers: {size}", rows, notes)

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.ceilings import measure, side
+from bench.ceilings import matrix_size, measure
 from bench.count import count_flops
-from bench.devices import ABOUT
-from bench.timing import STEADY, alternate
+from bench.devices import DEVICES_NOTE
+from bench.timing import WARM_CACHE_NOTE, alternate
 from mc_core.tables import ResultTable, Row
 from mc_jax.sharding import local, replicate, split_rows
 from parity.environment import result_table
@@ -73,9 +73,9 @@ def run(
     notes = [
         f"{run.accumulation} × {run.batch_size} × {window} tokens per step, {run.dtype}",
         f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
-        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {side():,}² matrices",
+        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {matrix_size():,}² matrices",
     ]
-    notes.append(STEADY)
+    notes.append(WARM_CACHE_NOTE)
     if run.devices > 1:
-        notes.append(f"{run.devices} {ABOUT}; MiB are summed over them")
+        notes.append(f"{run.devices} {DEVICES_NOTE}; MiB are summed over them")
     return result_table("Training step", [row], notes)

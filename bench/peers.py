@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from bench import jax_layers, rivals, torch_layers
-from bench.devices import ABOUT, named
-from bench.timing import STEADY, Subject, alternate, ratio
+from bench.devices import DEVICES_NOTE, named
+from bench.timing import WARM_CACHE_NOTE, Subject, alternate, ratio
 from mc_core import LinearConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.tables import ResultTable, Row
@@ -108,10 +108,10 @@ def run(
         "times faster: median of the ratios per turn, in wall-clock time and in processor time",
         "titans-pytorch evaluates all gradients of a batch at the first weights and takes one step "
         "per chunk: less work than a causal write of every token",
-        STEADY,
+        WARM_CACHE_NOTE,
     ]
     if max(devices) > 1:
-        notes.append(ABOUT)
+        notes.append(DEVICES_NOTE)
     return result_table("Peers, forward and backward, whole layer", rows, notes)
 
 

@@ -18,7 +18,7 @@ from parity.community import from_community
 INSTALL = "make bench-peers"
 
 
-def need(package: str) -> str:
+def require(package: str) -> str:
     """Return the version of an installed package.
 
     Raises:
@@ -47,7 +47,7 @@ def published(
         The subject; the equivalent configuration of this package; and the weights in PyTorch's
         layout, None if there is no exact equivalent (a zero initial memory with biases).
     """
-    need("memory-caching")
+    require("memory-caching")
     import memory_caching as peer
 
     titans = peer.TitansConfig(
@@ -83,7 +83,7 @@ def titans_pytorch(
     chunk_size: int, rows: int, tokens: int, *, backward: bool = True, seed: int = 0
 ) -> Subject:
     """Return `NeuralMemory` of titans-pytorch: width 256, 4 heads of 64, depth 2, expansion 4."""
-    need("titans-pytorch")
+    require("titans-pytorch")
     from titans_pytorch import NeuralMemory
 
     torch.manual_seed(seed)
@@ -177,7 +177,7 @@ def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:
 
     Requires a GPU. One sequence, bfloat16, heads of width 128.
     """
-    need("flash-linear-attention")
+    require("flash-linear-attention")
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 

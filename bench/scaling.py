@@ -8,7 +8,7 @@ import numpy as np
 
 from bench import jax_layers
 from bench.layer import Grid, make_config
-from bench.timing import STEADY, alternate
+from bench.timing import WARM_CACHE_NOTE, alternate
 from mc_core.files import to_png, write_atomic
 from mc_core.tables import ResultTable, Row
 from parity.environment import result_table
@@ -48,7 +48,7 @@ def run(grid: Grid, runs: int) -> ResultTable:
                     "compile s": subjects[name].compile_s,
                 }
             )
-    notes = [STEADY]
+    notes = [WARM_CACHE_NOTE]
     if len(grid.tokens) > 1:
         for name, (ms, gflop) in exponents(rows).items():
             notes.append(f"{name}: time grows as tokens^{ms:.2f}, operations as tokens^{gflop:.2f}")

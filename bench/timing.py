@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-QUICK = 1.0  # seconds; faster subjects have an untimed run before each timed one
-STEADY = (
-    f"a subject that takes less than {QUICK:g} s runs twice per turn, and the second run is timed: "
-    "its data are in the cores' caches, as in a training step"
+SHORT_RUN_S = 1.0  # seconds; faster subjects have an untimed run before each timed one
+WARM_CACHE_NOTE = (
+    f"subjects that take less than {SHORT_RUN_S:g} s run twice per turn, and the second run is timed, "
+    "with data in the CPU caches, as in a training step"
 )
 
 
@@ -77,8 +77,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time subjects in alternating runs, so that other load affects all of them equally.
 
-    A subject whose last warm-up run took less than `QUICK` seconds has an untimed run before each
-    timed one, because the CPU caches contain the data of the other subjects. For longer runs, this
+    A subject whose last warm-up run took less than `SHORT_RUN_S` seconds has an untimed run before
+    each timed one, because the CPU caches contain the data of the other subjects. For longer runs, this
     effect is negligible.
 
     Args:
@@ -100,7 +100,7 @@ def alternate(
             if turn >= warmup:
                 seconds[name].append(end[0] - start[0])
                 processor[name].append(end[1] - start[1])
-            elif turn == warmup - 1 and end[0] - start[0] < QUICK:
+            elif turn == warmup - 1 and end[0] - start[0] < SHORT_RUN_S:
                 quick.add(name)
     return {name: Timing(tuple(seconds[name]), tuple(processor[name])) for name in subjects}
 

@@ -68,11 +68,11 @@ def convert(
     if read.name == write.name:
         raise ValueError(f"{source}: already has the format {read.name}; copy it")
     given = read.read(source)
-    config = _agreed(source, given.config, config)
+    config = _checked_config(source, given.config, config)
     try:
         dtype = one_dtype(leaves(given.flat))
         expected = outputs(config, given, given.framework)
-        flat = given.laid_out(write.framework)
+        flat = given.in_layout(write.framework)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -111,7 +111,7 @@ def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
     """
     config = shortened(config)
     run = _jax_outputs if framework == "jax" else _torch_outputs
-    return run(config, weights.laid_out(framework), fixed_batch(config))
+    return run(config, weights.in_layout(framework), fixed_batch(config))
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -184,7 +184,7 @@ def _is_model(config: Config) -> bool:
     return isinstance(config, ModelConfig)
 
 
-def _agreed(source: Path, own: Config | None, given: Config | None) -> Config:
+def _checked_config(source: Path, own: Config | None, given: Config | None) -> Config:
     config = own or given
     if config is None:
         raise ValueError(f"{source}: has no configuration: needs --config")
@@ -209,7 +209,7 @@ def _values(data: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _check_equal(target: Path, given: Weights, written: Weights, config: Config) -> None:
-    left, right = given.laid_out("torch"), written.laid_out("torch")
+    left, right = given.in_layout("torch"), written.in_layout("torch")
     wrong = [
         name
         for name in sorted(left.keys() | right.keys())

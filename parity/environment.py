@@ -21,7 +21,7 @@ FUSION_EMITTERS_UNTIL = (0, 11)  # from this jax version on, the flag may not ex
 
 
 # Round to bfloat16 between fused operations, which XLA otherwise omits.
-AS_WRITTEN: dict[str, bool | int] = {"xla_allow_excess_precision": False}
+EXACT_ROUNDING: dict[str, bool | int] = {"xla_allow_excess_precision": False}
 
 
 def quick_compile() -> dict[str, bool | int]:
@@ -74,7 +74,7 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
                 f"{package} is not installed: pip install 'memory-caching-jax[{EXTRAS[package]}]'"
             )
     if "jax" not in sys.modules:
-        options = AS_WRITTEN
+        options = EXACT_ROUNDING
         if device == "cpu":
             # One program is compiled in a thread while another is traced.
             options = options | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}

@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     flat: Flat
     framework: str  # "jax" or "torch"
 
-    def laid_out(self, framework: str) -> Flat:
+    def in_layout(self, framework: str) -> Flat:
         """Return the parameters in the layout of a framework.
 
         Raises:

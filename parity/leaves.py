@@ -22,18 +22,18 @@ Leaves = dict[str, Leaf]  # in forward order
 def stack(runs: Iterable[Leaves]) -> Leaves:
     """Stack the leaves of several runs of a case, to compare them together.
 
-    If a leaf is missing or has another shape or dtype in some run, the first run's leaf is returned.
+    Leaves that are missing or differ in shape or dtype in some run are those of the first run.
     """
     first, *others = runs
     joined = {}
     for name, leaf in first.items():
-        same = [run[name] for run in others if name in run and _alike(run[name], leaf)]
+        same = [run[name] for run in others if name in run and _same_format(run[name], leaf)]
         values = [leaf.value, *(one.value for one in same)]
         joined[name] = leaf if len(same) < len(others) else Leaf(np.stack(values), leaf.dtype)
     return joined
 
 
-def _alike(one: Leaf, other: Leaf) -> bool:
+def _same_format(one: Leaf, other: Leaf) -> bool:
     return one.dtype == other.dtype and one.value.shape == other.value.shape
 
 

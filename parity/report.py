@@ -33,11 +33,11 @@ def row(outcome: Outcome) -> tuple[str, ...]:
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the table of all cases."""
     result = Table(*COLUMNS)
-    for column in made.columns[4:8]:
+    for column in result.columns[4:8]:
         column.justify, column.no_wrap = "right", True
     for outcome in outcomes:
-        made.add_row(*row(outcome), style=None if outcome.ok else "red")
-    return made
+        result.add_row(*row(outcome), style=None if outcome.ok else "red")
+    return result
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:

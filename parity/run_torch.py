@@ -52,7 +52,7 @@ def run(
     if module is not None and case.new_tokens:
         new = generate(module, inputs.prompts, case.new_tokens)
         return {"new_tokens": _leaf(torch.stack(list(new)).int())}  # ids are int64 in PyTorch
-    # A layer computes in the dtype of its input; a model, whose inputs are ids, in that of autocast.
+    # A layer computes in the dtype of its input; a model, which reads ids, in that of autocast.
     casts = dtype == "bfloat16" and case.level == "model"
     with torch.autocast(device, torch.bfloat16) if casts else nullcontext():
         result = _forward(case, given, inputs, module, device)

@@ -75,7 +75,7 @@ class Training:
 
 
 def train(
-    optax_of: MakeOptimizer,
+    make_optax: MakeOptimizer,
     config: ModelConfig = SMALL,
     optimizer: OptimizerConfig = OPTIMIZER,
     steps: int = STEPS,
@@ -86,7 +86,7 @@ def train(
     """Train on random batches, and compare.
 
     Args:
-        optax_of: function from a configuration and a number of steps to the Optax optimiser.
+        make_optax: function from a configuration and a number of steps to the Optax optimiser.
         config: configuration of the model.
         optimizer: configuration of the optimiser.
         steps: number of compared steps.
@@ -101,7 +101,7 @@ def train(
     batches = rng.integers(config.vocab_size, size=(4, BATCH, tokens + 1))
     batches = batches[np.arange(steps) % len(batches)]
     run_steps = max(run_steps, steps)
-    left, ours = _train_jax(case, weights, optax_of(optimizer, run_steps), batches)
+    left, ours = _train_jax(case, weights, make_optax(optimizer, run_steps), batches)
     rates = [learning_rate(optimizer, step, run_steps) for step in range(steps)]
     right, theirs = _train_torch(case, weights, optimizer, rates, batches)
     rows = enumerate(zip(left, right, strict=True), 1)
@@ -144,7 +144,7 @@ def _train_jax(
 
 
 def _wide_counters(state: Any) -> Any:
-    """Convert step counters to int64: with int32, optax computes rates and corrections in float32."""
+    """Convert step counters to int64; with int32, optax computes learning rates in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, state)
 
 

@@ -18,7 +18,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
-from train.data.tokenizer_copy import FILE, describe, with_kept_tokenizer
+from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
 from train.step import TrainState, build
 
 
@@ -153,7 +153,7 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
         UserError: the run differs; the message has the first key that does.
     """
     # Parse the saved configuration, so that keys added since then get their defaults.
-    before = _with_free_values(to_dict(_config_of(directory, saved)), saved, now)
+    before = _with_current_values(to_dict(_config_of(directory, saved)), saved, now)
     old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
     if may_grow:
         if steps < old_steps:
@@ -191,7 +191,7 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
         )
 
 
-def _with_free_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[str, Any]:
+def _with_current_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[str, Any]:
     """Return a checkpoint's configuration with the current values of keys that may differ.
 
     The path of the tokenizer may differ if its hash is equal. Checkpoints from before
@@ -240,7 +240,7 @@ def load_run(
     """
     config, graphdef, state, step, meta = load_state(directory)
     if needs_text:
-        config = with_kept_tokenizer(config, directory, meta.tokenizer, tokenizer)
+        config = with_tokenizer_copy(config, directory, meta.tokenizer, tokenizer)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
 
 

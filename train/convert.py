@@ -22,8 +22,8 @@ from train.config.recall_schema import MQARConfig
 from train.data.tokenizer_copy import (
     FILE,
     check_same_tokenizer,
+    copy_tokenizer,
     hash_of,
-    keep_tokenizer,
     tokenizer_hash,
 )
 from train.step import build, split
@@ -122,7 +122,7 @@ def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
     model = nnx.merge(graphdef, state.params, state.rest)
     load_jax(model, flat)
     state = state._replace(params=split(model)[1])
-    keep_tokenizer(path, config)
+    copy_tokenizer(path, config)
     meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(path) as checkpoints:
         checkpoints.save(0, state, task.batches(), meta)

@@ -40,7 +40,7 @@ class Lock:
     def __init__(self, path: Path, subject: Path, advice: str):
         self._path, self._subject, self._advice = path, subject, advice
         self._file: IO[bytes] | None = None
-        self._made_folder = False
+        self._created_folder = False
 
     @classmethod
     def of_run(cls, directory: Path) -> "Lock":
@@ -61,7 +61,7 @@ class Lock:
             return
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            self._made_folder = True
+            self._created_folder = True
         elif not os.access(folder, os.W_OK):
             return
         file, locked = self._open()
@@ -89,7 +89,7 @@ class Lock:
         self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
-        if self._made_folder and not any(self._path.parent.iterdir()):
+        if self._created_folder and not any(self._path.parent.iterdir()):
             self._path.parent.rmdir()
 
     def _open(self) -> tuple[IO[bytes], bool]:
@@ -98,7 +98,7 @@ class Lock:
             file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
                 locked = _try_lock(file)
-                if locked and _is_at(file, self._path):
+                if locked and _is_same_file(file, self._path):
                     return file, True
             except BlockingIOError as error:
                 owner = _read(file)
@@ -124,7 +124,7 @@ def _try_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _is_at(file: IO[bytes], path: Path) -> bool:
+def _is_same_file(file: IO[bytes], path: Path) -> bool:
     """Return True if the path still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -10,12 +10,12 @@ from rich.console import Console
 from mc_jax.sharding import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
-from train.data.tokenizer_copy import keep_tokenizer, tokenizer_hash
+from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
 from train.evaluation.run_report import FILE
 from train.interrupt import on_interrupt
 from train.lock import Lock
 from train.metrics import Curves
-from train.optimizer import describe_growth, make_schedule
+from train.optimizer import describe_extension, make_schedule
 from train.progress import Progress
 from train.step import TrainState, build, check_finite, split
 from train.tasks.task import Task, load_task
@@ -72,7 +72,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         saved = meta if saved_step is None else checkpoints.meta(saved_step)
         if saved_step is not None:
             check_same_run(directory, saved, meta, may_grow=may_grow)
-            meta = meta._replace(seconds=saved.seconds, grown=_grown(saved, start, run.steps))
+            meta = meta._replace(seconds=saved.seconds, grown=_extensions(saved, start, run.steps))
         if start == run.steps and (report := _final_report(task, directory, start)):
             task.print_report(console, directory, report)
             return report
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
-        keep_tokenizer(directory, config)
+        copy_tokenizer(directory, config)
         for note in task.notes:
             console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             console.print(f"resuming from step {start} of {run.steps}: {directory}", soft_wrap=True)
             if len(meta.grown) > len(saved.grown):
                 old_steps = saved.config["run"]["steps"]
-                line = describe_growth(config.optimizer, start, old_steps, run.steps)
+                line = describe_extension(config.optimizer, start, old_steps, run.steps)
                 console.print(line, soft_wrap=True, highlight=False)
 
         def due(step: int, every: int) -> bool:
@@ -128,7 +128,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
     return report
 
 
-def _grown(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
+def _extensions(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
     """Return all extensions of `run.steps`, including the current one to `steps`."""
     grows = step > 0 and saved.config["run"]["steps"] < steps
     return [*saved.grown, *([[step, steps]] if grows else [])]

@@ -45,7 +45,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def describe_growth(config: OptimizerConfig, step: int, old: int, new: int) -> str:
+def describe_extension(config: OptimizerConfig, step: int, old: int, new: int) -> str:
     """Return a message about the learning rates of an extended run.
 
     Args:

@@ -19,7 +19,7 @@ from parity.files import write_safetensors
 from parity.weights import jax_weights, to_torch
 from train.checkpoint import load_run
 from train.config import load_config
-from train.evaluation.completion import ByteDecoder, Completion, WordDecoder, printable
+from train.evaluation.completion import ByteDecoder, Completion, TokenizerDecoder, printable
 from train.evaluation.generate import GenerationOptions, Speed, complete, load_source
 from train.evaluation.prompts import Prompt, read_prompts
 from train.evaluation.run_report import load_report
@@ -270,11 +270,11 @@ def test_bytes_decode_whole_characters(text, expected):
 
 def test_tokens_decode_whole_characters(words):
     tokens = words.encode("th é 漢").ids
-    assert pieces(WordDecoder(words, [5, 6]), tokens) == [
+    assert pieces(TokenizerDecoder(words, [5, 6]), tokens) == [
         *("th", " ", "", "é", " ", "", "", "漢"),
         "length",
     ]
-    assert pieces(WordDecoder(words, []), tokens[:-1])[-2:] == ["\ufffd", "length"]
+    assert pieces(TokenizerDecoder(words, []), tokens[:-1])[-2:] == ["\ufffd", "length"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from helpers.sweeps import Trained, result, write
 from helpers.tiny_run import mc
 from mc_core.footprint import flops_per_token, state_bytes
 from train.sweeps import accuracy_plot
-from train.sweeps.accuracy_plot import Legend, Look, draw_sweep
+from train.sweeps.accuracy_plot import Legend, RowStyle, draw_sweep
 from train.sweeps.labels import label
 from train.sweeps.plan import runs_of_row
 from train.sweeps.recorded import read_recorded
@@ -159,7 +159,7 @@ def test_invalid_recorded_files_stop_before_training(tmp_path, monkeypatch, caps
 
 
 def test_rows_of_shipped_sweep_have_distinct_styles():
-    looks = [Look.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
+    looks = [RowStyle.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
     legend = Legend(looks)
     styles = [json.dumps(legend.style(look)) for look in looks]
     assert len(set(styles)) == len(styles) == 45
@@ -177,7 +177,7 @@ def test_plots_of_one_and_several_widths(widths):
                overrides=row["overrides"] | {"model.layer.d_model": width})
         for row in rows_of(CONFIGS / "evidence.yaml") for width in widths
     ]  # fmt: skip
-    looks = {Look.of(row) for row in rows}
+    looks = {RowStyle.of(row) for row in rows}
     assert len(looks) == 5  # a width is a place on a line
     failed = result(0.1, row="z", error="step 2: a NaN")
     assert draw_sweep("t", [*rows, failed]).startswith(b"\x89PNG")

@@ -164,7 +164,7 @@ def test_weight_file_has_its_tokenizer_hash(folder, tmp_path, monkeypatch, capsy
     # Whether the outputs are the same is tested elsewhere, and takes seconds.
     monkeypatch.setattr("parity.convert.outputs", lambda *model: np.ones(1))
     assert mc(monkeypatch, "convert", run, path) == 0
-    assert f"keep {run}/tokenizer.json for it" in " ".join(capsys.readouterr().out.split())
+    assert f"keep {run}/tokenizer.json" in " ".join(capsys.readouterr().out.split())
     assert source(path, "plain.json")[1].get_vocab() == byte_level().get_vocab()
     with pytest.raises(UserError, match=r"has 300 tokens, and declares only its SHA-256"):
         source(path)

@@ -14,7 +14,7 @@ from train.config import TextConfig, load_config
 from train.data.corpus import load_corpus
 from train.data.encoded_text import read_text
 from train.data.tokenizer import load_encoder, load_tokenizer
-from train.evaluation.completion import WordDecoder
+from train.evaluation.completion import TokenizerDecoder
 
 
 def truncate(tokenizer: Tokenizer) -> None:
@@ -102,7 +102,7 @@ def test_unused_ids_decode_to_replacement_character(tmp_path):
     made.save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=r"model\.vocab_size = 5: .*needs at least 6"):
         load_tokenizer(str(tmp_path / "t.json"), 5)
-    decoder = WordDecoder(load_tokenizer(str(tmp_path / "t.json"), 6), [0])
+    decoder = TokenizerDecoder(load_tokenizer(str(tmp_path / "t.json"), 6), [0])
     assert [decoder.push(token) for token in (0, 3, 5)] == [" a", "\ufffd", " b"]
 
 

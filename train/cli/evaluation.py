@@ -94,10 +94,10 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the gates, memory norms and inner losses of a run, token by token."""
-    from train.evaluation.inspect import inspect as look
+    from train.evaluation.inspect import inspect as run_inspection
 
     words = None if needle is None else utf8(needle)
-    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
+    run_inspection(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
 
 
 def generate(

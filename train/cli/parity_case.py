@@ -43,7 +43,7 @@ def own_case(
     case = Case(model, level, tokens=tokens, dtype=dtype, drawn=False)
     if loaded is None:
         return case, None
-    flat = {name: x.astype(np.float64) for name, x in loaded.laid_out("jax").items()}
+    flat = {name: x.astype(np.float64) for name, x in loaded.in_layout("jax").items()}
     return case, rounded(flat, state_dtype(dtype))
 
 

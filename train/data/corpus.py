@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from mc_core.errors import UserError
 from train.config import TextConfig
 from train.data.round_trip import RoundTrip, check_round_trip
-from train.data.separator import NOTHING, Joined, Separator, choose_separator
+from train.data.separator import NO_SEPARATOR, Joined, Separator, choose_separator
 from train.data.tokenizer import Encode, decode_utf8, load_tokenizer, make_encoder, tokenize
 
 STDLIB = "stdlib"
@@ -43,7 +43,7 @@ class Corpus:
     encode: Encode
     documents: tuple[int, int]
     fingerprint: str
-    separator: Separator = NOTHING
+    separator: Separator = NO_SEPARATOR
     borders: tuple[int, ...] = ()
     tokenizer: Tokenizer | None = None
 

@@ -82,7 +82,7 @@ class Separator:
         return document.rstrip().endswith(self.name.encode())
 
 
-NOTHING = Separator()
+NO_SEPARATOR = Separator()
 
 
 def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separator:

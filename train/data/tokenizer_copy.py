@@ -33,7 +33,7 @@ def tokenizer_hash(config: TrainConfig) -> str | None:
     return None if isinstance(config.data, MQARConfig) else hash_of(config.data.tokenizer)
 
 
-def keep_tokenizer(directory: Path, config: TrainConfig) -> None:
+def copy_tokenizer(directory: Path, config: TrainConfig) -> None:
     """Copy a run's tokenizer file into the run directory, which is created if missing.
 
     Raises:
@@ -56,7 +56,7 @@ def prefer_copy(config: TrainConfig, directory: Path) -> TrainConfig:
     return _with_tokenizer(config, str(copy)) if copy.is_file() else config
 
 
-def with_kept_tokenizer(
+def with_tokenizer_copy(
     config: TrainConfig, directory: Path, sha256: str | None, given: str | None = None
 ) -> TrainConfig:
     """Return a run's configuration with the tokenizer copy of the run directory.

@@ -36,7 +36,7 @@ class ByteDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-class WordDecoder:
+class TokenizerDecoder:
     """Decodes tokens of a Hugging Face tokenizer; unknown ids become U+FFFD.
 
     Args:
@@ -47,7 +47,7 @@ class WordDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []  # tokens whose text is incomplete
+        self._buffer: list[int] = []  # tokens whose text is incomplete
         for token in prompt[-CONTEXT:]:
             self._stream.step(tokenizer, int(token))
 
@@ -55,22 +55,22 @@ class WordDecoder:
         """Return the text that is certain after this token."""
         if self._tokenizer.id_to_token(token) is None:
             return "\N{REPLACEMENT CHARACTER}"
-        self._held.append(token)
+        self._buffer.append(token)
         text = self._stream.step(self._tokenizer, token)
         if text is None:
             return ""
-        self._held.clear()
+        self._buffer.clear()
         return text
 
     def end(self) -> str:
         """Return the text of the remaining tokens."""
-        held, self._held = self._held, []
-        return self._tokenizer.decode(held, skip_special_tokens=False)
+        buffer, self._buffer = self._buffer, []
+        return self._tokenizer.decode(buffer, skip_special_tokens=False)
 
 
 def make_decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> TextDecoder:
     """Return the decoder for the completion of a prompt; tokenizer None = bytes."""
-    return ByteDecoder() if tokenizer is None else WordDecoder(tokenizer, prompt)
+    return ByteDecoder() if tokenizer is None else TokenizerDecoder(tokenizer, prompt)
 
 
 class Completion:
@@ -94,25 +94,25 @@ class Completion:
         self._decoder = decoder
         self._limit = limit
         self._stops = stops
-        self._held = ""  # may be the beginning of a stop string
+        self._buffer = ""  # may be the beginning of a stop string
 
     def push(self, token: int) -> str:
         """Add the next token, and return the new text that cannot be part of a stop string."""
         self.tokens += 1
-        held = self._held + self._decoder.push(token)
+        buffer = self._buffer + self._decoder.push(token)
         last = self.tokens == self._limit
         if last:
-            held += self._decoder.end()
-        found = [at for at in map(held.find, self._stops) if at >= 0]
+            buffer += self._decoder.end()
+        found = [at for at in map(buffer.find, self._stops) if at >= 0]
         if found:
             self.finish, shown = "stop", min(found)
         elif last:
-            self.finish, shown = "length", len(held)
+            self.finish, shown = "length", len(buffer)
         else:
-            shown = len(held) - _begun(held, self._stops)
-        self._held = held[shown:]
-        self.text += held[:shown]
-        return held[:shown]
+            shown = len(buffer) - _stop_prefix_length(buffer, self._stops)
+        self._buffer = buffer[shown:]
+        self.text += buffer[:shown]
+        return buffer[:shown]
 
 
 def printable(text: str) -> str:
@@ -122,7 +122,7 @@ def printable(text: str) -> str:
     )
 
 
-def _begun(text: str, stops: Sequence[str]) -> int:
+def _stop_prefix_length(text: str, stops: Sequence[str]) -> int:
     """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):

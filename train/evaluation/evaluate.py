@@ -30,8 +30,8 @@ from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # default number per cell
-OF_TEXT = ("task", "corpus")
-OF_NEEDLES = ("depths", "haystack", "value", "corpus")
+TEXT_OPTIONS = ("task", "corpus")
+NIAH_OPTIONS = ("depths", "haystack", "value", "corpus")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def check_text_options(
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     defaults = dataclasses.asdict(EvaluationOptions())
     for name, value in (given | {"plot": plot}).items():
-        if name not in OF_TEXT and value != defaults.get(name):
+        if name not in TEXT_OPTIONS and value != defaults.get(name):
             raise UserError(f"--{name}: not supported by --task text: use mqar or niah")
 
 
@@ -159,8 +159,8 @@ def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIA
         UserError: an option is not supported by the task, or a value is not allowed.
     """
     task = options.task or config.data.task
-    own = OF_NEEDLES if task == "niah" else ()
-    for name in OF_NEEDLES:
+    own = NIAH_OPTIONS if task == "niah" else ()
+    for name in NIAH_OPTIONS:
         if getattr(options, name) is not None and name not in own:
             raise UserError(f"--{name}: not supported by --task {task}")
     changes = {name: getattr(options, name) for name in own if getattr(options, name) is not None}

@@ -22,7 +22,7 @@ from train.data.tokenizer import load_tokenizer, make_encoder
 from train.data.tokenizer_copy import tokenizer_of_file
 from train.evaluation.completion import Completion, make_decoder, printable
 from train.evaluation.partial_output import OutputRow, Partial
-from train.evaluation.prompts import ADDED, Prompt
+from train.evaluation.prompts import RESERVED_KEYS, Prompt
 from train.stdio import is_terminal, json_line, print_bytes
 from train.step import split
 
@@ -327,4 +327,4 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
 def _to_row(prompt: Prompt, completion: Completion) -> OutputRow:
     row = prompt.row or {"prompt": prompt.text.decode(errors="replace")}
     new = (completion.text, completion.tokens, completion.finish)
-    return row | dict(zip(ADDED, new, strict=True))
+    return row | dict(zip(RESERVED_KEYS, new, strict=True))

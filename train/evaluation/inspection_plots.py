@@ -60,7 +60,7 @@ def draw_layer(
         by_token[heads].legend(ncols=heads, fontsize="x-small", loc="upper left")
     by_token[-1].set_xlabel("token")
     if counts:
-        draw_choices(panels[-1], layer["read_count"], lengths)
+        draw_selections(panels[-1], layer["read_count"], lengths)
     figure.suptitle(f"{title}: gate weights of each token, per head")
     return to_png(figure, dpi=110)
 
@@ -84,7 +84,7 @@ def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) 
     panels[0].figure.colorbar(image, ax=panels, pad=0.01)
 
 
-def draw_choices(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
+def draw_selections(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
     """Draw the share of later tokens that select each segment, from counts [n, h]."""
     after = sum(lengths) - np.cumsum(lengths)
     share = counts[:-1] / after[:-1, None]

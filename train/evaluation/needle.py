@@ -45,7 +45,7 @@ class Needle:
     blocks: tuple[int, ...]
 
     @property
-    def pointing(self) -> np.ndarray:
+    def ranks_first(self) -> np.ndarray:
         """Bool [layers, heads]: the last token ranks the needle first, above a uniform weight."""
         return (self.last_rank == 1) & (self.last_weight > self.last_uniform)
 
@@ -55,7 +55,7 @@ class Needle:
         return f"segment{'s' * (len(self.segments) > 1)} {', '.join(map(str, self.segments))}"
 
     @property
-    def uniforms(self) -> str:
+    def uniform_summary(self) -> str:
         """Weight of the needle under uniform gates, as a sentence."""
         return (
             f"equal weights would give it {self.last_uniform:.3f} at the end, "
@@ -74,7 +74,7 @@ class Needle:
         )
         if self.constant:
             return f"no: this aggregation gives equal weight to all memories; {most}"
-        count, all_ = int(self.pointing.sum()), self.pointing.size
+        count, all_ = int(self.ranks_first.sum()), self.ranks_first.size
         begin = "yes" if count else "no"
         return f"{begin}: at the last token {count} of {all_} gates point at {self.where}; {most}"
 

@@ -8,7 +8,7 @@ from mc_core.errors import UserError
 from train.evaluation.partial_output import OutputRow
 from train.stdio import read_bytes
 
-ADDED = ("completion", "tokens", "finish")  # reserved: keys of the output rows
+RESERVED_KEYS = ("completion", "tokens", "finish")  # reserved: keys of the output rows
 
 
 class Prompt(NamedTuple):
@@ -61,7 +61,7 @@ def _read_line(name: str, line: bytes) -> Prompt:
         raise UserError(f'{name}: must be an object with the key "prompt"')
     if not isinstance(data["prompt"], str):
         raise UserError(f"{name}: prompt = {json.dumps(data['prompt'])}: must be a string")
-    for key in ADDED:
+    for key in RESERVED_KEYS:
         if key in data:
             raise UserError(f'{name}: key "{key}": is reserved for the output: rename it')
     try:

@@ -62,7 +62,7 @@ class Inspection(NamedTuple):
         return [needle_row(self.needle, int(place)) for place in order]
 
 
-def look(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
+def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
     """Run the model of a run on the first tokens of a text, and return its traces.
 
     Raises:

@@ -105,8 +105,8 @@ def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
     the number of bits of all tokens, including separators between documents, divided by the number
     of bytes. Every token is predicted once. Windows start with an empty state and read the last
     token of the previous window first, so the token at position i (from 0) of a window is
-    predicted from i + 1 tokens. The first token of the text has no context: it costs log2(vocab_size), and has no
-    position. Windows are as long as the longest training example.
+    predicted from i + 1 tokens. The first token of the text has no context: it costs
+    log2(vocab_size), and has no position. Windows are as long as the longest training example.
     """
     window, rows = config.data.max_tokens, config.run.batch_size
 

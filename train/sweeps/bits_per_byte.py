@@ -56,7 +56,7 @@ def describe(result: RunResult) -> str:
     return f"{result['bits_per_byte']:.4f} bits per byte"
 
 
-def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
+def baseline_of(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
     """Return the runs of the baseline of a row, the comparable row without caching, or None.
 
     Comparable rows have the same window, validation text and number of tokens. Of several rows, the
@@ -67,7 +67,9 @@ def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
     if first["cacheless"]:
         return None
     others = [
-        other for other in rows.values() if other[0]["cacheless"] and _scored(other) == _scored(own)
+        other
+        for other in rows.values()
+        if other[0]["cacheless"] and _comparable_fields(other) == _comparable_fields(own)
     ]
 
     def distance(other: Sequence[RunResult]) -> tuple[int, float]:
@@ -78,7 +80,7 @@ def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
     return min(others, key=distance, default=None)
 
 
-def _scored(own: Sequence[RunResult]) -> list[Any]:
+def _comparable_fields(own: Sequence[RunResult]) -> list[Any]:
     """Return the fields that must be equal in comparable rows: text, window and tokens."""
     buckets = [(b["start"], b["end"], b["tokens"]) for b in own[0]["positions"]]
     return [*(own[0][key] for key in ("state_tokens", "validation_sha256", "unit")), buckets]
@@ -141,7 +143,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
         if cells:
             line |= {"rate": f"{own[0]['rate']:g}", "seeds": len(good.get(row, ()))}
         if row in good:
-            line |= _measured(good[row], twin(good[row], good))
+            line |= _measured(good[row], baseline_of(good[row], good))
         line |= _cost(own, good.get(row, ()), cells)
         if cells and row in good:
             mean = bits(good[row]).mean(0)
@@ -221,13 +223,13 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
         place = [(bucket["start"] + bucket["end"]) / 2 for bucket in own[0]["positions"]]
         colour = colours.index(model_of[row])
         style = STYLES[windows.index(own[0]["state_tokens"]) % len(STYLES)]
-        look = {"color": f"C{colour % 10}", "linestyle": style}
-        _band(left, place, bits(own), look, name_of[row])
-        other = twin(own, good)
+        plot_style = {"color": f"C{colour % 10}", "linestyle": style}
+        _band(left, place, bits(own), plot_style, name_of[row])
+        other = baseline_of(own, good)
         if other:
             _, parts = gains(own, other)
             if len(parts):
-                _band(right, place, parts, look, name_of[row])
+                _band(right, place, parts, plot_style, name_of[row])
     units = " or ".join(sorted({own[0]["unit"] for own in good.values()})) or "token"
     left.set(ylabel=f"bits per {units}", title="validation text")
     right.set(ylabel=f"bits per {units}", title="gain over no caching")
@@ -247,10 +249,10 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
 
 
 def _band(
-    axes: Axes, place: Sequence[float], values: np.ndarray, look: dict[str, Any], name: str
+    axes: Axes, place: Sequence[float], values: np.ndarray, plot_style: dict[str, Any], name: str
 ) -> None:
     """Plot mean and range over s of values [s, buckets]."""
-    axes.plot(place, values.mean(0), marker="o", markersize=3, label=name, **look)
+    axes.plot(place, values.mean(0), marker="o", markersize=3, label=name, **plot_style)
     axes.fill_between(
-        place, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0
+        place, values.min(0), values.max(0), color=plot_style["color"], alpha=0.15, linewidth=0
     )

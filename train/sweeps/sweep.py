@@ -70,7 +70,7 @@ def sweep(
     config = load_sweep(path)
     directory = Path(config.directory)
     first = make_runs(config)
-    then = read_recorded(recorded, config, first) if recorded else None
+    recorded_rows = read_recorded(recorded, config, first) if recorded else None
     devices = max(run.config.run.devices for runs in first.values() for run in runs)
     request(devices)
     results = Results(directory)
@@ -82,8 +82,8 @@ def sweep(
         chosen = plan.table()
     # A file name may not be valid text.
     title = os.fsencode(path.stem).decode(errors="replace")
-    table = make_table(title, chosen, config, recorded=then)
-    short = make_table(title, chosen, config, recorded=then, cells=False)
+    table = make_table(title, chosen, config, recorded=recorded_rows)
+    short = make_table(title, chosen, config, recorded=recorded_rows, cells=False)
     console.print(for_terminal(short))
     for line in table.footer():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -136,7 +136,7 @@ def do(run: Run) -> RunResult:
     """
     start = time.monotonic()
     config = run.config
-    tokens = longest(run)
+    tokens = max_example_tokens(run)
     result: RunResult = {
         "row": run.row,
         "overrides": run.overrides,
@@ -150,7 +150,7 @@ def do(run: Run) -> RunResult:
         "steps": config.run.steps,
         "fingerprint": run.fingerprint,
         "versions": {name: version(name) for name in PACKAGES},
-        "machine": run_on(),
+        "machine": run_machine(),
     }
     if run.tokenizer is not None:
         result["tokenizer"] = run.tokenizer
@@ -172,13 +172,13 @@ def do(run: Run) -> RunResult:
     }
 
 
-def run_on() -> dict[str, Any]:
+def run_machine() -> dict[str, Any]:
     """Return a description of the machine; in a worker, with the cores of the worker."""
     found = machine()
     return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
 
 
-def longest(run: Run) -> int:
+def max_example_tokens(run: Run) -> int:
     """Return the number of tokens of a text window or of the longest test example."""
     data = run.config.data
     if isinstance(data, TextConfig):

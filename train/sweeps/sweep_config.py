@@ -18,7 +18,7 @@ from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dic
 from train.config.yaml_files import read_yaml, to_plain
 
 # Keys set by the sweep, which rows must not set.
-OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
+RESERVED_KEYS = ("run.seed", "optimizer.learning_rate", "run.directory")
 Overrides = dict[str, Any]  # dotted key -> value
 
 
@@ -54,7 +54,7 @@ class SweepConfig:
                 if not isinstance(values, list) or not values:
                     raise_config_error("SweepConfig", f"vary.{key}", values, "a list of values")
         for key in itertools.chain(*self.vary, *self.rows):
-            if key in OWN:
+            if key in RESERVED_KEYS:
                 raise_config_error(
                     "SweepConfig", "vary or rows", key, "no key set by seeds, rates or directory"
                 )

@@ -57,8 +57,10 @@ def make_table(
         return bits_per_byte.make_table(title, by_row(results), config, cells=cells)
     own = by_row(results)
     flops = flops_column([rows[0] for rows in own.values()])
-    then = {} if recorded is None else recorded.rows
-    rows = [_line(name, own[name], flops.get(name, {}), then.get(name), cells) for name in own]
+    recorded_rows = {} if recorded is None else recorded.rows
+    rows = [
+        _line(name, own[name], flops.get(name, {}), recorded_rows.get(name), cells) for name in own
+    ]
     tokens = max((result["state_tokens"] for result in results), default=0)
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     seeds = ", ".join(map(str, config.seeds))
@@ -82,7 +84,7 @@ def flops_column(results: Sequence[RunResult]) -> dict[str, Row]:
 
 
 def _line(
-    name: str, own: list[RunResult], flops: Row, then: list[RunResult] | None, cells: bool
+    name: str, own: list[RunResult], flops: Row, recorded_rows: list[RunResult] | None, cells: bool
 ) -> Row:
     good = [result for result in own if not result.get("error")]
     row: Row = {
@@ -93,7 +95,7 @@ def _line(
         "state": own[0]["state_bytes"],
         **flops,
         **_figures(good, cells),
-        "recorded %": 100 * score(then)["accuracy"] if then else None,
+        "recorded %": 100 * score(recorded_rows)["accuracy"] if recorded_rows else None,
         "failed": len(own) - len(good) or None,
     }
     for number, cell in enumerate(good[0]["test"] if cells and good else ()):

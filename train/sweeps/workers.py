@@ -37,9 +37,9 @@ def check_jobs(jobs: int) -> None:
 
 def shares(jobs: int) -> list[set[int]]:
     """Return the cores of each worker, a partition of all cores into contiguous ranges."""
-    own = cores()
-    ends = [len(own) * i // jobs for i in range(jobs + 1)]
-    return [set(own[ends[i] : ends[i + 1]]) for i in range(jobs)]
+    available = cores()
+    ends = [len(available) * i // jobs for i in range(jobs + 1)]
+    return [set(available[ends[i] : ends[i + 1]]) for i in range(jobs)]
 
 
 @contextmanager
@@ -76,12 +76,12 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
-            given = context.SimpleQueue()
+            core_shares = context.SimpleQueue()
             for share in shares(jobs):
-                given.put(share)
-            self._end, self._lifeline = context.Pipe(duplex=False)
-            about = (given, self._end, devices)
-            self._pool = ProcessPoolExecutor(jobs, context, _begin, about)
+                core_shares.put(share)
+            self._end, self._parent_end = context.Pipe(duplex=False)
+            arguments = (core_shares, self._end, devices)
+            self._pool = ProcessPoolExecutor(jobs, context, _init_worker, arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -94,9 +94,9 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             if error is not None:
-                self._lifeline.close()
+                self._parent_end.close()
             self._pool.shutdown(cancel_futures=True)
-            self._lifeline.close()
+            self._parent_end.close()
             self._end.close()
 
     @property
@@ -111,7 +111,7 @@ class Workers:
             future.set_result(self._work(run))
         else:
             with _no_interrupt():
-                future = self._pool.submit(_do, self._work, run)
+                future = self._pool.submit(_execute, self._work, run)
         self._running[future] = run
 
     def results(self) -> Iterator[RunResult]:
@@ -143,26 +143,26 @@ def _no_interrupt() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM; processes started meanwhile ignore Ctrl-C."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     handlers: dict[int, Callable[..., Any]] = {}
-    held: list[tuple[Any, ...]] = []
+    delayed: list[tuple[Any, ...]] = []
     # The signal may still be delivered to a thread that does not block it.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if callable(handler := signal.getsignal(number)):
                 handlers[number] = handler
-                signal.signal(number, lambda *interrupt: held.append(interrupt))
+                signal.signal(number, lambda *interrupt: delayed.append(interrupt))
     try:
         yield
     finally:
         for caught, handler in handlers.items():
             signal.signal(caught, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if held:
-            handlers[held[0][0]](*held[0])
+        if delayed:
+            handlers[delayed[0][0]](*delayed[0])
 
 
-def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
+def _init_worker(core_shares: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
     """Initialize a worker process: its cores and devices, and exit when its parent exits."""
-    share = given.get()
+    share = core_shares.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
     # Otherwise the first worker preallocates all memory of a GPU.
@@ -182,7 +182,7 @@ def _end_with_parent(end: Connection) -> None:
         os._exit(1)
 
 
-def _do(work: Work, run: Run) -> RunResult:
+def _execute(work: Work, run: Run) -> RunResult:
     try:
         return work(run)
     except (UserError, OSError):

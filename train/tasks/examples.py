@@ -34,7 +34,7 @@ def stack(examples: Sequence[Example]) -> Example:
     return Example(*(np.stack(field) for field in zip(*examples, strict=True)))
 
 
-def widen(draw: Draw, slots: int) -> Draw:
+def pad_answers(draw: Draw, slots: int) -> Draw:
     """Return a function that draws the same examples, padded to `slots` answers.
 
     Padding has weight 0. All batches of one length then share one compilation.

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from train.config.recall_schema import Length, MQARConfig
-from train.tasks.examples import Draw, Example, generator, widen
+from train.tasks.examples import Draw, Example, generator, pad_answers
 
 
 def make_draw(config: MQARConfig, length: Length, seed: int) -> Draw:
@@ -27,7 +27,7 @@ def make_draw(config: MQARConfig, length: Length, seed: int) -> Draw:
         ValueError: the length is not feasible.
     """
     config.check_length(length)
-    return partial(_draw, config, length, gap_law(config.power, length), seed)
+    return partial(_draw, config, length, gap_distribution(config.power, length), seed)
 
 
 def make_draws(config: MQARConfig, lengths: Sequence[Length], seed: int) -> list[Draw]:
@@ -37,10 +37,10 @@ def make_draws(config: MQARConfig, lengths: Sequence[Length], seed: int) -> list
         ValueError: a length is not feasible.
     """
     most = {tokens: max(p for t, p in lengths if t == tokens) for tokens, _ in lengths}
-    return [widen(make_draw(config, one, seed), most[one[0]]) for one in lengths]
+    return [pad_answers(make_draw(config, one, seed), most[one[0]]) for one in lengths]
 
 
-def gap_law(power: float, length: Length) -> np.ndarray:
+def gap_distribution(power: float, length: Length) -> np.ndarray:
     """Return the gap probabilities of the first draw, float64 [(tokens - 2 pairs) / 2]."""
     tokens, pairs = length
     weight = np.arange(1, (tokens - 2 * pairs) // 2 + 1) ** (power - 1.0)

@@ -128,7 +128,7 @@ class Needles:
             target = size * at / max(config.depths - 1, 1)
             origin = int(starts[np.abs(starts - target).argmin()])
             whole = np.concatenate([hay[:origin], needle, hay[origin:], question, answer])
-            return _ask(whole, len(answer), origin, slots)
+            return _make_example(whole, len(answer), origin, slots)
 
         return example
 
@@ -197,7 +197,7 @@ def _haystack_size(length: int, pieces: list[np.ndarray]) -> int:
     return length - needed
 
 
-def _ask(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
+def _make_example(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
     """Return an example that predicts the last `asked` tokens of `whole` [t + 1].
 
     Answers are padded to `slots`.

@@ -9,7 +9,7 @@ from typing import Any
 
 SHORT_RUN_S = 1.0  # seconds; faster subjects have an untimed run before each timed one
 WARM_CACHE_NOTE = (
-    f"subjects that take less than {SHORT_RUN_S:g} s run twice per turn, and the second run is timed, "
+    f"subjects that take less than {SHORT_RUN_S:g} s run twice per turn; the second run is timed, "
     "with data in the CPU caches, as in a training step"
 )
 
@@ -78,8 +78,8 @@ def alternate(
     """Time subjects in alternating runs, so that other load affects all of them equally.
 
     A subject whose last warm-up run took less than `SHORT_RUN_S` seconds has an untimed run before
-    each timed one, because the CPU caches contain the data of the other subjects. For longer runs, this
-    effect is negligible.
+    each timed one, because the CPU caches contain the data of the other subjects. For longer runs,
+    this effect is negligible.
 
     Args:
         subjects: functions by name, which run once and wait for the result.

@@ -33,7 +33,7 @@ def run_of(config):
 
 
 def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
-    """A model that remembers ten tokens is right up to there and no further."""
+    """A model that remembers ten tokens is correct up to this distance."""
     known(monkeypatch, lambda example, places: places - example.origins < 8)
     files = [tmp_path / f"x.{kind}" for kind in ("json", "md", "png")]
     words = ("--lengths", "24:2,24:6", "--examples", 40, "--seed", 4)
@@ -64,7 +64,7 @@ def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
-    """A needle counts only whole; one that stands before the middle is lost."""
+    """A needle is correct only if all tokens are; needles in the first half are wrong."""
 
     def right(example, places):
         half = example.origins < len(example.tokens) // 4
@@ -88,7 +88,7 @@ def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
 
 
 def test_trained_model_answers(runs, tmp_path, monkeypatch):
-    """Without a stand-in: the last, incomplete pass counts each example once."""
+    """With the real model; the incomplete last batch counts each example once."""
     path = tmp_path / "x.json"
     words = ("--lengths", "8:2", "--examples", 5, "--json", path)
     assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
@@ -126,7 +126,7 @@ def test_model_size_is_at_longest_test_examples(runs, tmp_path, monkeypatch, cap
 
 
 def test_model_that_cannot_stream_has_no_state():
-    """Logarithmic cuts depend on the total length."""
+    """Logarithmic segments depend on the total length."""
     layer = TINY["model"]["layer"] | {"segmentation": "logarithmic"}
     config = from_dict(TINY | {"data": MQAR, "model": TINY["model"] | {"layer": layer}})
     size = subject.size_of(config.model, config.data, 7)
@@ -144,7 +144,7 @@ def test_help_shows_default_values(monkeypatch, capsys):
 
 
 def test_essay_is_held_out_text(tmp_path):
-    """A run on text has trained on the rest of it; files have words of their own."""
+    """Essays of a text run are its held-out text; with --corpus, they are from the given files."""
     config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
     corpus = tuple(config.data.corpus)
     essay = subject.EvaluationOptions(task="niah", haystack="essay")

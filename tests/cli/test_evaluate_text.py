@@ -28,7 +28,7 @@ NIAH = {"task": "niah", "lengths": [300], "depths": 3}
 
 @pytest.fixture(scope="module", autouse=True)
 def bits():
-    """A stand-in model: a token costs as many bits as its id has digits."""
+    """A fake model: the bits of a token are the number of digits of its id."""
 
     def token_losses(graphdef, params, rest, tokens):
         digits = 1 + (tokens[:, 1:] > 9) + (tokens[:, 1:] > 99)
@@ -40,7 +40,7 @@ def bits():
 
 
 def cost(tokens: np.ndarray, vocab_size: int) -> float:
-    """Bits of all tokens; the first one costs those of an equal choice."""
+    """Bits of all tokens; the first one costs log2(vocab_size)."""
     return sum(len(str(token)) for token in tokens.tolist()[1:]) + math.log2(vocab_size)
 
 
@@ -65,7 +65,7 @@ def text(tmp_path):
 
 
 def test_bits_per_byte_of_other_text(run, text, tmp_path, monkeypatch, capsys):
-    """The whole text counts, in JSON, in Markdown and on the console."""
+    """The whole text is scored; results are in JSON, Markdown and on the console."""
     files = [tmp_path / "x.json", tmp_path / "x.md"]
     options = ("--corpus", text, "--json", files[0], "--markdown", files[1])
     assert mc(monkeypatch, "evaluate", run, *options) == 0
@@ -94,7 +94,7 @@ def test_bits_per_byte_of_other_text(run, text, tmp_path, monkeypatch, capsys):
 
 
 def test_files_and_folders_are_scored_in_order(run, text, tmp_path, monkeypatch, capsys):
-    """A copy counts as often as it is named; documents are apart as in the run's text."""
+    """Repeated files are scored repeatedly; documents are separated as in training."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "b.txt").write_text("no end")

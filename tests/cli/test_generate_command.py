@@ -94,7 +94,7 @@ def test_seed_determines_text_and_stop_string_ends_it(run, tmp_path, monkeypatch
 
 
 def test_prompt_lines(run, tmp_path, monkeypatch, capsys):
-    """A line's completion depends neither on the other lines nor on the size of batches."""
+    """A completion depends neither on other lines nor on the batch size."""
     prompts, texts = tmp_path / "prompts.jsonl", ["the memory", "é", "a token reads\n"]
     prompts.write_text("".join(f"{json.dumps({'prompt': text})}\n\n" for text in texts))
     words = [run, "--prompts", prompts, "--max-tokens", 10]
@@ -216,7 +216,7 @@ def test_nonfinite_logits_stop_generation():
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    """Pairs of letters, and bytes for all else."""
+    """A tokenizer of letter pairs, with bytes for other text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("Ġ", "t")]
     vocabulary = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
@@ -227,7 +227,7 @@ def words() -> Tokenizer:
 
 
 def test_tokenizer_decodes_completions(words):
-    """The pieces that are shown make up the text, which is that of all tokens at once."""
+    """The concatenated pieces equal the text of decoding all tokens at once."""
     model, shown = make_model(words.get_vocab_size()), []
     options = GenerationOptions(40, temperature=3.0, seed=1)
     prompt = Prompt("x", "the thé".encode())

@@ -26,7 +26,7 @@ DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of three steps, an ssc model of two layers, and a text."""
+    """The folder of a run of three steps with two ssc layers, and a text file."""
     folder = tmp_path_factory.mktemp("inspect")
     model = TINY["model"] | {"num_layers": 2}
     model["layer"] = model["layer"] | {"aggregation": "ssc", "ssc_top_k": 1}
@@ -95,7 +95,7 @@ def test_page_is_self_contained(inspected):
 
 
 def test_json_equals_model_inspect(inspected):
-    """The file's numbers are those of `LanguageModel.inspect`, field by field, to the bit."""
+    """All fields of the file are bit-equal to `LanguageModel.inspect`."""
     found = json.loads((inspected / "numbers.json").read_text())
     _, model, step, _ = load_run(inspected)
     tokens = np.frombuffer(WORDS.encode(), np.uint8).astype(np.int32)
@@ -175,7 +175,7 @@ def plain_text(count: int) -> Text:
 
 
 def weighed(last: list[float], aggregation: str = "grm", words: str = "cd"):
-    """A needle in four segments of two tokens; the last segment's tokens have the same gates."""
+    """A needle in one of four segments of two tokens, with equal gates in the last segment."""
     segment, text = np.repeat(np.arange(4), 2), plain_text(8)
     gates = np.full((1, 8, 1, 5), 1 / 5)
     gates[:, 4:6] = np.asarray([0.5, 0.25, 0, 0, 0.25])
@@ -219,7 +219,7 @@ def test_needle_needs_cached_memories():
 
 
 def test_inspection_of_tokenized_text(tmp_path):
-    """Pieces together are the text, up to what follows its last token; a needle is found in it."""
+    """The concatenated pieces are the text up to the last token, and the needle is found."""
     vocabulary = {"?": 0, "ab": 1, "47": 2, "11": 3, "é": 4}
     words = Tokenizer(models.WordPiece(vocabulary | {"##11": 5}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -241,7 +241,7 @@ def test_inspection_of_tokenized_text(tmp_path):
 
 
 def test_page_escapes_the_text(found):
-    """A token of many letters may be a whole tag."""
+    """A single token may contain a complete HTML tag."""
     pieces = ("<script>&amp;</script>", '"<!--', *found.text.pieces[2:])
     page = make_page(found._replace(text=replace(found.text, pieces=pieces)), [])
     assert Page(page).shown == "".join(pieces)

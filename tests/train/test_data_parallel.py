@@ -57,7 +57,7 @@ def assert_equal_rows(one, other, tolerance):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.slow), "mqar"])
 def test_two_devices_match_one(case, tmp_path, monkeypatch):
-    """Losses, gradients' norms, validation and report are equal; each device has half the rows."""
+    """Losses, gradient norms, validation and report are equal; each device has half of the rows."""
     seen = []
 
     def build_seen(config):
@@ -112,7 +112,7 @@ def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monk
 
 @pytest.mark.slow
 def test_command_creates_cpu_devices(tmp_path):
-    """In a process of its own: this one has four."""
+    """Runs in a subprocess, because this process has four devices."""
     config = write_config(tmp_path)
     words = ["run.steps=3", "run.devices=2", "run.log_every=1", "run.validate_every=0"]
     command = [*COMMAND, "train", str(config), *words]
@@ -158,5 +158,5 @@ def test_one_device_is_the_default():
     assert split_rows(batch, alone) is batch
     assert gather(alone) is alone
     there = jax.local_device_count()
-    request(9)  # too late, and no error
+    request(9)  # ignored after initialization, without an error
     assert jax.local_device_count() == there

@@ -46,7 +46,7 @@ def test_other_positions_hold_random_tokens():
 
 
 def test_gaps_follow_the_power_law():
-    """The gap of the first pair is a plain draw: chi-square over 16 gaps, 4,000 examples."""
+    """Chi-square test of the gap of the first pair, over 16 gaps and 4,000 examples."""
     length, count = (64, 16), 4000
     draw = make_draw(MQARConfig(512, (length,)), length, seed=0)
     first = [(draw("train", i).places[0] - 32) // 2 for i in range(count)]
@@ -89,7 +89,7 @@ def test_examples_do_not_depend_on_batch_or_order():
 
 
 def test_batches_are_full():
-    """Also where an epoch ends within a batch."""
+    """Also if an epoch ends within a batch."""
     made = batches(5)
     drawn = [next(made).tokens for _ in range(2 * 24)]
     assert {tokens.shape for tokens in drawn} == {(1, 5, 16), (1, 5, 24)}

@@ -38,7 +38,7 @@ class RowStyle(NamedTuple):
 
     @classmethod
     def of(cls, result: RunResult) -> "RowStyle":
-        """Return the row_style of a result's row."""
+        """Return the style of the row of a result."""
         given = result["overrides"]
         memory = label(result, WIDTH, AGGREGATION, MODE)
         return cls(memory, str(given.get(AGGREGATION, "")), str(given.get(MODE, "")))

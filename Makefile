@@ -9,7 +9,7 @@ PEER := "memory-caching==0.1.0; python_version < '3.13'"
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
 
-# JOBS=1 where there is one core.
+# Use JOBS=1 on a machine with one core.
 JOBS ?= 2
 evidence: $(READY)
 	$(BIN)/mc sweep configs/mqar/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/mqar.jsonl
@@ -21,8 +21,8 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
 
-# One planted fault at a time, each to be caught. ONLY='jax-*' selects by name; FULL=--full runs
-# the whole quick suite where the expected tests pass.
+# Mutation tests: each fault must be caught. ONLY='jax-*' selects faults by name; FULL=--full runs
+# the whole quick suite if the expected tests pass.
 mutants: $(READY)
 	$(BIN)/python -m tools.mutants --jobs $(JOBS) $(FULL) $(ONLY)
 
@@ -32,14 +32,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# What mc bench peers compares with: the package of the same paper is there already.
+# Peers of `mc bench peers`; memory-caching is installed with the environment.
 bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check titans-pytorch==0.5.5
 	@! command -v nvidia-smi > /dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check flash-linear-attention
 
 # On a machine with a GPU, in an environment with CUDA builds of jax and torch and the extra
-# `train`. GPU_REPORT=--tiny tries it on a CPU.
+# `train`. GPU_REPORT=--tiny tests the report on a CPU.
 GPU_PYTHON ?= python3
 gpu-report:
 	$(GPU_PYTHON) -m tools.gpu_report --out docs/evidence/gpu $(GPU_REPORT)
@@ -48,8 +48,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The CPU build of torch is pinned: an open range would bring several GB of CUDA packages.
-# memory-caching has a command `mc`, too: the package that is installed last keeps the name.
+# torch is pinned: an open range would install several GB of CUDA packages. memory-caching also
+# installs a command `mc`: the package that is installed last provides it.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(PEER)

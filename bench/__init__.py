@@ -1,1 +1,1 @@
-"""Speed and memory, measured: the commands `mc bench`."""
+"""Measurements of speed and memory, for `mc bench`."""

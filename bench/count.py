@@ -1,6 +1,6 @@
-"""Operations of a program, counted in its jaxpr.
+"""FLOPs of a program, counted in its jaxpr.
 
-The compiler's own count takes a loop's body once, regardless of the number of iterations.
+The count of the compiler includes a loop body once, regardless of the number of iterations.
 """
 
 import math
@@ -11,10 +11,11 @@ import jax
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
-    """Return the floating-point operations of all matrix products that `function(*args)` takes.
+    """Return the FLOPs of all matrix products in `function(*args)`.
 
-    A product of contracted length k and an output of n numbers is 2 n k; a scan's body counts once
-    per iteration; of two branches the more expensive one counts. Elementwise work does not count.
+    A product with n outputs and contracted length k has 2 n k FLOPs. A scan body counts once per
+    iteration; a conditional counts as its most expensive branch. Elementwise operations are
+    ignored.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -39,7 +40,7 @@ def _count(jaxpr: Any) -> float:
 
 
 def _inside(parameters: dict[str, Any]) -> list[Any]:
-    """Return the jaxprs that an equation runs."""
+    """Return the jaxprs in the parameters of an equation."""
     found = []
     for value in parameters.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):

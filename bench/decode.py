@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench.timing import STEADY, Timing, alternate, ratio
+from bench.timing import WARM_CACHE_NOTE, Timing, alternate, ratio
 from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
@@ -20,16 +20,16 @@ from mc_jax import Cache, MemoryCachingLayer
 from mc_jax.sharding import local, shard_heads
 from parity.environment import result_table
 
-CAPACITY = 128  # tokens after the context that fit the cache: more than are run
-PREFILLS = 5  # timed runs of a prompt in one call and in single steps
+CAPACITY = 128  # cache capacity after the context, more tokens than are timed
+PREFILLS = 5  # number of timed runs of a prompt, per method
 ATTENTION = "attention"
 
 
 class Decoder(NamedTuple):
-    """A layer in the middle of a stream."""
+    """A layer with the cache of a stream."""
 
     name: str
-    step: Callable[[], Any]  # reads and writes one token, and waits for it
+    step: Callable[[], Any]  # decodes one token and waits for the result
     held: int  # bytes of its cache
     read: int  # bytes of the cache that a token reads
 
@@ -42,15 +42,15 @@ def run(
     seed: int,
     devices: int = 1,
 ) -> ResultTable:
-    """Time one token of every layer after every context, a prompt, and compact cache formats.
+    """Time decoding after each context length, prefill of a prompt, and compact cache formats.
 
     Args:
-        configs: layers of one width.
-        contexts: lengths of the context.
-        prompt: tokens of a prompt, in one call and in single steps; 0 for none.
-        runs: timed tokens of each.
-        seed: of parameters and memories.
-        devices: a prompt is also timed with its heads split over them.
+        configs: layers of equal width.
+        contexts: context lengths.
+        prompt: tokens of a prompt, timed in one call and in single steps; 0: no prompt.
+        runs: number of timed tokens per layer.
+        seed: random seed of parameters and memories.
+        devices: number of devices; a prompt is also timed with its heads split over them.
 
     Raises:
         UserError: there are fewer devices, or the heads cannot be split over them.
@@ -59,7 +59,7 @@ def run(
     if configs and configs[0].num_heads % devices:
         raise UserError(f"--devices {devices}: must divide --heads {configs[0].num_heads}")
     notes = ["one stream, float32; random memories, which do not change the cost of a step"]
-    notes.append(STEADY)
+    notes.append(WARM_CACHE_NOTE)
     rows = compare(configs, contexts, runs, seed)
     for config in configs if prompt else ():
         one = compare_prefill(config, prompt, seed, places)
@@ -85,18 +85,18 @@ def run(
 def compare(
     configs: Sequence[MCConfig], contexts: Sequence[int], runs: int, seed: int
 ) -> list[Row]:
-    """Time one token of every layer and of attention after every context, alternating.
+    """Time one token of every layer and of attention after each context, in alternating runs.
 
     The memories are random; the cost of a step does not depend on their values.
 
     Args:
-        configs: layers of one width.
-        contexts: lengths of the context.
-        runs: timed tokens of each.
-        seed: of parameters and memories.
+        configs: layers of equal width.
+        contexts: context lengths.
+        runs: number of timed tokens per layer.
+        seed: random seed of parameters and memories.
 
     Returns:
-        one row per context and layer, plain values.
+        One row of plain values per context and layer.
     """
     rows = []
     for context in contexts:
@@ -115,10 +115,10 @@ def compare_prefill(
     devices: Sequence[jax.Device] = (),
     runs: int = PREFILLS,
 ) -> Row:
-    """Time a prompt in one call and as single steps, alternating; ratios are medians over turns.
+    """Time a prompt in one call and in single steps, alternating; ratios are medians over turns.
 
-    Steps are dispatched without waiting, as for known tokens. They run on one device; with several
-    `devices` the call is also timed with its heads split over them.
+    Steps are dispatched asynchronously, because all tokens are known. They run on one device; with
+    several `devices`, the call is also timed with its heads split over them.
     """
     layer, graphdef, state = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
@@ -144,7 +144,7 @@ def compare_prefill(
     subjects: dict[str, Callable[[], Any]] = {"whole": partial(whole, state), "steps": steps}
     if len(devices) > 1:
         subjects["split"] = partial(whole, shard_heads(state, list(devices)))
-    timings = alternate(subjects, runs=runs, warmup=2)  # the first one compiles
+    timings = alternate(subjects, runs=runs, warmup=2)  # the first call compiles
     expected = jnp.concatenate(steps(), axis=1)
     row: Row = {
         "layer": _name(config),
@@ -164,7 +164,7 @@ def compare_prefill(
 
 
 def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[Row]:
-    """Return bytes and output error of cached memories in bfloat16 or on the host."""
+    """Return size and output error of cached memories in bfloat16 and on the host."""
     layer, _, _ = _build(config, seed)
     x = jax.random.normal(jax.random.key(seed), (1, tokens, config.d_model))
     exact, rows = None, []

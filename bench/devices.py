@@ -1,6 +1,6 @@
-"""Names and notes of subjects on several devices."""
+"""Names and notes for subjects on several devices."""
 
-ABOUT = (
+DEVICES_NOTE = (
     "devices: the batch is split over them; of a CPU, one device runs a batch of small products on "
     "one core, two devices on two"
 )

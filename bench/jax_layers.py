@@ -1,4 +1,4 @@
-"""Layers of `mc_jax` as subjects: compiled once, outputs and gradients on a fixed batch."""
+"""Layers of `mc_jax` as subjects: compiled outputs and gradients on a fixed batch."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ from mc_jax.sharding import count, local, replicate, split_rows
 
 
 def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
-    """Return a float32 layer, drawn from the seed or with weights in PyTorch's layout."""
+    """Return a float32 layer, with random weights or with weights in PyTorch's layout."""
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed))
     if flat is not None:
         set_weights(layer, to_jax(flat))
@@ -37,17 +37,17 @@ def subject(
     name: str = "jax",
     devices: int = 1,
 ) -> Subject:
-    """Return the layer, ready to run; with `backward`, the gradients of tokens and parameters too.
+    """Return a compiled layer; `backward` adds the gradients of tokens and parameters.
 
     Args:
-        config: the layer.
-        rows: sequences of the batch.
-        tokens: tokens of each.
+        config: configuration of the layer.
+        rows: number of sequences.
+        tokens: number of tokens per sequence.
         dtype: compute dtype; parameters are float32.
         backward: compute gradients.
-        flat: weights in PyTorch's layout, instead of drawn ones.
-        seed: of the parameters and of the batch.
-        name: in tables.
+        flat: weights in PyTorch's layout; None = random.
+        seed: random seed of parameters and batch.
+        name: name in tables.
         devices: local devices over which the batch is split.
 
     Raises:
@@ -72,16 +72,16 @@ def subject(
 def compiled_subject(
     name: str, function: Any, args: tuple[Any, ...], tokens: int, dtype: str = "float32"
 ) -> Subject:
-    """Compile a function and return it as a subject with its compile time, flops and bytes.
+    """Compile a function, and return it as a subject with compile time, FLOPs and bytes.
 
-    It runs on the devices of its arguments.
+    The function runs on the devices of its arguments.
     """
     devices = count(args)
     start = time.perf_counter(), time.process_time()
     compiled = jax.jit(function).lower(*args).compile()
     end = time.perf_counter(), time.process_time()
     memory: Any = compiled.memory_analysis()
-    held = (
+    per_device = (
         memory.temp_size_in_bytes
         + memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -94,7 +94,7 @@ def compiled_subject(
         compile_s=end[0] - start[0],
         compile_processor_s=end[1] - start[1],
         flops=count_flops(function, *args),
-        bytes=held * devices,  # the compiler's count is per device; all run the same program
+        bytes=per_device * devices,  # the compiler's count is per device; all run the same program
         devices=devices,
         dtype=dtype,
     )

@@ -1,4 +1,4 @@
-"""`mc bench layer`: time, tokens per second and bytes of layers, with the machine's ceilings."""
+"""`mc bench layer`: time, tokens per second and bytes of layers, and the machine's roofline."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.ceilings import Ceilings, measure, side
-from bench.devices import ABOUT, named
-from bench.timing import STEADY, Subject, Timing, alternate
+from bench.ceilings import Ceilings, matrix_size, measure
+from bench.devices import DEVICES_NOTE, named
+from bench.timing import WARM_CACHE_NOTE, Subject, Timing, alternate
 from mc_core import MCConfig
 from mc_core.errors import UserError
 from mc_core.files import to_png, write_atomic
@@ -20,18 +20,18 @@ from parity.environment import result_table
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is one subject; the defaults are those of docs/results.md."""
+    """A grid of layers: each combination of the values is one subject."""
 
     kinds: Sequence[str] = ("linear",)
     aggregations: Sequence[str] = ("grm",)
     tokens: Sequence[int] = (1024,)
     chunks: Sequence[int] = (64,)
     segments: Sequence[int] = (64,)
-    starts: Sequence[str] = ("checkpoint",)  # of a segment: checkpoint | restart
+    starts: Sequence[str] = ("checkpoint",)  # initial state of segments: checkpoint | restart
     dtypes: Sequence[str] = ("float32",)
     frameworks: Sequence[str] = ("jax",)
     passes: Sequence[str] = ("both",)  # forward | both
-    devices: Sequence[int] = (1,)  # over which a batch of jax is split
+    devices: Sequence[int] = (1,)  # numbers of devices over which JAX splits the batch
     expansion: int = 4
     batch: int = 2
     width: int = 256
@@ -62,11 +62,11 @@ def make_config(
 
 
 def run(grid: Grid, runs: int) -> ResultTable:
-    """Compile and time the grid, all subjects alternating, and the ceilings of each dtype.
+    """Compile and time a grid in alternating runs, and measure the peak rates of each dtype.
 
     Args:
-        grid: of the layers.
-        runs: timed runs of each; 0 only compiles, and reports bytes and compile times.
+        grid: grid of layers.
+        runs: number of timed runs per layer; 0: only compile, and report bytes and compile times.
     """
     subjects = build(grid)
     times = alternate({name: s.run for name, s in subjects.items()}, runs) if runs else {}
@@ -77,17 +77,19 @@ def run(grid: Grid, runs: int) -> ResultTable:
             f"{dtype} {of.matmul / 1e9:.0f} GFLOP/s, {of.copy / 1e9:.1f} GB/s"
             for dtype, of in ceilings.items()
         )
-        notes.append(f"ceilings: a product of {side():,}² matrices and a large copy: {rates}")
-        notes.append(STEADY)
+        notes.append(
+            f"ceilings: a product of {matrix_size():,}² matrices and a large copy: {rates}"
+        )
+        notes.append(WARM_CACHE_NOTE)
     if max(grid.devices) > 1:
-        notes.append(f"{ABOUT}; MiB are summed over them")
+        notes.append(f"{DEVICES_NOTE}; MiB are summed over them")
     rows = [row(s, times.get(name), ceilings.get(s.dtype)) for name, s in subjects.items()]
     size = f"{grid.batch} × tokens, width {grid.width}, {grid.heads} heads"
     return result_table(f"Layers: {size}", rows, notes)
 
 
 def build(grid: Grid) -> dict[str, Subject]:
-    """Compile every combination; PyTorch's have no devices."""
+    """Compile all combinations; those of PyTorch ignore `devices`."""
     from importlib import import_module
 
     subjects = {}
@@ -120,7 +122,7 @@ def build(grid: Grid) -> dict[str, Subject]:
 
 
 def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> Row:
-    """Return a subject's cells; `floor ms` is the time of its products at the machine's rate."""
+    """Return the cells of a subject; `floor ms` is the time of its products at the peak rate."""
     cells: Row = {"layer": subject.name}
     if ceilings:
         ceilings = ceilings.of(subject.devices)
@@ -138,7 +140,7 @@ def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> R
     if subject.bytes:
         cells["MiB"] = subject.bytes / 2**20
         if ceilings and timing:
-            # All bytes are written and read at least once.
+            # Lower bound: every byte is written and read once.
             cells["of copy"] = f"{2 * subject.bytes / timing.median / ceilings.copy:.0%}"
     cells["compile s"] = subject.compile_s
     cells["compile processor s"] = subject.compile_processor_s
@@ -146,16 +148,16 @@ def row(subject: Subject, timing: Timing | None, ceilings: Ceilings | None) -> R
 
 
 def draw(report: ResultTable, path: Path) -> None:
-    """Draw each layer's milliseconds, and its floor, as a PNG file.
+    """Plot the time of each layer, and its lower bound, as a PNG file.
 
     Raises:
-        UserError: nothing was timed.
+        UserError: the report has no timings.
     """
     from matplotlib.figure import Figure
 
     rows = [row for row in report.rows if "ms" in row]
     if not rows:
-        raise UserError("--plot: nothing was timed; give --runs 1 or more")
+        raise UserError("--plot: requires --runs >= 1")
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row["layer"] for row in rows]

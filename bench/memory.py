@@ -1,4 +1,4 @@
-"""`mc bench memory`: bytes of a model's cache compared with a KV cache, from the config."""
+"""`mc bench memory`: cache size of a model compared with a KV cache, by its configuration."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ ITEMS = {"float32": 4, "bfloat16": 2}
 
 
 def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTable:
-    """Return the bytes of one stream, all layers together.
+    """Return the cache bytes of one stream, summed over layers.
 
     Args:
-        model: the model's configuration.
+        model: configuration of the model.
         tokens: lengths of the stream.
-        cache_dtype: of cached memories, and of keys and values.
+        cache_dtype: dtype of cached memories, keys and values.
 
     Raises:
         ValueError: the segments cannot stream.
@@ -51,7 +51,7 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTa
 
 
 def warnings(layer: MCConfig) -> list[str]:
-    """Return warnings where cached memories are larger than the keys and values of their tokens."""
+    """Return warnings if cached memories are larger than the keys and values of their segments."""
     if not outgrows_kv(layer):
         return []
     enough = memory_size(layer) // (2 * layer.d_model) + 1

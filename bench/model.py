@@ -1,4 +1,4 @@
-"""`mc bench model`: a configuration's training step and its share of the matmul rate."""
+"""`mc bench model`: time of a training step, and its share of the peak matmul rate."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.ceilings import measure, side
+from bench.ceilings import matrix_size, measure
 from bench.count import count_flops
-from bench.devices import ABOUT
-from bench.timing import STEADY, alternate
+from bench.devices import DEVICES_NOTE
+from bench.timing import WARM_CACHE_NOTE, alternate
 from mc_core.tables import ResultTable, Row
 from mc_jax.sharding import local, replicate, split_rows
 from parity.environment import result_table
@@ -22,13 +22,13 @@ def run(
     """Time the whole optimiser step on random tokens.
 
     Args:
-        config: a training run's configuration.
-        build: makes the model's structure, its first state and the jitted step of it.
-        losses: (structure, parameters, rest, tokens) -> the losses of a microbatch.
-        runs: timed steps.
+        config: configuration of a training run.
+        build: returns the graph definition, the initial state and the jitted training step.
+        losses: (graph definition, parameters, rest, tokens) -> losses of a microbatch.
+        runs: number of timed steps.
 
     Raises:
-        UserError: there are fewer devices than `run.devices`.
+        UserError: fewer devices than `run.devices` are available.
     """
     run, window = config.run, config.data.window
     devices = local(run.devices, "run.devices")
@@ -49,7 +49,7 @@ def run(
     held = [state]
 
     def once() -> None:
-        # The step consumes its state.
+        # The step donates its state.
         held[0], metrics = compiled(held[0], tokens)
         jax.block_until_ready((held[0], metrics))
 
@@ -73,9 +73,9 @@ def run(
     notes = [
         f"{run.accumulation} × {run.batch_size} × {window} tokens per step, {run.dtype}",
         f"MFU: three times the forward pass's products ({needed / 1e9:.3g} GFLOP) against "
-        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {side():,}² matrices",
+        f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {matrix_size():,}² matrices",
     ]
-    notes.append(STEADY)
+    notes.append(WARM_CACHE_NOTE)
     if run.devices > 1:
-        notes.append(f"{run.devices} {ABOUT}; MiB are summed over them")
+        notes.append(f"{run.devices} {DEVICES_NOTE}; MiB are summed over them")
     return result_table("Training step", [row], notes)

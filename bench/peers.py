@@ -1,4 +1,4 @@
-"""`mc bench peers`: this package compared with alternatives, in alternating runs."""
+"""`mc bench peers`: interleaved timings of this package and alternative packages."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from bench import jax_layers, rivals, torch_layers
-from bench.devices import ABOUT, named
-from bench.timing import STEADY, Subject, alternate, ratio
+from bench.devices import DEVICES_NOTE, named
+from bench.timing import WARM_CACHE_NOTE, Subject, alternate, ratio
 from mc_core import LinearConfig, MCConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.tables import ResultTable, Row
@@ -22,18 +22,20 @@ from parity.environment import cores, result_table
 
 ROWS = 2  # sequences of a batch
 WIDTH, HEADS, SEGMENT = 256, 4, 64
-TOLERANCE = 1e-4  # relative RMS of outputs and gradients in float32, for equal mathematics
+TOLERANCE = (
+    1e-4  # relative RMS error of outputs and gradients in float32, if the functions are equal
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Subjects that do the same work; the others are compared with the first.
+    """Subjects for the same task; the first one is the reference.
 
     Attributes:
-        build: compiles the subjects; those of JAX for each number of devices.
-        relative_time: report a subject's time per token, relative to that of the first subject on
-            as many devices; otherwise report how many times faster than the first subject it is.
-        equal: all compute the same function; their outputs are compared too.
+        build: compiles the subjects; JAX subjects are compiled for each number of devices.
+        relative_time: report the time per token relative to the first subject on the same number of
+            devices; otherwise report the speedup over the first subject.
+        equal: all subjects compute the same function; outputs and gradients are also compared.
     """
 
     build: Callable[[Sequence[int]], list[Subject]]
@@ -42,31 +44,31 @@ class Comparison:
 
 
 def comparisons() -> dict[str, Comparison]:
-    """Return every comparison by its name."""
-    found = {
+    """Return all comparisons by name."""
+    result = {
         f"linear-{tokens}": Comparison(partial(_published, "linear", tokens, (64,)), equal=True)
         for tokens in (1024, 4096)
     }
-    found["titans-1024"] = Comparison(partial(_published, "titans", 1024, (1, 16)))
+    result["titans-1024"] = Comparison(partial(_published, "titans", 1024, (1, 16)))
     for chunk in (16, 64):
-        found[f"base-titans-{chunk}"] = Comparison(partial(_titans_pytorch, chunk))
+        result[f"base-titans-{chunk}"] = Comparison(partial(_titans_pytorch, chunk))
     for kind in ("linear", "titans"):
-        found[f"ssc-{kind}"] = Comparison(
+        result[f"ssc-{kind}"] = Comparison(
             partial(_against_none, kind, "ssc", 4096), relative_time=True
         )
-        found[f"length-{kind}"] = Comparison(partial(_lengths, kind), relative_time=True)
+        result[f"length-{kind}"] = Comparison(partial(_lengths, kind), relative_time=True)
     for tokens in (1024, 4096):
-        found[f"attention-{tokens}"] = Comparison(partial(_attention, tokens))
+        result[f"attention-{tokens}"] = Comparison(partial(_attention, tokens))
     if torch.cuda.is_available():
         for kind in ("linear", "gla"):
-            found[f"fla-{kind}"] = Comparison(partial(_flash_linear, kind))
+            result[f"fla-{kind}"] = Comparison(partial(_flash_linear, kind))
         for tokens in (4096, 32768):
-            found[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens))
-    return found
+            result[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens))
+    return result
 
 
 def default_devices() -> tuple[int, ...]:
-    """Return 1, and 2 where JAX has two devices on two cores, which torch uses by default."""
+    """Return (1, 2) on a CPU with two cores and two JAX devices, otherwise (1,)."""
     both = jax.default_backend() == "cpu" and min(len(cores()), jax.local_device_count(), ROWS) >= 2
     return (1, 2) if both else (1,)
 
@@ -77,17 +79,17 @@ def run(
     threads: int | None = None,
     devices: Sequence[int] = (),
 ) -> ResultTable:
-    """Run comparisons one after another; the subjects of each alternate.
+    """Run comparisons one after another; the runs of the subjects of a comparison alternate.
 
     Args:
-        names: of `comparisons()`; all if empty.
-        runs: timed runs of each subject.
-        threads: of torch's own loops; None = its default.
-        devices: numbers of devices over which the batch of JAX's subjects is split; empty =
+        names: keys of `comparisons()`; empty = all.
+        runs: number of timed runs per subject.
+        threads: number of intra-op threads of torch; None = torch's default.
+        devices: numbers of devices over which JAX subjects split the batch; empty =
             `default_devices()`.
 
     Raises:
-        UserError: a name is unknown, a peer is not installed, or the devices do not fit.
+        UserError: a name is unknown, a peer is not installed, or a number of devices is invalid.
     """
     known = comparisons()
     for name in names:
@@ -103,29 +105,29 @@ def run(
         rows += measure(name, known[name], runs, devices)
     notes = [
         f"torch: {torch.get_num_threads()} threads",
-        "times faster: the median of the turns' ratios, by the wall clock and by processor time",
-        "titans-pytorch takes all gradients of a batch at the first weights, and one step per "
-        "chunk: less work than a causal write of every token",
-        STEADY,
+        "times faster: median of the ratios per turn, in wall-clock time and in processor time",
+        "titans-pytorch evaluates all gradients of a batch at the first weights and takes one step "
+        "per chunk: less work than a causal write of every token",
+        WARM_CACHE_NOTE,
     ]
     if max(devices) > 1:
-        notes.append(ABOUT)
+        notes.append(DEVICES_NOTE)
     return result_table("Peers, forward and backward, whole layer", rows, notes)
 
 
 def measure(
     name: str, comparison: Comparison, runs: int, devices: Sequence[int] = (1,)
 ) -> list[Row]:
-    """Time a comparison's subjects, alternating; one row each."""
+    """Time the subjects of a comparison in alternating runs; return one row per subject."""
     subjects = comparison.build(devices)
     times = alternate({s.name: s.run for s in subjects}, runs, warmup=1)
-    made = _first_two(subjects[0]) if comparison.equal else None
+    expected = _output_and_input_gradient(subjects[0]) if comparison.equal else None
     rows = []
     for subject in subjects:
-        alike = (
+        references = (
             s for s in subjects if not comparison.relative_time or s.devices == subject.devices
         )
-        reference = next(alike)
+        reference = next(references)
         timing, base = times[subject.name], times[reference.name]
         cells: Row = {
             "comparison": name,
@@ -142,10 +144,10 @@ def measure(
             if comparison.relative_time:
                 share = reference.tokens / subject.tokens
                 wall, processor = share / wall, share / processor
-            kind = "times its time" if comparison.relative_time else "times faster"
+            kind = "relative time" if comparison.relative_time else "times faster"
             cells |= {kind: wall, f"{kind} (processor)": processor}
-            if made is not None:
-                cells["error"] = f"{_distance(made, _first_two(subject)):.0e}"
+            if expected is not None:
+                cells["error"] = f"{_distance(expected, _output_and_input_gradient(subject)):.0e}"
         cells["compile s"] = subject.compile_s
         rows.append(cells)
     return rows
@@ -166,7 +168,7 @@ def _published(
 
 
 def _titans_pytorch(chunk: int, devices: Sequence[int]) -> list[Subject]:
-    # Its memory reads `x + LN(MLP(x))`.
+    # The memory of titans-pytorch is `x + LN(MLP(x))`.
     config = _config(TitansConfig(norm="layer"), "none", chunk)
     return [
         rivals.titans_pytorch(chunk, ROWS, 1024),
@@ -175,7 +177,7 @@ def _titans_pytorch(chunk: int, devices: Sequence[int]) -> list[Subject]:
     ]
 
 
-def _small(kind: str, aggregation: str) -> MCConfig:
+def _small_config(kind: str, aggregation: str) -> MCConfig:
     if kind == "linear":
         return _config(LinearConfig(), aggregation, 64)
     return _config(TitansConfig(expansion=1), aggregation, 16)
@@ -187,7 +189,7 @@ def _against_none(
     return [
         subject
         for each in ("none", aggregation)
-        for subject in _jax(_small(kind, each), tokens, f"{kind} + {each}", devices)
+        for subject in _jax(_small_config(kind, each), tokens, f"{kind} + {each}", devices)
     ]
 
 
@@ -195,7 +197,7 @@ def _lengths(kind: str, devices: Sequence[int]) -> list[Subject]:
     return [
         subject
         for tokens in (4096, 16384)
-        for subject in _jax(_small(kind, "ssc"), tokens, f"{tokens:,} tokens", devices)
+        for subject in _jax(_small_config(kind, "ssc"), tokens, f"{tokens:,} tokens", devices)
     ]
 
 
@@ -203,7 +205,7 @@ def _attention(tokens: int, devices: Sequence[int]) -> list[Subject]:
     ours = [
         subject
         for kind in ("linear", "titans")
-        for subject in _jax(_small(kind, "grm"), tokens, f"mc_jax {kind} + grm", devices)
+        for subject in _jax(_small_config(kind, "grm"), tokens, f"mc_jax {kind} + grm", devices)
     ]
     return [*rivals.attention(WIDTH, HEADS, ROWS, tokens, devices=devices), *ours]
 
@@ -219,7 +221,7 @@ def _jax(
 
 
 def _flash_linear(kind: str, _: Sequence[int]) -> list[Subject]:
-    # One sequence: there is nothing to split.
+    # One sequence, which cannot be split over devices.
     heads, tokens = 32, 8192
     memory = LinearConfig(coefficients="constant", retention=1.0 if kind == "linear" else 0.99)
     config = MCConfig(128 * heads, heads, memory=memory, aggregation="none", output_norm="none")
@@ -231,7 +233,7 @@ def _flash_linear(kind: str, _: Sequence[int]) -> list[Subject]:
 
 
 def _flash_attention(tokens: int, _: Sequence[int]) -> list[Subject]:
-    # One sequence: there is nothing to split.
+    # One sequence, which cannot be split over devices.
     width, heads = 2048, 16
     ours = [
         jax_layers.subject(
@@ -265,22 +267,22 @@ def _config(memory: LinearConfig | TitansConfig, aggregation: str, chunk: int) -
     )
 
 
-def _first_two(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """Return the output and the gradient by the tokens."""
+def _output_and_input_gradient(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Return the output, and the gradient with respect to the input tokens."""
     y, *gradients = subject.run()
     x = gradients[-1] if subject.name.startswith("mc_jax") else gradients[0]
-    return _plain(y), _plain(x)
+    return _to_numpy(y), _to_numpy(x)
 
 
-def _plain(x: Any) -> np.ndarray:
+def _to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
 def _distance(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> float:
-    """Return the larger relative RMS distance of two outputs and two gradients.
+    """Return the larger relative RMS error of the output and the gradient.
 
     Raises:
-        UserError: it is larger than rounding explains.
+        UserError: the error exceeds `TOLERANCE`.
     """
     distance = max(
         float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(left, right, strict=True)

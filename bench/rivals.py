@@ -1,4 +1,4 @@
-"""Alternatives to this package as subjects on the same batch; each imports its own package."""
+"""Alternative packages as subjects on the same batch; packages are imported lazily."""
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,11 +18,11 @@ from parity.community import from_community
 INSTALL = "make bench-peers"
 
 
-def need(package: str) -> str:
+def require(package: str) -> str:
     """Return the version of an installed package.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         return version(package)
@@ -36,21 +36,21 @@ def published(
     """Return a layer of `memory-caching` 0.1.0: width 256, 4 heads, segments of 64.
 
     Args:
-        kind: `linear`, or `titans` with a hidden width of 64, the head's.
+        kind: `linear`, or `titans` with a hidden width of 64, the head width.
         aggregation: as in `MCConfig`.
-        rows: sequences of the batch.
-        tokens: tokens of each.
-        backward: whether gradients are taken.
-        seed: of the parameters and of the batch.
+        rows: number of sequences.
+        tokens: number of tokens per sequence.
+        backward: compute gradients.
+        seed: random seed of parameters and batch.
 
     Returns:
-        The subject; our configuration of the same layer; its weights in PyTorch's layout, None
-        where its mathematics differs (a zero initial memory with biases).
+        The subject; the equivalent configuration of this package; and the weights in PyTorch's
+        layout, None if there is no exact equivalent (a zero initial memory with biases).
     """
-    need("memory-caching")
-    import memory_caching as theirs
+    require("memory-caching")
+    import memory_caching as peer
 
-    titans = theirs.TitansConfig(
+    titans = peer.TitansConfig(
         64,
         inner_update_mode="differentiable",
         update_convention="gradient_descent",
@@ -59,10 +59,10 @@ def published(
         momentum=0.9,
     )
     names: dict[str, Any] = {"backend": kind, "aggregation": aggregation}
-    config = theirs.MCConfig(256, 4, segment_size=64, titans=titans, **names)
-    backend = theirs.LinearMemoryBackend() if kind == "linear" else theirs.TitansBackend(titans)
+    config = peer.MCConfig(256, 4, segment_size=64, titans=titans, **names)
+    backend = peer.LinearMemoryBackend() if kind == "linear" else peer.TitansBackend(titans)
     torch.manual_seed(seed)
-    layer = theirs.MemoryCachingLayer(config=config, backend=backend)
+    layer = peer.MemoryCachingLayer(config=config, backend=backend)
     initial: list[torch.Tensor] = []
     if kind == "titans":
         initial = [torch.randn(4, 64, 64) / 8 for _ in range(2)]
@@ -83,7 +83,7 @@ def titans_pytorch(
     chunk_size: int, rows: int, tokens: int, *, backward: bool = True, seed: int = 0
 ) -> Subject:
     """Return `NeuralMemory` of titans-pytorch: width 256, 4 heads of 64, depth 2, expansion 4."""
-    need("titans-pytorch")
+    require("titans-pytorch")
     from titans_pytorch import NeuralMemory
 
     torch.manual_seed(seed)
@@ -117,8 +117,8 @@ def attention(
 ) -> list[Subject]:
     """Return causal softmax attention layers, projections included: torch's SDPA, and JAX's.
 
-    JAX's comes once for each number of `devices`, over which its batch is split. In bfloat16 on a
-    GPU, SDPA chooses a flash kernel and JAX's runs cuDNN's.
+    The JAX layer is returned for each number of `devices`, over which the batch is split. In
+    bfloat16 on a GPU, SDPA selects a flash kernel, and JAX uses cuDNN.
     """
     rng = np.random.default_rng(seed)
     kernels = rng.standard_normal((4, width, width), np.float32) / width**0.5
@@ -165,8 +165,8 @@ def _jax_attention(
         y, pull = jax.vjp(attend, kernels, x)
         return y, *pull(cotangent)
 
-    held = replicate(jnp.asarray(kernels, dtype), local(devices, "--devices", len(arrays[0])))
-    args = (held, *split_rows([jnp.asarray(a, dtype) for a in arrays], held))
+    replicated = replicate(jnp.asarray(kernels, dtype), local(devices, "--devices", len(arrays[0])))
+    args = (replicated, *split_rows([jnp.asarray(a, dtype) for a in arrays], replicated))
     rows, tokens, _ = arrays[0].shape
     name = named("jax dot_product_attention" + (", cuDNN" if cudnn else ""), devices)
     return compiled_subject(name, both, args, rows * tokens, dtype)
@@ -175,9 +175,9 @@ def _jax_attention(
 def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:
     """Return a layer of flash-linear-attention's `chunk_linear_attn` or `chunk_simple_gla`.
 
-    A GPU alone runs it: one sequence, bfloat16, heads of 128.
+    Requires a GPU. One sequence, bfloat16, heads of width 128.
     """
-    need("flash-linear-attention")
+    require("flash-linear-attention")
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 

@@ -1,4 +1,4 @@
-"""`mc bench scaling`: cost against tokens, with fitted exponents and a log-log plot."""
+"""`mc bench scaling`: time and FLOPs by sequence length, with fitted exponents and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ import numpy as np
 
 from bench import jax_layers
 from bench.layer import Grid, make_config
-from bench.timing import STEADY, alternate
+from bench.timing import WARM_CACHE_NOTE, alternate
 from mc_core.files import to_png, write_atomic
 from mc_core.tables import ResultTable, Row
 from parity.environment import result_table
 
 
 def run(grid: Grid, runs: int) -> ResultTable:
-    """Time one kind and chunk under each aggregation at every length.
+    """Time each aggregation at every length, for one kind and chunk size.
 
     Each length is compiled, timed and released before the next; aggregations alternate.
     """
@@ -48,7 +48,7 @@ def run(grid: Grid, runs: int) -> ResultTable:
                     "compile s": subjects[name].compile_s,
                 }
             )
-    notes = [STEADY]
+    notes = [WARM_CACHE_NOTE]
     if len(grid.tokens) > 1:
         for name, (ms, gflop) in exponents(rows).items():
             notes.append(f"{name}: time grows as tokens^{ms:.2f}, operations as tokens^{gflop:.2f}")
@@ -57,18 +57,18 @@ def run(grid: Grid, runs: int) -> ResultTable:
 
 
 def time_column() -> str:
-    """Return the column to fit and draw.
+    """Return the name of the time column to fit and plot.
 
-    On a CPU that is processor time, which other work on the machine does not change; on an
-    accelerator processor time is that of the host.
+    On a CPU, this is processor time, which is independent of other load. On an accelerator, it is
+    wall-clock time, as processor time is that of the host.
     """
     return "processor ms" if jax.default_backend() == "cpu" else "ms"
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Return, by aggregation, the exponents of tokens in time and in operations.
+    """Return, for each aggregation, the exponents of time and FLOPs as powers of the length.
 
-    Least squares in logarithms.
+    Fitted by least squares of the logarithms.
     """
     found = {}
     for name in dict.fromkeys(row["aggregation"] for row in rows):
@@ -83,7 +83,7 @@ def exponents(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def draw(report: ResultTable, path: Path) -> None:
-    """Draw time against tokens, both in logarithms, as a PNG file."""
+    """Plot time against tokens on logarithmic axes, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")

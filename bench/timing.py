@@ -1,4 +1,4 @@
-"""Comparable timings: whole runs, alternating, after warm-up; compile time is separate."""
+"""Comparable timings: alternating runs after warm-up, without compile time."""
 
 import gc
 import statistics
@@ -7,27 +7,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-QUICK = 1.0  # seconds: a subject that takes less has an untimed run before each timed one
-STEADY = (
-    f"a subject that takes less than {QUICK:g} s runs twice per turn, and the second run is timed: "
-    "its data are in the cores' caches, as in a training step"
+SHORT_RUN_S = 1.0  # seconds; faster subjects have an untimed run before each timed one
+WARM_CACHE_NOTE = (
+    f"subjects that take less than {SHORT_RUN_S:g} s run twice per turn; the second run is timed, "
+    "with data in the CPU caches, as in a training step"
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that can be timed.
+    """A function to be timed.
 
     Attributes:
-        name: in tables.
-        run: does the work once, waits for it, and returns its result.
-        tokens: tokens that a run works on.
-        compile_s: seconds of tracing and compilation, before the first run; None if there is none.
+        name: name in tables.
+        run: executes the function once, waits for the result and returns it.
+        tokens: number of tokens processed per run.
+        compile_s: seconds of tracing and compilation; None if there is no compilation.
         compile_processor_s: the same in processor time, summed over threads.
-        flops: operations of a run as the compiler or an operation counter counts them.
-        bytes: peak bytes of a run, including arguments and results, summed over its devices.
+        flops: FLOPs of a run, as counted by `count_flops` or by torch.
+        bytes: peak bytes of a run, including arguments and results, summed over devices.
         devices: number of devices over which the batch is split.
-        dtype: of the computation.
+        dtype: compute dtype.
     """
 
     name: str
@@ -43,27 +43,29 @@ class Subject:
 
 @dataclass(frozen=True)
 class Timing:
-    """The steady runs of a subject, in the order in which they were made.
+    """Timed runs of a subject, in order.
 
     Other work on the machine changes wall-clock time but not processor time.
     """
 
-    seconds: tuple[float, ...] = field(repr=False)  # of the wall clock
-    processor: tuple[float, ...] = field(repr=False)  # summed over this process's threads
+    seconds: tuple[float, ...] = field(repr=False)  # wall-clock time
+    processor: tuple[float, ...] = field(
+        repr=False
+    )  # processor time, summed over the threads of this process
 
     @property
     def median(self) -> float:
-        """The median run, in seconds of the wall clock."""
+        """Median wall-clock time, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def processor_median(self) -> float:
-        """The median run, in seconds of processor time."""
+        """Median processor time, in seconds."""
         return statistics.median(self.processor)
 
     @property
     def spread(self) -> float:
-        """Half the interquartile range, as a share of the median."""
+        """Half the interquartile range, divided by the median."""
         if len(self.seconds) < 2:
             return float("nan")
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -73,16 +75,16 @@ class Timing:
 def alternate(
     subjects: Mapping[str, Callable[[], Any]], runs: int = 10, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Time subjects alternately, so that other work on the machine affects all alike.
+    """Time subjects in alternating runs, so that other load affects all of them equally.
 
-    A timed run is a steady one. A subject whose last warm-up run took less than `QUICK` seconds
-    runs once untimed in each turn before it is timed: otherwise the cores' caches would hold data
-    of the other subjects. For longer runs the effect is negligible.
+    A subject whose last warm-up run took less than `SHORT_RUN_S` seconds has an untimed run before
+    each timed one, because the CPU caches contain the data of the other subjects. For longer runs,
+    this effect is negligible.
 
     Args:
-        subjects: name -> a function that does the work once and waits for it.
-        runs: timed runs of each.
-        warmup: untimed runs of each before; with 0, all runs are timed.
+        subjects: functions by name, which run once and wait for the result.
+        runs: number of timed runs per subject.
+        warmup: number of untimed runs per subject; with 0, all runs are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     processor: dict[str, list[float]] = {name: [] for name in subjects}
@@ -98,16 +100,16 @@ def alternate(
             if turn >= warmup:
                 seconds[name].append(end[0] - start[0])
                 processor[name].append(end[1] - start[1])
-            elif turn == warmup - 1 and end[0] - start[0] < QUICK:
+            elif turn == warmup - 1 and end[0] - start[0] < SHORT_RUN_S:
                 quick.add(name)
     return {name: Timing(tuple(seconds[name]), tuple(processor[name])) for name in subjects}
 
 
 def ratio(of: Timing, to: Timing) -> tuple[float, float]:
-    """Return the ratio of the times of `of` and `to`: wall-clock and processor time.
+    """Return the ratios of wall-clock time and of processor time of two subjects.
 
-    Each is the median of the ratios per turn: a turn's runs are consecutive, so the machine's load
-    cancels.
+    Each is the median of the ratios per turn. The runs of a turn are consecutive, so the load of
+    the machine cancels.
     """
     return (
         statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True)),

@@ -14,7 +14,7 @@ from parity.weights import load_torch
 
 
 def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> MemoryCachingLayer:
-    """Return a float32 layer, drawn from the seed or with given weights."""
+    """Return a float32 layer, with random or given weights."""
     torch.manual_seed(seed)
     layer = MemoryCachingLayer(config, device=device())
     if flat is not None:
@@ -23,7 +23,7 @@ def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> MemoryCa
 
 
 def device() -> str:
-    """Return the device of torch's subjects."""
+    """Return the device of torch subjects."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -38,7 +38,7 @@ def subject(
     seed: int = 0,
     name: str = "torch",
 ) -> Subject:
-    """Return the layer, ready to run; arguments as in `jax_layers.subject`."""
+    """Return a layer as a subject; arguments as in `jax_layers.subject`."""
     layer = build(config, flat, seed)
     if dtype != "float32":
         layer.to(getattr(torch, dtype))
@@ -56,15 +56,15 @@ def module_subject(
     *,
     count: bool = True,
 ) -> Subject:
-    """Return a function of tokens [b, t, d] as a subject: output, and the gradients of all.
+    """Return a function as a subject that computes its output, and gradients of all inputs.
 
     Args:
-        name: in tables.
-        function: the layer.
-        parameters: get gradients, as do the tokens; None where a parameter has none.
-        x: [b, t, d].
-        cotangent: [b, t, d]; None for the output alone.
-        count: count operations with torch's counter, and the bytes on a GPU.
+        name: name in tables.
+        function: function of tokens [b, t, d].
+        parameters: parameters; unused ones get None as gradient.
+        x: tokens [b, t, d].
+        cotangent: [b, t, d]; None: compute only the output.
+        count: count FLOPs with torch's counter, and bytes on a GPU.
     """
     x = x.clone().requires_grad_(cotangent is not None)
     wanted = [x, *(p for p in parameters if p.requires_grad)]

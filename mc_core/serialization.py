@@ -1,4 +1,4 @@
-"""Strict conversion of configurations to and from plain values, by the dataclasses' type hints.
+"""Conversion of configuration dataclasses to and from plain values, checked by type hints.
 
 Supported hints: int, float, str, bool, Path, Any, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
 `dict[str, X]`, dataclasses, and dataclasses with a `Tag`.
@@ -15,27 +15,27 @@ C = TypeVar("C")
 
 
 class Tag(NamedTuple):
-    """The key by which plain values name one of several dataclasses; their attribute `tag`.
+    """Discriminator of a union of dataclasses: the key that selects the class.
 
-    Each class has its name as the class attribute `key`. Without the key, a field that allows
-    several classes takes the first.
+    Each class has the class attribute `tag`, and its own name as the class attribute `key`. If the
+    key is missing, the first class of the union is used.
     """
 
     key: str
     classes: Mapping[str, type]  # by name
-    omitted: str | None = None  # the name that `to_dict` leaves out
+    omitted: str | None = None  # the name that `to_dict` omits
 
 
 class Serializable:
-    """Methods `to_dict` and `from_dict` of a dataclass."""
+    """Mixin with the methods `to_dict` and `from_dict` of a dataclass."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; nested configurations become dictionaries; memories keep `kind`."""
+        """Return nested dictionaries of plain values; those of memories include `kind`."""
         return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build from a dictionary of the form of `to_dict`.
+        """Build an instance from the output of `to_dict`.
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
@@ -44,7 +44,7 @@ class Serializable:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as plain values, preceded by its tag."""
+    """Return the tag and the fields of a dataclass as plain values."""
     tag: Tag | None = getattr(config, "tag", None)
     name = getattr(config, tag.key) if tag else None
     out = {} if tag is None or name == tag.omitted else {tag.key: name}
@@ -59,15 +59,15 @@ def _to_plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[C], data: Any, path: str = "") -> C:
-    """Build a dataclass from `to_dict`'s form.
+    """Build a dataclass from the output of `to_dict`.
 
     Args:
         cls: the dataclass, or the base class of tagged ones.
         data: plain values.
-        path: of `data`, for messages; "" for the root of a file.
+        path: path of `data` in error messages; "" for the root.
 
     Raises:
-        ValueError: an unknown or missing key, or a value that is not allowed; names its path.
+        ValueError: a key is unknown or missing, or a value is not allowed; includes the path.
     """
     return _build((cls,), data, path)
 
@@ -88,7 +88,7 @@ def _build(options: tuple[type, ...], data: Any, path: str) -> Any:
 
 
 def _select(options: tuple[type, ...], data: Any, path: str) -> tuple[type, Any]:
-    """Return the dataclass that `data` names, and `data` without the tag."""
+    """Return the dataclass selected by the tag of `data`, and `data` without the tag."""
     tag: Tag | None = getattr(options[0], "tag", None)
     if tag is None or not isinstance(data, dict):
         return options[0], data

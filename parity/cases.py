@@ -1,4 +1,4 @@
-"""Cases of the comparison as data, and their random inputs."""
+"""Test cases of the comparison, and their random inputs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -23,23 +23,24 @@ DTYPES = ("float64", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """One program that both frameworks run on the same numbers.
+    """One computation that both frameworks run on the same inputs.
 
     Attributes:
-        config: of the layer, or of the model under `level="model"`.
+        config: configuration of the layer, or of the model if `level="model"`.
         level: `function` (`memory_caching`), `layer` or `model`.
-        method: of the function; layers and models run `chunked`.
+        method: one of `METHODS`, for the function; layers and models use `chunked`.
         tokens: length of the sequences.
         batch: number of sequences.
         mask: one of `MASKS`.
         lengths: explicit segment lengths, for the function.
-        splits: tokens of the calls that together stream the sequence; None = one whole pass.
-        padding: rows of a layer's or model's stream have padding.
-        dtype: float64, float32, or bfloat16 compute over float32 parameters.
+        splits: number of tokens of each streaming call; None = one full pass.
+        padding: the streams of a layer or model contain padding.
+        dtype: float64, float32, or bfloat16 (bfloat16 compute with float32 parameters).
         ties: all segments have the same keys, so the gates' scores are equal.
-        drawn: the parameters are drawn for the comparison; otherwise they are the model's.
+        drawn: use random parameters; otherwise, those of the given weights or the default
+            initialization.
         new_tokens: tokens to generate greedily; 0 for none.
-        seed: of inputs, parameters and cotangents.
+        seed: random seed of inputs, parameters and cotangents.
     """
 
     config: MCConfig | ModelConfig
@@ -64,7 +65,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name of the case: kind, aggregation, and all fields that are not the default."""
+        """Name of the case: kind, aggregation, and all fields with non-default values."""
         layer = self.layer
         words = [f"{layer.memory.kind}+{layer.aggregation}"]
         words.append(self.method if self.level == "function" else self.level)
@@ -75,23 +76,23 @@ class Case:
         words += ["+".join(map(str, self.splits))] if self.splits else []
         words += ["padding"] * self.padding
         words += [f"mask={self.mask}"] * (self.mask != "none")
-        words += _unusual(layer.memory) + _unusual(layer, _NAMED_FIELDS)
+        words += _non_default(layer.memory) + _non_default(layer, _NAMED_FIELDS)
         if isinstance(self.config, ModelConfig):
-            words += _unusual(self.config, _NAMED_IN_MODEL)
+            words += _non_default(self.config, _NAMED_IN_MODEL)
         return " ".join((*words, f"t={self.tokens}"))
 
     @property
     def calls(self) -> tuple[slice, ...]:
-        """The tokens of each call of a stream."""
+        """Token slice of each streaming call."""
         ends = tuple(accumulate(self.splits or ()))
         return tuple(slice(*call) for call in pairwise((0, *ends)))
 
     def where(self, **fields: Any) -> "Case":
-        """Change fields of the case."""
+        """Return a copy with other values of some fields."""
         return dataclasses.replace(self, **fields)
 
 
-# Fields of a layer that have their own word in a case's name, or are constant in a grid.
+# Fields of a layer that `Case.name` formats separately, or that are constant in a grid.
 _NAMED_FIELDS = (
     "d_model",
     "num_heads",
@@ -105,8 +106,8 @@ _NAMED_FIELDS = (
 _NAMED_IN_MODEL = ("vocab_size", "layer", "ffn_width", "attention_window")
 
 
-def _unusual(config: Any, known: tuple[str, ...] = ()) -> list[str]:
-    """Return `field=value` for the fields that are not at their default."""
+def _non_default(config: Any, known: tuple[str, ...] = ()) -> list[str]:
+    """Return `field=value` for the fields with non-default values."""
     return [
         f"{field.name}={'+'.join(value) if isinstance(value, tuple) else value}"
         for field in dataclasses.fields(config)
@@ -117,7 +118,7 @@ def _unusual(config: Any, known: tuple[str, ...] = ()) -> list[str]:
 class FunctionInputs(NamedTuple):
     """The differentiable inputs of `memory_caching`."""
 
-    q: Any  # [b, t, h, k], as k and u
+    q: Any  # [b, t, h, k], also k and u
     k: Any
     v: Any  # [b, t, h, v]
     u: Any
@@ -126,32 +127,32 @@ class FunctionInputs(NamedTuple):
     norm: tuple[Any, Any] | None  # each [h, v]
 
     def at(self, tokens: slice) -> "FunctionInputs":
-        """Return the inputs of some tokens."""
+        """Return the inputs of a slice of tokens."""
         q, k, v, u = (None if x is None else x[:, tokens] for x in self[:4])
         coefficients = {name: x[:, tokens] for name, x in self.coefficients.items()}
         return self._replace(q=q, k=k, v=v, u=u, coefficients=coefficients)
 
 
 class Inputs(NamedTuple):
-    """The numbers of a case, float64."""
+    """Inputs of a case, in float64."""
 
     differentiable: FunctionInputs | dict[str, Array]
-    tokens: Array | None  # ids [b, t] of a model
+    tokens: Array | None  # token ids [b, t], for a model
     mask: Array | None  # bool [b, t]
-    padding: Array | None = None  # bool [b, t], True where a row has no token
+    padding: Array | None = None  # bool [b, t], True at padding
 
     @property
     def prompts(self) -> list[Array]:
-        """The ids of each row, without those at padding."""
+        """Token ids of each row, without padding."""
         assert self.tokens is not None
         padding = np.zeros(self.tokens.shape, bool) if self.padding is None else self.padding
-        return [row[~absent] for row, absent in zip(self.tokens, padding, strict=True)]
+        return [row[~pad] for row, pad in zip(self.tokens, padding, strict=True)]
 
 
 def draw(case: Case) -> Inputs:
     """Draw the inputs of a case, with the magnitudes of a trained layer.
 
-    They are exact in the case's dtype, so a float64 run gets the same numbers.
+    All values are representable in the case's dtype, so a float64 run gets the same inputs.
     """
     rng = np.random.default_rng(case.seed)
     mask = _mask(case, rng)
@@ -166,7 +167,7 @@ def draw(case: Case) -> Inputs:
 
 
 def rounded(x: Any, dtype: str) -> Any:
-    """Round the arrays of nested tuples and dictionaries to a dtype, and return them as float64."""
+    """Round arrays in nested tuples and dictionaries to a dtype, and return them as float64."""
     if isinstance(x, dict):
         return {name: rounded(value, dtype) for name, value in x.items()}
     if isinstance(x, tuple):
@@ -176,7 +177,7 @@ def rounded(x: Any, dtype: str) -> Any:
 
 
 def state_dtype(dtype: str) -> str:
-    """Return the dtype of parameters, coefficients and memories under a compute dtype."""
+    """Return the dtype of parameters, coefficients and memories for a compute dtype."""
     return "float64" if dtype == "float64" else "float32"
 
 
@@ -185,14 +186,15 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
     shape = (case.batch, case.tokens, h)
     q, k, u = rng.standard_normal((3, *shape, width))
     if case.ties:
-        part = k[:, : config.segment_size]
-        k = np.concatenate([part] * (case.tokens // config.segment_size + 1), 1)[:, : case.tokens]
+        first = k[:, : config.segment_size]
+        k = np.concatenate([first] * (case.tokens // config.segment_size + 1), 1)[:, : case.tokens]
     if config.normalizes_qk:
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     values = width if memory.adds_input else width - 1
     dims = memory.widths(width, values)
     initial = tuple(
-        rng.standard_normal((h, out, into)) / np.sqrt(into) for into, out in pairwise(dims)
+        rng.standard_normal((h, fan_out, fan_in)) / np.sqrt(fan_in)
+        for fan_in, fan_out in pairwise(dims)
     )
     coefficients = {
         "step": rng.uniform(0.05, 0.3 if memory.gradient_uses_weights else 1.0, shape),

@@ -1,4 +1,4 @@
-"""`mc parity check`: run cases in both frameworks and compare."""
+"""`mc parity check`: run cases in both frameworks, and compare the results."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,9 @@ def check(
     """Compare cases, and yield their outcomes in order.
 
     Args:
-        cases: the cases.
-        device: cpu or cuda.
-        weights: parameters under JAX's names, in place of drawn ones.
+        cases: cases to compare.
+        device: `cpu` or `cuda`.
+        weights: parameters with JAX names; None = random parameters.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         yield from pool.map(lambda case: check_case(case, device, weights), cases)
@@ -42,9 +42,9 @@ def check_case(case: Case, device: str = "cpu", weights: Flat | None = None) -> 
 
 
 def _rounded(case: Case, inputs: Inputs, weights: Flat, device: str) -> tuple[Difference, ...]:
-    """Compare a bfloat16 case; if one draw exceeds a limit, three draws together decide.
+    """Compare a bfloat16 case; if a limit is exceeded, repeat it with three draws together.
 
-    The limit is itself a distance of rounded numbers, which scatters for few numbers.
+    The limit is an estimated rounding error, whose variance is large for few elements.
     """
     allowed = tolerance("float32", device, case.tokens)
     runs = [_run_rounded(case, inputs, weights, device)]

@@ -1,9 +1,9 @@
 """Layers of `memory-caching` 0.1.0 (PyPI, PyTorch) as layers of this package.
 
-Tables name every field of its configuration and every parameter; fields that this package cannot
-compute are errors. `linear` and `swla` layers convert completely. `dla` and `titans` layers have no
-parameters for their memories, which start at zero and carry biases; with a nonzero initial memory
-they agree as long as those biases are zero. `docs/migration.md` shows both packages.
+Tables map every configuration field and every parameter; fields without an equivalent are errors.
+`linear` and `swla` layers convert completely. `dla` and `titans` layers have no parameters for
+their initial memories, which are zero and have biases; with a nonzero initial memory, results agree
+as long as the biases are zero. See `docs/migration.md`.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ PARAMETERS = {
     "q_proj.weight": "q_proj.weight",
     "k_proj.weight": "k_proj.weight",
     "v_proj.weight": "v_proj.weight",
-    "u_proj.weight": "u_proj.weight",  # ours has it only where it is used
+    "u_proj.weight": "u_proj.weight",  # in this package, only if it is used
     "o_proj.weight": "out_proj.weight",
 }
-# Fields that mean the same under the same name.
+# Fields with the same name and meaning.
 SAME = (
     "d_model",
     "num_heads",
@@ -50,7 +50,7 @@ SAME = (
     "detach_cached_states",
     "detach_cached_context",
 )
-# All its memories can be mixed, so its fallback for others is never used.
+# Never used: all memories of the package can be interpolated.
 WITHOUT_EFFECT = ("allow_output_mixture_fallback",)
 BACKENDS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -80,20 +80,20 @@ FIELDS = (*SAME, *WITHOUT_EFFECT, "backend", *(kind for kind in BACKENDS if BACK
 def from_community(
     config: Any, state_dict: Mapping[str, torch.Tensor], initial: Sequence[torch.Tensor] = ()
 ) -> tuple[MCConfig, Flat]:
-    """Return the configuration and the parameters of the layer that computes the same.
+    """Return the configuration and parameters of an equivalent layer of this package.
 
     Args:
-        config: the layer's `MCConfig` or its `dataclasses.asdict`. `backend` and the part of that
-            name must be those of the layer's backend object, which decides there.
-        state_dict: the layer's.
-        initial: the memory that `dla` and `titans` start at, first layer first, each
-            [h, out, in]; theirs is zero, from which no memory here can learn.
+        config: `MCConfig` of the layer, or its `dataclasses.asdict`. `backend` and the section of
+            that name must be those of the layer's backend object, which the old package uses.
+        state_dict: parameters of the layer.
+        initial: initial memory of `dla` and `titans`, one array [h, out, in] per memory layer;
+            must not be zero, because the gradients of a zero MLP memory vanish.
 
     Returns:
-        Our configuration, and our parameters in PyTorch's layout: see `load_torch` and `to_jax`.
+        Configuration and parameters in PyTorch's layout; see `load_torch` and `to_jax`.
 
     Raises:
-        ValueError: names the field without an equivalent, or lists the parameters that do not fit.
+        ValueError: a field has no equivalent, or parameters do not match; lists all of these.
     """
     fields = config if isinstance(config, dict) else dataclasses.asdict(config)
     ours = map_config(fields)
@@ -108,10 +108,10 @@ def from_community(
 
 
 def map_config(fields: dict[str, Any]) -> MCConfig:
-    """Return our configuration of a layer; `fields` as `dataclasses.asdict` gives them.
+    """Return the configuration of the equivalent layer; `fields` is from `dataclasses.asdict`.
 
     Raises:
-        ValueError: names the field without an equivalent.
+        ValueError: a field has no equivalent.
     """
     check_keys("config", fields, FIELDS, FIELDS)
     kind = fields["backend"]
@@ -146,7 +146,10 @@ def _mlp(kind: str, part: dict[str, Any], head: int) -> MemoryConfig:
         allowed = "'differentiable': writes are always differentiated here"
         raise_config_error("config", f"{kind}.inner_update_mode", mode, allowed)
     if kind == "titans" and part["update_convention"] != "gradient_descent":
-        convention, allowed = part["update_convention"], "'gradient_descent': the other climbs"
+        convention, allowed = (
+            part["update_convention"],
+            "'gradient_descent': 'paper' ascends the loss",
+        )
         raise_config_error("config", "titans.update_convention", convention, allowed)
     if part["memory_width"] % head:
         allowed = f"a multiple of the head width {head}"
@@ -162,7 +165,7 @@ def _mlp(kind: str, part: dict[str, Any], head: int) -> MemoryConfig:
     }
     if kind == "dla" and not part["momentum"]:
         return DLAConfig(**same)
-    # `dla` has no momentum here; Titans on the same loss has.
+    # Here, `dla` has no momentum: use Titans with the same loss.
     return TitansConfig(
         **same, momentum=part["momentum"], retention=part.get("retention_alpha", 1.0)
     )
@@ -187,19 +190,19 @@ def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> F
     }
     check_leaves(leaves(given), wanted)
     if given and not any(bool(tensor.any()) for tensor in given.values()):
-        raise ValueError("initial: is zero, and no write would change that")
+        raise ValueError("initial: must not be zero: all gradients would vanish")
     return {name: to_numpy(tensor) for name, tensor in given.items()}
 
 
 def community_format(report: Callable[[str], object]) -> Format:
-    """Return the format of a saved layer of the package.
+    """Return the `Format` of saved layers of `memory-caching`.
 
     The file is `torch.save({"config": dataclasses.asdict(layer.config), "state_dict":
-    layer.state_dict()}, path)` of a `linear` or `swla` layer, and nothing else. Where the package
-    is installed, reading compares its own layer's outputs with ours in float64.
+    layer.state_dict()}, path)` of a `linear` or `swla` layer. If the package is installed, reading
+    compares the outputs of its layer with those of the converted layer in float64.
 
     Args:
-        report: called with a line about the difference of the outputs.
+        report: called with a message about the difference of the outputs.
     """
 
     def read(path: Path) -> Weights:
@@ -211,7 +214,7 @@ def community_format(report: Callable[[str], object]) -> Format:
         except Exception as error:  # torch.load raises nothing narrower
             raise ValueError(f"{path}: {error}") from error
         if find_spec("memory_caching") is None:
-            report(f"{PACKAGE} is not installed: its own outputs were not compared")
+            report(f"{PACKAGE} is not installed: outputs were not compared")
             return Weights(config, flat, "torch")
         distance = relative_rms(_ours(config, flat), _theirs(fields, state_dict))
         if not distance < TOLERANCE:

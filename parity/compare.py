@@ -1,4 +1,4 @@
-"""Distance of two runs, leaf by leaf, and its limits."""
+"""Errors between two runs, leaf by leaf, and their tolerances."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import numpy as np
 from parity.cases import Case
 from parity.leaves import GRADIENT, Leaf, Leaves
 
-FLOOR = 1e-3  # smallest RMS that an error is relative to: a reference may be zero
-SMALL = 16  # elements below which the RMS of rounding errors scatters
-LONG = 128  # tokens from which float32's limits grow
+FLOOR = 1e-3  # lower bound of the denominator of relative errors: a reference may be zero
+SMALL = 16  # with fewer elements, the RMS of rounding errors has a large variance
+LONG = 128  # with more tokens, the float32 tolerances grow
 
 
 class Tolerance(NamedTuple):
-    """The largest relative RMS error."""
+    """Maximum relative RMS errors."""
 
-    forward: float  # outputs, states, pools, gates
+    forward: float  # outputs, states, pooled keys, gates
     gradient: float
 
 
@@ -31,15 +31,15 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One leaf of two runs.
+    """Comparison of one leaf of two runs.
 
     Attributes:
-        name: the leaf.
-        error: RMS of the difference, relative to the reference's RMS or `FLOOR`.
-        limit: the largest error allowed.
-        maximum: largest difference of an element, relative to the largest element or `FLOOR`.
-        cosine: of the angle between the two; 1 where both vanish.
-        problem: another difference: a missing leaf, a shape, a dtype, NaNs.
+        name: name of the leaf.
+        error: RMS of the difference divided by max(RMS of the reference, `FLOOR`).
+        limit: maximum allowed error.
+        maximum: largest absolute difference divided by max(largest reference element, `FLOOR`).
+        cosine: cosine similarity; 1 if both are zero.
+        problem: a mismatch other than the error: missing leaf, shape, dtype or NaNs.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """True if the two agree."""
+        """True if the error is within the limit and there is no other mismatch."""
         return not self.problem and self.error <= self.limit
 
     @property
     def severity(self) -> float:
-        """Error as a share of the limit."""
+        """Error divided by the limit; infinite for other mismatches."""
         if self.problem:
             return float("inf")
         return self.error / self.limit if self.limit else float(self.error > 0)
@@ -71,7 +71,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case's leaves, in forward order."""
+    """Comparison of all leaves of a case, in forward order."""
 
     case: Case
     differences: tuple[Difference, ...]
@@ -84,17 +84,17 @@ class Outcome:
 
     @property
     def worst(self) -> Difference:
-        """The leaf with the largest share of its limit."""
+        """The leaf with the largest error relative to its limit."""
         return max(self.differences, key=lambda leaf: leaf.severity)
 
     @property
     def first_failure(self) -> Difference | None:
-        """The first leaf in forward order that does not agree."""
+        """The first leaf in forward order that differs."""
         return next((leaf for leaf in self.differences if not leaf.ok), None)
 
 
 def tolerance(dtype: str, device: str, tokens: int) -> Tolerance:
-    """Return the limits of a dtype; those of float32 grow with the length."""
+    """Return the tolerance of a dtype; it grows with the length for float32."""
     base = TOLERANCES[dtype, device]
     growth = max(1.0, tokens / LONG) if dtype == "float32" else 1.0
     return Tolerance(*(limit * growth for limit in base))
@@ -117,21 +117,22 @@ def compare_rounded(
 ) -> tuple[Difference, ...]:
     """Compare two bfloat16 runs.
 
-    Their distance may be twice the distance of either to its own float64 run, of the nearer
-    one where the leaf has `SMALL` elements; leaves that are computed in float32 throughout, to
-    float32's `rounded`.
+    The limit of a leaf is twice the rounding error of a framework, which is its error against its
+    own float64 run: the smaller rounding error of the two frameworks if the leaf has at least
+    `SMALL` elements, otherwise the larger one. The limit is at least `rounded`, the tolerance of
+    leaves that are computed in float32.
     """
     results = []
     for name, left, right in _paired(actual, expected):
         limit = _limit(name, rounded)
         pairs = ((left, actual_exact.get(name)), (right, expected_exact.get(name)))
-        own = [
+        rounding = [
             _error(leaf.value, exact.value)
             for leaf, exact in pairs
             if leaf and exact and leaf.value.shape == exact.value.shape
         ]
-        if left and len(own) == 2:
-            limit = max(limit, 2 * (min if left.value.size >= SMALL else max)(own))
+        if left and len(rounding) == 2:
+            limit = max(limit, 2 * (min if left.value.size >= SMALL else max)(rounding))
         results.append(difference(name, left, right, limit))
     return tuple(results)
 
@@ -154,7 +155,7 @@ def difference(name: str, actual: Leaf | None, expected: Leaf | None, limit: flo
         problem = f"{counts[0]} NaN or infinite values in torch, {counts[1]} in jax"
         return Difference(name, limit=limit, problem=problem)
     if left.size and not finite.any():
-        return Difference(name, limit=limit, problem="nothing finite on either side")
+        return Difference(name, limit=limit, problem="no finite value in either framework")
     left, right = left[finite], right[finite]
     return Difference(
         name,

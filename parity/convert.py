@@ -1,4 +1,4 @@
-"""Verified conversion of weights from file to file."""
+"""Verified conversion of weight files."""
 
 import dataclasses
 import os
@@ -29,9 +29,9 @@ BATCH, TOKENS, SEGMENT, CHUNK = 2, 45, 16, 8
 class Proof(NamedTuple):
     """Result of verifying a conversion."""
 
-    parameters: int  # arrays, all bit-equal on both sides
+    parameters: int  # number of arrays, all bit-equal
     dtype: str
-    distance: float  # relative RMS of the outputs in float64, one framework against the other
+    distance: float  # relative RMS difference of the float64 outputs of the two frameworks
 
 
 def convert(
@@ -41,38 +41,38 @@ def convert(
     write: Format,
     config: Config | None = None,
 ) -> Proof:
-    """Write the weights of `source` to `target`.
+    """Convert a weight file, and verify the result.
 
-    The target is written to a temporary path and read back. Its parameters must be bit-equal to the
-    source's. One framework computes with the source's, the other with the target's; only if both
-    give the same output in float64 is the target renamed into its place.
+    The target is written to a temporary path and read back. Its parameters must be bit-equal to
+    those of the source. One framework computes with the source's parameters, the other with the
+    target's. The temporary path is renamed to the target only if the float64 outputs agree.
 
     Args:
-        source: a file or folder in the format `read`.
-        target: must not exist.
+        source: file or folder in the format `read`.
+        target: path to write; must not exist.
         read: format of the source.
         write: format of the target.
-        config: of a source that does not have its own; otherwise it must be the same.
+        config: configuration of a source without one; otherwise, both must be equal.
 
     Raises:
-        ValueError: source or target is not valid, or the verification fails; lists all parameters
-            that differ.
+        ValueError: source or target is invalid, or the verification fails; the message lists all
+            parameters that differ.
         OSError: a file cannot be read or written.
     """
     if os.path.lexists(target):
-        raise ValueError(f"{target}: exists; move it, or name another target")
+        raise ValueError(f"{target}: exists; move it, or use another target")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent}: no such folder; create it, or name another target")
+        raise ValueError(f"{target.parent}: no such folder; create it, or use another target")
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if read.name == write.name:
-        raise ValueError(f"{source}: is of the format {read.name} already; copy it")
+        raise ValueError(f"{source}: already has the format {read.name}; copy it")
     given = read.read(source)
-    config = _agreed(source, given.config, config)
+    config = _checked_config(source, given.config, config)
     try:
         dtype = one_dtype(leaves(given.flat))
         expected = outputs(config, given, given.framework)
-        flat = given.laid_out(write.framework)
+        flat = given.in_layout(write.framework)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -99,19 +99,19 @@ def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
     """Return the outputs of a module on a fixed batch, computed in float64 on the CPU.
 
     Args:
-        config: of a layer or a language model.
-        weights: its parameters, in either layout and any dtype.
+        config: configuration of a layer or a language model.
+        weights: parameters, in either layout and any dtype.
         framework: "jax" or "torch".
 
     Returns:
         [b, t, d] of a layer, [b, t, vocab_size] of a language model.
 
     Raises:
-        ValueError: lists every parameter that does not fit the configuration.
+        ValueError: parameters do not match the configuration; lists all of them.
     """
     config = shortened(config)
     run = _jax_outputs if framework == "jax" else _torch_outputs
-    return run(config, weights.laid_out(framework), fixed_batch(config))
+    return run(config, weights.in_layout(framework), fixed_batch(config))
 
 
 def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -121,9 +121,9 @@ def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def shortened(config: Config) -> Config:
-    """Return the configuration with short segments and chunks, several in the fixed batch.
+    """Return the configuration with segments and chunks much shorter than the fixed batch.
 
-    Then every parameter affects the outputs.
+    This ensures that every parameter affects the outputs.
     """
     if isinstance(config, ModelConfig):
         layer = shortened(config.layer)
@@ -152,14 +152,14 @@ def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
         x = jnp.asarray(inputs)
         if not _is_model(config):
             return np.asarray(_run(*nnx.split(module), x))
-        # Block by block: those of one structure are compiled once, for any number.
+        # Run block by block: blocks of the same structure share one compilation.
         x = module.embed(x)
         for block in module.blocks:
             x = _run(*nnx.split(block), x)
         return np.asarray(module._logits(x))
 
 
-# Compiled and run once: XLA's optimisations would take most of the time.
+# The program runs only once, so optimisation would take most of the time.
 @partial(jax.jit, static_argnums=0, compiler_options=quick_compile())
 def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state)(inputs)
@@ -174,7 +174,7 @@ def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray
 
 
 def _widened(flat: Flat, wanted: dict[str, Leaf]) -> Flat:
-    """Return float64; errors name the original parameters."""
+    """Convert to float64; error messages refer to the original parameters."""
     dtype = one_dtype(leaves(flat))
     check_leaves(leaves(flat), {name: leaf._replace(dtype=dtype) for name, leaf in wanted.items()})
     return {name: array.astype(np.float64) for name, array in flat.items()}
@@ -184,7 +184,7 @@ def _is_model(config: Config) -> bool:
     return isinstance(config, ModelConfig)
 
 
-def _agreed(source: Path, own: Config | None, given: Config | None) -> Config:
+def _checked_config(source: Path, own: Config | None, given: Config | None) -> Config:
     config = own or given
     if config is None:
         raise ValueError(f"{source}: has no configuration: needs --config")
@@ -209,7 +209,7 @@ def _values(data: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _check_equal(target: Path, given: Weights, written: Weights, config: Config) -> None:
-    left, right = given.laid_out("torch"), written.laid_out("torch")
+    left, right = given.in_layout("torch"), written.in_layout("torch")
     wrong = [
         name
         for name in sorted(left.keys() | right.keys())
@@ -217,7 +217,7 @@ def _check_equal(target: Path, given: Weights, written: Weights, config: Config)
     ]
     if wrong or written.config != config:
         what = ", ".join(wrong) or "configuration"
-        raise ValueError(f"{target}: not written: reading it back gave a different {what}")
+        raise ValueError(f"{target}: not written: a different {what} was read back")
 
 
 def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:

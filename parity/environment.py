@@ -1,6 +1,6 @@
-"""The environment of a run: compiler flags, installed frameworks, the machine and the command.
+"""Environment of a run: compiler flags, installed frameworks, machine and command.
 
-Nothing here imports jax or torch before a function needs it: flags are set before that.
+Functions import jax and torch lazily, because flags must be set before.
 """
 
 import os
@@ -17,18 +17,17 @@ from mc_core.tables import ResultTable, Row
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
 SETTINGS = ("GLIBC_TUNABLES", "NPROC", "OMP_NUM_THREADS")
-FUSION_EMITTERS_UNTIL = (0, 11)  # the first jax with an XLA that may lack the flag
+FUSION_EMITTERS_UNTIL = (0, 11)  # from this jax version on, the flag may not exist
 
 
-# XLA omits roundings to bfloat16 between fused operations. A comparison needs them.
-AS_WRITTEN: dict[str, bool | int] = {"xla_allow_excess_precision": False}
+# Round to bfloat16 between fused operations, which XLA otherwise omits.
+EXACT_ROUNDING: dict[str, bool | int] = {"xla_allow_excess_precision": False}
 
 
 def quick_compile() -> dict[str, bool | int]:
-    """Return the options under which XLA compiles tiny programs about five times faster.
+    """Return XLA options that compile tiny programs about five times faster.
 
-    Compilation takes nearly all of their time, mostly in optimisations. XLA aborts at unknown
-    options.
+    They disable optimisations. XLA aborts at unknown options, so these depend on its version.
     """
     options: dict[str, bool | int] = {
         "xla_backend_optimization_level": 0,
@@ -40,7 +39,7 @@ def quick_compile() -> dict[str, bool | int]:
 
 
 def flags(options: dict[str, bool | int]) -> str:
-    """Return options in the form of XLA_FLAGS; the user's flags come last and win."""
+    """Return options as XLA_FLAGS; the flags of the user come last and take precedence."""
     words = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     return " ".join((*words, os.environ.get("XLA_FLAGS", "")))
 
@@ -60,14 +59,14 @@ EXTRAS = {
 
 
 class MissingError(RuntimeError):
-    """A package or device that the check needs is missing."""
+    """A required package or device is missing."""
 
 
 def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -> None:
     """Prepare both frameworks for a comparison on a device, `cpu` or `cuda`.
 
     Raises:
-        MissingError: a package is not installed, or a framework does not see the device.
+        MissingError: a package is not installed, or a framework has no access to the device.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -75,7 +74,7 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
                 f"{package} is not installed: pip install 'memory-caching-jax[{EXTRAS[package]}]'"
             )
     if "jax" not in sys.modules:
-        options = AS_WRITTEN
+        options = EXACT_ROUNDING
         if device == "cpu":
             # One program is compiled in a thread while another is traced.
             options = options | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
@@ -87,14 +86,14 @@ def prepare(device: str, packages: tuple[str, ...] = ("jax", "flax", "torch")) -
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        raise MissingError("torch sees no CUDA device: install its CUDA build, or --device cpu")
+        raise MissingError("torch finds no CUDA device: install its CUDA build, or --device cpu")
     try:
         jax.devices("cuda")
     except RuntimeError as error:
         raise MissingError(
-            "jax sees no CUDA device: pip install 'memory-caching-jax[cuda]', or --device cpu"
+            "jax finds no CUDA device: pip install 'memory-caching-jax[cuda]', or --device cpu"
         ) from error
-    # Both frameworks would round the factors of float32 products to TF32.
+    # Disable TF32, to which both frameworks round the operands of float32 products.
     jax.config.update("jax_default_matmul_precision", "highest")
     torch.set_float32_matmul_precision("highest")
 
@@ -132,7 +131,7 @@ def cores() -> list[int]:
 
 
 def command() -> str:
-    """Return the command, with environment variables that change its speed."""
+    """Return the command line, with environment variables that affect its speed."""
     settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     return shlex.join([*settings, "mc", *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""Test of the check: faults planted in `mc_torch`, one at a time, each to be caught in its leaf."""
+"""Fault injection: each fault in `mc_torch` must be detected in the expected leaf."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from parity.cases import Case, draw
 from parity.compare import Difference, Outcome, compare, tolerance
 from parity.grids import case
 
-# Replaces a function; called with the original.
+# Maps a function to its faulty replacement.
 Substitute = Callable[[Any], Any]
 
 LINEAR = case(LinearConfig(), "grm", mask="some")
@@ -40,24 +40,24 @@ STATE = "cache.stored.weights.0"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, and the leaf where it must show.
+    """A fault, and the leaf in which it must be detected.
 
     Attributes:
-        name: of the fault.
-        case: affected by the fault.
+        name: name of the fault.
+        case: a case that the fault affects.
         leaf: the first affected leaf, in forward order.
-        places: dotted names, `module:attribute`, and their replacements.
+        patches: replacement of each function, by dotted name.
     """
 
     name: str
     case: Case
     leaf: str
-    places: dict[str, Substitute]
+    patches: dict[str, Substitute]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of the check for a fault; without a fault, for the unchanged case."""
+    """Result of comparing a case with a fault, or without one if `fault` is None."""
 
     fault: Fault | None
     case: Case
@@ -71,23 +71,23 @@ class Finding:
 
 
 def selftest() -> Iterator[Finding]:
-    """Compare each unchanged case, then with each of its faults in `mc_torch`."""
-    for subject in SUBJECTS:
-        inputs, weights = draw(subject), run_jax.parameters(subject)
-        expected = run_jax.run(subject, inputs, weights)
-        allowed = tolerance(subject.dtype, "cpu", subject.tokens)
-        for fault in (None, *(f for f in FAULTS if f.case == subject)):
-            with planted(fault):
-                actual = run_torch.run(subject, inputs, weights)
-            outcome = Outcome(subject, compare(actual, expected, allowed))
-            yield Finding(fault, subject, outcome.first_failure)
+    """Compare each case without a fault, then with each of its faults in `mc_torch`."""
+    for affected in CASES:
+        inputs, weights = draw(affected), run_jax.parameters(affected)
+        expected = run_jax.run(affected, inputs, weights)
+        allowed = tolerance(affected.dtype, "cpu", affected.tokens)
+        for fault in (None, *(f for f in FAULTS if f.case == affected)):
+            with injected(fault):
+                actual = run_torch.run(affected, inputs, weights)
+            outcome = Outcome(affected, compare(actual, expected, allowed))
+            yield Finding(fault, affected, outcome.first_failure)
 
 
-def planted(fault: Fault | None) -> ExitStack:
-    """Return a context with a fault in `mc_torch`."""
+def injected(fault: Fault | None) -> ExitStack:
+    """Return a context in which `mc_torch` has a fault; None for no fault."""
     stack = ExitStack()
-    for place, substitute in (fault.places if fault else {}).items():
-        owner, _, attribute = place.rpartition(".")
+    for name, substitute in (fault.patches if fault else {}).items():
+        owner, _, attribute = name.rpartition(".")
         target = resolve_name(owner)
         new = substitute(getattr(target, attribute))
         stack.enter_context(patch.object(target, attribute, new))
@@ -95,29 +95,29 @@ def planted(fault: Fault | None) -> ExitStack:
 
 
 def table(findings: list[Finding]) -> Table:
-    """Return a table of the faults, the expected leaf, and the first leaf that differs."""
-    made = Table("planted in mc_torch", "case", "must show in", "seen first in", "caught")
+    """Return a table of faults, their expected leaf, and the first leaf that differs."""
+    rows = Table("fault in mc_torch", "case", "expected leaf", "first leaf that differs", "caught")
     for finding in findings:
         fault, first = finding.fault, finding.first
-        made.add_row(
-            fault.name if fault else "nothing",
+        rows.add_row(
+            fault.name if fault else "no fault",
             " ".join(finding.case.name.split()[:2]),
-            fault.leaf if fault else "no leaf",
-            first.describe() if first else "no leaf",
+            fault.leaf if fault else "none",
+            first.describe() if first else "none",
             ("yes" if fault else "clean") if finding.ok else "NO",
             style=None if finding.ok else "red",
         )
-    return made
+    return rows
 
 
 def summary(findings: list[Finding], seconds: float) -> str:
-    """Return the verdict on one line."""
-    planted_ = [finding for finding in findings if finding.fault]
-    caught = sum(finding.ok for finding in planted_)
+    """Return a one-line summary."""
+    faulty = [finding for finding in findings if finding.fault]
+    caught = sum(finding.ok for finding in faulty)
     clean = sum(finding.ok for finding in findings) - caught
     return (
-        f"{caught} of {len(planted_)} faults caught in their leaf, "
-        f"{clean} of {len(findings) - len(planted_)} cases equal without a fault, {seconds:.0f} s"
+        f"{caught} of {len(faulty)} faults caught in their leaf, "
+        f"{clean} of {len(findings) - len(faulty)} cases equal without a fault, {seconds:.0f} s"
     )
 
 
@@ -129,7 +129,7 @@ def _wrong_sign(chunk_decay: Any) -> Any:
     return ascending
 
 
-def _pool_of_the_token_before(pool_keys: Any) -> Any:
+def _shifted_pools(pool_keys: Any) -> Any:
     def shifted(*args: Any) -> Any:
         pools = pool_keys(*args)
         return pools._replace(running=F.pad(pools.running, (0, 0, 0, 0, 1, 0))[:, :-1])
@@ -137,19 +137,19 @@ def _pool_of_the_token_before(pool_keys: Any) -> Any:
     return shifted
 
 
-def _softmax_of_cached(weigh: Any) -> Any:
+def _softmax_of_cached(normalize_scores: Any) -> Any:
     def cached_only(score: Any, read: Any, config: Any) -> Any:
         read = read.clone()
         read[..., -1] = ~read[..., :-1].any(-1)
-        return weigh(score, read, config)
+        return normalize_scores(score, read, config)
 
     return cached_only
 
 
-def _latest_of_ties(select: Any) -> Any:
+def _latest_of_ties(select_top_k: Any) -> Any:
     def reversed_(score: Any, readable: Any, top_k: int) -> Any:
         n = score.shape[-1]
-        index = select(score.flip(-1), readable.flip(-1), top_k)
+        index = select_top_k(score.flip(-1), readable.flip(-1), top_k)
         return torch.where(index < n, n - 1 - index, index)
 
     return reversed_
@@ -159,9 +159,9 @@ def _without_mask(memory_caching: Any) -> Any:
     return lambda *args, mask, **options: memory_caching(*args, mask=None, **options)
 
 
-def _in_float32(product: Any) -> Any:
+def _in_float32(einsum_f32: Any) -> Any:
     def narrow(spec: str, *operands: Any, **options: Any) -> Any:
-        result = product(spec, *(x.float() for x in operands))
+        result = einsum_f32(spec, *(x.float() for x in operands))
         return result.to(operands[0].dtype)
 
     return narrow
@@ -171,7 +171,7 @@ def _detached_pools(scores: Any) -> Any:
     return lambda u, pools, *args: scores(u, pools.detach(), *args)
 
 
-def _state_of_the_segment_before(segment_ends: Any) -> Any:
+def _stale_segment_ends(segment_ends: Any) -> Any:
     def stale(*args: Any) -> Any:
         ends = segment_ends(*args)
         return tree_map(lambda w: torch.cat([w[:, :1], w[:, :-1]], dim=1), ends)
@@ -194,11 +194,11 @@ def _float32_output(memory_caching: Any) -> Any:
     return narrow
 
 
-def _root_at_zero(l2_normalize: Any) -> Any:
+def _sqrt_at_zero(l2_normalize: Any) -> Any:
     return lambda x: l2_normalize(x) + 0 * x.square().sum(-1, keepdim=True).sqrt()
 
 
-def _ahead(forward: Any) -> Any:
+def _one_token_ahead(forward: Any) -> Any:
     return lambda conv, x, before: forward(conv, F.pad(x, (0, 0, 0, 1))[:, 1:], before)
 
 
@@ -214,14 +214,16 @@ def _large_eps(_: Any) -> Any:
     return lambda x, scale: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * scale
 
 
-def _undecayed_only(_: Any) -> Any:
-    return lambda at, write_mask: at._replace(step=at.step * write_mask)
+def _mask_only_steps(_: Any) -> Any:
+    return lambda coefficients, write_mask: coefficients._replace(
+        step=coefficients.step * write_mask
+    )
 
 
-def _every_token_opens_a_chunk(make_call_layout: Any) -> Any:
+def _every_token_starts_a_chunk(make_call_layout: Any) -> Any:
     def refreshed(*args: Any) -> Any:
-        grid = make_call_layout(*args)
-        return grid._replace(has_first_token=torch.ones_like(grid.has_first_token))
+        layout = make_call_layout(*args)
+        return layout._replace(has_first_token=torch.ones_like(layout.has_first_token))
 
     return refreshed
 
@@ -230,12 +232,12 @@ def _next_slot(write_slots: Any) -> Any:
     return lambda stored, segments, slots: write_slots(stored, segments, slots + 1)
 
 
-def _pool_of_the_call(pool: Any) -> Any:
-    def forgetful(k: Any, mask: Any, grid: Any, cache: Any, config: Any) -> Any:
+def _pool_without_cache(pool: Any) -> Any:
+    def current_call(k: Any, mask: Any, layout: Any, cache: Any, config: Any) -> Any:
         cache = cache._replace(pool_sum=torch.zeros_like(cache.pool_sum))
-        return pool(k, mask, grid, cache, config)
+        return pool(k, mask, layout, cache, config)
 
-    return forgetful
+    return current_call
 
 
 FAULTS = (
@@ -248,21 +250,21 @@ FAULTS = (
             "mc_torch.functional._zero_masked": lambda f: (
                 lambda *a: f(*a)._replace(coefficients=a[4])
             ),
-            "mc_torch.backends.base.mask_coefficients": _undecayed_only,
+            "mc_torch.backends.base.mask_coefficients": _mask_only_steps,
         },
     ),
     Fault(
         "stale cached state",
         LINEAR,
         STATE,
-        {"mc_torch.chunked._segment_ends": _state_of_the_segment_before},
+        {"mc_torch.chunked._segment_ends": _stale_segment_ends},
     ),
     Fault("float32 in a float64 path", LINEAR, STATE, {"mc_torch.chunked.einsum_f32": _in_float32}),
     Fault(
         "pool off by one token",
         LINEAR,
         "gates",
-        {"mc_torch.functional.pool_keys": _pool_of_the_token_before},
+        {"mc_torch.functional.pool_keys": _shifted_pools},
     ),
     Fault(
         "softmax without the online memory",
@@ -309,10 +311,10 @@ FAULTS = (
         "convolution one token ahead",
         LAYER,
         STATE,
-        {"mc_torch.modules.ShortConv.forward": _ahead},
+        {"mc_torch.modules.ShortConv.forward": _one_token_ahead},
     ),
     Fault(
-        "memory after a write in the place of the one before",
+        "memory after a write instead of before it",
         LAYER,
         "trace.update_norm",
         {"mc_torch.inspection._previous_token": lambda _: lambda decay: decay},
@@ -322,10 +324,10 @@ FAULTS = (
         "NaN gradient of a norm at zero",
         LAYER,
         "gradient.k_conv.kernel",
-        {"mc_torch.layer.l2_normalize": _root_at_zero},
+        {"mc_torch.layer.l2_normalize": _sqrt_at_zero},
     ),
     Fault(
-        "convolution forgets the call before",
+        "convolution ignores the previous call",
         STREAM,
         STATE,
         {"mc_torch.modules.ShortConv.tail": lambda f: lambda *a: torch.zeros_like(f(*a))},
@@ -334,7 +336,7 @@ FAULTS = (
         "anchor refreshed inside a chunk",
         STREAM,
         STATE,
-        {"mc_torch.streaming.make_call_layout": _every_token_opens_a_chunk},
+        {"mc_torch.streaming.make_call_layout": _every_token_starts_a_chunk},
     ),
     Fault(
         "completed segment in the next slot",
@@ -343,10 +345,10 @@ FAULTS = (
         {"mc_torch.streaming.write_slots": _next_slot},
     ),
     Fault(
-        "pool begins anew with a call",
+        "pool restarts at every call",
         STREAM,
         "cache.stored.pool",
-        {"mc_torch.streaming._pool": _pool_of_the_call},
+        {"mc_torch.streaming._pool": _pool_without_cache},
     ),
 )
-SUBJECTS = tuple(dict.fromkeys(fault.case for fault in FAULTS))
+CASES = tuple(dict.fromkeys(fault.case for fault in FAULTS))

@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, and a PyTorch `state_dict` with its configuration."""
+"""Weight files: safetensors, and PyTorch `state_dict` files with a configuration."""
 
 import os
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class Weights(NamedTuple):
     flat: Flat
     framework: str  # "jax" or "torch"
 
-    def laid_out(self, framework: str) -> Flat:
-        """Return the parameters in the layout of either framework.
+    def in_layout(self, framework: str) -> Flat:
+        """Return the parameters in the layout of a framework.
 
         Raises:
-            ValueError: lists every parameter that the table does not have.
+            ValueError: parameters are not in the weight table; lists all of them.
         """
         if framework == self.framework:
             return self.flat
@@ -36,36 +36,36 @@ class Weights(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A file format of weights; both functions raise ValueError or OSError with the path in it."""
+    """A weight file format; `read` and `write` raise ValueError or OSError with the path."""
 
     name: str
-    framework: str  # layout of the weights
+    framework: str  # layout of the weights, "jax" or "torch"
     read: Callable[[Path], Weights]
-    write: Callable[[Path, Config, Flat], None]  # takes weights in the format's layout
+    write: Callable[[Path, Config, Flat], None]  # expects weights in `layout`
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Read a file that `write_safetensors` wrote."""
+    """Read a file of `write_safetensors`."""
     config, flat = read_file(path, Config)
     return Weights(config, flat, "torch")
 
 
 def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | None = None) -> None:
-    """Write tensors, and into the metadata the configuration and the tokenizer's hash, if any."""
+    """Write tensors, with the configuration and any tokenizer hash in the metadata."""
     from safetensors.numpy import save_file
 
     path.touch()
     mode = path.stat().st_mode
     save_file(flat, path, metadata=to_metadata(config, tokenizer))
-    path.chmod(mode)  # the library makes it readable only for its owner
+    path.chmod(mode)  # the library creates files that only the owner can read
     _sync(path)
 
 
 def read_state_dict(path: Path) -> Weights:
-    """Read a file that `write_state_dict` wrote, or a `state_dict` that has no configuration.
+    """Read a file of `write_state_dict`, or a `state_dict` without configuration.
 
-    The latter may be bare, or a part of a training loop's checkpoint. Prefixes that wrappers add
-    to names are removed, with a line in the log.
+    The latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are
+    removed, and a message is logged.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,7 +82,7 @@ def read_state_dict(path: Path) -> Weights:
 
 
 def write_state_dict(path: Path, config: Config, flat: Flat) -> None:
-    """Write `{"version", "module", "config", "state_dict"}`; `torch.load` needs no code for it."""
+    """Write `{"version", "module", "config", "state_dict"}`; it loads with `weights_only=True`."""
     tensors = {name: to_tensor(array) for name, array in flat.items()}
     torch.save({**describe(config), "state_dict": tensors}, path)
     _sync(path)
@@ -93,7 +93,7 @@ STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
 
 
 def _is_described(loaded: dict[str, Any]) -> bool:
-    """Return True for a file of `write_state_dict`, also of another version or damaged."""
+    """Return True for files of `write_state_dict`, including other versions and damaged ones."""
     others = loaded.keys() - {"state_dict"}
     alone = bool(others) and others <= {"version", "module", "config"}
     return "state_dict" in loaded and ("version" in loaded or alone)

@@ -1,4 +1,4 @@
-"""The grids of cases that `mc parity check` compares: one quick, one full."""
+"""The quick and the full grid of cases of `mc parity check`."""
 
 import dataclasses
 import random
@@ -46,7 +46,7 @@ def case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Build a small case; `options` are fields of `MCConfig`."""
+    """Return a small case; `options` are fields of `MCConfig`."""
     options = {"segment_size": 4, "chunk_size": 3} | options
     layer = MCConfig(d_model, 2, memory, aggregation, state_init_mode=start, **options)
     config: MCConfig | ModelConfig = layer
@@ -79,7 +79,7 @@ def case(
 _LINEAR, _SWLA = LinearConfig(), SWLAConfig()
 _DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
 
-# Each kind with each aggregation once; the other choices are distributed over these pairs.
+# Every pair of kind and aggregation once; other options are distributed over the pairs.
 QUICK = (
     case(_LINEAR, "none", "restart", level="model", num_layers=2, qk_norm="l2"),
     case(LinearConfig(coefficients="head"), "residual", level="layer", conv_width=4, mask="padded"),
@@ -107,7 +107,7 @@ QUICK = (
     case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
     case(DLAConfig(expansion=1, norm="layer"), "mean", level="layer", segmentation="logarithmic"),
     case(_TITANS, "none", method="recurrent", mask="segment"),
-    # With seed 0 a layer norm has so small a variance that float32 loses two digits.
+    # With seed 0, a layer norm has a variance so small that float32 loses two digits.
     case(TitansConfig(expansion=1, norm="layer"), "residual", "restart", tokens=14, seed=1),
     case(_TITANS, "grm", level="model", conv_width=4, tie_embeddings=False, mask="padded"),
     case(TitansConfig(depth=1, inner_clip=None), "soup", "restart", mask="some"),
@@ -155,11 +155,11 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 def full() -> Iterator[Case]:
     """Yield the quick grid, and every kind, aggregation, start and segmentation in every dtype.
 
-    The remaining choices are drawn anew for each, from a fixed seed. A third of the cases that can
-    stream do. Models in float32 and bfloat16 have one block, memories in bfloat16 at most two
-    layers: with more layers rounding errors exceed useful limits; the deep models are in float64.
-    Layer norms there span 8 numbers: the variance of 4 comes so near to zero that dividing by it
-    costs float32 two digits.
+    The remaining options are drawn at random for each case, with a fixed seed. A third of the cases
+    that support streaming use it. Models in float32 and bfloat16 have one block, and memories in
+    bfloat16 at most two layers, because rounding errors of deeper ones exceed useful limits; deep
+    models use float64. Layer norms in float32 and bfloat16 have width 8: the variance of 4 numbers
+    may be so small that float32 loses two digits.
     """
     yield from QUICK
     pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))

@@ -1,4 +1,4 @@
-"""Named arrays of a run in forward order, in NumPy for both frameworks."""
+"""Named NumPy arrays of a run, in forward order."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ class Leaf(NamedTuple):
     """One array of a run."""
 
     value: np.ndarray  # float64, or an integer or boolean type
-    dtype: str  # as the framework computed it: "float32", "int32", ...
+    dtype: str  # dtype in the framework: "float32", "int32", ...
 
 
 GRADIENT = "gradient"  # prefix of the names of gradients
@@ -20,32 +20,32 @@ Leaves = dict[str, Leaf]  # in forward order
 
 
 def stack(runs: Iterable[Leaves]) -> Leaves:
-    """Stack the leaves of runs that differ only in their numbers, to compare them as one.
+    """Stack the leaves of several runs of a case, to compare them together.
 
-    A leaf that some run lacks, or has in another shape or dtype, is that of the first run.
+    Leaves that are missing or differ in shape or dtype in some run are those of the first run.
     """
     first, *others = runs
     joined = {}
     for name, leaf in first.items():
-        same = [run[name] for run in others if name in run and _alike(run[name], leaf)]
+        same = [run[name] for run in others if name in run and _same_format(run[name], leaf)]
         values = [leaf.value, *(one.value for one in same)]
         joined[name] = leaf if len(same) < len(others) else Leaf(np.stack(values), leaf.dtype)
     return joined
 
 
-def _alike(one: Leaf, other: Leaf) -> bool:
+def _same_format(one: Leaf, other: Leaf) -> bool:
     return one.dtype == other.dtype and one.value.shape == other.value.shape
 
 
 def cotangent(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Draw the random cotangent of a leaf: the same in both frameworks, different for each name."""
+    """Draw the random cotangent of a leaf, determined by name, shape and seed."""
     return np.random.default_rng([seed, crc32(name.encode())]).standard_normal(shape)
 
 
 class Forward(NamedTuple):
-    """Results of a forward pass, in forward order; None where it has none.
+    """Results of a forward pass, in forward order; None if not available.
 
-    All but a model's trace get gradients.
+    All results except the trace of a model get cotangents.
     """
 
     cache: Any  # of functions, layers and streams

@@ -15,7 +15,7 @@ FRAMEWORKS = ("jax", "flax", "torch")
 
 
 def row(outcome: Outcome) -> tuple[str, ...]:
-    """Return the cells of a case: the leaf with the largest share of its limit, and the verdict."""
+    """Return the cells of a case: the leaf with the largest error relative to its limit."""
     worst = outcome.worst
     return (
         outcome.case.name,
@@ -32,16 +32,16 @@ def row(outcome: Outcome) -> tuple[str, ...]:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the table of all cases."""
-    made = Table(*COLUMNS)
-    for column in made.columns[4:8]:
+    result = Table(*COLUMNS)
+    for column in result.columns[4:8]:
         column.justify, column.no_wrap = "right", True
     for outcome in outcomes:
-        made.add_row(*row(outcome), style=None if outcome.ok else "red")
-    return made
+        result.add_row(*row(outcome), style=None if outcome.ok else "red")
+    return result
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return, for each case that failed, the first leaf in forward order that diverges."""
+    """Return a line for each failed case, with the first leaf in forward order that differs."""
     return [
         f"{outcome.case.name} {outcome.case.dtype}: first to diverge, in forward order: "
         f"{outcome.first_failure.describe()}"
@@ -51,7 +51,7 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def summary(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
-    """Return the verdict on one line."""
+    """Return a one-line summary."""
     failed = sum(not outcome.ok for outcome in outcomes)
     leaves = sum(len(outcome.differences) for outcome in outcomes)
     verdict = f"{failed} of {len(outcomes)} cases differ" if failed else "all equal"
@@ -62,7 +62,7 @@ def summary(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
 
 
 def as_json(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
-    """Return every leaf of every case, and the environment."""
+    """Return all leaves of all cases, and the environment, as plain values."""
     data = {
         "ok": all(outcome.ok for outcome in outcomes),
         "device": device,
@@ -74,7 +74,7 @@ def as_json(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
 
 
 def as_markdown(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
-    """Return the table, the failures and the verdict as Markdown."""
+    """Return the table, the failures and the summary as Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, outcomes)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
     lines += ["", *(f"- {line}" for line in failures(outcomes))]

@@ -24,14 +24,14 @@ from parity.cases import Array, Case, FunctionInputs, Inputs, rounded, state_dty
 from parity.leaves import GRADIENT, Forward, Leaf, Leaves, cotangent
 from parity.weights import Flat, jax_weights
 
-# Centres of the biases of learned coefficients: small steps, high retention.
+# Mean biases of learned coefficients: small steps, high retention.
 _BIASES = {"step": -2.0, "newest": 0.0, "previous": 0.0, "momentum": 1.0, "retention": 2.0}
 
 
 def parameters(case: Case) -> Flat:
-    """Return the parameters of a case's module, float64, under JAX's names; none of a function.
+    """Return the parameters of a case's module, float64, with JAX names; empty for functions.
 
-    Drawn parameters avoid the zeros and ones of a fresh module, which could hide a fault.
+    Random parameters replace the zeros and ones of the initialization, which may hide faults.
     """
     if case.level == "function":
         return {}
@@ -51,7 +51,7 @@ def build(case: Case, dtype: str) -> Any:
 
 
 def abstract(case: Case, dtype: str) -> tuple[Any, Any]:
-    """Return the structure of a case's module and its parameters' shapes, without computing any."""
+    """Return the graph definition and the parameter shapes of a case's module."""
     with jax.enable_x64(True):
         module = nnx.eval_shape(lambda: build(case, dtype))
     graphdef, params = nnx.split(module)
@@ -59,10 +59,10 @@ def abstract(case: Case, dtype: str) -> tuple[Any, Any]:
 
 
 def filled(shapes: Any, weights: Flat) -> Any:
-    """Return parameters in the tree and the dtypes of `abstract`.
+    """Return parameters as a pytree with the structure and dtypes of `shapes`.
 
     Raises:
-        ValueError: lists every parameter that is missing, unexpected or of another shape.
+        ValueError: parameters are missing, unexpected or of another shape; lists all of them.
     """
     wanted = _named(shapes)
     dtypes = {name: wanted[name].dtype for name in wanted}
@@ -99,11 +99,11 @@ def run(
     """Run a case forward and backward, or generate `new_tokens`.
 
     Args:
-        case: the case.
-        inputs: from `draw`.
-        weights: from `parameters`.
-        dtype: instead of the case's own.
-        device: cpu or cuda.
+        case: case to run.
+        inputs: result of `draw`.
+        weights: result of `parameters`.
+        dtype: compute dtype; None = the case's.
+        device: `cpu` or `cuda`.
     """
     dtype = dtype or case.dtype
     with jax.enable_x64(True), jax.default_device(jax.devices(device)[0]):
@@ -163,7 +163,7 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
         trace = module.inspect(tokens, mask)[1]
         return Forward(None, jax.lax.stop_gradient(trace), None, module(tokens, mask))
-    # `forward_with_cache` and `inspect` in one pass: two would double the compile time.
+    # `forward_with_cache` and `inspect` in one program, to halve the compile time.
     output, result = module._run(given["x"], mask, case.lengths, inspect=True)
     plan = make_plan(case.tokens, case.layer, case.lengths)
     trace = make_trace(result.gates, result.cache.segments, result.inner, plan)

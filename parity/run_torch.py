@@ -24,7 +24,7 @@ from parity.weights import Flat, load_torch, to_jax, to_torch
 
 
 def build(case: Case, dtype: str, device: str) -> Any:
-    """Build a case's layer or model, its parameters fit for compute in `dtype`."""
+    """Build a case's layer or model, with parameters in the dtype for compute in `dtype`."""
     kind = LanguageModel if case.level == "model" else MemoryCachingLayer
     return kind(case.config, device=device, dtype=getattr(torch, state_dtype(dtype)))  # type: ignore[arg-type]
 
@@ -35,11 +35,11 @@ def run(
     """Run a case forward and backward, or generate `new_tokens`.
 
     Args:
-        case: the case.
-        inputs: from `draw`.
-        weights: from `run_jax.parameters`.
-        dtype: instead of the case's own.
-        device: cpu or cuda.
+        case: case to run.
+        inputs: result of `draw`.
+        weights: result of `run_jax.parameters`.
+        dtype: compute dtype; None = the case's.
+        device: `cpu` or `cuda`.
     """
     dtype = dtype or case.dtype
     given = _variables(inputs, dtype, device)
@@ -52,7 +52,7 @@ def run(
     if module is not None and case.new_tokens:
         new = generate(module, inputs.prompts, case.new_tokens)
         return {"new_tokens": _leaf(torch.stack(list(new)).int())}  # ids are int64 in PyTorch
-    # A layer computes in the dtype of its input, a model, with ids as input, in autocast's.
+    # A layer computes in the dtype of its input; a model, which reads ids, in that of autocast.
     casts = dtype == "bfloat16" and case.level == "model"
     with torch.autocast(device, torch.bfloat16) if casts else nullcontext():
         result = _forward(case, given, inputs, module, device)

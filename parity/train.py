@@ -1,7 +1,7 @@
-"""`mc parity train`: train the same model in both frameworks, step by step.
+"""`mc parity train`: train the same model in both frameworks, and compare every step.
 
-Float64, the same first weights and batches. Optax is passed in as the trainer sets it up, and is
-compared with torch.optim.
+Both use float64, the same initial weights and the same batches. The Optax optimiser of the training
+loop is compared with torch.optim.
 """
 
 import io
@@ -42,11 +42,11 @@ MakeOptimizer = Callable[[OptimizerConfig, int], optax.GradientTransformation]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step on either side."""
+    """One optimiser step in both frameworks."""
 
     number: int  # from 1
-    loss: tuple[float, float]  # jax, torch; before the step
-    norm: tuple[float, float]  # of the gradient, before clipping
+    loss: tuple[float, float]  # of jax and torch, before the step
+    norm: tuple[float, float]  # gradient norms of jax and torch, before clipping
 
     @property
     def differences(self) -> tuple[float, float]:
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """Both trainings, and the difference of the final parameters."""
+    """Result of both training runs, and the differences of the final parameters."""
 
     steps: tuple[Step, ...]
     parameters: tuple[Difference, ...]
@@ -75,7 +75,7 @@ class Training:
 
 
 def train(
-    optax_of: MakeOptimizer,
+    make_optax: MakeOptimizer,
     config: ModelConfig = SMALL,
     optimizer: OptimizerConfig = OPTIMIZER,
     steps: int = STEPS,
@@ -86,22 +86,22 @@ def train(
     """Train on random batches, and compare.
 
     Args:
-        optax_of: function from a configuration and a number of steps to the JAX optimiser.
-        config: of the model.
-        optimizer: of both sides.
+        make_optax: function from a configuration and a number of steps to the Optax optimiser.
+        config: configuration of the model.
+        optimizer: configuration of the optimiser.
         steps: number of compared steps.
         run_steps: length of the learning-rate schedule; at least `steps` are used.
         tokens: length of the sequences.
-        seed: of weights and batches.
+        seed: random seed of weights and batches.
     """
     case = Case(config, "model", tokens=tokens, batch=BATCH, seed=seed)
     weights = run_jax.parameters(case)
     rng = np.random.default_rng(seed)
-    # A few repeated batches, so that the loss decreases.
+    # Repeat a few batches, so that the loss decreases.
     batches = rng.integers(config.vocab_size, size=(4, BATCH, tokens + 1))
     batches = batches[np.arange(steps) % len(batches)]
     run_steps = max(run_steps, steps)
-    left, ours = _train_jax(case, weights, optax_of(optimizer, run_steps), batches)
+    left, ours = _train_jax(case, weights, make_optax(optimizer, run_steps), batches)
     rates = [learning_rate(optimizer, step, run_steps) for step in range(steps)]
     right, theirs = _train_torch(case, weights, optimizer, rates, batches)
     rows = enumerate(zip(left, right, strict=True), 1)
@@ -144,7 +144,7 @@ def _train_jax(
 
 
 def _wide_counters(state: Any) -> Any:
-    """Count steps in int64: optax computes rates and bias corrections in float32 from an int32."""
+    """Convert step counters to int64; with int32, optax computes learning rates in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.int64) if x.dtype == jnp.int32 else x, state)
 
 
@@ -181,7 +181,7 @@ def _train_torch(
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate of a step, counted from 0: a line up, then a cosine down."""
+    """Return the learning rate of a step, from 0: linear warmup, then cosine decay."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if step < warmup:
         first = peak / (warmup + 1)
@@ -216,7 +216,7 @@ def table(steps: tuple[Step, ...]) -> Table:
 
 
 def summary(training: Training) -> str:
-    """Return the verdict on one line."""
+    """Return a one-line summary."""
     worst = max(training.parameters, key=lambda leaf: leaf.severity)
     apart = max(max(step.differences) for step in training.steps)
     return (
@@ -227,7 +227,7 @@ def summary(training: Training) -> str:
 
 
 def draw(training: Training, path: Path) -> bytes:
-    """Return a picture, in the format that the path's suffix names."""
+    """Return a plot of the training runs, in the image format of the suffix of the path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")

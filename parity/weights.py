@@ -1,7 +1,7 @@
-"""Weights of a module as plain arrays, and from one framework to the other; no files here.
+"""Weights of a module as arrays, and their conversion between frameworks.
 
-`to_torch` and `to_jax` go by the table in `mc_core.weights`; loading is strict: every parameter
-once, in its shape and dtype, or an error that lists all that is wrong.
+`to_torch` and `to_jax` use the table in `mc_core.weights`. Loading is strict: names, shapes and
+dtypes must match, otherwise an error lists all mismatches.
 """
 
 import ml_dtypes
@@ -22,25 +22,25 @@ def torch_weights(module: torch.nn.Module) -> Flat:
 
 
 def load_torch(module: torch.nn.Module, flat: Flat) -> None:
-    """Put weights into a module, in place and on its device.
+    """Load weights into a module, in place and on its device.
 
     Raises:
-        ValueError: lists every parameter that is missing, unexpected, or of another shape or dtype;
-            the module is as before.
+        ValueError: parameters are missing, unexpected, or of another shape or dtype; lists all of
+            them. The module is unchanged.
     """
     set_weights(module, {name: to_tensor(array) for name, array in flat.items()})
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Copy a tensor, bit by bit."""
+    """Copy a tensor to a NumPy array, bit-exactly."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16
         return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
     return tensor.numpy().copy()
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """Copy an array to a tensor, bit by bit."""
+    """Copy a NumPy array to a tensor, bit-exactly."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

@@ -11,12 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from helpers.tiny_run import without_pictures
-from parity.environment import AS_WRITTEN, flags, quick_compile
+from parity.environment import EXACT_ROUNDING, flags, quick_compile
 
 # Almost all of the time goes into XLA's compiler, never into these tiny programs: without its
 # optimisations a jitted gradient takes 1-2 s in place of 10.
 os.environ["XLA_FLAGS"] = flags(
-    AS_WRITTEN | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
+    EXACT_ROUNDING | quick_compile() | {"xla_cpu_parallel_codegen_split_count": 1}
 )
 # A program that several tests, workers or commands need is compiled once in a session: what this
 # process starts, xdist's workers too, inherits its environment.

@@ -1,4 +1,4 @@
-"""The program `mc`, also `python -m train`: the command, once what it needs is installed."""
+"""Entry point of `mc` and `python -m train`; reports missing packages in one line."""
 
 import logging
 import sys
@@ -10,14 +10,14 @@ from train.user_modules import import_from_environment, import_modules, split_im
 
 
 def main(command: Sequence[str] = ()) -> None:
-    """Run the command; a library that is not installed is one line and exit code 2.
+    """Run the command line; a missing package gives a one-line error and exit code 2.
 
     Args:
-        command: words placed before the command line's own, such as a group's name.
+        command: arguments inserted before those of the command line, such as the name of a group.
     """
     _log_to_stderr()
     try:
-        # Before the command is built: its options list the registered memories.
+        # Import first: the options of the commands list the registered memories.
         names, words = split_imports(sys.argv[1:])
         sys.argv[1:] = [*command, *words]
         import_from_environment()
@@ -39,7 +39,7 @@ def main(command: Sequence[str] = ()) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Print what mc_core logs as the command's own lines; libraries set up the root logger."""
+    """Print log messages of mc_core on stderr, independent of the root logger."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("mc: %(message)s"))
     log = logging.getLogger("mc_core")

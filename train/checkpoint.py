@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimiser, random state, data position, step and configuration."""
+"""Checkpoints: parameters, optimiser state, random state, data position and configuration."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import jax  # before grain, which does no more than warn where it is missing
+import jax  # import before grain: without jax, grain only logs a warning
 
 # isort: split
 import grain
@@ -18,25 +18,25 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
-from train.data.tokenizer_copy import FILE, describe, with_kept_tokenizer
+from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
 from train.step import TrainState, build
 
 
 class Meta(NamedTuple):
-    """Description of a checkpoint: plain values, saved as JSON."""
+    """Metadata of a checkpoint, saved as JSON."""
 
     config: dict[str, Any]
-    fingerprint: str  # of the data
-    seconds: float  # of training, over all sessions
-    grown: Sequence[Sequence[int]] = ()  # [step, run.steps from there on], where run.steps grew
-    tokenizer: str | None = None  # SHA-256 of the tokenizer file, of which the run keeps a copy
+    fingerprint: str  # hash of the data
+    seconds: float  # training time, summed over sessions
+    grown: Sequence[Sequence[int]] = ()  # extensions of the run: [step, new run.steps]
+    tokenizer: str | None = None  # SHA-256 of the tokenizer file
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint is written to a temporary folder and then renamed, so an interrupted process leaves
-    complete checkpoints only. Older ones are deleted afterwards.
+    Checkpoints are written to a temporary directory and then renamed, so an interrupt never leaves
+    an incomplete checkpoint. Old checkpoints are deleted after a new one is complete.
     """
 
     def __init__(self, run: Path, keep: int | None = None):
@@ -59,7 +59,7 @@ class Checkpoints:
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
-        # Opening makes the directory, so it waits until there is something to read or write.
+        # Created lazily: the constructor of the manager creates the directory.
         if self._open is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep, enable_async_checkpointing=False
@@ -72,10 +72,10 @@ class Checkpoints:
         return self._manager.latest_step() if self.directory.is_dir() else None
 
     def meta(self, step: int) -> Meta:
-        """Return the description of a step's checkpoint.
+        """Return the metadata of the checkpoint of a step.
 
         Raises:
-            UserError: it cannot be read, or is of another version.
+            UserError: the checkpoint cannot be read, or was written by another version.
         """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         found = self._restore(step, args).meta
@@ -90,7 +90,7 @@ class Checkpoints:
         """Save the state after `step` steps and the position of the data.
 
         Raises:
-            UserError: it cannot be written; the checkpoints before it stay.
+            UserError: the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
@@ -102,7 +102,9 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             _check_disk_space(self.directory, state)
             self._manager.save(step, args=args, force=True)
-        except Exception as error:  # storage fails as OSError, ValueError, groups of them, ...
+        except (
+            Exception
+        ) as error:  # storage errors include OSError, ValueError and exception groups
             raise UserError(
                 f"{self.run}: cannot save the checkpoint of step {step} ({_reason(error)}); "
                 f"free disk space and run the same command: it resumes from step {last}"
@@ -111,10 +113,15 @@ class Checkpoints:
     def restore(
         self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None
     ) -> TrainState:
-        """Return the state after `step` steps, shaped `like`, and set the position of `batches`.
+        """Return the state after `step` steps, and set the position of `batches`.
+
+        Args:
+            step: step of the checkpoint.
+            like: state with the expected shapes, dtypes and sharding.
+            batches: data iterator to restore, if any.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the checkpoint cannot be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
@@ -129,66 +136,66 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self.directory / str(step)}: cannot be read ({_reason(error)}); "
-                "delete it to go back to the checkpoint before"
+                "delete it to resume from the previous checkpoint"
             ) from error
 
 
 def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = False) -> None:
-    """Compare a checkpoint with the configuration and the text that are to continue it.
+    """Check that a run may resume from a checkpoint: same configuration, tokenizer and text.
 
     Args:
-        directory: of the run.
-        saved: the checkpoint's description.
-        now: the description of the run that is to continue.
-        may_grow: `run.steps` may be larger than it was; otherwise it must never have grown.
+        directory: run directory.
+        saved: metadata of the checkpoint.
+        now: metadata of the resuming run.
+        may_grow: allow a larger `run.steps`. If False, the run must never have been extended.
 
     Raises:
-        UserError: names the first key that differs.
+        UserError: the run differs; the message has the first key that does.
     """
-    # Through the configuration, so that a key newer than the checkpoint has its default.
-    before = _with_free_values(to_dict(_config_of(directory, saved)), saved, now)
+    # Parse the saved configuration, so that keys added since then get their defaults.
+    before = _with_current_values(to_dict(_config_of(directory, saved)), saved, now)
     old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
     if may_grow:
         if steps < old_steps:
             raise UserError(
-                f"{directory} holds a checkpoint of run.steps = {old_steps}, and it is {steps}: "
-                "run.steps may grow but not shrink; change it back, or set another run.directory"
+                f"{directory} has a checkpoint with run.steps = {old_steps}, got {steps}: "
+                "run.steps must not decrease; change it back, or set another run.directory"
             )
         before["run"]["steps"] = steps
     difference = first_difference(before, now.config)
     if difference:
         key, old, new = difference
         raise UserError(
-            f"{directory} holds a checkpoint of another config: {key} was {old!r} and is {new!r}; "
+            f"{directory} has a checkpoint of another config: {key} was {old!r} and is {new!r}; "
             "change it back, or set another run.directory"
         )
     if saved.tokenizer != now.tokenizer and saved.tokenizer is not None:
         path = now.config["data"]["tokenizer"]
         raise UserError(
             f"{directory} was trained with {directory / FILE} ({describe(saved.tokenizer)}), and "
-            f"data.tokenizer = {path} is another file ({describe(now.tokenizer)}): name "
-            "the run's, or set another run.directory"
+            f"data.tokenizer = {path} is another file ({describe(now.tokenizer)}): use "
+            "the run's file, or set another run.directory"
         )
     if saved.fingerprint != now.fingerprint:
         older = "separator" not in saved.config["data"]
-        hint = ", or documents had nothing between them, as data.separator='' says" if older else ""
+        hint = ", or it was trained without separators (data.separator='')" if older else ""
         raise UserError(
-            f"{directory} holds a checkpoint of other text: what data.corpus names has "
-            f"changed{hint}; bring it back, or set another run.directory"
+            f"{directory} has a checkpoint of other text: the files of data.corpus have "
+            f"changed{hint}; restore them, or set another run.directory"
         )
     if saved.grown and not may_grow:
         raise UserError(
-            f"{directory} holds a checkpoint of a run that was extended at step "
+            f"{directory} has a checkpoint of a run that was extended at step "
             f"{saved.grown[0][0]}: its learning rates differ from those of this config; "
             "delete it, or set another directory"
         )
 
 
-def _with_free_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[str, Any]:
-    """Return a checkpoint's configuration with the new values of keys that may differ.
+def _with_current_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[str, Any]:
+    """Return a checkpoint's configuration with the current values of keys that may differ.
 
-    The same tokenizer may have another path. A checkpoint from before `data.separator` does not
-    name its separator: the text's fingerprint decides.
+    The path of the tokenizer may differ if its hash is equal. Checkpoints from before
+    `data.separator` have no separator; for these, only the fingerprint of the text is compared.
     """
     data = dict(before["data"])
     if saved.tokenizer is not None and saved.tokenizer == now.tokenizer:
@@ -199,15 +206,15 @@ def _with_free_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict[st
 
 
 def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, int, Meta]:
-    """Return configuration, structure, state, step and description of a run's last checkpoint.
+    """Return configuration, graph definition, state, step and metadata of the last checkpoint.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is of another version.
+        UserError: there is no checkpoint, or it cannot be read or was written by another version.
     """
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise UserError(f"{directory}: no checkpoint here; name the folder of a run")
+            raise UserError(f"{directory}: no checkpoint found; must be a run directory")
         meta = checkpoints.meta(step)
         config = _config_of(directory, meta)
         graphdef, like, _ = build(config)
@@ -218,30 +225,30 @@ def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, 
 def load_run(
     directory: Path, tokenizer: str | None = None, *, needs_text: bool = True
 ) -> tuple[TrainConfig, LanguageModel, int, Meta]:
-    """Return configuration, model, step and description of a run's last checkpoint.
+    """Return configuration, model, step and metadata of a run's last checkpoint.
 
-    The configuration names the run's own copy of its tokenizer, if it keeps one.
+    The tokenizer of the configuration is the run's copy of the file, if there is one.
 
     Args:
-        directory: of the run.
-        tokenizer: a file to use in place of that copy; must be the same tokenizer.
-        needs_text: check that the tokenizer is there and the one that the run was trained with.
+        directory: run directory.
+        tokenizer: path used in place of the copy; must have the same content.
+        needs_text: check that the tokenizer exists and equals the one used in training.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is of another version; or the tokenizer
-            is missing or another one.
+        UserError: there is no checkpoint, or it cannot be read or was written by another version;
+            or the tokenizer is missing or differs.
     """
     config, graphdef, state, step, meta = load_state(directory)
     if needs_text:
-        config = with_kept_tokenizer(config, directory, meta.tokenizer, tokenizer)
+        config = with_tokenizer_copy(config, directory, meta.tokenizer, tokenizer)
     return config, nnx.merge(graphdef, state.params, state.rest), step, meta
 
 
 def run_tokenizer(directory: Path) -> str | None:
-    """Return a run's kind of tokens: `bytes`, the SHA-256 of a tokenizer file, or None.
+    """Return `bytes` or the SHA-256 of a run's tokenizer file; None if there is neither.
 
     Raises:
-        UserError: its last checkpoint cannot be read.
+        UserError: the last checkpoint cannot be read.
     """
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest()
@@ -260,7 +267,7 @@ def _config_of(directory: Path, meta: Meta) -> TrainConfig:
 
 
 def _with_old_defaults(config: Any) -> Any:
-    """Return a checkpoint's configuration with keys that had no name when it was written."""
+    """Return a checkpoint's configuration with the former behavior for keys added since then."""
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or data.get("task", TextConfig.task) != TextConfig.task:
         return config
@@ -270,7 +277,7 @@ def _with_old_defaults(config: Any) -> Any:
 
 def _other_version(directory: Path, error: Exception) -> UserError:
     return UserError(
-        f"{directory} holds a checkpoint of another version ({error}); "
+        f"{directory} has a checkpoint of another version ({error}); "
         "use the version that wrote it, or another run.directory"
     )
 
@@ -278,15 +285,15 @@ def _other_version(directory: Path, error: Exception) -> UserError:
 def _check_disk_space(directory: Path, state: TrainState) -> None:
     """Check that the disk has space for a checkpoint.
 
-    Orbax writes from many threads; on a full disk each prints its own traceback.
+    Without this check, each writer thread of Orbax prints a traceback when the disk is full.
 
     Raises:
-        OSError: it has not.
+        OSError: the disk is full.
     """
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if hasattr(os, "posix_fallocate"):
         with tempfile.TemporaryFile(dir=directory) as file:
-            # Orbax writes the arrays twice, then drops one copy; small files take blocks each.
+            # Orbax writes the arrays twice, then deletes one copy; 1 MiB for small files.
             os.posix_fallocate(file.fileno(), 0, 2 * arrays + 2**20)
 
 
@@ -295,7 +302,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the shortest useful form of a storage error, which may run to many lines."""
+    """Return a one-line summary of a storage error, whose text may have many lines."""
     known = (
         "No space left on device",
         "File too large",

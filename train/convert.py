@@ -22,8 +22,8 @@ from train.config.recall_schema import MQARConfig
 from train.data.tokenizer_copy import (
     FILE,
     check_same_tokenizer,
+    copy_tokenizer,
     hash_of,
-    keep_tokenizer,
     tokenizer_hash,
 )
 from train.step import build, split
@@ -43,16 +43,16 @@ def convert(
     """Convert weights, and print the result of the verification.
 
     Args:
-        source: a run, or a file of weights.
-        target: must not exist.
-        source_format: `run`, `safetensors` or `torch`; None = by the path.
-        target_format: likewise.
-        config: of a new run; also the model of a bare `state_dict`.
-        console: where the verification is printed.
+        source: run directory or weight file.
+        target: path to write; must not exist.
+        source_format: `run`, `safetensors` or `torch`; None = inferred from the path.
+        target_format: like `source_format`.
+        config: configuration of a new run, or of a `state_dict` without configuration.
+        console: receives the result.
 
     Raises:
-        UserError: a path, a format, the weights or the configuration are not valid, or the
-            verification fails; nothing is written then.
+        UserError: a path, a format, the weights or the configuration are invalid, or the
+            verification fails. Nothing is written in these cases.
         OSError: a file cannot be read or written.
     """
     notes: list[str] = []
@@ -75,7 +75,7 @@ def convert(
     except ValueError as error:
         raise UserError(str(error)) from error
     if read.name == "run" and (source / FILE).is_file():
-        notes.append(f"{target.name} holds no tokenizer: keep {source / FILE} for it")
+        notes.append(f"{target.name} does not contain the tokenizer: keep {source / FILE}")
     console.print(
         f"{source} ({read.name}) -> {target} ({write.name}): {proof.parameters} parameters of "
         f"{proof.dtype}, bit-equal; outputs of JAX and PyTorch in float64 differ by "
@@ -87,7 +87,7 @@ def convert(
 
 
 def tokenizer_of(source: Path, source_format: str) -> str | None:
-    """Return a source's kind of tokens: `bytes`, the SHA-256 of a tokenizer file, or None."""
+    """Return `bytes` or the SHA-256 of the tokenizer file of a source; None if unknown."""
     if not source.exists():
         return None
     if source_format == "safetensors":
@@ -99,7 +99,7 @@ def tokenizer_of(source: Path, source_format: str) -> str | None:
 
 
 def run_format(config: TrainConfig | None) -> Format:
-    """Return the format of a run's folder; `config` is used to write a run."""
+    """Return the format of run directories; `config` is the configuration of a written run."""
 
     def write(path: Path, model: Config, flat: Flat) -> None:
         assert config is not None
@@ -122,7 +122,7 @@ def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
     model = nnx.merge(graphdef, state.params, state.rest)
     load_jax(model, flat)
     state = state._replace(params=split(model)[1])
-    keep_tokenizer(path, config)
+    copy_tokenizer(path, config)
     meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(path) as checkpoints:
         checkpoints.save(0, state, task.batches(), meta)
@@ -134,6 +134,6 @@ def _format_of(path: Path) -> str:
     if path.is_dir() or not (path.exists() or path.suffix):
         return "run"
     raise UserError(
-        f"{path}: unknown format; name a run's folder, a .safetensors or .pt file, "
+        f"{path}: unknown format; must be a run directory, a .safetensors or a .pt file, "
         "or give --from or --to"
     )

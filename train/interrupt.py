@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both end a command with a line about its saved state."""
+"""Ctrl-C and SIGTERM end a command with a message about its saved state."""
 
 import signal
 import threading
@@ -13,9 +13,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise `Terminated` in the main thread at the first SIGTERM; a second one kills.
+    """Raise `Terminated` in the main thread at the first SIGTERM; the second one kills the process.
 
-    A handler of the caller, or an ignored signal, is not changed.
+    A handler that is already set is not replaced.
     """
 
     def stop(*_: Any) -> None:
@@ -35,7 +35,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def on_interrupt(describe: Callable[[], str]) -> Iterator[None]:
-    """Give an interrupt without a message that of `describe`."""
+    """Add the message of `describe` to interrupts without a message."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Lock files that name their owner: only one process writes to a run or an output."""
+"""Lock files with a record of the owner, for exclusive access to a run or an output."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no locks
+except ImportError:  # fcntl is not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 from mc_core.errors import UserError
@@ -20,27 +20,27 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class LockedError(UserError):
-    """Another process has the lock; the message names it and says what to do."""
+    """Another process has the lock; the message describes this process and what to do."""
 
 
 class Lock:
     """An exclusive lock on a run or an output.
 
-    The operating system locks an open file (`flock`), so a lock ends with its process. The file
-    names the owner and is deleted on release: a record that a process of this host left behind is
-    taken over. A record of another host is respected, because hosts that share files do not always
-    share locks. Without locks in the file system, the record decides.
+    The lock is an `flock` on an open file, so it is released when the process ends. The file has a
+    record of the owner and is deleted on release. A stale record of this host is overwritten. A
+    record of another host is respected, because shared file systems do not always share locks. If
+    the file system has no locks, only the record is used.
 
     Args:
-        path: the lock file.
+        path: path of the lock file.
         subject: name of the locked object in messages.
-        advice: what to do while another process has the lock.
+        advice: advice in the message while another process has the lock.
     """
 
     def __init__(self, path: Path, subject: Path, advice: str):
         self._path, self._subject, self._advice = path, subject, advice
         self._file: IO[bytes] | None = None
-        self._made_folder = False
+        self._created_folder = False
 
     @classmethod
     def of_run(cls, directory: Path) -> "Lock":
@@ -48,9 +48,9 @@ class Lock:
         return cls(directory / RUN, directory, "wait for it, or set another run.directory")
 
     def acquire(self) -> None:
-        """Take the lock unless this object has it already; create a missing folder.
+        """Acquire the lock if this object does not have it; create a missing folder.
 
-        A folder that cannot be written is not locked.
+        Read-only folders are not locked.
 
         Raises:
             LockedError: another process has the lock.
@@ -61,7 +61,7 @@ class Lock:
             return
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            self._made_folder = True
+            self._created_folder = True
         elif not os.access(folder, os.W_OK):
             return
         file, locked = self._open()
@@ -79,26 +79,26 @@ class Lock:
         self._file = file
 
     def close(self) -> None:
-        """Release the lock, if this object has it, and delete its file.
+        """Release the lock, if this object has it, and delete the lock file.
 
-        A folder that `acquire` created, and that is empty, is deleted, too.
+        Also delete the folder if `acquire` created it and it is empty.
         """
         if self._file is None:
             return
-        # Deleted while locked: a process that opened it before sees that it is another file now.
+        # Delete before unlocking, so that a process that has the old file open detects the change.
         self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
-        if self._made_folder and not any(self._path.parent.iterdir()):
+        if self._created_folder and not any(self._path.parent.iterdir()):
             self._path.parent.rmdir()
 
     def _open(self) -> tuple[IO[bytes], bool]:
-        """Return the open lock file, and True if the file system can lock it."""
+        """Return the open lock file, and True if the file system supports locks."""
         while True:
             file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
                 locked = _try_lock(file)
-                if locked and _is_at(file, self._path):
+                if locked and _is_same_file(file, self._path):
                     return file, True
             except BlockingIOError as error:
                 owner = _read(file)
@@ -124,8 +124,8 @@ def _try_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Return True if an open file is the one at a path, not a deleted one."""
+def _is_same_file(file: IO[bytes], path: Path) -> bool:
+    """Return True if the path still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _read(file: IO[bytes]) -> dict[str, Any] | None:
-    """Return the owner's record; None if it is missing or incomplete."""
+    """Return the record of the owner; None if it is missing or incomplete."""
     file.seek(0)
     try:
         record = json.loads(file.read())

@@ -1,4 +1,4 @@
-"""A training run, from its configuration to its report."""
+"""Training loop: train or resume a run, and evaluate its last checkpoint."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -10,12 +10,12 @@ from rich.console import Console
 from mc_jax.sharding import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
-from train.data.tokenizer_copy import keep_tokenizer, tokenizer_hash
+from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
 from train.evaluation.run_report import FILE
 from train.interrupt import on_interrupt
 from train.lock import Lock
 from train.metrics import Curves
-from train.optimizer import describe_growth, make_schedule
+from train.optimizer import describe_extension, make_schedule
 from train.progress import Progress
 from train.step import TrainState, build, check_finite, split
 from train.tasks.task import Task, load_task
@@ -23,36 +23,40 @@ from train.warm_start import initial_state
 
 
 def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> Any:
-    """Train, or resume from the last checkpoint, and report; a finished run prints its report.
+    """Train, or resume from the last checkpoint, and print the report.
 
-    `run.steps` may be larger than the checkpoint's: the new schedule applies from there on.
+    A finished run is not trained again. If `run.steps` is larger than in the checkpoint, training
+    continues from the checkpoint with the new schedule.
 
     Args:
-        config: the run.
-        console: where progress and the report are printed.
-        claimed: the caller has locked the run's directory, and `run.steps` must not have grown; for
-            sweeps, in which equal configurations have equal results.
+        config: configuration of the run.
+        console: receives progress and the report.
+        claimed: the caller has locked the run's directory, and `run.steps` must not have changed.
+            Set by sweeps, in which equal configurations must have equal results.
 
     Raises:
-        UserError: the data, the configuration, the run's directory or the number of devices do not
-            allow it, or another process trains in the directory.
-        NotFiniteError: a NaN or an infinity occurred; the last checkpoint is from before it.
-        KeyboardInterrupt: its message names the step from which the run resumes.
+        UserError: the data, the configuration, the run's directory or the number of devices is
+            invalid, or another process trains in the directory.
+        NotFiniteError: a NaN or an infinity occurred; the last checkpoint is finite.
+        KeyboardInterrupt: the message states the step from which the run resumes.
     """
     directory = Path(config.run.directory)
     local(config.run.devices, "run.devices")
-    with closing(Lock.of_run(directory)) as lock, on_interrupt(lambda: _kept(directory)):
+    with (
+        closing(Lock.of_run(directory)) as lock,
+        on_interrupt(lambda: _interrupt_message(directory)),
+    ):
         if not claimed and directory.is_dir():
             lock.acquire()
         task = load_task(config)
-        # A new directory is created after all checks.
+        # Create a new directory only after all checks.
         if not claimed:
             lock.acquire()
         return _train(config, task, console, may_grow=not claimed)
 
 
-def _kept(directory: Path) -> str:
-    """Return the message of an interrupt; Orbax may be in the middle of saving."""
+def _interrupt_message(directory: Path) -> str:
+    """Return the message of an interrupt; Orbax may be saving at this moment."""
     names = [path.name for path in (directory / "checkpoints").glob("*")]
     step = max(map(int, filter(str.isdecimal, names)), default=0)
     return f"interrupted: the same command resumes {directory} from step {step}"
@@ -68,7 +72,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         saved = meta if saved_step is None else checkpoints.meta(saved_step)
         if saved_step is not None:
             check_same_run(directory, saved, meta, may_grow=may_grow)
-            meta = meta._replace(seconds=saved.seconds, grown=_grown(saved, start, run.steps))
+            meta = meta._replace(seconds=saved.seconds, grown=_extensions(saved, start, run.steps))
         if start == run.steps and (report := _final_report(task, directory, start)):
             task.print_report(console, directory, report)
             return report
@@ -80,7 +84,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
-        keep_tokenizer(directory, config)
+        copy_tokenizer(directory, config)
         for note in task.notes:
             console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
@@ -88,14 +92,14 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             console.print(f"resuming from step {start} of {run.steps}: {directory}", soft_wrap=True)
             if len(meta.grown) > len(saved.grown):
                 old_steps = saved.config["run"]["steps"]
-                line = describe_growth(config.optimizer, start, old_steps, run.steps)
+                line = describe_extension(config.optimizer, start, old_steps, run.steps)
                 console.print(line, soft_wrap=True, highlight=False)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == run.steps)
 
         directory.mkdir(parents=True, exist_ok=True)
-        if start < run.steps:  # an existing report is of fewer steps
+        if start < run.steps:  # an existing report is outdated
             (directory / FILE).unlink(missing_ok=True)
         with Curves(directory, start) as curves, Progress(console, start, config, meta) as progress:
             for step in range(start + 1, run.steps + 1):
@@ -124,23 +128,23 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
     return report
 
 
-def _grown(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
-    """Return the extensions of `run.steps`, up to a checkpoint resumed with `steps`."""
+def _extensions(saved: Meta, step: int, steps: int) -> list[Sequence[int]]:
+    """Return all extensions of `run.steps`, including the current one to `steps`."""
     grows = step > 0 and saved.config["run"]["steps"] < steps
     return [*saved.grown, *([[step, steps]] if grows else [])]
 
 
 def _final_report(task: Task, directory: Path, steps: int) -> Any:
-    """Return the report of a run that has ended after `steps` steps, or None."""
+    """Return the report of a run that finished after `steps` steps, or None."""
     report = task.load_report(directory)
     return report if report and report.steps == steps else None
 
 
 def evaluate(directory: Path, console: Console) -> Any:
-    """Score a run's last checkpoint, finished or not, on validation data, and print the table.
+    """Evaluate the last checkpoint of a finished or unfinished run, and print the table.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or the data are not those of the run.
+        UserError: there is no checkpoint, it cannot be read, or the data differ from the run's.
     """
     config, model, step, saved = load_run(directory)
     task = load_task(config)

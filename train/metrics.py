@@ -1,4 +1,4 @@
-"""The curves of a run: one JSON object per line, and TensorBoard events."""
+"""Metrics of a run: JSON lines and TensorBoard events."""
 
 import json
 import time
@@ -17,7 +17,7 @@ FILE = "metrics.jsonl"
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run; an incomplete last line is left out."""
+    """Return the rows of metrics of a run, without an incomplete last line."""
     path = run / FILE
     if not path.exists():
         return []
@@ -26,10 +26,10 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 
 
 class Curves:
-    """Appends rows; rows after `step`, which an interrupted run wrote, are dropped first.
+    """Writer of metrics; drops rows after `step`, which an interrupted run wrote.
 
-    TensorBoard's events are rewritten from the rows, in this thread: the library's writer thread
-    would not report a full disk.
+    TensorBoard events are rewritten from the rows, in this thread, because the writer thread of the
+    library does not report a full disk.
     """
 
     def __init__(self, run: Path, step: int):
@@ -59,7 +59,7 @@ class Curves:
             try:
                 file.close()
             except OSError:
-                # After a reported failure, the rest of the buffer fails too.
+                # After an error, flushing the buffer fails again.
                 if error is None:
                     raise
 

@@ -9,9 +9,9 @@ from mc_core.optimizer import DECAYED, OptimizerConfig
 
 
 def decay_mask(params: Any) -> Any:
-    """Return True at the matrices of projections and embeddings, False elsewhere.
+    """Return the weight decay mask: True for matrices of projections and embeddings.
 
-    Gains, biases, scales and initial memories do not decay: a memory has its own retention.
+    Gains, biases, scales and initial memories have no weight decay; memories have a retention.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: path[-1].key in DECAYED and leaf.ndim >= 2, params
@@ -19,7 +19,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate of each step, counted from 0."""
+    """Return the learning rate schedule; steps are counted from 0."""
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
@@ -30,7 +30,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return clipping by global norm, then AdamW."""
+    """Return AdamW with clipping by global norm."""
     clip = config.clip_norm
     return optax.chain(
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
@@ -45,14 +45,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def describe_growth(config: OptimizerConfig, step: int, old: int, new: int) -> str:
-    """Return a line about the learning rates of an extended run.
+def describe_extension(config: OptimizerConfig, step: int, old: int, new: int) -> str:
+    """Return a message about the learning rates of an extended run.
 
     Args:
-        config: of the optimiser.
-        step: of the checkpoint that is resumed, at least 1.
-        old: `run.steps` until then.
-        new: `run.steps` from then on.
+        config: configuration of the optimiser.
+        step: step of the checkpoint, at least 1.
+        old: previous `run.steps`.
+        new: new `run.steps`.
     """
     before = float(make_schedule(config, old)(step - 1))
     after, last = (float(make_schedule(config, new)(at)) for at in (step, new - 1))

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, otherwise regular lines."""
+"""Progress of a run: a progress bar on terminals, otherwise log lines."""
 
 import time
 from types import TracebackType
@@ -13,13 +13,13 @@ from train.config import TrainConfig
 
 
 class Progress:
-    """Shows step, loss, tokens per second and time left.
+    """Shows step, loss, tokens per second and remaining time.
 
     Args:
-        console: output.
-        start: steps done in earlier sessions.
-        config: the run.
-        meta: has the training time of earlier sessions.
+        console: output console.
+        start: number of steps of earlier sessions.
+        config: configuration of the run.
+        meta: checkpoint metadata, with the training time of earlier sessions.
     """
 
     def __init__(self, console: Console, start: int, config: TrainConfig, meta: Meta):
@@ -30,7 +30,7 @@ class Progress:
         self._began = time.monotonic() - meta.seconds
         self._log_every = run.log_every
         self._start = start
-        self._mark = start, time.monotonic()  # step and time from which speed is measured
+        self._mark = start, time.monotonic()  # step and time of the last speed measurement
         self._bar = Bar(
             BarColumn(),
             MofNCompleteColumn(),
@@ -69,7 +69,7 @@ class Progress:
             self._mark = step, time.monotonic()
 
     def row(self, step: int, loss: float) -> float:
-        """Show and return the tokens per second since the last row, including all work."""
+        """Show and return the tokens per second since the last row, by wall-clock time."""
         now = time.monotonic()
         speed = (step - self._mark[0]) * self._tokens_per_step / (now - self._mark[1])
         self._mark = step, now

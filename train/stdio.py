@@ -8,7 +8,7 @@ from typing import Any
 
 
 def replace_unencodable() -> None:
-    """Make stdout and stderr replace characters that their encoding lacks."""
+    """Replace characters that the encoding of stdout and stderr does not support."""
     for stream in (sys.stdout, sys.stderr):
         # By default stderr writes escapes such as \xe9, which do not raise.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -16,8 +16,8 @@ def replace_unencodable() -> None:
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """Return an object as a line of JSON in UTF-8."""
-    # The escape of a lone surrogate is the same in JSON.
+    """Return an object as one line of UTF-8 JSON."""
+    # Python's escape of a lone surrogate is also its JSON escape.
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
@@ -35,10 +35,10 @@ def print_bytes(data: bytes) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file; that of stdin where the path is `-`.
+    """Return the content of a file, or of stdin if the path is `-`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
 

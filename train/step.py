@@ -1,4 +1,4 @@
-"""One optimiser step as a pure function, and the state that goes in and comes out."""
+"""Losses, and one optimiser step as a pure function of the training state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ Tree = Any  # nested dictionaries of arrays
 
 
 class TrainState(NamedTuple):
-    """State that a step changes, apart from the data's position."""
+    """State updated by a training step; the data position is saved separately."""
 
     params: Tree  # float32
     optimizer: optax.OptState
-    rest: Tree  # other state: the model's random streams and their counts
+    rest: Tree  # non-parameter state: counts of the random streams
 
 
 class Metrics(NamedTuple):
@@ -41,7 +41,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
-    """Return the model's structure, its first state, and the jitted step."""
+    """Return the graph definition, the initial state, and the jitted training step."""
     model = LanguageModel(
         config.model, rngs=nnx.Rngs(config.run.seed), dtype=jnp.dtype(config.run.dtype)
     )
@@ -52,13 +52,13 @@ def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """Return structure, parameters and rest; `nnx.merge` is the inverse."""
+    """Return graph definition, parameters and other state; `nnx.merge` is the inverse."""
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
 
 
 def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.Array) -> Any:
-    """Return the losses [b, t], in nats, of tokens [b, t + 1], and the new rest."""
+    """Return the losses [b, t], in nats, of tokens [b, t + 1], and the updated `rest`."""
     model = nnx.merge(graphdef, params, rest)
     logits = model(tokens[:, :-1]).astype(jnp.float32)
     return cross_entropy(logits, tokens[:, 1:]), split(model)[2]
@@ -69,7 +69,7 @@ def cross_entropy(
 ) -> jax.Array:
     """Return the losses [b, t], in nats, of labels [b, t] under logits [b, t, s].
 
-    A label out of range gives NaN; where `read`, bool [b, t], is False, the loss of label 0.
+    Out-of-range labels give NaN if `read`, bool [b, t], is True, and the loss of label 0 otherwise.
     """
     labels, wrong = safe_ids(labels, logits.shape[-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -77,9 +77,9 @@ def cross_entropy(
 
 
 def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Example) -> Any:
-    """Return losses [b, p] in nats, correctness of the answers, bool [b, p], and the new rest.
+    """Return losses [b, p] in nats, correct answers, bool [b, p], and the updated `rest`.
 
-    An answer is right where its label's logit is the highest; other positions have no logits.
+    Logits are computed only at the answers. An answer is correct if its label has the top logit.
     """
     model = nnx.merge(graphdef, params, rest)
     logits = model(batch.tokens, None, batch.places).astype(jnp.float32)
@@ -88,10 +88,10 @@ def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Examp
 
 
 def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) -> Any:
-    """Return the mean over the tokens, or the answers, that are predicted, and the new rest."""
+    """Return the mean loss over predicted tokens or answers, and the updated `rest`."""
     if isinstance(batch, Example):
         losses, _, rest = answer_losses(graphdef, params, rest, batch)
-        # Answers of weight 0 do not count, NaN included.
+        # Answers of weight 0 are ignored, even if their loss is NaN.
         total = jnp.where(batch.weights > 0, losses * batch.weights, 0).sum()
         return total / batch.weights.sum(), rest
     losses, rest = token_losses(graphdef, params, rest, batch)
@@ -99,9 +99,9 @@ def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) ->
 
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> TrainStep:
-    """Return the jitted step over microbatches, stacked [accumulation, ...]; it consumes its state.
+    """Return the jitted training step; it donates its state.
 
-    The gradient is the mean over the microbatches, as if they were one batch.
+    Batches are stacked microbatches [accumulation, ...]. Gradients are averaged over them.
     """
 
     def loss_of(params: Tree, rest: Tree, batch: Batch) -> Any:
@@ -131,10 +131,10 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 def check_finite(metrics: Metrics, step: int, last_good: int) -> None:
-    """Stop at a NaN or an infinity.
+    """Raise an error if the loss, a gradient or a parameter is not finite.
 
     Raises:
-        NotFiniteError: names the step, the loss and the first tensor that is not finite.
+        NotFiniteError: the message has the step, the loss and the first non-finite tensor.
     """
     if metrics.all_finite:
         return

@@ -1,4 +1,4 @@
-"""User modules, for instance one that registers a memory: `mc --import FILE ...`."""
+"""Import of user modules, for example to register a memory: `mc --import FILE ...`."""
 
 import importlib
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 from mc_core.errors import UserError
 
 OPTION = "--import"
-VARIABLE = "MC_IMPORT"  # names, separated like the folders of PATH; worker processes inherit it
+VARIABLE = "MC_IMPORT"  # module names, separated by os.pathsep; inherited by worker processes
 
 
 def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the names of its leading `--import NAME` and all other words.
+    """Split a command line into the names of leading `--import NAME` options and the rest.
 
     Raises:
-        UserError: an option has no name.
+        UserError: an `--import` has no name.
     """
     names, rest = [], list(words)
     while rest and rest[0].partition("=")[0] == OPTION:
@@ -66,7 +66,7 @@ def _import(name: str) -> None:
         assert spec is not None
         assert spec.loader is not None
         loaded = module_from_spec(spec)
-        # Pickled objects, such as the configuration of a sweep's run, look their module up here.
+        # Needed to unpickle objects of this module, such as the configuration of a run.
         sys.modules[module] = loaded
         try:
             spec.loader.exec_module(loaded)

@@ -17,15 +17,15 @@ from train.step import TrainState
 
 
 def initial_state(config: TrainConfig, state: TrainState, console: Console) -> TrainState:
-    """Return `state` with the parameters of `run.init_from`, and print a line about it.
+    """Return `state` with the parameters of `run.init_from`, and print a message.
 
-    With `run.init_optimizer` also AdamW's moments and their step count; the schedule begins at 0.
+    With `run.init_optimizer`, also AdamW's moments and their step count. The schedule starts at 0.
     The other run is not changed.
 
     Args:
-        config: of the new run; `run.init_from` is set.
-        state: its state before the first step.
-        console: output.
+        config: configuration of the new run, with `run.init_from`.
+        state: state before the first step.
+        console: output console.
 
     Raises:
         UserError: there is no checkpoint, or its parameters have other names or shapes.
@@ -45,7 +45,7 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
         differences.append(f"its tokens are {words} there and {own} here")
     if mismatch := _mismatch(found.params, state.params):
         raise UserError(
-            f"run.init_from = {run.init_from}: is of another architecture: {mismatch}; "
+            f"run.init_from = {run.init_from}: has another architecture: {mismatch}; "
             f"{'; '.join(differences)}"
         )
     what = "parameters"
@@ -64,7 +64,7 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
 
 
 def restart_schedule(state: optax.OptState) -> optax.OptState:
-    """Return an optimiser's state with its schedule at step 0."""
+    """Return an optimiser state with the schedule reset to step 0."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -86,7 +86,7 @@ def _mismatch(old: Any, new: Any) -> str:
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Return the settings of the model that differ, each in words."""
+    """Return a description of each model setting that differs."""
     settings = [dict(flatten({"model": to_dict(c)["model"]})) for c in (old, new)]
     return [
         f"{key} is {settings[0].get(key)} there and {settings[1].get(key)} here"
@@ -96,7 +96,7 @@ def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 def _tokens(config: TrainConfig, file_hash: str | None) -> str:
-    """Return a description of a run's tokens; equal for equal tokens."""
+    """Return a description of the tokenizer of a run; equal for equal tokenizers."""
     if file_hash is not None:
         return f"those of a tokenizer with SHA-256 {file_hash[:12]}"
     return getattr(config.data, "tokenizer", f"those of the task {config.data.task}")

@@ -76,7 +76,7 @@ class Clock:
 
 
 def test_subjects_alternate_after_warmup(monkeypatch):
-    """Compilation and the first runs do not count; a quick subject settles in every turn."""
+    """Compilation and warm-up are not timed; fast subjects have an untimed run in every turn."""
     clock, calls = Clock(monkeypatch), []
     works = {"a": clock.work(50, 0.9, 0.7, 0.5, 0.7, 0.5), "b": clock.work(60, 1.5, 2.0, 3.0)}
     subjects = {name: lambda name=name: (calls.append(name), works[name]()) for name in works}
@@ -111,8 +111,8 @@ def test_more_expensive_branch_counts():
     assert count_flops(chosen, a) == 2 * 2 * 4**3
 
 
-# Operations of 64 tokens in 8 segments, forward and backward. A change that lowers one lowers it
-# here; one that raises it says why in its commit.
+# FLOPs for 64 tokens in 8 segments, forward and backward. Update these values if a change lowers
+# them; a change that raises them must give a reason in its commit.
 OPERATIONS = {
     ("linear", "grm"): 269_824,
     ("linear", "soup"): 269_824,
@@ -136,7 +136,7 @@ def test_operations_do_not_increase(case):
 
 @pytest.mark.parametrize("kind", ["linear", "titans"])
 def test_ssc_operations_are_linear_in_tokens(kind):
-    """Scores aside: one product of width k a pair, which no gradient passes."""
+    """Without the scores, which are one product of width k per pair and have no gradient."""
     scores = lambda t: 2 * 2 * t * (t // 8) * 4  # noqa: E731  flops, heads, pairs, k
     long, short = (flops(kind, "ssc", t) - scores(t) for t in (1024, 512))
     assert long / short < 2.05
@@ -156,7 +156,7 @@ def test_dense_reads_take_half_of_all_pairs(kind, aggregation):
 
 
 def test_mlp_memory_is_larger_than_kv_below_four_head_widths():
-    """An MLP of expansion 4 takes 4k/S of what the keys and values of S tokens take."""
+    """An MLP of expansion 4 has 4k/S times the size of the keys and values of S tokens."""
     for segment, warned in ((128, True), (1024, False)):
         layer = MCConfig(1536, 16, memory=TitansConfig(), segment_size=segment)
         report = memory.run(ModelConfig(256, 24, layer), [1 << 20], "float32")
@@ -204,7 +204,7 @@ def test_layer_command_writes_results(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_batch_split_over_devices_is_equal_work():
-    """Outputs, gradients and operations are those of one device; each of two has half the rows."""
+    """Outputs, gradients and FLOPs equal those of one device; each device has half of the rows."""
     config = MCConfig(8, 2, memory=TitansConfig(expansion=1), segment_size=4, chunk_size=2)
     one, two = peers._jax(config, 12, "mc_jax", (1, 2))
     assert (one.name, two.name) == ("mc_jax", "mc_jax, 2 devices")
@@ -236,13 +236,13 @@ def test_peers_are_compared_with_subjects_on_as_many_devices(monkeypatch):
     for relative, expected in ((True, (None, None, 1.5, 1.25)), (False, (None, 2, 2 / 3, 1.6))):
         comparison = peers.Comparison(lambda _: subjects, relative_time=relative)
         rows = peers.measure("", comparison, 2, (1, 2))
-        column = "times its time" if relative else "times faster"
+        column = "relative time" if relative else "times faster"
         assert [row.get(column) for row in rows] == [x and pytest.approx(x) for x in expected]
 
 
 @pytest.mark.slow
 def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
-    jax.devices()  # the command would ask for two, and there are four
+    jax.devices()  # the command would request two devices, and there are four
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--runs", 0]
     file = tmp_path / "out.json"
     words = ["--devices", 1, "--devices", 2, "--json", file]
@@ -264,7 +264,7 @@ def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
 
 
 def test_ceilings_per_device_count(monkeypatch):
-    """A large product has all cores of a CPU; a GPU has rates of its own."""
+    """A large product uses all cores of a CPU; rates of GPUs add up."""
     one = Ceilings(100.0, 10.0)
     assert one.of(2) == one
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")

@@ -14,7 +14,7 @@ from mc_jax.sharding import shard_heads
 
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch):
-    """Collecting takes longer than the tiny subjects, and nothing here depends on it."""
+    """Disable garbage collection, which takes longer than the tiny subjects."""
     monkeypatch.setattr("bench.timing.gc.collect", lambda: None)
 
 

@@ -20,7 +20,7 @@ from train.tasks.recall import RecallTask
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The configuration of a run that was trained to its end, with what it printed."""
+    """The configuration of a finished run, and its output."""
     config = write_config(tmp_path_factory.mktemp("finished"))
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -130,12 +130,12 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize("of_config", [True, False])
 def test_checkpoint_of_another_version_is_refused(finished, copied, monkeypatch, capsys, of_config):
-    """A key of its configuration, or of what it says about itself, is unknown today."""
+    """A key of the configuration or the metadata is unknown."""
     file = copied / "checkpoints" / "12" / "meta" / "metadata"
     meta = json.loads(file.read_text())
     (meta["config"] if of_config else meta)["depth"] = 1
     file.write_text(json.dumps(meta))
-    message = f"{copied} holds a checkpoint of another version ("
+    message = f"{copied} has a checkpoint of another version ("
     fails(finished, monkeypatch, capsys, message, "evaluate", copied)
 
 
@@ -190,7 +190,7 @@ def test_sections_must_be_mappings(tmp_path, monkeypatch, capsys, key, value, me
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
         (["train"], "Missing argument 'CONFIG'"),
-        (["evaluate", "."], "no checkpoint here"),
+        (["evaluate", "."], "no checkpoint found"),
         (["segments", "--length", "0"], "tokens = 0: must be >= 1"),
         (["segments", "--length", "x"], "'--length'"),
         (["segments", "--length", "3", "--segmentation", "x"], "'--segmentation'"),
@@ -218,7 +218,7 @@ def test_missing_library_is_named(package):
 
 
 def test_nan_stops_the_run_and_names_the_tensor(tmp_path, monkeypatch, capsys):
-    """Parameters of about 1e38 overflow the next loss; the checkpoint before stays the last."""
+    """Parameters of about 1e38 overflow the next loss; the previous checkpoint remains the last."""
     config = write_config(tmp_path)
     words = ["optimizer.learning_rate=1e38", "optimizer.weight_decay=0.0", "run.save_every=1"]
     assert mc(monkeypatch, "train", config, *words) == 1

@@ -33,7 +33,7 @@ def run_of(config):
 
 
 def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
-    """A model that remembers ten tokens is right up to there and no further."""
+    """A model that remembers ten tokens is correct up to this distance."""
     known(monkeypatch, lambda example, places: places - example.origins < 8)
     files = [tmp_path / f"x.{kind}" for kind in ("json", "md", "png")]
     words = ("--lengths", "24:2,24:6", "--examples", 40, "--seed", 4)
@@ -64,7 +64,7 @@ def test_mqar_by_pairs_and_distance(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
-    """A needle counts only whole; one that stands before the middle is lost."""
+    """A needle is correct only if all tokens are; needles in the first half are wrong."""
 
     def right(example, places):
         half = example.origins < len(example.tokens) // 4
@@ -88,7 +88,7 @@ def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
 
 
 def test_trained_model_answers(runs, tmp_path, monkeypatch):
-    """Without a stand-in: the last, incomplete pass counts each example once."""
+    """With the real model; the incomplete last batch counts each example once."""
     path = tmp_path / "x.json"
     words = ("--lengths", "8:2", "--examples", 5, "--json", path)
     assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
@@ -122,16 +122,16 @@ def test_model_size_is_at_longest_test_examples(runs, tmp_path, monkeypatch, cap
         "flops_per_token": flops_per_token(model, 40),
     }
     for text in (capsys.readouterr().out, markdown.read_text()):
-        assert f"{size['parameters']:,} parameters; after 40 tokens a state of" in text
+        assert f"parameters; {size['state_bytes']:,} bytes of state after 40 tokens" in text
 
 
 def test_model_that_cannot_stream_has_no_state():
-    """Logarithmic cuts depend on the total length."""
+    """Logarithmic segments depend on the total length."""
     layer = TINY["model"]["layer"] | {"segmentation": "logarithmic"}
     config = from_dict(TINY | {"data": MQAR, "model": TINY["model"] | {"layer": layer}})
     size = subject.size_of(config.model, config.data, 7)
     assert size["state_bytes"] is None
-    assert subject.size_line(size).startswith("7 parameters; it cannot stream; ")
+    assert subject.size_line(size).startswith("7 parameters; streaming unsupported; ")
 
 
 def test_help_shows_default_values(monkeypatch, capsys):
@@ -144,7 +144,7 @@ def test_help_shows_default_values(monkeypatch, capsys):
 
 
 def test_essay_is_held_out_text(tmp_path):
-    """A run on text has trained on the rest of it; files have words of their own."""
+    """Essays of a text run are its held-out text; with --corpus, they are from the given files."""
     config = load_config(write_config(tmp_path), ["data.validation_fraction=0.3"])
     corpus = tuple(config.data.corpus)
     essay = subject.EvaluationOptions(task="niah", haystack="essay")
@@ -186,22 +186,22 @@ def test_default_lengths_reach_twice_the_trained():
     ("name", "words", "message"),
     [
         ("mqar", ["--lengths", "8"], "--lengths '8': must have the form tokens:pairs"),
-        ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be different"),
-        ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be different"),
+        ("mqar", ["--lengths", "8:2,8:2"], "--lengths '8:2,8:2': must be distinct"),
+        ("niah", ["--lengths", "512,512"], "--lengths '512,512': must be distinct"),
         ("mqar", ["--json", "."], "Invalid value for '--json': file '.' is a directory."),
         ("mqar", ["--json", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
         ("mqar", ["--markdown", "/"], "'--markdown': file '/' is a directory."),
         ("mqar", ["--plot", ""], "'--plot': file '' is a directory."),
         ("mqar", ["--lengths", "8:3"], "must be [tokens, pairs] with pairs >= 1"),
         ("mqar", ["--examples", "0"], "--examples = 0: must be >= 1"),
-        ("mqar", ["--depths", "3"], "--depths: has no meaning for --task mqar"),
-        ("mqar", ["--task", "niah"], "knows no text"),
+        ("mqar", ["--depths", "3"], "--depths: not supported by --task mqar"),
+        ("mqar", ["--task", "niah"], "has no text"),
         ("mqar", ["--task", "text"], "use mqar or niah"),
         ("mqar", ["--task", "quiz"], "'--task'"),
         ("niah", ["--lengths", "300:2"], "must have the form tokens,tokens"),
         ("niah", ["--lengths", "30"], "data.lengths = 30: must be > "),
-        ("mqar", ["--corpus", "book.txt"], "--corpus: has no meaning for --task mqar"),
-        ("niah", ["--corpus", "book.txt"], "--corpus: has no meaning for --haystack noise"),
+        ("mqar", ["--corpus", "book.txt"], "--corpus: not supported by --task mqar"),
+        ("niah", ["--corpus", "book.txt"], "--corpus: not supported by --haystack noise"),
         ("niah", ["--depths", "0"], "depths = 0: must be >= 1"),
         ("niah", ["--value", "word"], "value = 'word': must be one of 'number', 'uuid'"),
     ],

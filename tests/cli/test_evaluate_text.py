@@ -28,7 +28,7 @@ NIAH = {"task": "niah", "lengths": [300], "depths": 3}
 
 @pytest.fixture(scope="module", autouse=True)
 def bits():
-    """A stand-in model: a token costs as many bits as its id has digits."""
+    """A fake model: the bits of a token are the number of digits of its id."""
 
     def token_losses(graphdef, params, rest, tokens):
         digits = 1 + (tokens[:, 1:] > 9) + (tokens[:, 1:] > 99)
@@ -40,7 +40,7 @@ def bits():
 
 
 def cost(tokens: np.ndarray, vocab_size: int) -> float:
-    """Bits of all tokens; the first one costs those of an equal choice."""
+    """Bits of all tokens; the first one costs log2(vocab_size)."""
     return sum(len(str(token)) for token in tokens.tolist()[1:]) + math.log2(vocab_size)
 
 
@@ -65,7 +65,7 @@ def text(tmp_path):
 
 
 def test_bits_per_byte_of_other_text(run, text, tmp_path, monkeypatch, capsys):
-    """The whole text counts, in JSON, in Markdown and on the console."""
+    """The whole text is scored; results are in JSON, Markdown and on the console."""
     files = [tmp_path / "x.json", tmp_path / "x.md"]
     options = ("--corpus", text, "--json", files[0], "--markdown", files[1])
     assert mc(monkeypatch, "evaluate", run, *options) == 0
@@ -94,7 +94,7 @@ def test_bits_per_byte_of_other_text(run, text, tmp_path, monkeypatch, capsys):
 
 
 def test_files_and_folders_are_scored_in_order(run, text, tmp_path, monkeypatch, capsys):
-    """A copy counts as often as it is named; documents are apart as in the run's text."""
+    """Repeated files are scored repeatedly; documents are separated as in training."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "b.txt").write_text("no end")
@@ -151,7 +151,7 @@ def test_moved_run_scores_other_text_without_its_corpus(text, tmp_path, monkeypa
     moved = Path(shutil.move(run, tmp_path / "moved"))
     shutil.rmtree(tmp_path / "made" / "text")
     monkeypatch.chdir(tmp_path)
-    message = "so there is no validation text: bring it back, or name another text with --corpus"
+    message = "so there is no validation text: restore it, or give another text with --corpus"
     fails(text, monkeypatch, capsys, message, "evaluate", moved)
     assert mc(monkeypatch, "evaluate", "moved", "--corpus", "other.txt") == 0
     known(monkeypatch, lambda example, places: places > 0)
@@ -173,7 +173,7 @@ def test_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
 
 def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "made", data=MQAR)
-    message = "a run on data.task = 'mqar' knows no text"
+    message = "data.task = 'mqar' has no text"
     words = ("evaluate", run, "--task", "text", "--corpus", text)
     fails(text, monkeypatch, capsys, message, *words)
 
@@ -194,7 +194,7 @@ def test_options_without_meaning_are_refused(tmp_path, options):
 
     config = load_config(write_config(tmp_path))
     name = next(iter(options))
-    with pytest.raises(UserError, match=f"^--{name}: has no meaning for --task text: use mqar or"):
+    with pytest.raises(UserError, match=f"^--{name}: not supported by --task text: use mqar or"):
         check_text_options(tmp_path, config, EvaluationOptions(**options), None)
     check_text_options(tmp_path, config, EvaluationOptions("text", corpus=("x",)), None)
 
@@ -202,11 +202,11 @@ def test_options_without_meaning_are_refused(tmp_path, options):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plot", "x.png"], "--plot: has no meaning for --task text"),
+        (["--plot", "x.png"], "--plot: not supported by --task text"),
         (["--json", "no/x.json"], "no/x.json: its folder does not exist"),
         (["--corpus", "nowhere"], "nowhere: no such file or folder: correct --corpus"),
         (["--corpus", "{folder}"], "{folder}: no file with text in this folder"),
-        (["--corpus", "{folder}/.x"], ".x: the file is empty: take it out of --corpus"),
+        (["--corpus", "{folder}/.x"], ".x: the file is empty: remove it from --corpus"),
     ],
 )
 def test_invalid_evaluate_options_are_named(run, tmp_path, monkeypatch, capsys, words, message):
@@ -222,7 +222,7 @@ def test_text_that_cannot_be_tokenized_is_named(text, tmp_path, monkeypatch, cap
     run = make_run(tmp_path / "made", *keys)
     for content, message in (
         (b"\xff", "--corpus: 'utf-8' codec can't decode"),
-        (b" \n", "the tokenizer finds no token in it"),
+        (b" \n", "the tokenizer returns no token"),
     ):
         text.write_bytes(content)
         fails(text, monkeypatch, capsys, message, "evaluate", run, "--corpus", text)

@@ -19,7 +19,7 @@ from parity.files import write_safetensors
 from parity.weights import jax_weights, to_torch
 from train.checkpoint import load_run
 from train.config import load_config
-from train.evaluation.completion import ByteDecoder, Completion, WordDecoder, printable
+from train.evaluation.completion import ByteDecoder, Completion, TokenizerDecoder, printable
 from train.evaluation.generate import GenerationOptions, Speed, complete, load_source
 from train.evaluation.prompts import Prompt, read_prompts
 from train.evaluation.run_report import load_report
@@ -45,10 +45,12 @@ def test_run_ends_with_a_sample(run, monkeypatch, capsys):
     config = run.parents[1] / "tiny.yaml"
     out = (run.parents[1] / "stdout.txt").read_text()
     sample = load_report(run).sample
-    prompt, _, text = out.partition("tiny continues (30 tokens at temperature 0.8, seed 0):\n")
+    prompt, _, text = out.partition(
+        "continuation by tiny (30 tokens at temperature 0.8, seed 0):\n"
+    )
     assert text == "".join(f"| {line}\n" for line in printable(sample.text).split("\n"))
     assert sample.prompt in prompt
-    assert prompt.count("the validation text begins:") == 1
+    assert prompt.count("start of the validation text:") == 1
     before = snapshot(run)
     assert mc(monkeypatch, "train", config, "run.sample_tokens=30") == 0
     assert capsys.readouterr().out.strip("\n") in out
@@ -92,7 +94,7 @@ def test_seed_determines_text_and_stop_string_ends_it(run, tmp_path, monkeypatch
 
 
 def test_prompt_lines(run, tmp_path, monkeypatch, capsys):
-    """A line's completion depends neither on the other lines nor on the size of batches."""
+    """A completion depends neither on other lines nor on the batch size."""
     prompts, texts = tmp_path / "prompts.jsonl", ["the memory", "é", "a token reads\n"]
     prompts.write_text("".join(f"{json.dumps({'prompt': text})}\n\n" for text in texts))
     words = [run, "--prompts", prompts, "--max-tokens", 10]
@@ -137,7 +139,7 @@ def test_weight_file_generates_like_its_run(run, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--top-k", "3"], "top_k = 3: needs temperature > 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "top_p = 1.5: must be in"),
         (["--prompt", "a", "--seed", "-1"], "seed = -1: must be in 0..4294967295"),
-        (["--prompt", "a", "--stop", ""], "stop = '': must have a character"),
+        (["--prompt", "a", "--stop", ""], "stop = '': must have at least one character"),
         (["--prompt", "a", "--cache-dtype", "int8"], "'--cache-dtype'"),
         (["--prompt", "a", "--output", "{folder}/empty.jsonl"], "empty.jsonl: exists"),
         (["--prompt", "a", "--output", "{folder}/no/x"], "its folder does not exist"),
@@ -165,9 +167,9 @@ def test_invalid_generate_options_are_refused(run, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "nowhere: no checkpoint here; name the folder of a run"),
+        ("nowhere", "nowhere: no checkpoint found; must be a run directory"),
         ("nowhere.safetensors", "nowhere.safetensors"),
-        ("tiny.yaml", "tiny.yaml: must be a run's folder or a .safetensors file"),
+        ("tiny.yaml", "tiny.yaml: must be a run directory or a .safetensors file"),
     ],
 )
 def test_invalid_sources_are_refused(run, monkeypatch, capsys, source, message):
@@ -185,7 +187,9 @@ def make_model(vocab_size: int = 256, **options: str) -> LanguageModel:
 def test_weight_file_needs_its_tokenizer(tmp_path, words):
     model, path = make_model(300), tmp_path / "model.safetensors"
     write_safetensors(path, model.config, to_torch(jax_weights(model)))
-    with pytest.raises(UserError, match="has 300 tokens, and does not say which: name the tok"):
+    with pytest.raises(
+        UserError, match="has 300 tokens, and does not declare its tokenizer: pass the tok"
+    ):
         load_source(path, None)
     tokenizer = tmp_path / "tokenizer.json"
     words.save(str(tokenizer))
@@ -212,7 +216,7 @@ def test_nonfinite_logits_stop_generation():
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    """Pairs of letters, and bytes for all else."""
+    """A tokenizer of letter pairs, with bytes for other text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("Ġ", "t")]
     vocabulary = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
@@ -223,7 +227,7 @@ def words() -> Tokenizer:
 
 
 def test_tokenizer_decodes_completions(words):
-    """The pieces that are shown make up the text, which is that of all tokens at once."""
+    """The concatenated pieces equal the text of decoding all tokens at once."""
     model, shown = make_model(words.get_vocab_size()), []
     options = GenerationOptions(40, temperature=3.0, seed=1)
     prompt = Prompt("x", "the thé".encode())
@@ -266,11 +270,11 @@ def test_bytes_decode_whole_characters(text, expected):
 
 def test_tokens_decode_whole_characters(words):
     tokens = words.encode("th é 漢").ids
-    assert pieces(WordDecoder(words, [5, 6]), tokens) == [
+    assert pieces(TokenizerDecoder(words, [5, 6]), tokens) == [
         *("th", " ", "", "é", " ", "", "", "漢"),
         "length",
     ]
-    assert pieces(WordDecoder(words, []), tokens[:-1])[-2:] == ["\ufffd", "length"]
+    assert pieces(TokenizerDecoder(words, []), tokens[:-1])[-2:] == ["\ufffd", "length"]
 
 
 @pytest.mark.parametrize(

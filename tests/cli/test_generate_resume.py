@@ -62,7 +62,7 @@ def words(run: Path, prompts: Path, output: str = "out.jsonl", *more: object) ->
 
 
 def stop_before(monkeypatch, row: int, action: Callable[[], object]) -> list[int]:
-    """Act before the batch that has a row, and return the first rows of the batches."""
+    """Call `action` before the batch of a row, and return the first rows of the batches."""
     complete, asked = generate.complete, []
 
     def stopping(*args, first_row, **options):
@@ -90,7 +90,7 @@ def fake(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> bytes:
-    """The output of a call that nothing interrupted."""
+    """The output of an uninterrupted call."""
     prompts = write_prompts(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "complete", fake_complete)
@@ -131,7 +131,7 @@ def drawn(run, tmp_path_factory) -> list[bytes]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys, number, code):
-    """As if nothing had been: the draws of a row follow from its number."""
+    """The output equals an uninterrupted one: random streams depend on the row number."""
     prompts = write_prompts(tmp_path, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     output, partial = (prompts.parent / f"out.jsonl{end}" for end in ("", ".partial"))
@@ -156,7 +156,7 @@ def test_interrupted_output_resumes(run, tmp_path, drawn, monkeypatch, capsys, n
 
 
 def test_nonfinite_logits_keep_finished_rows(run, prompts, fake, monkeypatch, capsys):
-    """The prompt is named; without it the output resumes and is that of the prompts there are."""
+    """The error has the prompt. Without this prompt, the output resumes with the others."""
 
     def fail():
         raise NotFiniteError("prompts.jsonl: line 3: the logits are not finite")
@@ -184,7 +184,7 @@ def test_nonfinite_logits_keep_finished_rows(run, prompts, fake, monkeypatch, ca
 def test_incomplete_line_is_dropped(
     run, prompts, partial, whole, fake, monkeypatch, capsys, keep, rows, size
 ):
-    """With batches of the same size or of another."""
+    """With the same or another batch size."""
     lines = partial.read_bytes().splitlines(keepends=True)
     partial.write_bytes(b"".join([*lines, b'{"key": "ab"'][: keep + 1])[:-1])
     assert mc(monkeypatch, *words(run, prompts, "out.jsonl", "--batch-size", size)) == 0
@@ -202,12 +202,12 @@ FIRST = line({"id": 0, "prompt": TEXTS[0]})
 @pytest.mark.parametrize(
     ("more", "change", "message"),
     [
-        (["--seed", 4], None, "holds rows of other settings: seed was 3 and is 4: delete it"),
+        (["--seed", 4], None, "has rows of other settings: seed was 3 and is 4: delete it"),
         (["--max-tokens", 7], None, "max_tokens was 6 and is 7"),
         (["--stop", "x"], None, 'stops was [] and is ["x"]'),
         (["--cache-dtype", "bfloat16"], None, 'cache_dtype was "float32" and is "bfloat16"'),
-        (["seed1"], None, "holds rows of other settings: model was "),
-        ([], edit(FIRST), "holds 2 rows, and 1 prompts are given"),
+        (["seed1"], None, "has rows of other settings: model was "),
+        ([], edit(FIRST), "has 2 rows for 1 prompts"),
         ([], edit(FIRST + line({"id": 1, "prompt": "x"})), "row 2 is of another prompt"),
         ([], edit(FIRST + line({"id": 9, "prompt": TEXTS[1]})), "row 2 is of another prompt"),
         ([], lambda _, partial: partial.write_text("x\n"), "not a partial output of mc generate"),
@@ -240,7 +240,7 @@ def test_output_is_locked(run, prompts, monkeypatch, capsys):
         assert mc(monkeypatch, *words(run, prompts)) == 2
         err = capsys.readouterr().err
         assert f"{output}: in use by process " in err
-        assert err.endswith(": name another --output\n")
+        assert err.endswith(": use another --output\n")
         assert not output.exists()
 
 
@@ -281,8 +281,8 @@ def test_other_keys_are_copied_to_the_output(run, fake, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a", "tokens": 3}', 'line 1: key "tokens": is one that the output adds'),
-        ('{"prompt": "a", "completion": ""}', 'key "completion": is one that the output adds'),
+        ('{"prompt": "a", "tokens": 3}', 'line 1: key "tokens": is reserved for the output'),
+        ('{"prompt": "a", "completion": ""}', 'key "completion": is reserved for the output'),
         ('{"prompt": "a", "x": NaN}', "line 1: Out of range float values are not JSON compliant"),
         ('{"prompt": "a", "x": 1e999}', "line 1: Out of range float values are not JSON compliant"),
         ('{"id": 1}', 'line 1: must be an object with the key "prompt"'),

@@ -18,7 +18,7 @@ from train.data.encoded_text import Text, read_text
 from train.evaluation.html_report import make_page
 from train.evaluation.inspection_plots import draw_layer
 from train.evaluation.needle import find_needle, weigh_needle
-from train.evaluation.traces import look, to_json
+from train.evaluation.traces import to_json, trace_text
 
 WORDS = "the code is 4711 — naïve <b>text</b> & more\nwhat was the code, then?\n"
 DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
@@ -26,7 +26,7 @@ DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of three steps, an ssc model of two layers, and a text."""
+    """The folder of a run of three steps with two ssc layers, and a text file."""
     folder = tmp_path_factory.mktemp("inspect")
     model = TINY["model"] | {"num_layers": 2}
     model["layer"] = model["layer"] | {"aggregation": "ssc", "ssc_top_k": 1}
@@ -50,7 +50,7 @@ def inspected(run):
 @pytest.fixture(scope="module")
 def found(run):
     """The inspection of 20 tokens."""
-    return look(run, run.parents[1] / "text.txt", 20)
+    return trace_text(run, run.parents[1] / "text.txt", 20)
 
 
 class Page(HTMLParser):
@@ -95,7 +95,7 @@ def test_page_is_self_contained(inspected):
 
 
 def test_json_equals_model_inspect(inspected):
-    """The file's numbers are those of `LanguageModel.inspect`, field by field, to the bit."""
+    """All fields of the file are bit-equal to `LanguageModel.inspect`."""
     found = json.loads((inspected / "numbers.json").read_text())
     _, model, step, _ = load_run(inspected)
     tokens = np.frombuffer(WORDS.encode(), np.uint8).astype(np.int32)
@@ -144,9 +144,9 @@ def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{run}/nowhere", "--text", "{text}"], "nowhere: no checkpoint here"),
+        (["{run}/nowhere", "--text", "{text}"], "nowhere: no checkpoint found"),
         (["{run}", "--text", "{run}/nowhere.txt"], "nowhere.txt: No such file or directory"),
-        (["{run}", "--text", "{empty}"], "empty.txt: the file is empty: name one with text"),
+        (["{run}", "--text", "{empty}"], "empty.txt: the file is empty: use a file with text"),
         (["{run}"], "Missing option '--text'"),
         (["{run}", "--text", "{text}", "--tokens", "0"], "--tokens = 0: must be >= 1"),
         (["{run}", "--text", "{text}", "--needle", "8"], "--needle '8': not in the text"),
@@ -175,7 +175,7 @@ def plain_text(count: int) -> Text:
 
 
 def weighed(last: list[float], aggregation: str = "grm", words: str = "cd"):
-    """A needle in four segments of two tokens; the last segment's tokens have the same gates."""
+    """A needle in one of four segments of two tokens, with equal gates in the last segment."""
     segment, text = np.repeat(np.arange(4), 2), plain_text(8)
     gates = np.full((1, 8, 1, 5), 1 / 5)
     gates[:, 4:6] = np.asarray([0.5, 0.25, 0, 0, 0.25])
@@ -202,7 +202,7 @@ def test_needle_verdicts():
 def test_equal_weights_rank_last_and_residual_gates_are_shares():
     found = weighed([1, 1, 1, 0, 1], "residual")
     assert (found.last_weight.item(), found.last_rank.item()) == (0.25, 3)
-    assert found.verdict.startswith("no: this aggregation weights all memories alike; ")
+    assert found.verdict.startswith("no: this aggregation gives equal weight to all memories; ")
 
 
 def test_needle_across_segments_counts_in_both():
@@ -219,7 +219,7 @@ def test_needle_needs_cached_memories():
 
 
 def test_inspection_of_tokenized_text(tmp_path):
-    """Pieces together are the text, up to what follows its last token; a needle is found in it."""
+    """The concatenated pieces are the text up to the last token, and the needle is found."""
     vocabulary = {"?": 0, "ab": 1, "47": 2, "11": 3, "é": 4}
     words = Tokenizer(models.WordPiece(vocabulary | {"##11": 5}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -236,12 +236,12 @@ def test_inspection_of_tokenized_text(tmp_path):
     with pytest.raises(UserError, match=r"text.txt: .*a tokenizer needs UTF-8 text"):
         read_text(path, loaded)
     path.write_text(" \n")
-    with pytest.raises(UserError, match="makes no token of it"):
+    with pytest.raises(UserError, match="returns no token for it"):
         read_text(path, loaded)
 
 
 def test_page_escapes_the_text(found):
-    """A token of many letters may be a whole tag."""
+    """A single token may contain a complete HTML tag."""
     pieces = ("<script>&amp;</script>", '"<!--', *found.text.pieces[2:])
     page = make_page(found._replace(text=replace(found.text, pieces=pieces)), [])
     assert Page(page).shown == "".join(pieces)

@@ -21,7 +21,7 @@ from train.step import build
 from train.tasks.task import load_task
 
 ENCODINGS = ("ascii", "latin-1", "cp1252", "utf-8")
-TEXT = "é漢 ±Δ\udcff"  # the last one is how Python shows a byte of a file name that is no UTF-8
+TEXT = "é漢 ±Δ\udcff"  # the last character is Python's escape of an invalid byte in a file name
 
 
 def encoded(text: str, encoding: str) -> bytes:
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def completions(monkeypatch):
-    """Have every completion be the same text, shown and returned."""
+    """Replace all completions by the same text."""
 
     def complete(model, tokenizer, prompts, options, speed, *, first_row, show):
         row = SimpleNamespace(text=TEXT, tokens=4, finish="length")
@@ -120,7 +120,7 @@ def test_tables_of_inspect_are_printed(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "encoding"), [("é±", "ascii"), (os.fsdecode(b"\xff"), "utf-8")])
 def test_tables_of_a_sweep_are_printed(tmp_path, monkeypatch, encoding, name):
-    """With a file name that is not even UTF-8; a file of Markdown has it as it is."""
+    """The file name may be invalid UTF-8; the Markdown file contains it unchanged."""
     Trained(monkeypatch, lambda run: 0.5)
     path = write(tmp_path).rename(tmp_path / f"{name}.yaml")
     directory = tmp_path / ("é±" if name == "é±" else "sweep")
@@ -129,7 +129,7 @@ def test_tables_of_a_sweep_are_printed(tmp_path, monkeypatch, encoding, name):
     words = ["sweep", path, "--markdown", tmp_path / "table.md"]
     code, out, err = command(monkeypatch, encoding, *words)
     assert (code, err) == (0, b"")
-    assert encoded(f"results and pictures: {directory}", encoding) in out
+    assert encoded(f"results and plots: {directory}", encoding) in out
     assert os.fsencode(path) in (tmp_path / "table.md").read_bytes()
 
 

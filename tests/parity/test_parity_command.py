@@ -21,7 +21,7 @@ from parity.cases import DTYPES, LEVELS, MASKS, METHODS, draw
 from parity.check import check, check_case
 from parity.compare import Outcome, Tolerance, compare, compare_rounded, difference, tolerance
 from parity.environment import quick_compile
-from parity.faults import FAULTS, TIES, planted, selftest
+from parity.faults import FAULTS, TIES, injected, selftest
 from parity.files import write_safetensors
 from parity.grids import QUICK, full
 from parity.leaves import Leaf, cotangent
@@ -184,7 +184,7 @@ def test_error_metrics():
     [
         (leaf(1.0, np.nan), leaf(1.0, 2.0), "1 NaN or infinite values in torch, 0 in jax"),
         (leaf(np.nan, 1.0), leaf(1.0, np.nan), "1 NaN or infinite values in torch, 1 in jax"),
-        (leaf(np.nan), leaf(np.nan), "nothing finite on either side"),
+        (leaf(np.nan), leaf(np.nan), "no finite value in either framework"),
         (leaf(1.0), leaf(1.0, 1.0), "shape (1,) in torch, (2,) in jax"),
         (leaf(1.0, dtype="float32"), leaf(1.0), "dtype float32 in torch, float64 in jax"),
         (None, leaf(1.0), "missing in torch"),
@@ -276,7 +276,7 @@ def test_parity_command_writes_report(monkeypatch, capsys, tmp_path):
 
 
 def test_parity_command_fails_on_difference(monkeypatch, capsys):
-    with planted(next(fault for fault in FAULTS if fault.name == "mask ignored")):
+    with injected(next(fault for fault in FAULTS if fault.name == "mask ignored")):
         assert mc(monkeypatch, "parity", *ONE_CASE) == 1
     out, err = capsys.readouterr()
     assert not err
@@ -314,10 +314,10 @@ def test_missing_framework_is_a_one_line_error(package):
     [
         (("check", "--kind", "attention"), "'attention' is not one of 'linear', 'swla'"),
         (("check", "--dtype", "float16"), "'float16' is not one of"),
-        (("check", "--device", "cuda"), "sees no CUDA device"),
+        (("check", "--device", "cuda"), "finds no CUDA device"),
         (("check", "--tokens", "7"), "--tokens: needs --config or --checkpoint"),
         (("check", "--config", "none.yaml"), "none.yaml: No such file"),
-        (("check", "--checkpoint", "none.zip"), "must be a run's folder, or a file that ends"),
+        (("check", "--checkpoint", "none.zip"), "must be a run directory, or a file that ends"),
         (("train", "--config", "none.yaml"), "none.yaml: No such file"),
     ],
 )
@@ -342,7 +342,7 @@ def test_parity_of_user_model_and_weights(monkeypatch, capsys, tmp_path):
     file = tmp_path / "weights.safetensors"
     write_safetensors(file, layer.config, run_torch.to_torch(weights))
     assert mc(monkeypatch, *words, "--checkpoint", file) == 2
-    assert "is of another model than" in capsys.readouterr().err
+    assert "has another model than" in capsys.readouterr().err
     assert mc(monkeypatch, "parity", "check", "--checkpoint", file) == 0
     assert "linear+residual layer" in capsys.readouterr().out
 

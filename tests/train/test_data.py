@@ -29,7 +29,7 @@ fractions = st.floats(0.01, 0.99)
 
 @given(texts, fractions)
 def test_split_does_not_leak(documents, fraction):
-    """Every distinct document is on exactly one side, and no side is empty."""
+    """Every distinct document is in exactly one split, and no split is empty."""
     kept = distinct(documents)
     if len(kept) < 2:
         return
@@ -42,7 +42,7 @@ def test_split_does_not_leak(documents, fraction):
 
 @given(texts, texts, fractions)
 def test_split_of_a_document_is_stable(documents, others, fraction):
-    """The side follows from the content: order, copies and other documents do not move it."""
+    """The split depends only on the content, not on order, copies or other documents."""
     train, validation = (
         split(distinct(documents), fraction, 4) if len(set(documents)) > 1 else ([], [])
     )
@@ -191,7 +191,7 @@ def test_tokenizer_must_fit_the_model(tmp_path, tokenizer):
     ],
 )
 def test_tokenizers_that_cannot_encode_are_refused(tmp_path, vocabulary, message):
-    """Without the unknown token the library raises a bare Exception at the first other word."""
+    """Without an unknown token, the library raises a bare Exception at unknown words."""
     path, file = tmp_path / "text.txt", tmp_path / "tokenizer.json"
     path.write_text("the memory " * 40)
     Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))

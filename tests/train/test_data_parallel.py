@@ -34,7 +34,7 @@ CASES = {
 }
 
 
-def run_on(devices, config, *words):
+def run_machine(devices, config, *words):
     """Train, and return the rows of the curves, the parameters and the report."""
     run = config.parent / "runs" / f"on{devices}"
     loaded = load_config(config, [*words, f"run.devices={devices}", f"run.directory={run}"])
@@ -57,7 +57,7 @@ def assert_equal_rows(one, other, tolerance):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.slow), "mqar"])
 def test_two_devices_match_one(case, tmp_path, monkeypatch):
-    """Losses, gradients' norms, validation and report are equal; each device has half the rows."""
+    """Losses, gradient norms, validation and report are equal; each device has half of the rows."""
     seen = []
 
     def build_seen(config):
@@ -77,8 +77,8 @@ def test_two_devices_match_one(case, tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.build", build_seen)
     config = write_config(tmp_path)
     words = (*SMALL, *CASES[case])
-    rows, _, report = run_on(1, config, *words)
-    split, _, split_report = run_on(2, config, *words)
+    rows, _, report = run_machine(1, config, *words)
+    split, _, split_report = run_machine(2, config, *words)
     assert_equal_rows(rows, split, 1e-5)
     assert sum("loss" in row for row in rows) == 4
     bits = lambda report: getattr(report, "bits_per_byte", None) or report.score["loss"]  # noqa: E731
@@ -97,7 +97,7 @@ def test_two_devices_match_one(case, tmp_path, monkeypatch):
 def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monkeypatch):
     run = {"directory": str(tmp_path / "runs" / "tiny"), "batch_size": 4, "save_every": 4}
     config = write_config(tmp_path, run=TINY["run"] | run | {"devices": before, "log_every": 1})
-    whole, expected, _ = run_on(1, config)
+    whole, expected, _ = run_machine(1, config)
     train_until(8, config, monkeypatch)
     again = load_config(config, [f"run.devices={after}"])
     console = Console(file=io.StringIO())
@@ -112,7 +112,7 @@ def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monk
 
 @pytest.mark.slow
 def test_command_creates_cpu_devices(tmp_path):
-    """In a process of its own: this one has four."""
+    """Runs in a subprocess, because this process has four devices."""
     config = write_config(tmp_path)
     words = ["run.steps=3", "run.devices=2", "run.log_every=1", "run.validate_every=0"]
     command = [*COMMAND, "train", str(config), *words]
@@ -158,5 +158,5 @@ def test_one_device_is_the_default():
     assert split_rows(batch, alone) is batch
     assert gather(alone) is alone
     there = jax.local_device_count()
-    request(9)  # too late, and no error
+    request(9)  # ignored after initialization, without an error
     assert jax.local_device_count() == there

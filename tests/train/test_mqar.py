@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from train.config import RunConfig
 from train.config.recall_schema import MQARConfig
 from train.tasks.examples import SPLITS, make_batches
-from train.tasks.mqar import gap_law, make_draw, make_draws
+from train.tasks.mqar import gap_distribution, make_draw, make_draws
 
 lengths = st.integers(1, 12).flatmap(lambda n: st.tuples(st.integers(4 * n, 6 * n + 9), st.just(n)))
 
@@ -46,11 +46,11 @@ def test_other_positions_hold_random_tokens():
 
 
 def test_gaps_follow_the_power_law():
-    """The gap of the first pair is a plain draw: chi-square over 16 gaps, 4,000 examples."""
+    """Chi-square test of the gap of the first pair, over 16 gaps and 4,000 examples."""
     length, count = (64, 16), 4000
     draw = make_draw(MQARConfig(512, (length,)), length, seed=0)
     first = [(draw("train", i).places[0] - 32) // 2 for i in range(count)]
-    seen, law = np.bincount(first, minlength=16), gap_law(0.01, length)
+    seen, law = np.bincount(first, minlength=16), gap_distribution(0.01, length)
     np.testing.assert_allclose(law, np.arange(1, 17) ** -0.99 / (np.arange(1, 17) ** -0.99).sum())
     # 15 degrees of freedom: above 44.3 with probability 1e-4; a flat law gives over 2,000.
     assert ((seen - count * law) ** 2 / (count * law)).sum() < 44.3
@@ -61,7 +61,7 @@ def test_later_gaps_follow_the_law_without_replacement():
     length, count = (16, 2), 4000
     draw = make_draw(MQARConfig(64, (length,)), length, seed=1)
     second = [(draw("train", i).places[1] - 4) // 2 for i in range(count)]
-    p = gap_law(0.01, length)
+    p = gap_distribution(0.01, length)
     pairs = p[:, None] * p / (1 - p[:, None])
     expected = count * (pairs.sum(0) - pairs.diagonal())
     seen = np.bincount(second, minlength=len(p))
@@ -89,7 +89,7 @@ def test_examples_do_not_depend_on_batch_or_order():
 
 
 def test_batches_are_full():
-    """Also where an epoch ends within a batch."""
+    """Also if an epoch ends within a batch."""
     made = batches(5)
     drawn = [next(made).tokens for _ in range(2 * 24)]
     assert {tokens.shape for tokens in drawn} == {(1, 5, 16), (1, 5, 24)}

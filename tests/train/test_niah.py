@@ -58,7 +58,7 @@ def test_depth_is_random_by_default():
 
 
 def test_examples_are_independent():
-    """The same split and index give the same example, others give others."""
+    """Equal split and index give equal examples; different ones give different examples."""
     needles = [Needles(NIAHConfig(), 256, seed) for seed in (0, 0, 1)]
     drawn = [
         text_of(one.draw(300, depth)(split, index))
@@ -134,7 +134,7 @@ def test_too_short_lengths_are_refused():
     [("abcdefghijklmnopqrstuvwxyz ", "must have tokens for '7777777'"), ("#", "for 'The river")],
 )
 def test_tokenizer_must_encode_haystack_and_answer(tmp_path, letters, message):
-    """One without an unknown token leaves out what it does not know."""
+    """A tokenizer without an unknown token drops characters that are not in its vocabulary."""
     file = tmp_path / "tokenizer.json"
     Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [])).save(str(file))
     with pytest.raises(UserError, match=message):

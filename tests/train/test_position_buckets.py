@@ -25,7 +25,7 @@ def spans(buckets: list[dict]) -> list[tuple[int, int]]:
 
 
 def test_buckets_are_means_over_positions():
-    """Losses of 3 windows of 40 tokens, the last with 20: bits and counts by hand."""
+    """Bits and counts are computed by hand for 3 windows of 40, 40 and 20 tokens."""
     losses = np.array([np.arange(40.0), np.arange(40.0) ** 2, np.full(40, 7.0)])
     real = np.arange(40) < np.array([[40], [40], [20]])
     buckets = subject.by_position((losses * real).sum(0), real.sum(0))
@@ -61,7 +61,7 @@ def test_empty_buckets_are_left_out():
 
 @pytest.mark.parametrize("count", [501, 321, 322])
 def test_position_counts_previous_tokens(monkeypatch, count):
-    """Token i of the text, its first apart, stands once, at position (i - 1) mod window.
+    """Token i > 0 of the text is scored once, at position (i - 1) mod window.
 
     The stand-in's loss of token i is i bits, at any place in the array: an overlap, a gap or
     a shift of the windows gives other sums.

@@ -54,7 +54,7 @@ def test_loss_matches_full_logits_at_the_answers(data):
 
 
 def test_logits_are_computed_only_at_answers():
-    """No array of the step is as large as the logits of every token would be."""
+    """No array of the step is as large as the logits of all tokens."""
     config = tiny(MQAR | {"vocab_size": 250, "lengths": [[64, 2]]})
     graphdef, state, _ = build(config)
     batch = jax.tree.map(lambda x: x[0], next(load_task(config).batches()))
@@ -66,7 +66,7 @@ def test_logits_are_computed_only_at_answers():
 
 @pytest.mark.slow
 def test_model_overfits_a_small_set():
-    """Eight examples by heart: every query right."""
+    """All queries of eight training examples are answered correctly."""
     data = MQAR | {"vocab_size": 16, "lengths": [[12, 3]], "examples": 8, "power": 1.0}
     config = tiny(data, steps=120, batch_size=8)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=0.05, weight_decay=0.0)
@@ -102,7 +102,7 @@ def quiet(config: Path, *words: str):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("data", [MQAR, pytest.param(NIAH, marks=pytest.mark.slow)])
 def test_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, data):
-    """Parameters, optimiser, curves and report, bit for bit; batches of two lengths in turn."""
+    """Parameters, optimiser, curves and report are bit-equal; lengths of batches alternate."""
     config = write(tmp_path, data, log_every=1, save_every=5, validate_every=5)
     whole = quiet(config, f"run.directory={tmp_path / 'whole'}")
     save = Checkpoints.save
@@ -146,8 +146,8 @@ def test_command_trains_and_reports(tmp_path, monkeypatch, capsys):
     assert (run / "curves.png").exists()
     fails(config, monkeypatch, capsys, "data.lengths was [[8, 2], [12, 3]]", "train", config,
           "data.lengths=[[8, 2]]")  # fmt: skip
-    fails(config, monkeypatch, capsys, "knows no text", "generate", run, "--prompt", "x")
-    fails(config, monkeypatch, capsys, "must be 'text' to be timed", "bench", "model", config)
+    fails(config, monkeypatch, capsys, "has no text", "generate", run, "--prompt", "x")
+    fails(config, monkeypatch, capsys, "must be 'text'", "bench", "model", config)
     assert mc(monkeypatch, "train", config) == 0
     assert capsys.readouterr().out.strip() in out
 
@@ -186,13 +186,13 @@ def test_another_task_replaces_the_data_section(tmp_path):
 
 
 def test_text_task_is_omitted_from_checkpoints(tmp_path):
-    """Checkpoints that were written before there were other tasks are of the same run."""
+    """Checkpoints of versions without other tasks resume."""
     assert "task" not in to_dict(load_config(write_config(tmp_path)))["data"]
 
 
 @pytest.mark.parametrize(("right", "asked"), [(0, 10), (3, 10), (10, 10), (1, 1), (700, 1000)])
 def test_wilson_interval_solves_its_equation(right, asked):
-    """Its ends solve |share - p| = z sqrt(p (1 - p) / n), or are 0 or 1."""
+    """The bounds solve |share - p| = z sqrt(p (1 - p) / n), or are 0 or 1."""
     low, high = wilson(right, asked)
     share = right / asked
     assert low <= share <= high
@@ -214,7 +214,7 @@ def test_answers_are_counted_singly_or_per_example():
 
 
 def test_answers_come_from_the_requested_split():
-    """Each of them once, though the last pass is not full."""
+    """Each example counts once, even if the last batch is incomplete."""
     config = tiny()
     graphdef, state, _ = build(config)
     draw, seen = load_task(config).draws[0], set()

@@ -63,7 +63,7 @@ def checkpoint_begins(run: Path) -> bool:
 
 
 def kill_when(process: subprocess.Popen, condition) -> None:
-    """Kill without warning as soon as `condition` holds; fail if the process ends before."""
+    """Send SIGKILL as soon as `condition` is true; fail if the process ends before."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -75,7 +75,7 @@ def kill_when(process: subprocess.Popen, condition) -> None:
 
 
 def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
-    """Killed in the middle of writing a checkpoint, a run ends the same."""
+    """A run that is killed while it writes a checkpoint resumes with the same result."""
     words = ("run.steps=60", "run.save_every=10", "run.log_every=1", "run.validate_every=0")
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
@@ -98,18 +98,18 @@ def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
 
 @pytest.mark.slow
 def test_sigkill_at_random_times_resumes(tmp_path):
-    """Killed again and again, at moments drawn by lot, a run still ends the same."""
+    """A run that is killed repeatedly at random times has the same result."""
     words = ("run.steps=120", "run.save_every=3", "run.log_every=1", "run.keep=1")
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
     start(config, *words, WHOLE(config)).communicate(timeout=600)
     times = [row["time"] for row in read_rows(tmp_path / "runs" / "whole")]
-    longest = (times[-1] - times[0]) / 3  # so that a run takes several sittings on any machine
+    longest = (times[-1] - times[0]) / 3  # so that a run needs several sessions on any machine
     moments = random.Random(0)
     kills = 0
     while not (run / "report.json").exists():
         process = start(config, *words)
-        # The rows of the last sitting stay until this one has restored its checkpoint.
+        # Rows of the last session are kept until this one has restored its checkpoint.
         before = (run / "metrics.jsonl").stat().st_ino if run.exists() else None
         while process.poll() is None:
             rows = run / "metrics.jsonl"
@@ -141,7 +141,7 @@ def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
 
 
 def test_full_disk_keeps_checkpoints(tmp_path, monkeypatch, no_pictures):
-    """The checkpoint before it stays, and with free disk space the run resumes bit-exactly."""
+    """The previous checkpoint is unchanged, and the run resumes bit-exactly once there is space."""
     config = write_config(tmp_path)
     quiet(config, "run.keep=1", WHOLE(config))
     save = Checkpoints.save
@@ -194,7 +194,7 @@ def test_incomplete_row_is_dropped(tmp_path, monkeypatch, no_pictures):
 
 
 def test_missing_report_of_finished_run_is_written(tmp_path, monkeypatch):
-    """Killed after the last checkpoint, a run still ends with its report and trains no more."""
+    """A run that is killed after the last checkpoint writes its report without training."""
     config = write_config(tmp_path)
     quiet(config)
     run = tmp_path / "runs" / "tiny"

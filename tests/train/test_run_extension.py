@@ -33,7 +33,7 @@ CONSTANT = ("optimizer.final_fraction=1.0", "optimizer.warmup_steps=0")
 
 
 class NoScoring:
-    """Reports without scoring: what is tested here does not depend on it."""
+    """Disable scoring, on which these tests do not depend."""
 
     def __init__(self, config, corpus, graphdef):
         pass
@@ -65,7 +65,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A configuration, and under `runs/tiny` its run, finished after six steps."""
+    """The configuration of a run in `runs/tiny`, finished after six steps."""
     folder = tmp_path_factory.mktemp("extend")
     path = write_config(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grown(folder, tmp_path_factory) -> tuple[Path, str]:
-    """The configuration of a copy that grew to twelve steps, and what was printed."""
+    """The configuration of a copy extended to twelve steps, and its output."""
     path = copy(folder, tmp_path_factory.mktemp("grown"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.step.mean_loss", simple_loss)
@@ -95,7 +95,7 @@ def copy(folder: Path, to: Path) -> Path:
 
 @pytest.fixture
 def one_program(monkeypatch) -> None:
-    """Have all runs of a test use the step that is compiled for the first one."""
+    """Share one compiled step between all runs of a test."""
     make, made = step.make_train_step, []
 
     def make_once(*args):
@@ -134,7 +134,7 @@ def flat(state) -> dict[str, np.ndarray]:
 
 
 def test_extended_run_equals_longer_run_at_constant_rate(tmp_path, one_program):
-    """Parameters, optimiser, data and curves continue bit for bit."""
+    """Parameters, optimiser, data and curves continue bit-exactly."""
     path = write_config(tmp_path)
     other = f"run.directory={tmp_path / 'runs' / 'whole'}"
     run(path, *SIX, *CONSTANT)
@@ -167,7 +167,7 @@ def test_schedule_change_is_printed(grown):
 
 
 def test_extended_run_needs_its_own_report(path, monkeypatch):
-    """The report of fewer steps is neither printed as the last one nor shown to other runs."""
+    """The report of fewer steps is neither printed nor compared with other runs."""
     directory = path.parent / "runs" / "tiny"
     stale = (directory / "report.json").read_bytes()
 
@@ -187,7 +187,7 @@ def test_extended_run_needs_its_own_report(path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("run.steps=5",), "of run.steps = 6, and it is 5: run.steps may grow but not shrink"),
+        (("run.steps=5",), "with run.steps = 6, got 5: run.steps must not decrease"),
         (("run.steps=12", "run.seed=1"), "another config: run.seed was 0 and is 1"),
         (("run.steps=12", "optimizer.beta1=0.8"), "optimizer.beta1 was 0.9 and is 0.8"),
     ],
@@ -204,7 +204,7 @@ def test_only_steps_may_change(path, monkeypatch, capsys, words, message):
 def test_extended_run_cannot_shrink(grown, monkeypatch, capsys):
     path, _ = grown
     assert mc(monkeypatch, "train", path, *SIX) == 2
-    assert "may grow but not shrink" in capsys.readouterr().err
+    assert "run.steps must not decrease" in capsys.readouterr().err
     out = io.StringIO()
     report = evaluate(path.parent / "runs" / "tiny", Console(file=out))
     assert report.steps == 12
@@ -215,7 +215,7 @@ def test_extended_run_cannot_shrink(grown, monkeypatch, capsys):
     [(False, "run.steps was 6 and is 12"), (True, "extended at step 6")],
 )
 def test_sweep_refuses_extended_runs(path, grown, is_grown, message):
-    """Its learning rates are not those that its configuration says."""
+    """The learning rates of an extended run differ from those of its configuration."""
     config = load_config(grown[0] if is_grown else path, TWELVE)
     with pytest.raises(UserError, match=message):
         train(config, Console(file=io.StringIO()), claimed=True)
@@ -254,7 +254,7 @@ def first_state(path: Path, monkeypatch, *words: str) -> tuple[dict[str, np.ndar
 
 @pytest.mark.parametrize("optimizer", ["false", "true"])
 def test_init_from_copies_weights(path, monkeypatch, optimizer):
-    """Which is left as it is. The schedule starts anew, with the optimiser's state and without."""
+    """The source run is unchanged. The schedule restarts, with and without optimiser state."""
     before = snapshot(path.parent)
     words = new(path, f"run.init_optimizer={optimizer}", "run.seed=1")
     found, out = first_state(path, monkeypatch, *words)
@@ -287,7 +287,7 @@ def test_resumed_run_does_not_need_init_from(path, one_program):
 
 
 def test_interrupt_message_names_the_step(path, monkeypatch, capsys):
-    """And has no lock any more."""
+    """Also check that the lock is released."""
 
     def stop(curves, step, **values):
         if step == 11:
@@ -309,10 +309,10 @@ def test_init_from_reports_other_settings(path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.ffn_width=8"], "is of another architecture: blocks.0."),
+        (["model.ffn_width=8"], "has another architecture: blocks.0."),
         (["model.ffn_width=8"], "; model.ffn_width is 16 there and 8 here"),
         (["model.num_layers=2"], "is missing there and ["),
-        (["run.init_from=nowhere"], "run.init_from: nowhere: no checkpoint here"),
+        (["run.init_from=nowhere"], "run.init_from: nowhere: no checkpoint found"),
         (["run.init_from={runs}/new"], "new: must not be this run's own directory"),
         (["run.init_from=null", "run.init_optimizer=true"], "run.init_optimizer = True: must be"),
         (["run.init_from=3"], "run.init_from = 3: must be of type str"),

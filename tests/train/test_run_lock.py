@@ -44,7 +44,7 @@ def lock_of(directory: Path):
 
 
 def refused(directory: Path) -> str:
-    """Return why the lock of a directory cannot be had."""
+    """Return the error message of a failed lock."""
     from train.lock import LockedError
 
     with lock_of(directory) as lock, pytest.raises(LockedError) as error:
@@ -53,7 +53,7 @@ def refused(directory: Path) -> str:
 
 
 def leave_record(directory: Path, pid: int, host: str = HOST) -> Path:
-    """Write the record of an owner that holds no lock."""
+    """Write the record of an owner without a file lock."""
     directory.mkdir(exist_ok=True)
     file = directory / ".lock"
     file.write_text(json.dumps({"pid": pid, "host": host, "since": "2026-01-02 03:04:05"}))
@@ -90,7 +90,7 @@ def test_lock_excludes_second_trainer_but_not_readers(tmp_path, monkeypatch, cap
 
 
 def test_lock_ends_with_its_process(tmp_path):
-    """Even by a kill, which leaves the record; a live owner is named."""
+    """Also if the process is killed and its record remains. The error states a live owner."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     owner = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -180,12 +180,12 @@ def test_read_only_directory_needs_no_lock(tmp_path, monkeypatch):
 def test_refused_run_creates_no_directory(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     assert mc(monkeypatch, "train", path, "run.init_from=nowhere") == 2
-    assert "run.init_from: nowhere: no checkpoint here" in capsys.readouterr().err
+    assert "run.init_from: nowhere: no checkpoint found" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_sweep_and_trainer_exclude_each_other(tmp_path, monkeypatch, capsys):
-    """The sweep has the lock from taking a run until its result is added."""
+    """The sweep locks a run from `take` until `add`."""
     from train.sweeps.plan import SweepPlan
     from train.sweeps.results import Results
     from train.sweeps.sweep_config import load_sweep, make_runs

@@ -12,7 +12,7 @@ from mc_core.tree_utils import flatten
 from train.config import TextConfig, from_dict, load_config, to_dict
 from train.data.corpus import load_corpus
 
-# By their SHA-256 two of these are held out, also with "", "\r\n" or "</s>\n" after each.
+# Two of these are held out by their SHA-256, also if "", "\r\n" or "</s>\n" is appended.
 TEXTS = ("first it was", "held out maybe", "second begins", "and on")
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def save_tokenizer(path, *special: str, vocabulary: tuple[str, ...] = ()) -> str:
-    """Save a byte-level tokenizer that gives back every text."""
+    """Save a lossless byte-level tokenizer."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *vocabulary]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def load(folder, vocab_size=300, **keys):
 
 
 def sides(corpus):
-    """The documents of the two sides, as they were cut."""
+    """The documents of both splits."""
     assert sum(corpus.documents) == len(TEXTS)
     text = corpus.train.tobytes().decode()
     found = sorted((text.index(t), t) for t in TEXTS if t in text)
@@ -101,13 +101,13 @@ def test_no_second_end_token_is_added(folder, tmp_path):
 @pytest.mark.parametrize(
     ("special", "vocabulary", "separator", "expected"),
     [
-        (("<|im_end|>", "[SEP]"), (), None, "\n"),  # no ends of a text
+        (("<|im_end|>", "[SEP]"), (), None, "\n"),  # not end-of-text tokens
         (("<|im_end|>", "[SEP]"), (), "[SEP]", 257),
         ((), ("<eos>",), None, 256),  # not an added token
         (("</s>", "<|endoftext|>"), (), None, 257),
         (("</s>",), (), "", ""),
         (("</s>",), (), " | ", " | "),
-        (("</s>",), ("the",), "the", "the"),  # a word is text though it is a token
+        (("</s>",), ("the",), "the", "the"),  # a word is text, even if it is a token
     ],
 )
 def test_recognized_end_of_text_tokens(folder, tmp_path, special, vocabulary, separator, expected):
@@ -126,7 +126,7 @@ def test_recognized_end_of_text_tokens(folder, tmp_path, special, vocabulary, se
 
 
 def test_byte_limits_cut_documents_and_separators(folder, tmp_path):
-    """A token where the text was cut belongs to no document that is left."""
+    """No separator token remains at the end of a truncated text."""
     tokenizer = save_tokenizer(tmp_path / "t.json", "</s>")
     whole = load(folder, tokenizer=tokenizer)
     border = int(np.flatnonzero(whole.train == 256)[0])
@@ -140,7 +140,7 @@ def test_byte_limits_cut_documents_and_separators(folder, tmp_path):
 
 
 def test_separator_token_adds_bits_but_no_bytes(folder, tmp_path, monkeypatch):
-    """A stand-in model pays 2 bits for every token."""
+    """A fake model needs 2 bits for every token."""
     from train.evaluation import validation as subject
     from train.step import build
 
@@ -159,7 +159,7 @@ def test_separator_token_adds_bits_but_no_bytes(folder, tmp_path, monkeypatch):
 
 
 def test_checkpoint_without_separator_key_is_compared_by_text(tmp_path):
-    """Its documents had nothing between them; the fingerprint decides whether that is the same."""
+    """Old runs had no separators; only the fingerprint of the text is compared."""
     from train.checkpoint import Meta, check_same_run
 
     config = load_config(write_config(tmp_path), [])
@@ -202,7 +202,7 @@ def test_separator_must_be_a_string(tmp_path, monkeypatch, capsys):
 
 
 def test_report_names_the_separator(folder, tmp_path, monkeypatch, capsys):
-    """An old run is evaluated as it was trained, without separators."""
+    """Old runs are evaluated without separators, as in training."""
     config = write_config(tmp_path)
     words = [f"data.corpus={folder}", "data.window=4", "model.mixers=[attention]"]
     words += ["data.validation_fraction=0.5", "run.steps=3", "run.validate_every=0"]

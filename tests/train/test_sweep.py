@@ -114,7 +114,7 @@ def test_other_seeds_run_only_at_the_chosen_rate(tmp_path, monkeypatch, capsys):
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
-    """After a kill in the middle of a line, too; a finished sweep only prints its table."""
+    """Also after an incomplete line; a finished sweep only prints its table."""
     keys = {"vary": {"model.layer.d_model": [8, 16, 32]}, "seeds": [0, 1]}
     path = write(tmp_path, **keys)
     whole = Trained(monkeypatch, lambda run: 0.5)
@@ -141,7 +141,7 @@ def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
     (row,) = read_results(tmp_path / "sweep")
     config = load_config(tmp_path / "base.yaml", ["model.layer.aggregation=none"])
     assert row["overrides"] == {"model.layer.aggregation": "none"}
-    assert row["state_tokens"] == 24  # of the longest test examples, as its accuracy
+    assert row["state_tokens"] == 24  # of the longest test examples
     assert row["state_bytes"] == cache_footprint(config.model.layer, 24).total
     assert (row["width"], row["steps"], row["seed"]) == (8, 3, 0)
     assert row["rate"] == config.optimizer.learning_rate
@@ -167,17 +167,17 @@ def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
         == row["accuracy"]
     )
 
-    # The same folder does not take another configuration's runs for its own.
+    # Results of another configuration in the same folder are refused.
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("steps: 3", "steps: 4"))
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
-    assert "holds aggregation=none of another config" in err
+    assert "has aggregation=none of another config" in err
     assert err.count("\n") == 1
 
 
 def test_damaged_results_line_is_named(tmp_path, monkeypatch, capsys):
-    """One without a fingerprint, say: it cannot be told whether it is this sweep's."""
+    """For example, a line without a fingerprint cannot be matched to a run."""
     path, file = write(tmp_path), tmp_path / "sweep" / "results.jsonl"
     file.parent.mkdir()
     file.write_text(json.dumps(result(0.01, row="base")) + "\n")
@@ -214,7 +214,7 @@ def test_nan_run_is_a_failed_result(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
 def test_nonfinite_validation_loss_fails_the_run(tmp_path, monkeypatch, figure):
-    """The loss may be finite in training and not on validation examples."""
+    """The training loss may be finite although the validation loss is not."""
     report = SimpleNamespace(score={"accuracy": 1.0, "loss": figure})
     monkeypatch.setattr(subject, "train", lambda config, console, claimed: report)
     assert mc(monkeypatch, "sweep", write(tmp_path)) == 0
@@ -240,7 +240,7 @@ def test_nonfinite_test_loss_is_null_in_json(tmp_path):
         ({"vary": 3}, "vary = 3: must be a list"),
         ({"vary": {"run.stesp": [3]}}, "run: unknown key 'stesp'"),
         ({"vary": {"run.steps": [0]}}, "run.steps = 0: must be >= 1"),
-        ({"vary": {"run.seed": [1]}}, "'run.seed': must be no key that seeds, rates"),
+        ({"vary": {"run.seed": [1]}}, "'run.seed': must be no key set by seeds, rates"),
         ({"rows": [{"a": 1}, {"a": 1}]}, "'a=1': must be different rows"),
         ({"rows": [3]}, "rows[0] = 3: must be a mapping"),
         ({"seeds": []}, "seeds = []: must be a list of different values"),
@@ -258,7 +258,7 @@ def test_nonfinite_test_loss_is_null_in_json(tmp_path):
         ({"directory": 3}, "directory = 3: must be of type str"),
         (
             {"rows": [{"data.task": "text", "data.corpus": "x"}]},
-            "examples = 4: must be left out for text",
+            "examples = 4: not supported for text",
         ),
         ({"vary": {"data.task": ["mqar", "niah"]}}, "data.task = mqar, niah: must be the same"),
     ],
@@ -273,7 +273,7 @@ def test_invalid_sweeps_are_refused(tmp_path, monkeypatch, capsys, keys, message
 
 
 def test_shipped_configs_load_and_shared_directories_agree(monkeypatch):
-    """A name means one run there; else the second sweep would stop at the first one's result."""
+    """Sweeps that share a directory must give the same names to the same runs."""
     read = functools.cache(read_yaml)  # every run reads its base, and that one's
     monkeypatch.setattr("train.config.yaml_files.read_yaml", lambda path: read(path).copy())
     found: dict[tuple, str] = {}

@@ -10,12 +10,12 @@ from helpers.sweeps import Trained, result, write
 from helpers.tiny_run import mc
 from mc_core.footprint import flops_per_token, state_bytes
 from train.sweeps import accuracy_plot
-from train.sweeps.accuracy_plot import Legend, Look, draw_sweep
+from train.sweeps.accuracy_plot import Legend, RowStyle, draw_sweep
 from train.sweeps.labels import label
 from train.sweeps.plan import runs_of_row
 from train.sweeps.recorded import read_recorded
 from train.sweeps.results import key_of, read_file
-from train.sweeps.sweep import longest
+from train.sweeps.sweep import max_example_tokens
 from train.sweeps.sweep_config import SweepConfig, load_sweep, make_run, make_runs
 from train.sweeps.table import for_terminal, make_table
 
@@ -27,7 +27,7 @@ CONFIG = SweepConfig(Path("x"), "y", rates=(0.1,))
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Return a made-up result of every row of a sweep."""
+    """Return fake results of all rows of a sweep."""
     return [
         result(0.1, row=row, overrides=runs[0].overrides, state_bytes=2**i, flops_per_token=5e4)
         for i, (row, runs) in enumerate(make_runs(load_sweep(path)).items())
@@ -76,7 +76,7 @@ def line_of(run, accuracy):
 
 
 def test_recorded_accuracy_is_a_column(tmp_path, monkeypatch, capsys):
-    """Of a row's recorded runs only those with this sweep's rates and seeds, at the best rate."""
+    """Only recorded runs with the rates and seeds of the sweep are used, at the best rate."""
     vary, width = {"vary": {"model.layer.d_model": [8, 16, 32]}}, "d_model"
     larger = load_sweep(write(tmp_path, **vary, rates=[0.1, 0.2, 0.3], seeds=[0, 1, 2]))
     lines = []
@@ -100,7 +100,7 @@ def test_recorded_accuracy_is_a_column(tmp_path, monkeypatch, capsys):
     cells = [row.split(" | ")[at].strip() for row in rows]
     assert cells == ["70", "60", ""]
 
-    # The same names with other steps are no silent match.
+    # Equal names with other settings are reported.
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("steps: 3", "steps: 4"))
     config = load_sweep(path)
@@ -121,7 +121,7 @@ def test_failed_recorded_run_is_an_empty_cell(tmp_path):
 
 
 def test_table_names_versions_and_machines():
-    """Finished runs stay what they were when a library is upgraded."""
+    """Finished runs keep their recorded versions after an upgrade."""
     old, new = ({"jax": number, "flax": "0.1"} for number in ("0.7", "0.8"))
     rows = [result(0.1, versions=old), result(0.1, row="b", versions=new)]
     notes = make_table("t", rows, CONFIG).notes
@@ -159,9 +159,9 @@ def test_invalid_recorded_files_stop_before_training(tmp_path, monkeypatch, caps
 
 
 def test_rows_of_shipped_sweep_have_distinct_styles():
-    looks = [Look.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
-    legend = Legend(looks)
-    styles = [json.dumps(legend.style(look)) for look in looks]
+    row_styles = [RowStyle.of(row) for row in rows_of(CONFIGS / "sweep.yaml")]
+    legend = Legend(row_styles)
+    styles = [json.dumps(legend.style(row_style)) for row_style in row_styles]
     assert len(set(styles)) == len(styles) == 45
     words = [handle.get_label() for handle in legend.handles()]
     assert sorted(words) == sorted(
@@ -177,8 +177,8 @@ def test_plots_of_one_and_several_widths(widths):
                overrides=row["overrides"] | {"model.layer.d_model": width})
         for row in rows_of(CONFIGS / "evidence.yaml") for width in widths
     ]  # fmt: skip
-    looks = {Look.of(row) for row in rows}
-    assert len(looks) == 5  # a width is a place on a line
+    row_styles = {RowStyle.of(row) for row in rows}
+    assert len(row_styles) == 5  # widths are x positions of a line
     failed = result(0.1, row="z", error="step 2: a NaN")
     assert draw_sweep("t", [*rows, failed]).startswith(b"\x89PNG")
     assert draw_sweep("t", [failed]).startswith(b"\x89PNG")
@@ -204,7 +204,7 @@ def test_row_that_cannot_stream_has_no_state(monkeypatch):
 
 @pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])
 def test_evidence_is_a_subset_of_the_sweep(task, rows):
-    """By names, so that recorded results are found, and by all that makes a result."""
+    """Rows have the same names, keys and fingerprints."""
     folder = ROOT / "configs" / task
     part, whole = (load_sweep(folder / name) for name in ("evidence.yaml", "sweep.yaml"))
     runs = {run.key: run for row in make_runs(whole).values() for run in row}
@@ -238,7 +238,7 @@ def test_recorded_results_cover_the_evidence(task):
     ],
 )
 def test_recorded_results_match_the_shipped_sweeps(sweep, record):
-    """Every run of it, made with the very settings that the file has today."""
+    """Every run has a recorded result with the current settings."""
     config = load_sweep(ROOT / "configs" / f"{sweep}.yaml")
     found = {key_of(result): result for result in read_file(RECORDED / f"{record}.jsonl")}
     for runs in make_runs(config).values():
@@ -248,4 +248,4 @@ def test_recorded_results_match_the_shipped_sweeps(sweep, record):
             model = run.config.model
             size = {"state_bytes": state_bytes, "flops_per_token": flops_per_token}
             for name, count in size.items():
-                assert found[run.key][name] == count(model, longest(run)), run.name
+                assert found[run.key][name] == count(model, max_example_tokens(run)), run.name

@@ -138,11 +138,11 @@ def test_other_seeds_start_after_all_rates(tmp_path):
         for run in [*taken[:2], other]:
             plan.add(result_of(run, 1 - run.rate))
         assert plan.progress() == "5/6"
-        assert plan.left
+        assert plan.has_pending
         last = plan.take()
         assert last.key == ("d_model=8", 1, 0.1)
         plan.add(result_of(last, 0.5))
-        assert not plan.left
+        assert not plan.has_pending
         assert [(row["row"], row["seed"]) for row in plan.table()] == [
             ("d_model=8", 0), ("d_model=8", 1), ("d_model=16", 0), ("d_model=16", 1),
         ]  # fmt: skip
@@ -159,7 +159,7 @@ def test_concurrent_sweeps_share_the_work(tmp_path):
         assert two.progress() == "1/2"
         two.add(result_of(second, 0.6))
         assert one.take() is None
-        assert not one.left
+        assert not one.has_pending
         assert one.table() == two.table()
     assert len(read_results(tmp_path / "sweep")) == 2
 
@@ -193,7 +193,7 @@ for seed in range(50):
 
 
 def test_concurrent_appends_keep_all_lines(tmp_path):
-    """Behind a line that a kill cut off; no line is lost, none is mixed with another."""
+    """After an incomplete line, no line is lost or interleaved with another one."""
     (tmp_path / "results.jsonl").write_text(
         '{"row": "a", "seed": 0, "rate": 0.1, "fingerprint": ""}\n{"row": "b'
     )
@@ -213,7 +213,7 @@ def without_times(rows):
 
 
 def test_sweep_computes_with_one_thread(tmp_path, monkeypatch):
-    """Unless it is told otherwise; what comes after it is left alone."""
+    """Unless NPROC is set; the environment is restored afterwards."""
     monkeypatch.delenv("NPROC", raising=False)
     seen = []
     Trained(monkeypatch, lambda run: seen.append(os.environ["NPROC"]) or 0.5)
@@ -226,7 +226,7 @@ def test_sweep_computes_with_one_thread(tmp_path, monkeypatch):
 
 
 def sweep(path: Path, jobs: int, kill_when=None) -> list[dict]:
-    """Run the command in a process of its own, which may be killed, and return its results."""
+    """Run the command in a subprocess, which may be killed, and return its results."""
     words = [sys.executable, "-m", "train", "sweep", path, "--jobs", str(jobs)]
     env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}
     process = subprocess.Popen([*words, "--markdown", path.with_suffix(".md")], cwd=ROOT, env=env)
@@ -243,7 +243,7 @@ def sweep(path: Path, jobs: int, kill_when=None) -> list[dict]:
 @two_cores
 @pytest.mark.slow
 def test_results_do_not_depend_on_jobs_or_interrupts(tmp_path):
-    """At a size where XLA, with two threads, gives other sums than with one."""
+    """At a size at which sums of XLA depend on the number of threads."""
     base = str(ROOT / "configs" / "mqar" / "base.yaml")
     short = {"run.steps": 4, "run.save_every": 1, "optimizer.warmup_steps": 2}
     rows = [short | {"run.batch_size": size} for size in (64, 32, 16)]
@@ -261,7 +261,7 @@ def test_results_do_not_depend_on_jobs_or_interrupts(tmp_path):
 
 
 def test_interrupt_in_another_thread_is_delayed():
-    """Of a library's thread, which does not block Ctrl-C: it must not reach a worker's birth."""
+    """A signal delivered to another thread must not interrupt the start of a worker."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done, other = threading.Event(), threading.Thread(target=lambda: done.wait(60))
     other.start()
@@ -302,7 +302,7 @@ def processes_of(group: int) -> list[str]:
     ("ending", "begun"), [(signal.SIGINT, 2), (signal.SIGKILL, 2), (signal.SIGINT, 0)]
 )
 def test_workers_end_with_the_sweep(tmp_path, ending, begun):
-    """Ctrl-C reaches the whole group, perhaps while workers start, a kill the parent alone."""
+    """Ctrl-C reaches the whole group, even while workers start; SIGKILL only the parent."""
     path = write(tmp_path, vary={"model.layer.d_model": [8, 16]})
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests" / "helpers" / "sweep_worker.py", path],

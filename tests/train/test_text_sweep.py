@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, **keys: object) -> Path:
-    """Write a base of 3 steps on text and a sweep of it; `keys` go into the sweep."""
+    """Write a base of 3 steps on text, and a sweep with `keys`."""
     run = TINY["run"] | {"steps": 3, "save_every": 3, "validate_every": 0}
     write_config(folder, run=run)
     sweep = {"base": "tiny.yaml", "directory": str(folder / "sweep")}
@@ -61,7 +61,7 @@ def test_table_has_mean_range_and_gain_of_equal_seeds():
     assert "parameters" not in narrow.columns
     notes = make_table("t", [row | {"state_bytes": None} for row in ROWS], CONFIG).notes
     assert any("empty where segments cannot stream" in note for note in notes)
-    # The seed that the other row lacks does not count.
+    # Seeds that the other row does not have are ignored.
     grm, none = make_table("t", ROWS[:3], CONFIG).rows
     assert grm["gain"] == "+0.2500"
     assert none["lowest"] is None
@@ -74,7 +74,7 @@ def test_gains_are_per_seed_and_position():
 
 
 def test_rows_of_one_model_are_labelled_by_differences():
-    """Names stay short: a folder's name would not fit a terminal's table."""
+    """Labels must be shorter than folder names, to fit the table on a terminal."""
     many = {"kind": "dla", "data.window": 32}
     rows = by_row(
         [
@@ -200,7 +200,7 @@ def test_invalid_text_sweeps_are_refused(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, examples=4)
     assert mc(monkeypatch, "sweep", path) == 2
     err = capsys.readouterr().err
-    assert "examples = 4: must be left out for text" in err
+    assert "examples = 4: not supported for text" in err
     mixed = write_recall(
         tmp_path,
         vary={"model.layer.d_model": [8]},

@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     config = write_config(folder, model=model)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        # Tells which file the sample at the end is decoded with.
+        # Shows which file decodes the final sample.
         patch.setattr(
             "train.tasks.text.draw_sample",
             lambda model, config, _: Sample("", config.tokenizer, ""),
@@ -46,14 +46,14 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
-    """A copy of the run, its configuration and its tokenizer, from which commands are given."""
+    """A copy of the run, its configuration and its tokenizer, as working directory."""
     copy = Path(shutil.copytree(made.parent, tmp_path / "copy"))
     monkeypatch.chdir(copy)
     return copy
 
 
 def edit(path: Path) -> None:
-    """Exchange two tokens of a file."""
+    """Swap two tokens of a tokenizer file."""
     data = json.loads(path.read_text())
     vocabulary = data["model"]["vocab"]
     vocabulary["e"], vocabulary["o"] = vocabulary["o"], vocabulary["e"]
@@ -68,7 +68,7 @@ def source(run: Path, *tokenizer: str) -> tuple[LanguageModel, Tokenizer]:
 
 @pytest.mark.parametrize("change", [edit, Path.unlink])
 def test_run_reads_its_tokenizer_copy(folder, tmp_path, monkeypatch, change):
-    """The file that was named may change, vanish or be out of reach, and the run may move."""
+    """The original file may change, be deleted or be unreadable, and the run may be moved."""
     run, original = folder / "runs" / "tiny", byte_level()
     assert (run / "tokenizer.json").read_bytes() == (folder / "plain.json").read_bytes()
     sample = json.loads((run / "report.json").read_text())["sample"]
@@ -89,7 +89,7 @@ def test_run_reads_its_tokenizer_copy(folder, tmp_path, monkeypatch, change):
     ("change", "message"),
     [
         (edit, "tokenizer.json (SHA-256 {other}) is not the tokenizer that "),
-        (Path.unlink, "tokenizer.json: no such file: it is the run's copy of data.tokenizer = "),
+        (Path.unlink, "tokenizer.json: no such file: this is the run's copy of data.tokenizer = "),
     ],
 )
 def test_changed_tokenizer_copy_is_refused(folder, monkeypatch, capsys, change, message):
@@ -108,7 +108,7 @@ def test_changed_tokenizer_copy_is_refused(folder, monkeypatch, capsys, change, 
     ):
         line = message.format(other=other)
         fails(folder / "tiny.yaml", monkeypatch, capsys, line, *command)
-    # The right file may be named in its place, and weights need none.
+    # --tokenizer may be used instead, and converting weights needs no tokenizer.
     assert source(run, "plain.json")[1].get_vocab() == byte_level().get_vocab()
     load_run(run, needs_text=False)
 
@@ -123,7 +123,7 @@ def test_another_tokenizer_is_refused(folder, monkeypatch, capsys):
 
 
 def test_run_resumes_only_with_the_same_tokenizer(folder, monkeypatch, capsys):
-    """An edited file is refused, with both named; the same file may have another path."""
+    """An edited file is refused, and the message has both hashes. The path may change."""
     config, run = folder / "tiny.yaml", folder / "runs" / "tiny"
     words = [*WORDS, f"run.directory={run}"]
     (folder / "same.json").write_bytes((folder / "plain.json").read_bytes())
@@ -131,14 +131,14 @@ def test_run_resumes_only_with_the_same_tokenizer(folder, monkeypatch, capsys):
     assert mc(monkeypatch, "train", config, *words, "data.tokenizer=same.json") == 0
     assert snapshot(run) == before
     capsys.readouterr()
-    # The decoder alone: the tokens of the corpus stay as they are.
+    # Change only the decoder: the tokens of the corpus are unchanged.
     data = json.loads((folder / "plain.json").read_text())
     (folder / "plain.json").write_text(json.dumps(data | {"decoder": None}))
     message = f"was trained with {run}/tokenizer.json (SHA-256 "
     fails(config, monkeypatch, capsys, message, "train", config, *words)
     fails(config, monkeypatch, capsys, "data.tokenizer = plain.json", "train", config, *words)
     (folder / "plain.json").unlink()
-    message = f"no such file; the run keeps a copy: set data.tokenizer={run}/tokenizer.json"
+    message = f"no such file; the run has a copy: set data.tokenizer={run}/tokenizer.json"
     fails(config, monkeypatch, capsys, message, "train", config, *words)
     kept = f"data.tokenizer={run}/tokenizer.json"
     assert mc(monkeypatch, "train", config, *words, kept) == 0
@@ -153,20 +153,20 @@ def test_run_without_copy_reads_the_named_file(folder, monkeypatch, capsys):
     file.write_text(json.dumps(meta))
     assert source(run)[1].get_vocab() == byte_level().get_vocab()
     (folder / "plain.json").rename(folder / "moved.json")
-    message = "data.tokenizer = plain.json: no such file, and the run keeps no copy of it"
+    message = "data.tokenizer = plain.json: no such file, and the run has no copy of it"
     fails(folder / "tiny.yaml", monkeypatch, capsys, message, "generate", run, "--prompt", "a")
     assert source(run, "moved.json")[1].get_vocab() == byte_level().get_vocab()
 
 
 def test_weight_file_has_its_tokenizer_hash(folder, tmp_path, monkeypatch, capsys):
-    """`mc convert` writes its hash; another tokenizer, or bytes, is refused, also in a new run."""
+    """`mc convert` writes the hash; another tokenizer or bytes are refused, also for a new run."""
     run, path = folder / "runs" / "tiny", tmp_path / "model.safetensors"
     # Whether the outputs are the same is tested elsewhere, and takes seconds.
     monkeypatch.setattr("parity.convert.outputs", lambda *model: np.ones(1))
     assert mc(monkeypatch, "convert", run, path) == 0
-    assert f"keep {run}/tokenizer.json for it" in " ".join(capsys.readouterr().out.split())
+    assert f"keep {run}/tokenizer.json" in " ".join(capsys.readouterr().out.split())
     assert source(path, "plain.json")[1].get_vocab() == byte_level().get_vocab()
-    with pytest.raises(UserError, match=r"has 300 tokens, and says only its SHA-256"):
+    with pytest.raises(UserError, match=r"has 300 tokens, and declares only its SHA-256"):
         source(path)
     edit(folder / "plain.json")
     for name in ("plain.json", "bytes"):

@@ -14,7 +14,7 @@ from train.config import TextConfig, load_config
 from train.data.corpus import load_corpus
 from train.data.encoded_text import read_text
 from train.data.tokenizer import load_encoder, load_tokenizer
-from train.evaluation.completion import WordDecoder
+from train.evaluation.completion import TokenizerDecoder
 
 
 def truncate(tokenizer: Tokenizer) -> None:
@@ -60,7 +60,7 @@ STORED = (
 
 @pytest.mark.parametrize("store", STORED)
 def test_stored_tokenizer_settings_are_disabled(tmp_path, store):
-    """Corpus, prompts and inspected texts, and every call with the library's own defaults."""
+    """Applies to the corpus, prompts, inspected texts and direct calls of the library."""
     path, file, text = (tmp_path / name for name in ("stored.json", "plain.json", "text.txt"))
     tokenizer = byte_level()
     tokenizer.save(str(file))
@@ -97,12 +97,12 @@ def test_offsets_cover_trimmed_blanks(tmp_path):
 
 
 def test_unused_ids_decode_to_replacement_character(tmp_path):
-    """A vocabulary may have gaps: the model can write an id that stands for nothing."""
+    """A vocabulary may have gaps, so the model can generate an id without a token."""
     made = Tokenizer(models.WordLevel({"a": 0, "b": 5}, unk_token="a"))
     made.save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=r"model\.vocab_size = 5: .*needs at least 6"):
         load_tokenizer(str(tmp_path / "t.json"), 5)
-    decoder = WordDecoder(load_tokenizer(str(tmp_path / "t.json"), 6), [0])
+    decoder = TokenizerDecoder(load_tokenizer(str(tmp_path / "t.json"), 6), [0])
     assert [decoder.push(token) for token in (0, 3, 5)] == [" a", "\ufffd", " b"]
 
 
@@ -129,7 +129,7 @@ def lose(tokenizer: Tokenizer, *texts: str):
 
 
 def test_lossless_tokenizer_has_no_loss():
-    """Carriage returns, a byte order mark and characters of several tokens included."""
+    """Including carriage returns, a byte order mark and characters of several tokens."""
     found = lose(byte_level(), "\ufeff" + TEXT, TEXT)
     assert (found.exact, found.lost, found.warning) == (True, 0.0, None)
     prefixed = byte_level()

@@ -39,13 +39,13 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def copy(state: TrainState) -> TrainState:
-    """The step consumes what it is given."""
+    """Copy a state, because the step donates it."""
     return jax.tree.map(jnp.copy, state)
 
 
 @functools.cache
 def built() -> tuple[Any, TrainState, Any]:
-    """Build the tiny run once; a test copies the state that it gives to the step."""
+    """Build the tiny run once; tests copy the state before they pass it to the step."""
     return build(tiny())
 
 
@@ -65,14 +65,14 @@ def test_model_overfits_a_tiny_batch():
 
 
 def test_accumulation_equals_large_batch():
-    """The mean over microbatches is the gradient of the whole batch (and so are the parameters)."""
+    """Gradients and parameters equal those of one large batch."""
     _, state, step = built()
     tokens = random_tokens(1, 8, 17)
     large, metrics = step(copy(state), tokens)
     small, accumulated = step(copy(state), tokens.reshape(4, 2, 17))
     assert float(accumulated.loss) == pytest.approx(float(metrics.loss), rel=1e-6)
     assert float(accumulated.grad_norm) == pytest.approx(float(metrics.grad_norm), rel=1e-5)
-    # The first moment is a tenth of the clipped gradient: a comparison that Adam does not rescale.
+    # Compare the first moment, 0.1 times the clipped gradient, which Adam does not rescale.
     for a, b in zip(jax.tree.leaves(large), jax.tree.leaves(small), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
@@ -172,7 +172,7 @@ def test_random_streams_advance_between_steps(monkeypatch):
 
 @pytest.mark.parametrize("limit", [400, 399, 33, 2])
 def test_bits_per_byte_score_every_byte_once(tmp_path, limit):
-    """Windows scored one by one without padding or batching give the same bits."""
+    """Reference: windows scored one by one, without padding or batching."""
     config = load_config(write_config(tmp_path))
     corpus = load_corpus(config.data, 256)
     graphdef, state, _ = build(config)
@@ -227,7 +227,7 @@ def test_config_of_mixers(tmp_path):
     )
     with pytest.raises(UserError, match=message):
         load_config(path, ["model.mixers=lstm"])
-    # A checkpoint from before there were mixers resumes as what it was.
+    # A checkpoint of a version without `mixers` resumes with the former model.
     now = Meta(to_dict(load_config(path)), "text", 0.0)
     old = json.loads(json.dumps(now.config))
     for key in ("mixers", "attention_window", "rope_base"):
@@ -250,7 +250,7 @@ def test_default_directory_is_named_after_the_file(tmp_path):
 
 
 def test_readme_commands_have_valid_configs(monkeypatch):
-    """Each has keys that exist; two of them never share a directory with different settings."""
+    """All keys exist, and runs with different settings have different directories."""
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"(?m)^.*?\bmc train ([^`|#\n]*\w)", (ROOT / "README.md").read_text())
     commands = [shlex.split(line) for line in lines if not line.startswith("CONFIG")]
@@ -305,7 +305,7 @@ def test_unreadable_config_files_are_named(tmp_path):
         ("missing.yaml", None, "No such file"),
         ("list.yaml", "- 1\n", "must be a mapping"),
         ("broken.yaml", "a: [1\n", "not a YAML file"),
-        ("circle.yaml", "base: circle.yaml\n", "leads back"),
+        ("circle.yaml", "base: circle.yaml\n", "cyclic reference"),
         ("lost.yaml", "base: nowhere.yaml\n", "nowhere.yaml: No such file"),
         ("number.yaml", "base: 3\n", "must be the name of a YAML file"),
         ("short.yaml", "data: {corpus: x}\n", "key 'model' is missing"),

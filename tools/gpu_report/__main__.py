@@ -1,4 +1,4 @@
-"""`python -m tools.gpu_report`: run every step, and write one JSON file and one Markdown page."""
+"""`python -m tools.gpu_report`: run all measurements, and write one JSON and one Markdown file."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ from mc_core.files import write_atomic
 
 STEPS = Path(__file__).with_name("steps.yaml")
 ENVIRONMENT = {
-    # Both frameworks share the GPU's memory in one process.
+    # Disable preallocation: both frameworks share the GPU memory in one process.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": "--xla_gpu_force_compilation_parallelism=8",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "TRITON_CACHE_AUTOTUNING": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# A check that is not timed needs no tuned kernels.
+# Untimed checks need no tuned kernels.
 UNTUNED = "--xla_gpu_autotune_level=0"
 
 
@@ -35,12 +35,12 @@ class Step:
     """One `mc` command of the report.
 
     Attributes:
-        name: unique; names the files.
-        title: heading of its section.
+        name: unique name, used for output files.
+        title: section heading.
         limit: time limit in seconds.
-        command: arguments of `mc` without `--json` and `--markdown`.
-        tiny: a small command of the same kind, for a CPU.
-        together: not timed; may run in parallel with other such steps.
+        command: arguments of `mc`, without `--json` and `--markdown`.
+        tiny: a smaller command, to test the report on a CPU.
+        together: True for untimed steps, which may run in parallel.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the report, and return the exit code: 0 if every step was done."""
+    """Run the report, and return the exit code: 0 if all steps succeeded."""
     options = _parse(words)
     steps = [
         step for step in load_steps() if any(fnmatch(step.name, name) for name in options.names)
@@ -89,9 +89,9 @@ def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome])
     """Write the results so far as `report.json` and `report.md`.
 
     Args:
-        out: the folder with each step's own files.
-        steps: in the order of the page.
-        outcomes: by name; a step without one has not run yet.
+        out: folder with the output files of the steps.
+        steps: steps, in the order of the report.
+        outcomes: outcomes by step name; missing if a step has not run yet.
     """
     data: dict[str, Any] = {}
     sections = ["# Measured on a GPU", ""]
@@ -114,7 +114,7 @@ def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome])
 
 
 def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
-    """Drop the parity command's entries for single arrays."""
+    """Drop the entries of single arrays from results of the parity command."""
     if "cases" not in result:
         return result
     keys = ("name", "dtype", "ok")
@@ -123,7 +123,7 @@ def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict[str, Outcome]:
-    """Run steps at the same time, and wait for all of them."""
+    """Run steps in parallel, and wait for all of them."""
     running, outcomes = {}, {}
     for step in steps:
         limit = min(step.limit, end - time.monotonic())

@@ -1,1 +1,1 @@
-"""A mutation check: faults planted in the sources, one at a time, each to be caught by a test."""
+"""Mutation tests: each fault, injected into the sources, must be caught by a test."""

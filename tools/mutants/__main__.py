@@ -1,6 +1,6 @@
-"""`python -m tools.mutants`: plant every fault of the table; a test must fail.
+"""`python -m tools.mutants`: inject each fault of the tables; a test must fail.
 
-Exit code 0 only if the tests pass without a fault, every fault applies, and every one is caught.
+Exit code 0 only if the tests pass without a fault, and every fault applies and is caught.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def make_table(mutants: Sequence[Mutant], outcomes: dict[str, Outcome], seconds: float) -> str:
-    """Return the results in Markdown, one row per mutant, and a line that counts them."""
+    """Return a Markdown table with one row per mutant, and a summary line."""
     rows = [
         f"| {mutant.name} | {mutant.file} | {mutant.fault} | {found.status} | "
         f"{found.test.replace('|', ' ')} | {found.seconds:.0f} |"

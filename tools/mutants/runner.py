@@ -16,7 +16,7 @@ from typing import NamedTuple
 from tools.mutants.table import ROOT, Mutant, find_test_file, join
 
 OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow")
-OWN_TEST = "test_mutants"  # fails on every mutated tree, as its table does not apply
+OWN_TEST = "test_mutants"  # fails on every mutated tree, because the table no longer applies
 CAUGHT, PASSED = "caught", "survived"
 # Meaning of pytest's exit codes; only 1 is a caught fault.
 CODES = {0: PASSED, 1: CAUGHT, 2: "does not import", 5: "selects no test"}
@@ -40,10 +40,10 @@ Report = Callable[[str, Outcome], None]
 
 
 def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: Report) -> bool:
-    """Run all selected tests on the unchanged tree, and report each file's outcome.
+    """Run all selected tests on the unchanged tree, and report the outcome of each file.
 
     Returns:
-        Whether all passed: only then does a failure mean the fault.
+        True if all tests pass; otherwise, failures with a fault are meaningless.
     """
     with copied() as tree, ThreadPoolExecutor(jobs) as pool:
         runs = {
@@ -60,7 +60,7 @@ def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: R
 def run_mutants(
     mutants: Sequence[Mutant], jobs: int, limit: float, full: bool, report: Report
 ) -> dict[str, Outcome]:
-    """Plant each fault in a copy of its own, and report each result as it is ready."""
+    """Apply each fault to a separate copy, and report results as they become available."""
     with ThreadPoolExecutor(jobs) as pool:
         runs = {pool.submit(run_mutant, mutant, limit, full): mutant.name for mutant in mutants}
         for run in as_completed(runs):
@@ -70,7 +70,7 @@ def run_mutants(
 
 
 def run_mutant(mutant: Mutant, limit: float, full: bool) -> Outcome:
-    """Plant a fault and run the expected tests; with `full`, then the rest of the quick suite."""
+    """Apply a fault and run the expected tests; with `full`, then the rest of the quick suite."""
     start = time.monotonic()
     with copied() as tree:
         try:
@@ -94,7 +94,7 @@ def run_tests(tree: Path, name: str | None, expression: str | None, limit: float
         tree: a copy of the repository.
         name: the test file, without `.py`; None = the whole suite.
         expression: pytest's `-k`; None = all.
-        limit: seconds after which the run is given up.
+        limit: timeout in seconds.
     """
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", *OPTIONS]

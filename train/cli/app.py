@@ -1,6 +1,6 @@
-"""The command `mc`: its groups, and its errors in one line.
+"""The command `mc`, its groups, and one-line error messages.
 
-Each command imports what it runs: some libraries take seconds to import.
+Commands import their dependencies when they run, because some take seconds to import.
 """
 
 import sys
@@ -22,11 +22,11 @@ from train.user_modules import OPTION, import_modules
 
 
 class InterruptedCommandError(Exception):
-    """A command that a signal ended."""
+    """A command was ended by a signal."""
 
 
 class Commands(TyperGroup):
-    """Group of commands that keeps the messages of interrupts, which Typer drops."""
+    """Group of commands that preserves the messages of interrupts, which Typer drops."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command of a context."""
@@ -51,7 +51,7 @@ def options(
         typer.Option(
             OPTION,
             metavar="MODULE",
-            help="import this module or .py file first, for instance to register a memory; may be "
+            help="import a module or .py file first, for example to register a memory; may be "
             "repeated",
         ),
     ] = None,
@@ -67,12 +67,12 @@ app.add_typer(bench, name="bench")
 for command in (train, sweep, evaluate, inspect, generate, convert, variants, segments):
     app.command()(command)
 
-# Typer carries its own copy of click; this is the base of its usage errors.
+# Base class of the usage errors of Typer's own copy of click.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
-    """Run the command; errors of the user's input are one line and exit code 2."""
+    """Run the command; user errors are printed in one line, with exit code 2."""
     replace_unencodable()
     try:
         with sigterm_as_interrupt():

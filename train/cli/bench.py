@@ -1,4 +1,4 @@
-"""`mc bench`. Each command imports what it runs."""
+"""`mc bench`. Commands import lazily, to start quickly."""
 
 from enum import StrEnum
 from functools import partial
@@ -23,14 +23,14 @@ Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
 
-Runs = Annotated[int, typer.Option(min=0, help="timed runs of each; 0 only compiles")]
-Json = Annotated[Path | None, output_file("write all numbers here")]
-Markdown = Annotated[Path | None, output_file("write the table here")]
+Runs = Annotated[int, typer.Option(min=0, help="number of timed runs; 0 only compiles")]
+Json = Annotated[Path | None, output_file("output file of all numbers, as JSON")]
+Markdown = Annotated[Path | None, output_file("output file of the table, as Markdown")]
 Positive = Annotated[int, typer.Option(min=1)]
-Seed = Annotated[int, typer.Option(min=0, help="of the parameters and of the batch")]
-SPLIT = "over which a batch of jax is split"
+Seed = Annotated[int, typer.Option(min=0, help="random seed of parameters and batch")]
+DEVICES = "number of devices over which JAX splits the batch"
 
-WIDTH = 200  # of tables that no terminal shows
+WIDTH = 200  # of tables, if stdout is not a terminal
 
 
 @app.command()
@@ -44,8 +44,10 @@ def layer(
     dtype: Annotated[list[Dtype], typer.Option()] = [Dtype.float32],  # noqa: B006
     framework: Annotated[list[Framework], typer.Option()] = [Framework.jax],  # noqa: B006
     passes: Annotated[list[Passes], typer.Option()] = [Passes.both],  # noqa: B006
-    devices: Annotated[list[int], typer.Option(min=1, help=SPLIT)] = [1],  # noqa: B006
-    expansion: Annotated[int, typer.Option(min=1, help="hidden width of an MLP, in heads")] = 4,
+    devices: Annotated[list[int], typer.Option(min=1, help=DEVICES)] = [1],  # noqa: B006
+    expansion: Annotated[
+        int, typer.Option(min=1, help="hidden width of an MLP memory, in head widths")
+    ] = 4,
     batch: Positive = 2,
     width: Positive = 256,
     heads: Positive = 4,
@@ -53,15 +55,15 @@ def layer(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, output_file("draw one bar per layer here")] = None,
+    plot: Annotated[Path | None, output_file("output file of a bar plot")] = None,
 ) -> None:
-    """Time layers: every combination of the options that can be given more than once."""
+    """Time layers, for every combination of the repeated options."""
     from bench import layer as run
     from mc_jax.sharding import request
 
     request(max(devices))
-    made = _grid(locals())
-    report = _plain(run.run, made, runs)
+    grid = _grid(locals())
+    report = _plain(run.run, grid, runs)
     _show(report, json, markdown)
     if plot:
         run.draw(report, plot)
@@ -88,7 +90,7 @@ def scaling(
     runs: Runs = 10,
     json: Json = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, output_file("draw the curves here")] = None,
+    plot: Annotated[Path | None, output_file("output file of the plot")] = None,
 ) -> None:
     """Time a layer against the number of tokens, and fit the exponents."""
     from bench import scaling as run
@@ -121,7 +123,7 @@ def model(
     loaded = load_config(config, words)
     request(loaded.run.devices)
     if not isinstance(loaded.data, TextConfig):
-        raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text' to be timed")
+        raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text'")
     from train.step import build, token_losses
 
     _show(run.run(loaded, build, token_losses, runs), json, markdown)
@@ -130,14 +132,16 @@ def model(
 @app.command()
 def peers(
     only: Annotated[
-        list[str] | None, typer.Option(help="comparisons, by name", show_default="all")
+        list[str] | None,
+        typer.Option(help="name of a comparison; may be repeated", show_default="all"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="of torch's loops", show_default="torch's own")
+        int | None,
+        typer.Option(min=1, help="number of torch threads", show_default="torch's default"),
     ] = None,
     devices: Annotated[
         list[int] | None,
-        typer.Option(min=1, help=SPLIT, show_default="1, and 2 where a CPU has two cores"),
+        typer.Option(min=1, help=DEVICES, show_default="1, and 2 where a CPU has two cores"),
     ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,
@@ -161,12 +165,12 @@ def memory(
         1024 << 2 * power for power in range(5)
     ],
     cache_dtype: Annotated[
-        Dtype, typer.Option(help="of cached memories, keys and values")
+        Dtype, typer.Option(help="dtype of cached memories, keys and values")
     ] = Dtype.float32,
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Compare the bytes of a model's cache with those of a KV cache; from the config alone."""
+    """Compare the bytes of a model's cache with a KV cache, computed from the configuration."""
     from bench import memory as run
     from train.config import load_config
 
@@ -180,25 +184,25 @@ def decode(
     aggregation: Annotated[list[Aggregation], typer.Option()] = [  # noqa: B006
         Aggregation(name) for name in AGGREGATIONS if name != "mean"
     ],
-    context: Annotated[list[int], typer.Option(min=1, help="tokens before")] = [  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="number of tokens in the context")] = [  # noqa: B006
         1024,
         8192,
         65536,
     ],
-    prompt: Annotated[int, typer.Option(min=0, help="tokens of a prompt; 0 for none")] = 2048,
+    prompt: Annotated[int, typer.Option(min=0, help="tokens of a prompt; 0: no prompt")] = 2048,
     chunk: Positive = 64,
     segment: Positive = 256,
     width: Positive = 256,
     heads: Positive = 4,
     seed: Seed = 0,
-    runs: Annotated[int, typer.Option(min=1, max=60, help="timed tokens of each")] = 20,
+    runs: Annotated[int, typer.Option(min=1, max=60, help="number of timed tokens per layer")] = 20,
     devices: Annotated[
         int, typer.Option(min=1, help="also time a prompt with its heads split over N devices")
     ] = 1,
     json: Json = None,
     markdown: Markdown = None,
 ) -> None:
-    """Time one token after long contexts, compared with attention and its KV cache."""
+    """Time the decoding of one token after long contexts, compared with attention."""
     from bench import decode as run
     from mc_jax.sharding import request
 
@@ -251,7 +255,7 @@ def _need_torch() -> None:
 
 
 def _plain(function: Any, *args: Any) -> Any:
-    """Call a function; its ValueErrors become errors of the user's input."""
+    """Call a function, converting ValueError to UserError."""
     try:
         return function(*args)
     except UserError:

@@ -1,4 +1,4 @@
-"""`mc evaluate`, `mc inspect` and `mc generate`. Each command imports what it runs."""
+"""`mc evaluate`, `mc inspect` and `mc generate`. Commands import lazily, to start quickly."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +33,7 @@ class TaskName(StrEnum):
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    run: Annotated[Path, typer.Argument(help="run directory")],
     task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
     lengths: Annotated[
         str | None,
@@ -43,9 +43,12 @@ def evaluate(
         ),
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="of a length and depth", show_default="mqar 500, niah 20")
+        int | None,
+        typer.Option(
+            help="number of examples per length and depth", show_default="mqar 500, niah 20"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the test examples")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the test examples")] = 0,
     depths: Annotated[
         int | None, typer.Option(help="niah: number of depths", show_default="40")
     ] = None,
@@ -74,34 +77,34 @@ def evaluate(
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="a run's directory")],
-    text: Annotated[Path, typer.Option(help="a file of text")],
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    text: Annotated[Path, typer.Option(help="text file")],
     json: Annotated[
         Path | None, typer.Option(help="write the numbers to this file", dir_okay=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="folder of page and pictures", show_default="RUN/inspect")
+        Path | None, typer.Option(help="output folder", show_default="RUN/inspect")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="at most N, from the text's start", show_default="4096")
     ] = None,
     needle: Annotated[
         str | None,
-        typer.Option(help="words of the text; report the gates' weight on their segment"),
+        typer.Option(help="words of the text; report the gate weights of their segment"),
     ] = None,
 ) -> None:
     """Show the gates, memory norms and inner losses of a run, token by token."""
-    from train.evaluation.inspect import inspect as look
+    from train.evaluation.inspect import inspect as run_inspection
 
     words = None if needle is None else utf8(needle)
-    look(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
+    run_inspection(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
 
 
 def generate(
     run: Annotated[
         Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
     ],
-    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="a file with the text; - is stdin")
     ] = None,
@@ -109,20 +112,20 @@ def generate(
         Path | None,
         typer.Option(help='a file of lines {"prompt": "..."}, further keys are copied; - is stdin'),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="the most tokens of a completion")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="draw from the K most likely tokens")] = None,
+    max_tokens: Annotated[int, typer.Option(help="maximum number of new tokens")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: greedy decoding")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="sample from the K most likely tokens")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="draw from the most likely tokens up to this total probability"),
+        typer.Option(help="sample from the most likely tokens up to this total probability"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="stop string, not part of the completion; may be repeated"),
     ] = None,
     cache_dtype: Annotated[
-        CacheDtype, typer.Option(help="of the cached memories")
+        CacheDtype, typer.Option(help="dtype of cached memories")
     ] = CacheDtype.FLOAT32,
     cache_device: Annotated[
         CacheDevice, typer.Option(help="host: in host memory; each step copies what it reads")
@@ -138,7 +141,7 @@ def generate(
 ) -> None:
     """Continue one or many prompts: text to stdout, tokens per second to stderr."""
     from train.evaluation.generate import GenerationOptions
-    from train.evaluation.generate import run as go_on
+    from train.evaluation.generate import run as run_generation
     from train.evaluation.prompts import read_prompts
 
     options = GenerationOptions(
@@ -153,4 +156,6 @@ def generate(
         batch_size,
     )
     given = read_prompts(prompt, prompt_file, prompts)
-    go_on(run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None)
+    run_generation(
+        run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None
+    )

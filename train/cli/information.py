@@ -53,4 +53,6 @@ def print_variants(console: Console) -> None:
         for name, description in descriptions.items():
             table.add_row(name, description)
         console.print(table)
-    console.print(f"{len(MEMORIES) * len(AGGREGATIONS)} variants: each kind with each aggregation")
+    console.print(
+        f"{len(MEMORIES) * len(AGGREGATIONS)} variants: every kind with every aggregation"
+    )

@@ -1,4 +1,4 @@
-"""Options and values of options that several commands have."""
+"""Command-line options shared by several commands."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 
 
 def output_file(what: str) -> Any:
-    """Return the option of an output file, checked before the command runs.
+    """Return an option for an output file; its folder is checked before the command runs.
 
     Args:
         what: help text.
@@ -24,10 +24,10 @@ def output_file(what: str) -> Any:
 
 
 def utf8(word: str) -> str:
-    """Return a word of the command line as the UTF-8 text that it is in any locale.
+    """Decode a command-line argument as UTF-8, independent of the locale.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: the argument is not UTF-8.
     """
     try:
         return word.encode("utf-8", "surrogateescape").decode()

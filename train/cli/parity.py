@@ -1,4 +1,4 @@
-"""`mc parity`, the same as `python -m parity`. Each command imports what it runs."""
+"""`mc parity`, also `python -m parity`. Commands import lazily, to start quickly."""
 
 import time
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ app = typer.Typer(help="Compare mc_jax with mc_torch.", no_args_is_help=True)
 Device = StrEnum("Device", ["cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["float64", "float32", "bfloat16"])
 
-WIDTH = 160  # of tables that no terminal shows
+WIDTH = 160  # of tables, if stdout is not a terminal
 
 
 @app.command()
@@ -32,9 +32,11 @@ def check(
     dtype: Annotated[
         Dtype | None, typer.Option(help="all cases in one dtype", show_default="the grid's own")
     ] = None,
-    kind: Annotated[list[Kind] | None, typer.Option(help="only these memories")] = None,
+    kind: Annotated[
+        list[Kind] | None, typer.Option(help="select memories; may be repeated")
+    ] = None,
     aggregation: Annotated[
-        list[Aggregation] | None, typer.Option(help="only these aggregations")
+        list[Aggregation] | None, typer.Option(help="select aggregations; may be repeated")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="a run's YAML file: compare its model, not the grid")
@@ -50,7 +52,7 @@ def check(
 ) -> None:
     """Compare outputs, cached states, gates and gradients on shared weights.
 
-    Exit code 1 where any leaf differs.
+    Exit code 1 if any leaf differs.
     """
     _prepare(device)
     from parity import report
@@ -62,7 +64,9 @@ def check(
         from train.cli.parity_case import own_case
 
         if full or kind or aggregation:
-            raise UserError("--full, --kind and --aggregation choose from the grid: leave them out")
+            raise UserError(
+                "--full, --kind and --aggregation select cases of the grid: not supported here"
+            )
         case, weights = _plain(own_case, config, checkpoint, dtype or "float64", tokens)
         cases = [case]
     else:
@@ -71,13 +75,13 @@ def check(
         cases = [
             case.where(dtype=str(dtype or case.dtype))
             for case in GRIDS["full" if full else "quick"]()
-            # In bfloat16, rounding decides between two nearly equal logits.
+            # In bfloat16, rounding decides between nearly equal logits.
             if not (case.new_tokens and dtype == Dtype.bfloat16)
             and case.layer.memory.kind in (kind or MEMORIES)
             and case.layer.aggregation in (aggregation or AGGREGATIONS)
         ]
         if not cases:
-            raise UserError("no case of the quick grid has these: use --full")
+            raise UserError("no case of the quick grid matches: use --full")
     start = time.perf_counter()
     outcomes = list(_watched(compare_all(cases, device, weights), len(cases)))
     result = (outcomes, str(device), time.perf_counter() - start)
@@ -104,7 +108,7 @@ def train(
 ) -> None:
     """Train one model in both frameworks, and compare every step.
 
-    Exit code 1 where a loss, a gradient norm or a final parameter differs.
+    Exit code 1 if a loss, a gradient norm or a final parameter differs.
     """
     _prepare("cpu", "optax", "omegaconf")
     from parity import train as both
@@ -129,15 +133,15 @@ def train(
 
 @app.command()
 def selftest() -> None:
-    """Plant faults in mc_torch, one at a time; the check must find each in its leaf.
+    """Inject faults into mc_torch, one at a time; each must be detected in the expected leaf.
 
-    Exit code 1 where one is missed.
+    Exit code 1 if one is missed.
     """
     _prepare("cpu")
     from parity import faults
 
     start = time.perf_counter()
-    findings = list(_watched(faults.selftest(), len(faults.FAULTS) + len(faults.SUBJECTS)))
+    findings = list(_watched(faults.selftest(), len(faults.FAULTS) + len(faults.CASES)))
     console = _console()
     console.print(faults.table(findings))
     line = faults.summary(findings, time.perf_counter() - start)
@@ -154,7 +158,7 @@ def _prepare(device: str, *packages: str) -> None:
 
 
 def _plain(function: Any, *args: Any, **options: Any) -> Any:
-    """Call a function; its ValueErrors become errors of the user's input."""
+    """Call a function, converting ValueError to UserError."""
     try:
         return function(*args, **options)
     except UserError:

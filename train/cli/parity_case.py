@@ -1,4 +1,4 @@
-"""The user's own model as a case: from a run's YAML file, or with the weights of a checkpoint."""
+"""A user's model as a case, from the YAML file of a run or from a checkpoint."""
 
 from pathlib import Path
 
@@ -21,29 +21,29 @@ def own_case(
     """Return the case of a user's model, and its weights if a checkpoint is given.
 
     Args:
-        config: a run's YAML file.
-        checkpoint: a run's folder, or a file that `mc convert` wrote.
-        dtype: of the computation.
-        tokens: length; None = enough to read two cached memories; not a multiple of the segments.
+        config: YAML file of a run.
+        checkpoint: run directory, or weight file of `mc convert`.
+        dtype: compute dtype.
+        tokens: sequence length; None = two segments and a part of a third.
 
     Raises:
-        UserError: a file cannot be used, or the two are of different models.
+        UserError: a file cannot be used, or both are given and their models differ.
     """
     loaded = None if checkpoint is None else _read(checkpoint)
     model: Config | None = None if config is None else load_config(config).model
     if loaded is not None and loaded.config is not None:
         if model not in (None, loaded.config):
-            raise UserError(f"{checkpoint} is of another model than {config}")
+            raise UserError(f"{checkpoint} has another model than {config}")
         model = loaded.config
     if model is None:
-        raise UserError(f"{checkpoint} has no configuration in it: give --config")
+        raise UserError(f"{checkpoint} has no configuration: give --config")
     level = "model" if isinstance(model, ModelConfig) else "layer"
     layer = model.layer if isinstance(model, ModelConfig) else model
     tokens = tokens or 2 * layer.segment_size + 5
     case = Case(model, level, tokens=tokens, dtype=dtype, drawn=False)
     if loaded is None:
         return case, None
-    flat = {name: x.astype(np.float64) for name, x in loaded.laid_out("jax").items()}
+    flat = {name: x.astype(np.float64) for name, x in loaded.in_layout("jax").items()}
     return case, rounded(flat, state_dtype(dtype))
 
 
@@ -52,5 +52,5 @@ def _read(path: Path) -> Weights:
         return read_run(path)
     if path.suffix not in READERS:
         known = ", ".join(READERS)
-        raise UserError(f"{path}: must be a run's folder, or a file that ends in one of {known}")
+        raise UserError(f"{path}: must be a run directory, or a file that ends in one of {known}")
     return READERS[path.suffix](path)

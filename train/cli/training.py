@@ -1,4 +1,4 @@
-"""`mc train` and `mc sweep`. Each command imports what it runs."""
+"""`mc train` and `mc sweep`. Commands import lazily, to start quickly."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +9,13 @@ from rich.console import Console
 
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run, such as configs/demo.yaml")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
     ] = None,
 ) -> None:
-    """Train a language model; resume an interrupted run, or extend one by a larger run.steps."""
+    """Train a language model, resume an interrupted run, or extend one to a larger run.steps."""
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())
@@ -27,18 +27,18 @@ def train(
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="a sweep's YAML file")],
-    jobs: Annotated[int, typer.Option(help="parallel runs; each has its own cores")] = 1,
+    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file of a sweep")],
+    jobs: Annotated[int, typer.Option(help="number of parallel runs; each has its own cores")] = 1,
     markdown: Annotated[
-        Path | None, typer.Option(help="write the table here", dir_okay=False)
+        Path | None, typer.Option(help="output file of the table", dir_okay=False)
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="draw the results here", dir_okay=False, show_default="sweep.png"),
+        typer.Option(help="output file of the plot", dir_okay=False, show_default="sweep.png"),
     ] = None,
     recorded: Annotated[
         Path | None,
-        typer.Option(help="results.jsonl of an earlier sweep; adds a column with its accuracy"),
+        typer.Option(help="results.jsonl of an earlier sweep, shown in a column for comparison"),
     ] = None,
 ) -> None:
     """Train and test the runs of a sweep, or resume an interrupted sweep."""

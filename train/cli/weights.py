@@ -1,4 +1,4 @@
-"""`mc convert`. The command imports what it runs."""
+"""`mc convert`. Commands import lazily, to start quickly."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +27,7 @@ class SourceFormat(StrEnum):
 
 def convert(
     source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
-    target: Annotated[Path, typer.Argument(help="file or folder to write; must not exist")],
+    target: Annotated[Path, typer.Argument(help="path to write; must not exist")],
     source_format: Annotated[
         SourceFormat | None,
         typer.Option("--from", help="community: see docs/migration.md", show_default="by the path"),

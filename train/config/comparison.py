@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# Keys without an effect on the parameters, apart from rounding: a checkpoint resumes under other
-# values of them.
+# Keys without an effect on the parameters, apart from rounding. They may change when a run is
+# resumed.
 FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
@@ -20,7 +20,7 @@ FREE_KEYS = frozenset(
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first key that changes the trained model, with both values, or None."""
+    """Return the first key with an effect that differs, and both values; None if all are equal."""
     left, right = _flatten(old), _flatten(new)
     for key in sorted(left.keys() | right.keys()):
         if key not in FREE_KEYS and left.get(key) != right.get(key):

@@ -1,4 +1,4 @@
-"""Configurations of runs from YAML files and `key=value` words."""
+"""Configurations of runs from YAML files and `key=value` overrides."""
 
 import re
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ TAG = re.compile(r"model\.layer\.memory\.kind=|data\.task=")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file, the files that its `base` key names, and `key=value` words on top.
+    """Load a YAML file over its `base` files, and apply `key=value` overrides.
 
     The path in `base` is relative to the folder of the file.
 
     Raises:
-        UserError: the file cannot be read, or a key or value is not allowed; names it.
+        UserError: a file cannot be read, or a key or value is not allowed.
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
     merged = merge(defaults, read_with_bases(path), path)
-    # Words that replace a memory or task come before words that set its other keys.
+    # Apply overrides that select a memory or task before those of its other keys.
     for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")

@@ -8,7 +8,7 @@ from mc_core.serialization import Tag
 
 Length = tuple[int, int]
 TASKS: dict[str, type] = {}  # configurations of `data`, by `data.task`
-# Runs on text keep no `task` in their checkpoints.
+# Checkpoints of text runs have no `task`.
 TAG = Tag("task", TASKS, omitted="text")
 
 
@@ -20,7 +20,7 @@ class MQARConfig:
         vocab_size: token ids; keys are in the lower half, values in the upper.
         lengths: (tokens, pairs) of the training examples; batches alternate between them.
         power: exponent a of the gap distribution a·x^(a - 1); small values give short gaps.
-        random_non_queries: other positions than pairs and queries hold random tokens, else 0.
+        random_non_queries: fill positions other than pairs and queries with random tokens, else 0.
         examples: distinct training examples of each length; an epoch visits each once.
         validation_examples: held-out examples of each length.
 
@@ -64,17 +64,17 @@ class MQARConfig:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of an example, mean over the lengths."""
+        """Mean number of tokens per example, over the lengths."""
         return sum(tokens for tokens, _ in self.lengths) / len(self.lengths)
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest example."""
+        """Number of tokens of the longest example."""
         return max(tokens for tokens, _ in self.lengths)
 
     @property
     def min_vocab_size(self) -> int:
-        """The smallest `model.vocab_size` that can read the examples."""
+        """Minimum `model.vocab_size`."""
         return self.vocab_size
 
 
@@ -87,8 +87,8 @@ class NIAHConfig:
     Attributes:
         haystack: `noise`, repeated sentences, or `essay`, the text of `corpus`.
         value: content of the needle: `number`, of 7 digits, or `uuid`.
-        lengths: tokens of the training examples, the answer's included; batches alternate between
-            them.
+        lengths: numbers of tokens of training examples, including the answer; batches alternate
+            between them.
         depths: number of depths, evenly spaced from the haystack's start to its end.
         corpus: files, folders, or the word `stdlib`; the haystack of `essay`, at most 4 MiB of it.
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
@@ -130,15 +130,15 @@ class NIAHConfig:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of an example, mean over the lengths."""
+        """Mean number of tokens per example, over the lengths."""
         return sum(self.lengths) / len(self.lengths)
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest example."""
+        """Number of tokens of the longest example."""
         return max(self.lengths)
 
     @property
     def min_vocab_size(self) -> int:
-        """The smallest `model.vocab_size` that can read the examples, as far as it is known."""
+        """Lower bound of `model.vocab_size`; 1 until the tokenizer file is loaded."""
         return 256 if self.tokenizer == "bytes" else 1

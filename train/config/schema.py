@@ -18,14 +18,14 @@ class TextConfig:
     Attributes:
         corpus: files, folders, or the word `stdlib` (the running Python's standard library).
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
-        separator: placed between two documents: text, or the name of a special token of the
-            tokenizer; "" for nothing. None: the tokenizer's end-of-text token, if it has one that
-            `train.data.separator` knows; otherwise a newline where a document does not end with
-            one.
+        separator: inserted between documents: text, or the name of a special token of the
+            tokenizer; "" for no separator. None: the tokenizer's end-of-text token, if it is one of
+            `train.data.separator.END_OF_TEXT`; otherwise a newline after each document that does
+            not end with one.
         window: predicted tokens per training example.
         validation_fraction: held-out share of the documents, or of a single document.
-        validation_bytes: limit of the held-out text scored at the end.
-        train_bytes: limit of the training text; None for all of it.
+        validation_bytes: maximum number of held-out bytes scored at the end of training.
+        train_bytes: maximum number of training bytes; None for no limit.
     """
 
     tag: ClassVar[Tag] = TAG
@@ -54,17 +54,17 @@ class TextConfig:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens that an example predicts."""
+        """Mean number of predicted tokens per example."""
         return self.window
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that an example predicts, as each has the same number."""
+        """Maximum number of predicted tokens per example; all examples have the same number."""
         return self.window
 
     @property
     def min_vocab_size(self) -> int:
-        """The smallest `model.vocab_size` that can read the text, as far as it is known."""
+        """Lower bound of `model.vocab_size`; 1 until the tokenizer file is loaded."""
         return 256 if self.tokenizer == "bytes" else 1
 
 
@@ -77,23 +77,24 @@ class RunConfig:
     """Length, batches, checkpoints and outputs of a run.
 
     Attributes:
-        steps: optimiser steps; may grow when a run is resumed, finished or not.
-        batch_size: windows, or examples of a recall task, of a microbatch.
-        accumulation: microbatches per step; their mean gradient is applied.
-        devices: local devices over which a microbatch is split; all hold the parameters.
-        seed: of the parameters, the order of the data and the examples of a recall task.
-        dtype: compute type, `float32` or `bfloat16`; parameters are float32.
-        directory: of all outputs; `runs/<name of the config file>` unless set.
-        log_every: steps between rows of the curves.
+        steps: optimiser steps; may be increased when a run is resumed, even after it finished.
+        batch_size: windows, or examples of a recall task, per microbatch.
+        accumulation: microbatches per step; gradients are averaged over them.
+        devices: number of local devices that share a microbatch; parameters are replicated.
+        seed: random seed of the parameters, the data order and the examples of a recall task.
+        dtype: compute dtype, `float32` or `bfloat16`; parameters are float32.
+        directory: output directory; default `runs/<name of the config file>`.
+        log_every: steps between logged rows of metrics.
         save_every: steps between checkpoints; the last step is always saved.
         keep: number of checkpoints to keep.
-        validate_every: steps between validations; 0 for the end only.
-        validate_bytes: held-out text scored during training; recall tasks score all examples.
+        validate_every: steps between validations; 0: validate only at the end.
+        validate_bytes: held-out bytes scored per validation during training; recall tasks score all
+            examples.
         sample_tokens: length of the sample generated at the end; 0 for none.
-        init_from: directory of a run; its last checkpoint gives the initial parameters. None draws
-            them from the seed.
-        init_optimizer: also take AdamW's moments and their step count from that checkpoint. The
-            schedule, the data and the random streams of the new run begin at step 0 either way.
+        init_from: run directory whose last checkpoint provides the initial parameters. None:
+            random initialization.
+        init_optimizer: also load AdamW's moments and their step count from that checkpoint. The
+            schedule, the data and the random streams of the new run always begin at step 0.
     """
 
     steps: int
@@ -120,13 +121,13 @@ class RunConfig:
             allowed = f"a divisor of run.batch_size = {self.batch_size}"
             raise_config_error("RunConfig", "devices", self.devices, allowed)
         check_range(self, "validate_bytes", 1)
-        check_range(self, "seed", 0, 2**32 - 1)  # what grain takes
+        check_range(self, "seed", 0, 2**32 - 1)  # range accepted by grain
         check_range(self, "validate_every", 0)
         check_range(self, "sample_tokens", 0)
         check_choice(self, "dtype", ("float32", "bfloat16"))
         if self.init_optimizer and self.init_from is None:
             raise_config_error(
-                "RunConfig", "init_optimizer", True, "false where run.init_from is not set"
+                "RunConfig", "init_optimizer", True, "false if run.init_from is not set"
             )
 
 
@@ -162,15 +163,15 @@ class TrainConfig:
         """The tokenizer of the run's text.
 
         Raises:
-            UserError: the run knows no text.
+            UserError: the task has no text.
         """
         if isinstance(self.data, MQARConfig):
-            raise UserError(f"{self.run.directory}: a run on data.task = 'mqar' knows no text")
+            raise UserError(f"{self.run.directory}: data.task = 'mqar' has no text")
         return self.data.tokenizer
 
 
 def from_dict(data: Any) -> TrainConfig:
-    """Build from `to_dict`'s form, strictly.
+    """Build a configuration from the output of `to_dict`; unknown keys are errors.
 
     Raises:
         ValueError: one line with the key's path, its value and what is allowed.

@@ -11,10 +11,10 @@ from mc_core.errors import UserError
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML mapping from a file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not a mapping.
     """
     try:
         loaded = OmegaConf.load(path)
@@ -32,13 +32,13 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
 
     Args:
         path: the file.
-        above: the files that name it as base, directly or not.
+        above: the chain of files of which this file is the base.
 
     Raises:
         UserError: a file cannot be read, or the bases form a cycle.
     """
     if path.resolve() in above:
-        raise UserError(f"{path}: base: leads back to this file")
+        raise UserError(f"{path}: base: cyclic reference to this file")
     loaded = read_yaml(path)
     base = loaded.pop("base", None)
     if base is None:
@@ -49,12 +49,12 @@ def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
 
 
 def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
-    """Merge `high` into `low`; another kind of memory or another task replaces the section.
+    """Merge `high` into `low`; a different memory kind or task replaces the whole section.
 
-    Neither may be used afterwards.
+    Both arguments may be modified.
 
     Raises:
-        UserError: they do not fit; the message begins with `name`, the source of `high`.
+        UserError: the structures differ; the message starts with `name`, the source of `high`.
     """
     kinds = [_select(config, "model.layer.memory.kind") for config in (low, high)]
     if None not in kinds and kinds[0] != kinds[1]:
@@ -73,10 +73,10 @@ def merge(low: DictConfig, high: DictConfig, name: Path | str) -> DictConfig:
 
 
 def to_plain(config: DictConfig, path: Path) -> dict[str, Any]:
-    """Return plain values, with `${...}` resolved.
+    """Return plain values with resolved `${...}` references.
 
     Raises:
-        UserError: a reference cannot be resolved; names `path`.
+        UserError: a reference of the file `path` cannot be resolved.
     """
     try:
         plain = OmegaConf.to_container(config, resolve=True)

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from mc_core.errors import UserError
 from train.config import TextConfig
 from train.data.round_trip import RoundTrip, check_round_trip
-from train.data.separator import NOTHING, Joined, Separator, choose_separator
+from train.data.separator import NO_SEPARATOR, Joined, Separator, choose_separator
 from train.data.tokenizer import Encode, decode_utf8, load_tokenizer, make_encoder, tokenize
 
 STDLIB = "stdlib"
-# Tests are mostly data; the other names differ between installations of one version.
+# Tests are mostly data; the others differ between installations of one version.
 STDLIB_WITHOUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-")
 
@@ -28,14 +28,14 @@ class Corpus:
     """Training and validation text.
 
     Attributes:
-        train: [tokens] the training documents, one after another.
-        validation: the held-out documents, one after another.
-        encode: from text to tokens.
-        documents: number of distinct documents on the two sides.
-        fingerprint: changes when the text on either side does.
-        separator: between documents, on both sides.
-        borders: positions of the separator's token in `validation`.
-        tokenizer: of the text; None for bytes.
+        train: [tokens], the concatenated training documents.
+        validation: the concatenated held-out documents.
+        encode: function from text to tokens.
+        documents: numbers of distinct training and held-out documents.
+        fingerprint: hash of the training tokens and the held-out text.
+        separator: separator between documents, in both splits.
+        borders: positions of separator tokens in `validation`.
+        tokenizer: tokenizer of the text; None for bytes.
     """
 
     train: np.ndarray
@@ -43,7 +43,7 @@ class Corpus:
     encode: Encode
     documents: tuple[int, int]
     fingerprint: str
-    separator: Separator = NOTHING
+    separator: Separator = NO_SEPARATOR
     borders: tuple[int, ...] = ()
     tokenizer: Tokenizer | None = None
 
@@ -54,7 +54,7 @@ class Corpus:
 
     @cached_property
     def round_trip(self) -> RoundTrip | None:
-        """Round trip of the validation text; None for bytes, which are lossless."""
+        """Encoding losses on the validation text; None for bytes."""
         return round_trip(Joined(self.validation, self.borders), self.tokenizer)
 
 
@@ -62,8 +62,8 @@ def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
     """Read, split and encode the text.
 
     Raises:
-        UserError: a file is missing, empty or not text, there is too little of it, or the
-            tokenizer does not fit the model.
+        UserError: a file is missing, empty or not text, there is too little text, or the
+            tokenizer has more tokens than the model.
     """
     tokenizer = load_tokenizer(config.tokenizer, vocab_size)
     encode, separator = make_encoder(tokenizer), choose_separator(config.separator, tokenizer)
@@ -96,7 +96,7 @@ def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
 def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.ndarray:
     """Return the tokens of documents and of the separators between them.
 
-    Where the separator is a token, each document is encoded by itself, as a prompt is. Otherwise
+    If the separator is a token, each document is encoded separately, like a prompt. Otherwise
     the text is encoded in one call, so that tokens do not depend on how it is split.
     """
     if separator.token is None:
@@ -107,7 +107,7 @@ def encode_joined(joined: Joined, separator: Separator, encode: Encode) -> np.nd
 
 
 def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
-    """Return the round trip of a text through the tokenizer; None for bytes.
+    """Return the encoding losses of a text; None for bytes.
 
     Raises:
         UserError: the text is not UTF-8, or has no tokens.
@@ -119,7 +119,7 @@ def round_trip(joined: Joined, tokenizer: Tokenizer | None) -> RoundTrip | None:
 
 
 def _parts(joined: Joined) -> list[bytes]:
-    """Return the documents that a separator's token joins."""
+    """Split joined text at its separator tokens."""
     size = len(joined.text)
     places = [0, *(place for place in joined.borders if place < size), size]
     return [joined.text[start:end] for start, end in pairwise(places)]
@@ -130,10 +130,10 @@ def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterat
 
     Args:
         corpus: files, folders, or the word `stdlib`.
-        option: source of the corpus, for error messages.
+        option: name of the option that lists them, for error messages.
 
     Raises:
-        UserError: a word names nothing, an empty file or an empty folder.
+        UserError: a path does not exist, or is an empty file or folder.
         OSError: a file cannot be read.
     """
     for word in corpus:
@@ -144,14 +144,14 @@ def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterat
             files = [file for file in sorted(path.rglob("*")) if _is_visible_file(file, path)]
             documents = list(filter(None, map(Path.read_bytes, files)))
             if not documents:
-                raise UserError(f"{word}: no file with text in this folder: name another")
+                raise UserError(f"{word}: no file with text in this folder: use another")
             yield from documents
         elif not path.exists():
             raise UserError(f"{word}: no such file or folder: correct {option}")
         else:
             document = path.read_bytes()
             if not document:
-                raise UserError(f"{word}: the file is empty: take it out of {option}")
+                raise UserError(f"{word}: the file is empty: remove it from {option}")
             yield document
 
 
@@ -161,7 +161,7 @@ def _is_visible_file(file: Path, folder: Path) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """Return the files of the running Python's standard library that every installation has."""
+    """Return the files of the standard library that every installation of this Python has."""
     root = Path(sysconfig.get_path("stdlib"))
     return [
         file
@@ -174,21 +174,21 @@ def stdlib_files() -> list[Path]:
 
 
 def distinct(documents: Iterable[bytes]) -> dict[str, bytes]:
-    """Return each content once, under its SHA-256 and in that order; paths are ignored."""
+    """Return the distinct documents by SHA-256, sorted by it; paths are ignored."""
     return dict(sorted((hashlib.sha256(text).hexdigest(), text) for text in documents))
 
 
 def split(
     documents: dict[str, bytes], fraction: float, gap: int
 ) -> tuple[list[bytes], list[bytes]]:
-    """Cut into training and validation documents.
+    """Split documents into training and validation documents.
 
-    A document's side is decided by its SHA-256 alone, so the same content is always on the same
-    side. Where that leaves a side empty, the document nearest to the border changes sides. A
-    single document gives its last `fraction`, and `gap` bytes before that are dropped.
+    Only the SHA-256 of a document decides, so equal documents are always in the same split. If a
+    split would be empty, the document nearest to the threshold is moved to it. Of a single
+    document, the last `fraction` is held out, and the `gap` bytes before it are dropped.
 
     Args:
-        documents: distinct contents under their SHA-256, in that order.
+        documents: distinct documents by SHA-256, sorted by it.
         fraction: share of the documents to hold out.
         gap: bytes between the two parts of a single document.
     """
@@ -203,7 +203,7 @@ def split(
 
 
 def clip(text: bytes, limit: int | None) -> bytes:
-    """Return at most `limit` bytes from the start, never half of a UTF-8 character."""
+    """Return at most the first `limit` bytes, without splitting a UTF-8 character."""
     if limit is None or len(text) <= limit:
         return text
     while limit and text[limit] & 0xC0 == 0x80:

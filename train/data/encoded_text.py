@@ -16,12 +16,12 @@ class Text:
     """A text and its tokens.
 
     Attributes:
-        source: the text: bytes where a byte is a token, else characters.
+        source: the text: bytes for byte-level models, otherwise a string.
         tokens: int32 [t].
         spans: [t, 2] begin and end of each token in `source`.
-        pieces: the text of each token; together they are the text up to the last token's end. A
-            character of several tokens is shown by its last byte, or by the first token of a
-            tokenizer; the others are empty.
+        pieces: the text of each token; their concatenation is the text up to the last token. A
+            character of several tokens belongs to its last byte, or with a tokenizer to its first
+            token; the pieces of the other tokens are empty.
         total: number of tokens in `source`.
     """
 
@@ -39,7 +39,7 @@ class Text:
         )
 
     def find(self, words: str) -> np.ndarray:
-        """Return the tokens that cover the first occurrence of `words`; none if there is none."""
+        """Return the tokens that cover the first occurrence of `words`, if any."""
         source, wanted = self.source, words.encode() if isinstance(self.source, bytes) else words
         start = source.find(wanted)  # type: ignore[arg-type]
         begins, ends = self.spans.T
@@ -49,15 +49,15 @@ class Text:
 
 
 def read_text(path: Path, config: TrainConfig) -> Text:
-    """Read a file and encode it as the run's text was.
+    """Read a file and encode it like the text of the run.
 
     Raises:
-        UserError: the file is empty, or a tokenizer cannot take it.
+        UserError: the file is empty, or the tokenizer cannot encode it.
         OSError: the file cannot be read.
     """
     data = path.read_bytes()
     if not data:
-        raise UserError(f"{path}: the file is empty: name one with text")
+        raise UserError(f"{path}: the file is empty: use a file with text")
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     if tokenizer is None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -73,9 +73,9 @@ def read_text(path: Path, config: TrainConfig) -> Text:
         raise UserError(f"{path}: {error}: a tokenizer needs UTF-8 text") from error
     encoded = tokenize(tokenizer, text)
     if not encoded.ids:
-        raise UserError(f"{path}: {config.tokenizer} makes no token of it: name another")
+        raise UserError(f"{path}: {config.tokenizer} returns no token for it: use another file")
     ends = np.maximum.accumulate([end for _, end in encoded.offsets])
-    # Text that a tokenizer skips, such as blanks, belongs to the next token.
+    # Text that the tokenizer skips, such as blanks, is added to the next piece.
     begins = [0, *ends[:-1]]
     pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
     tokens = np.asarray(encoded.ids, np.int32)

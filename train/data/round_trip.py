@@ -1,4 +1,4 @@
-"""Losses of a tokenizer: encode and decode a text, and compare."""
+"""Encoding losses of a tokenizer, measured by encoding and decoding a text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-SAMPLE = 16_384  # characters on which a loss is measured
+SAMPLE = 16_384  # number of characters on which the loss is measured
 
 
 class RoundTrip(NamedTuple):
-    """Result of encoding and decoding a text; plain values.
+    """Result of encoding and decoding a text, as plain values.
 
     Attributes:
-        exact: decoding gives the text, nothing added.
-        lost: share of the characters that decoding does not return in order.
-        sample: characters from the text's start on which `lost` was measured.
+        exact: True if decoding returns exactly the text.
+        lost: share of the characters that are not in a common subsequence with the decoded text.
+        sample: number of characters, from the start of the text, on which `lost` was measured.
     """
 
     exact: bool
@@ -24,7 +24,7 @@ class RoundTrip(NamedTuple):
 
     @property
     def warning(self) -> str | None:
-        """A warning about a loss, or None."""
+        """Warning about lost characters, or None."""
         if not self.lost:
             return None
         return (
@@ -39,14 +39,14 @@ def check_round_trip(
 ) -> RoundTrip:
     """Encode and decode texts.
 
-    The whole text is checked; how much is lost is measured on its first `SAMPLE` characters, and
-    is at least one character of the whole if only later text changes. Unknown tokens
-    decode to nothing.
+    `exact` is checked on the whole text. The loss is measured on the first `SAMPLE` characters; if
+    only later text changes, it is one character of the whole text. Unknown tokens are decoded to
+    the empty string.
 
     Args:
-        tokenizer: decodes.
-        texts: documents, each encoded by itself.
-        encode: from text to tokens.
+        tokenizer: tokenizer that decodes.
+        texts: documents, which are encoded separately.
+        encode: function from text to tokens.
     """
     whole = "".join(texts)
     tokens = [encode(text) for text in texts]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-# Names of end-of-text tokens, in this order where a tokenizer has several. Ends of a chat turn
-# (<|im_end|>, <|eot_id|>) and BERT's [SEP] are not among them: those need `data.separator`.
+# End-of-text tokens; if a tokenizer has several, the first one is used. End-of-turn tokens
+# (<|im_end|>, <|eot_id|>) and BERT's [SEP] are not included: set `data.separator` to use them.
 END_OF_TEXT = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -27,7 +27,7 @@ class Joined(NamedTuple):
 
     Attributes:
         text: the documents, joined by the separator if it has bytes.
-        borders: positions in `text` of a separator's token; empty if it is text.
+        borders: positions in `text` of separator tokens; empty if the separator is text.
     """
 
     text: bytes
@@ -39,10 +39,10 @@ class Separator:
     """Separator between two documents.
 
     Attributes:
-        text: bytes, which count as bytes of the text.
-        token: id of a token used in place of bytes; it is predicted and has no bytes.
-        name: the token's name.
-        if_missing: omitted where the document before already ends with it.
+        text: separator bytes, which count as bytes of the text.
+        token: id of a separator token, used instead of bytes; it counts as zero bytes.
+        name: name of the token.
+        if_missing: omit the separator if the document before already ends with it.
     """
 
     text: bytes = b""
@@ -52,7 +52,7 @@ class Separator:
 
     @property
     def description(self) -> str:
-        """The separator in words."""
+        """Description of the separator."""
         where = ", unless the document before it ends with one" if self.if_missing else ""
         if self.token is not None:
             return f"the token {self.name!r} (id {self.token}), which has no bytes{where}"
@@ -82,7 +82,7 @@ class Separator:
         return document.rstrip().endswith(self.name.encode())
 
 
-NOTHING = Separator()
+NO_SEPARATOR = Separator()
 
 
 def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separator:
@@ -90,10 +90,10 @@ def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separato
 
     Args:
         given: `data.separator`. None: the tokenizer's end-of-text token, if its name is in
-            `END_OF_TEXT`; else a newline where a document does not end with one. The name of
-            an added token, or of any token in angle or square brackets, stands for that token. Any
+            `END_OF_TEXT`; otherwise a newline after documents that do not end with one. The name of
+            an added token, or of any token in angle or square brackets, selects that token. Any
             other string is text.
-        tokenizer: of the run; None for bytes.
+        tokenizer: tokenizer of the run; None for bytes.
     """
     newline = Separator(NEWLINE.encode(), if_missing=True)
     if tokenizer is None:

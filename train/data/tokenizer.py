@@ -21,11 +21,10 @@ def load_encoder(tokenizer: str, vocab_size: int) -> Encode:
 
 
 def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
-    """Return the tokenizer of a file, or None for the word `bytes`.
+    """Load a tokenizer file; return None for the word `bytes`.
 
-    Every tokenizer is loaded here. Settings that a file may carry from fine-tuning are switched
-    off, so that the same text always gives the same tokens, all of them and no others: truncation,
-    padding, the post-processor's special tokens, and the dropout of BPE merges.
+    Truncation, padding, the special tokens of the post-processor and BPE dropout, which a file may
+    contain from fine-tuning, are disabled, so that encoding is deterministic and complete.
 
     Raises:
         UserError: the tokenizer file cannot be read, or has no tokens or more than the model.
@@ -62,13 +61,15 @@ def read_tokenizer(tokenizer: str) -> bytes | None:
         return Path(tokenizer).read_bytes()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"data.tokenizer = {tokenizer}: {reason}: name a tokenizer.json") from error
+        raise UserError(
+            f"data.tokenizer = {tokenizer}: {reason}: must be a tokenizer.json"
+        ) from error
 
 
 def make_encoder(tokenizer: Tokenizer | None, option: str = "data.corpus") -> Encode:
-    """Return the function from text to tokens; they are bytes where there is no tokenizer.
+    """Return the function from text to tokens; tokens are bytes if there is no tokenizer.
 
-    `option` is the source of the text, for error messages.
+    `option` is the source of the text in error messages.
     """
     if tokenizer is None:
         return lambda text: np.frombuffer(text, np.uint8)
@@ -82,10 +83,10 @@ def make_encoder(tokenizer: Tokenizer | None, option: str = "data.corpus") -> En
 
 
 def decode_utf8(text: bytes, option: str = "data.corpus") -> str:
-    """Decode text; `option` is its source.
+    """Decode UTF-8 text; `option` is its source in error messages.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: the text is not UTF-8.
     """
     try:
         return text.decode()
@@ -97,7 +98,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Encoding:
     """Return the tokens of a text and their positions.
 
     Raises:
-        UserError: the tokenizer knows no token for a part of it.
+        UserError: the tokenizer has no token for a part of the text.
     """
     try:
         return tokenizer.encode(text, add_special_tokens=False)

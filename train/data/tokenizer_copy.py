@@ -33,8 +33,8 @@ def tokenizer_hash(config: TrainConfig) -> str | None:
     return None if isinstance(config.data, MQARConfig) else hash_of(config.data.tokenizer)
 
 
-def keep_tokenizer(directory: Path, config: TrainConfig) -> None:
-    """Copy a run's tokenizer file into its directory, which is made.
+def copy_tokenizer(directory: Path, config: TrainConfig) -> None:
+    """Copy a run's tokenizer file into the run directory, which is created if missing.
 
     Raises:
         UserError: the file cannot be read.
@@ -49,26 +49,26 @@ def keep_tokenizer(directory: Path, config: TrainConfig) -> None:
 
 
 def prefer_copy(config: TrainConfig, directory: Path) -> TrainConfig:
-    """Return a configuration with the copy in a run's directory as tokenizer, if there is one."""
+    """Return the configuration with the tokenizer copy of the run directory, if there is one."""
     copy = directory / FILE
     if isinstance(config.data, MQARConfig) or config.data.tokenizer == "bytes":
         return config
     return _with_tokenizer(config, str(copy)) if copy.is_file() else config
 
 
-def with_kept_tokenizer(
+def with_tokenizer_copy(
     config: TrainConfig, directory: Path, sha256: str | None, given: str | None = None
 ) -> TrainConfig:
-    """Return a run's configuration with the copy in its directory as the tokenizer.
+    """Return a run's configuration with the tokenizer copy of the run directory.
 
-    A run without a copy reads the file that its configuration names.
+    Without a copy, the tokenizer of the configuration is used.
 
     Args:
-        config: of the run.
-        directory: of the run, which may have been moved.
-        sha256: of its tokenizer file, from its checkpoint; None for bytes, and for runs from
-            before there were copies.
-        given: a tokenizer that the user names; it must be the same.
+        config: configuration of the run.
+        directory: run directory, which may have been moved.
+        sha256: hash of the tokenizer file, from the checkpoint; None for bytes, and for runs of
+            versions without copies.
+        given: tokenizer from the command line; must have the same content.
 
     Raises:
         UserError: the file is missing, or is not the one that the run was trained with.
@@ -84,15 +84,15 @@ def with_kept_tokenizer(
     elif sha256 is not None:
         if not copy.is_file():
             raise UserError(
-                f"{copy}: no such file: it is the run's copy of data.tokenizer = {name} "
-                f"(SHA-256 {sha256[:12]}): bring it back"
+                f"{copy}: no such file: this is the run's copy of data.tokenizer = {name} "
+                f"(SHA-256 {sha256[:12]}): restore it"
             )
         check_same_tokenizer(str(copy), hash_of(str(copy)), sha256, directory)
         name = str(copy)
     elif name != "bytes" and not Path(name).is_file():
         raise UserError(
-            f"{directory}: data.tokenizer = {name}: no such file, and the run keeps no copy of it: "
-            "bring it back"
+            f"{directory}: data.tokenizer = {name}: no such file, and the run has no copy of it: "
+            "restore the file"
         )
     return _with_tokenizer(config, name)
 
@@ -103,15 +103,15 @@ def _with_tokenizer(config: TrainConfig, name: str) -> TrainConfig:
 
 
 def tokenizer_of_file(source: Path, vocab_size: int, given: str | None) -> str:
-    """Return the tokenizer of a safetensors file: `bytes`, or a path that the user names.
+    """Return the tokenizer of a safetensors file: `bytes`, or the path from the command line.
 
     Args:
-        source: the file.
-        vocab_size: of its model.
-        given: what the user names, if anything.
+        source: weight file.
+        vocab_size: vocabulary size of its model.
+        given: `bytes` or a path from the command line, if any.
 
     Raises:
-        UserError: the tokens are not known, or are not those of the tokenizer that is given.
+        UserError: the tokenizer is unknown, or differs from `given`.
         OSError: a file cannot be read.
     """
     known = read_file_tokenizer(source)
@@ -121,51 +121,50 @@ def tokenizer_of_file(source: Path, vocab_size: int, given: str | None) -> str:
             check_same_tokenizer(f"--tokenizer {given}", found, known, source)
         return given
     if known not in (None, "bytes") or (known is None and vocab_size != 256):
-        says = f"says only its {describe(known)}" if known else "does not say which"
+        says = f"declares only its {describe(known)}" if known else "does not declare its tokenizer"
         raise UserError(
-            f"{source}: has {vocab_size} tokens, and {says}: name the tokenizer.json with "
-            "--tokenizer, or give --tokenizer bytes"
+            f"{source}: has {vocab_size} tokens, and {says}: pass the tokenizer.json with "
+            "--tokenizer, or --tokenizer bytes"
         )
     return "bytes"
 
 
 def check_readable(config: TrainConfig) -> None:
-    """Check that a run's tokenizer file is there.
+    """Check that the tokenizer file of a run exists.
 
     Raises:
-        UserError: it is not, and the run's directory has a copy: names that.
+        UserError: the file does not exist; the message has the path of the run's copy, if any.
     """
     if isinstance(config.data, MQARConfig):
         return
     name, copy = config.data.tokenizer, Path(config.run.directory) / FILE
     if name != "bytes" and not Path(name).exists() and copy.is_file():
         raise UserError(
-            f"data.tokenizer = {name}: no such file; the run keeps a copy: set "
-            f"data.tokenizer={copy}"
+            f"data.tokenizer = {name}: no such file; the run has a copy: set data.tokenizer={copy}"
         )
 
 
 def check_same_tokenizer(
     what: str, found: str | None, expected: str | None, source: Path | str
 ) -> None:
-    """Check the SHA-256 of a tokenizer file, or the word `bytes`, against that of a model.
+    """Check the hash of a tokenizer, or `bytes`, against that of a model.
 
     Args:
-        what: names the tokenizer.
-        found: its hash.
-        expected: that of the model; None is not known, and checks nothing.
-        source: names the model.
+        what: name of the tokenizer in the message.
+        found: hash of the tokenizer, or `bytes`.
+        expected: hash of the model's tokenizer, or `bytes`; None disables the check.
+        source: name of the model in the message.
 
     Raises:
-        UserError: they differ.
+        UserError: the tokenizers differ.
     """
     if expected is not None and found != expected:
         raise UserError(
             f"{what} ({describe(found)}) is not the tokenizer that {source} was trained with "
-            f"({describe(expected)}): name that one"
+            f"({describe(expected)}): use that file"
         )
 
 
 def describe(tokenizer: str | None) -> str:
-    """Return the beginning of a SHA-256, or the word `bytes`."""
+    """Return a shortened SHA-256, or `bytes`."""
     return "bytes" if tokenizer in (None, "bytes") else f"SHA-256 {str(tokenizer)[:12]}"

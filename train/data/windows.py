@@ -1,4 +1,4 @@
-"""Windows of tokens, and batches with a checkpointable position."""
+"""Windows of tokens, and batches with checkpointable iterators."""
 
 from typing import SupportsIndex
 
@@ -9,7 +9,7 @@ from train.config import RunConfig, TextConfig
 
 
 class Windows(grain.sources.RandomAccessDataSource):
-    """Consecutive windows of `size + 1` tokens; neighbours share one, so each is predicted once."""
+    """Windows of `size + 1` tokens, overlapping by one, so that each token is predicted once."""
 
     def __init__(self, tokens: np.ndarray, size: int):
         self._tokens = tokens
@@ -24,7 +24,7 @@ class Windows(grain.sources.RandomAccessDataSource):
 
 
 def make_batches(tokens: np.ndarray, data: TextConfig, run: RunConfig) -> grain.DatasetIterator:
-    """Iterate without end over [accumulation, batch_size, window + 1] int32 batches.
+    """Return an infinite iterator over int32 batches [accumulation, batch_size, window + 1].
 
     Every epoch visits all windows once, in a new order that depends on the seed.
     Grain's checkpoint handler saves and restores the position.
@@ -33,10 +33,10 @@ def make_batches(tokens: np.ndarray, data: TextConfig, run: RunConfig) -> grain.
     return iter(
         grain.MapDataset.source(windows)
         .shuffle(seed=run.seed)
-        # More epochs than any run has; fits an index. None would overflow with one row.
+        # More epochs than any run needs. None (infinite) overflows the index with a single row.
         .repeat(2**48 // len(windows))
         .batch(rows)
         .map(lambda rows: rows.reshape(run.accumulation, run.batch_size, data.window + 1))
-        # A window is a slice of memory: threads would cost more than they save.
+        # Slicing memory is cheaper than handing windows to threads.
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     )

@@ -1,4 +1,4 @@
-"""`mc evaluate`: bits per byte of text, or recall on test examples by distance and depth."""
+"""`mc evaluate`: bits per byte of text, or recall accuracy by distance or depth."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,25 +29,25 @@ from train.tasks.examples import Draw
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 
-EXAMPLES = {"mqar": 500, "niah": 20}  # of a cell
-OF_TEXT = ("task", "corpus")
-OF_NEEDLES = ("depths", "haystack", "value", "corpus")
+EXAMPLES = {"mqar": 500, "niah": 20}  # default number per cell
+TEXT_OPTIONS = ("task", "corpus")
+NIAH_OPTIONS = ("depths", "haystack", "value", "corpus")
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of a test; None = as the run was trained, or the task's default.
+    """Options of `mc evaluate`; None = the value of the run, or the task's default.
 
     Attributes:
         task: `text`, `mqar` or `niah`.
         lengths: `tokens:pairs,...` (mqar) or `tokens,...` (niah).
-        examples: of each length and, for niah, each depth.
-        seed: of the test examples; with any seed they differ from the training examples.
+        examples: number of examples per length and, for niah, depth.
+        seed: random seed of the test examples, which never overlap with training examples.
         depths: number of depths (niah).
         haystack: `noise` or `essay` (niah).
         value: `number` or `uuid` (niah).
-        corpus: files or folders. text: all of it is scored; niah: an `essay` is made of its
-            held-out share.
+        corpus: files or folders. text: the scored text; niah: an `essay` is drawn from its held-out
+            share.
     """
 
     task: str | None = None
@@ -62,19 +62,19 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores with Wilson's 95% interval; plain values.
+    """Accuracies with Wilson's 95% interval, as plain values.
 
-    A score has accuracy, low, high, right, asked (queries, or needles), and loss.
+    A score has the keys accuracy, low, high, right, asked (number of queries or needles) and loss.
 
     Attributes:
         task: `mqar` or `niah`.
-        data: the task's settings.
-        examples: of a cell.
-        seed: of the test examples.
-        cells: tokens and pairs (mqar), or tokens (niah), and the score.
-        parts: tokens, and distance (mqar: tokens from key to query, from `distance` to less than
-            twice that) or depth (niah: 0 to 1), and the score.
-        size: cost of the model at the longest test examples; see `size_of`.
+        data: settings of the task.
+        examples: number of examples per cell.
+        seed: random seed of the test examples.
+        cells: scores by tokens and pairs (mqar) or tokens (niah).
+        parts: scores by tokens, and by distance (mqar: from key to query, in
+            [`distance`, 2 `distance`)) or depth (niah: 0 to 1).
+        size: size and cost of the model for the longest test examples; see `size_of`.
     """
 
     task: str
@@ -97,15 +97,15 @@ def evaluate(
     markdown: Path | None = None,
     plot: Path | None = None,
 ) -> Evaluation | TextEvaluation:
-    """Test a run's last checkpoint, and print and write the results.
+    """Evaluate a run's last checkpoint, and print and write the results.
 
     The task `text` scores the run's validation text, or the text of `options.corpus`.
 
     Raises:
-        UserError: there is no checkpoint, or an option does not fit the run or the task.
+        UserError: there is no checkpoint, or an option is not supported by the run or the task.
         OSError: a file cannot be read or written.
     """
-    # The answers of mqar are not text.
+    # MQAR needs no tokenizer.
     config, model, step, _ = load_run(directory, needs_text=options.task != MQARConfig.task)
     task = options.task or config.data.task
     if task == TextConfig.task:
@@ -136,33 +136,33 @@ def evaluate(
 def check_text_options(
     directory: Path, config: TrainConfig, options: EvaluationOptions, plot: Path | None
 ) -> None:
-    """Check that all options have a meaning for the task `text`, and that the run reads text.
+    """Check that the task `text` supports all options, and that the run has text.
 
     Raises:
-        UserError: names the first that has none.
+        UserError: the run has no text, or an option is not supported.
     """
     if isinstance(config.data, MQARConfig):
         raise UserError(
-            f"{directory}: --task text: a run on data.task = 'mqar' knows no text: use mqar or niah"
+            f"{directory}: --task text: data.task = 'mqar' has no text: use mqar or niah"
         )
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     defaults = dataclasses.asdict(EvaluationOptions())
     for name, value in (given | {"plot": plot}).items():
-        if name not in OF_TEXT and value != defaults.get(name):
-            raise UserError(f"--{name}: has no meaning for --task text: use mqar or niah")
+        if name not in TEXT_OPTIONS and value != defaults.get(name):
+            raise UserError(f"--{name}: not supported by --task text: use mqar or niah")
 
 
 def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:
-    """Return the settings of the task: the run's own, or the defaults, and the options on top.
+    """Return the task settings of the run, or the defaults, updated with the options.
 
     Raises:
-        UserError: an option has no meaning for the task, or a value is not allowed.
+        UserError: an option is not supported by the task, or a value is not allowed.
     """
     task = options.task or config.data.task
-    own = OF_NEEDLES if task == "niah" else ()
-    for name in OF_NEEDLES:
+    own = NIAH_OPTIONS if task == "niah" else ()
+    for name in NIAH_OPTIONS:
         if getattr(options, name) is not None and name not in own:
-            raise UserError(f"--{name}: has no meaning for --task {task}")
+            raise UserError(f"--{name}: not supported by --task {task}")
     changes = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
     if options.examples is not None and options.examples < 1:
         raise UserError(f"--examples = {options.examples}: must be >= 1")
@@ -182,12 +182,12 @@ def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIA
     except ValueError as error:
         raise UserError(f"--task {task}: {error}") from error
     if options.corpus and isinstance(data, NIAHConfig) and data.haystack != "essay":
-        raise UserError(f"--corpus: has no meaning for --haystack {data.haystack}")
+        raise UserError(f"--corpus: not supported by --haystack {data.haystack}")
     return data
 
 
 def _needles_for(config: TrainConfig) -> NIAHConfig:
-    """Return the task for a run on text, with its held-out text."""
+    """Return the default needle task of a run, with the corpus and tokenizer of a text run."""
     if not isinstance(config.data, TextConfig):
         return NIAHConfig(tokenizer=config.tokenizer)
     names = ("corpus", "tokenizer", "validation_fraction")
@@ -195,10 +195,10 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
 
 
 def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int) -> dict[str, Any]:
-    """Return parameters, and tokens, state bytes and FLOPs of the longest example.
+    """Return the number of parameters, and the state bytes and FLOPs for the longest example.
 
-    `state_bytes` is `stream_bytes` after `tokens` tokens; `flops_per_token` is of the forward
-    pass, averaged over them.
+    `state_bytes` is `stream_bytes` after `tokens` tokens; `flops_per_token` is the average cost of
+    the forward pass over these tokens.
     """
     tokens = data.max_tokens
     return {
@@ -210,7 +210,7 @@ def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int)
 
 
 def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
-    """Return the bytes of a stream's cache after `tokens` tokens; None if it cannot stream."""
+    """Return the cache bytes after `tokens` streamed tokens; None if streaming is unsupported."""
     try:
         for layer in config.block_layers:
             if isinstance(layer, MCConfig):
@@ -221,10 +221,10 @@ def stream_bytes(config: ModelConfig, tokens: int) -> int | None:
 
 
 def grid(data: MQARConfig | NIAHConfig) -> tuple[Any, ...]:
-    """Return the test lengths: those that were trained, and up to twice as long.
+    """Return the default test lengths: all training lengths, and twice the longest one.
 
-    For MQAR all lengths are combined with all numbers of pairs that fit: those of training and
-    twice the largest.
+    For MQAR, these are all feasible combinations of tokens and pairs, where the numbers of pairs
+    are also those of training and twice the largest one.
     """
     if isinstance(data, NIAHConfig):
         return tuple(sorted({*data.lengths, 2 * max(data.lengths)}))
@@ -250,7 +250,7 @@ def _parse(words: str, task: str) -> tuple[Any, ...]:
         form = "tokens,tokens,..." if task == "niah" else "tokens:pairs,tokens:pairs,..."
         raise UserError(f"--lengths {words!r}: must have the form {form}") from error
     if len(set(lengths)) < len(lengths):
-        raise UserError(f"--lengths {words!r}: must be different")
+        raise UserError(f"--lengths {words!r}: must be distinct")
     return lengths
 
 
@@ -262,10 +262,10 @@ def run_tests(
     data: MQARConfig | NIAHConfig,
     options: EvaluationOptions,
 ) -> Evaluation:
-    """Test a model on the examples of `data`.
+    """Evaluate a model on the test examples of `data`.
 
     Raises:
-        UserError: the model or the haystack's text do not fit.
+        UserError: the vocabulary of the model is too small, or the haystack text is invalid.
     """
     if config.model.vocab_size < data.min_vocab_size:
         raise UserError(
@@ -319,7 +319,7 @@ def _by_depth(lengths: Sequence[int], answers: list[list[Answers]]) -> tuple[lis
 
 
 def tables(found: Evaluation, title: str) -> list[ResultTable]:
-    """Return the cells, and the parts with a column for each number of tokens."""
+    """Return the tables of cells and of parts, the latter with one column per number of tokens."""
     unit = UNITS[found.task]
     rows = [
         {name: cell[name] for name in ("tokens", "pairs") if name in cell} | _shown(cell, unit)
@@ -346,10 +346,10 @@ def tables(found: Evaluation, title: str) -> list[ResultTable]:
 
 
 def size_line(size: dict[str, Any]) -> str:
-    """Return the size of a model in words."""
-    state = "it cannot stream"
+    """Return the size and cost of a model as text."""
+    state = "streaming unsupported"
     if size["state_bytes"] is not None:
-        state = f"after {size['tokens']:,} tokens a state of {size['state_bytes']:,} bytes"
+        state = f"{size['state_bytes']:,} bytes of state after {size['tokens']:,} tokens"
     flops = f"{size['flops_per_token'] / 1e3:,.3g} kFLOP per token"
     return f"{size['parameters']:,} parameters; {state}; {flops}"
 

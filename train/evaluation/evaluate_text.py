@@ -36,23 +36,23 @@ class LoadedRun(NamedTuple):
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Bits per byte of a text; plain values.
+    """Bits per byte of a text, as plain values.
 
     Attributes:
         text: `validation`, or the files and folders that were scored.
         model: memory and aggregation.
-        parameters: of the model.
-        window: tokens; each window starts with an empty state.
-        bits_per_byte: over all bytes; separators that are tokens are predicted and have no bytes.
-        bytes: of the text.
-        tokens: of the text, separators included.
-        tokens_per_byte: 1 where a token is a byte.
-        documents: files, or distinct documents of the validation text.
-        sha256: of the text.
-        separator: the separator between documents, in words.
-        round_trip: of the tokenizer; None for bytes.
+        parameters: number of parameters of the model.
+        window: tokens per window; each window starts with an empty state.
+        bits_per_byte: total bits divided by total bytes; separator tokens have bits but no bytes.
+        bytes: length of the text in bytes.
+        tokens: length of the text in tokens, including separators.
+        tokens_per_byte: ratio of the two; 1 for byte-level models.
+        documents: number of files, or of distinct documents of the validation text.
+        sha256: hash of the text.
+        separator: description of the separator between documents.
+        round_trip: encoding losses of the tokenizer; None for bytes.
         references: bits per byte of methods without a model.
-        unit: what a token is: a "byte", or a "token" of a tokenizer.
+        unit: "byte", or "token" if the run has a tokenizer.
         positions: bits per token by position in the window; see `by_position`.
     """
 
@@ -87,11 +87,11 @@ def evaluate_text(
     """Score a text, and print and write the results.
 
     Args:
-        run: its model scores the text.
-        corpus: files and folders; all of their text is scored; None = the run's validation text.
-        console: where the results are printed.
-        json_file: where the numbers go.
-        markdown: where the tables go.
+        run: loaded run whose model scores the text.
+        corpus: files and folders to score; None = the run's validation text.
+        console: receives the tables.
+        json_file: output file of the numbers.
+        markdown: output file of the tables.
 
     Raises:
         UserError: the text is missing, or is not the validation text of the run.
@@ -113,7 +113,7 @@ def evaluate_text(
 
 
 def score_text(run: LoadedRun, corpus: tuple[str, ...]) -> TextEvaluation:
-    """Score the text of files and folders, in order, as the validation text is scored.
+    """Score the text of files and folders, in order, like the validation text.
 
     Raises:
         UserError: a file is missing, empty or not text.
@@ -159,7 +159,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
         if word != STDLIB and not Path(word).exists():
             raise UserError(
                 f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "
-                "validation text: bring it back, or name another text with --corpus"
+                "validation text: restore it, or give another text with --corpus"
             )
     report: TextReport = evaluate_validation(run.directory, console)
     assert report.validation_tokens is not None
@@ -184,7 +184,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
 
 
 def to_plain(found: TextEvaluation) -> dict[str, Any]:
-    """Return plain values; named tuples are mappings."""
+    """Convert to plain values, and named tuples to dictionaries."""
     plain = dataclasses.asdict(found)
     for name in ("references", "round_trip"):
         part = getattr(found, name)
@@ -202,7 +202,7 @@ def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
         *([f"between documents: {found.separator}"] if several else []),
         f"{found.tokens:,} tokens, {found.tokens_per_byte:.3g} per byte; windows of "
         f"{found.window:,} tokens; {found.parameters:,} parameters",
-        "order-0 (entropy of the byte frequencies) and xz -9 know only these bytes",
+        "order-0 (entropy of the byte frequencies) and xz -9 use only these bytes",
     ]
     if found.round_trip is not None and found.round_trip.warning:
         notes.append(found.round_trip.warning)
@@ -224,7 +224,7 @@ def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
         }
         for bucket in found.positions
     ]
-    note = f"a {found.unit} at position i of its window is predicted from i + 1 of them"
+    note = f"a {found.unit} at position i of its window is predicted from i + 1 {found.unit}s"
     reports = [ResultTable(title, rows, notes, found.machine, found.command)]
     if by_position:
         name = f"{title}, by position in the window"

@@ -22,7 +22,7 @@ from train.data.tokenizer import load_tokenizer, make_encoder
 from train.data.tokenizer_copy import tokenizer_of_file
 from train.evaluation.completion import Completion, make_decoder, printable
 from train.evaluation.partial_output import OutputRow, Partial
-from train.evaluation.prompts import ADDED, Prompt
+from train.evaluation.prompts import RESERVED_KEYS, Prompt
 from train.stdio import is_terminal, json_line, print_bytes
 from train.step import split
 
@@ -32,14 +32,14 @@ class GenerationOptions:
     """Options of generation.
 
     Attributes:
-        max_tokens: the most tokens of a completion.
+        max_tokens: maximum number of new tokens.
         temperature: 0 is greedy.
         top_k: as in `mc_jax.sample`.
         top_p: as in `mc_jax.sample`.
-        seed: of all random streams.
-        stops: strings that end a completion, and are cut off.
-        cache_dtype: of the cached memories, `float32` or `bfloat16`.
-        cache_device: of the cached memories, `device` or `host`.
+        seed: random seed.
+        stops: strings that end a completion; they are not part of it.
+        cache_dtype: dtype of cached memories, `float32` or `bfloat16`.
+        cache_device: device of cached memories, `device` or `host`.
         batch_size: prompts per batch; has no effect on a completion.
 
     Raises:
@@ -70,12 +70,12 @@ class GenerationOptions:
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
                 raise UserError(f"{name} = {value}: needs temperature > 0; 0 is greedy")
         if "" in self.stops:
-            raise UserError("stop = '': must have a character")
+            raise UserError("stop = '': must have at least one character")
 
 
 @dataclass
 class Speed:
-    """Seconds and tokens of the parts of generation; a completion's first token is the prompt's."""
+    """Seconds and tokens of prefill and decoding; the first new token counts as prefill."""
 
     compile_seconds: float = 0.0
     prompt_tokens: int = 0
@@ -113,16 +113,16 @@ def complete(
 
     Args:
         model: the language model.
-        tokenizer: of the model; None = bytes.
-        prompts: at least one.
-        options: of generation.
-        speed: is added to.
-        first_row: the number of the first prompt; seeds its random stream.
-        show: called with the row and its next piece of text.
+        tokenizer: tokenizer of the model; None = bytes.
+        prompts: at least one prompt.
+        options: generation options.
+        speed: updated with the measured times.
+        first_row: row number of the first prompt; seeds its random stream.
+        show: called with the row in the batch and its next piece of text.
         more: further arguments of `mc_jax.generate`.
 
     Raises:
-        UserError: a prompt without a token or that is no text, or a model that cannot stream.
+        UserError: a prompt has no token or is not valid text, or the model cannot stream.
         NotFiniteError: the model's logits are not finite.
     """
     tokens = [_encode(prompt, tokenizer) for prompt in prompts]
@@ -177,13 +177,13 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
     """Return a model and its tokenizer, None for bytes.
 
     Args:
-        source: a run's folder, or a `.safetensors` file of a language model. A file holds no
-            tokenizer; if it does not declare bytes, its tokens are bytes if there are 256.
-        tokenizer: `bytes`, or the path of a `tokenizer.json`, which must be the one that the model
-            was trained with; None = from `source`.
+        source: run directory, or `.safetensors` file of a language model. If the file does not
+            declare its tokenizer, a vocabulary of 256 means bytes.
+        tokenizer: `bytes`, or the path of a `tokenizer.json` that equals the one used in training;
+            None = from `source`.
 
     Raises:
-        UserError: it cannot be loaded, or its tokens are unknown.
+        UserError: `source` cannot be loaded, or its tokenizer is unknown.
         OSError: a file cannot be read.
     """
     if source.suffix == ".safetensors" and not source.is_dir():
@@ -194,7 +194,7 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
         size = model.config.vocab_size
         return model, load_tokenizer(tokenizer_of_file(source, size, tokenizer), size)
     if source.is_file():
-        raise UserError(f"{source}: must be a run's folder or a .safetensors file")
+        raise UserError(f"{source}: must be a run directory or a .safetensors file")
     config, model, *_ = load_run(source, tokenizer)
     return model, load_tokenizer(config.tokenizer, config.model.vocab_size)
 
@@ -208,25 +208,25 @@ def run(
     output: Path | None,
     as_lines: bool,
 ) -> Speed:
-    """Continue prompts; text goes to stdout as soon as it is certain, the speed to stderr.
+    """Continue prompts; stream text to stdout, and print the speed to stderr.
 
-    With an output, the rows of each finished batch go to a partial file, from which a later call
-    with the same arguments resumes; a row depends on its number, not on its batch.
+    With `output`, rows of finished batches are saved to a partial file, from which a later call
+    with the same arguments resumes. A row depends on its number, not on its batch.
 
     Args:
         source: see `load_source`.
         prompts: from `read_prompts`.
-        options: of generation.
+        options: generation options.
         tokenizer: see `load_source`.
-        output: a file for one JSON object per prompt; must not exist.
-        as_lines: print JSON objects, unless they go to `output`, in place of a completion's text.
+        output: output file of one JSON object per prompt; must not exist.
+        as_lines: without `output`, print JSON objects instead of text.
 
     Raises:
         UserError: as `load_source` and `complete`, or `output` cannot be written, is being written
             by another process, or has a partial file of other settings.
         OSError: a file cannot be read or written.
         NotFiniteError: the model's logits are not finite.
-        KeyboardInterrupt: with a message that says which rows are kept.
+        KeyboardInterrupt: the message states how many rows are saved.
     """
     if output is not None and not output.parent.is_dir():
         raise UserError(f"{output}: its folder does not exist")
@@ -234,7 +234,7 @@ def run(
         if lock is not None:
             lock.acquire()
         if output is not None and output.exists():
-            raise UserError(f"{output}: exists: name another --output")
+            raise UserError(f"{output}: exists: use another --output")
         model, words = load_source(source, tokenizer)
         for prompt in prompts:
             _encode(prompt, words)
@@ -260,7 +260,7 @@ def _run_batches(
     partial: Partial | None,
     as_lines: bool,
 ) -> Speed:
-    """Continue the prompts without a row in `partial`; print the text or save it there."""
+    """Continue the prompts that have no row in `partial`; print the text or add it to `partial`."""
     speed, terminal = Speed(), is_terminal()
 
     def show(row: int, text: str) -> None:
@@ -294,7 +294,7 @@ def _run_batches(
 def _settings(
     model: LanguageModel, tokenizer: Tokenizer | None, options: GenerationOptions
 ) -> dict[str, Any]:
-    """Return the settings that a row depends on, apart from its prompt and number."""
+    """Return the settings on which rows depend, other than prompt and row number."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -320,11 +320,11 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer | None) -> np.ndarray:
             raise UserError(f"{prompt.name}: {error}: a tokenizer needs UTF-8 text") from error
     tokens = make_encoder(tokenizer)(prompt.text)
     if not len(tokens):
-        raise UserError(f"{prompt.name}: the tokenizer finds no token in this prompt")
+        raise UserError(f"{prompt.name}: the tokenizer returns no token for this prompt")
     return tokens
 
 
 def _to_row(prompt: Prompt, completion: Completion) -> OutputRow:
     row = prompt.row or {"prompt": prompt.text.decode(errors="replace")}
     new = (completion.text, completion.tokens, completion.finish)
-    return row | dict(zip(ADDED, new, strict=True))
+    return row | dict(zip(RESERVED_KEYS, new, strict=True))

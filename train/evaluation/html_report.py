@@ -1,4 +1,4 @@
-"""One HTML page of an inspection: pictures, numbers and the text, self-contained."""
+"""Self-contained HTML page of an inspection: plots, tables and the text."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -41,7 +41,9 @@ def make_page(found: Inspection, pictures: Sequence[bytes]) -> str:
     parts = [HEAD.format(title=escape(f"{found.run}: inside")), f"<h1>{escape(found.run)}</h1>"]
     parts.append(f"<p>{escape(found.summary)}.</p>")
     if found.needle is not None:
-        words = f"{found.needle.words!r} is in {found.needle.where}; {found.needle.uniforms}."
+        words = (
+            f"{found.needle.words!r} is in {found.needle.where}; {found.needle.uniform_summary}."
+        )
         parts += ["<h2>The needle</h2>", f"<p>{escape(words)}</p>"]
         parts.append(f"<p><strong>{escape(found.needle.verdict)}</strong></p>")
         parts.append(_table(NEEDLE_COLUMNS, found.needle_rows))

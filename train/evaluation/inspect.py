@@ -10,7 +10,7 @@ from mc_core.errors import UserError
 from mc_core.files import to_bytes, write_atomic
 from train.evaluation.html_report import make_page
 from train.evaluation.inspection_plots import draw_layer
-from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection, look, to_json
+from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection, to_json, trace_text
 
 LIMIT = 4096  # tokens by default
 ROWS = 32  # of a printed table
@@ -26,16 +26,16 @@ def inspect(
     tokens: int | None = None,
     needle: str | None = None,
 ) -> Inspection:
-    """Run a text through a run's last checkpoint, and write pictures, a page and the numbers.
+    """Run the last checkpoint of a run on a text, and write plots, an HTML page and the numbers.
 
     Args:
-        directory: the run.
-        path: the text.
-        console: where a table and the paths of the files are printed.
+        directory: run directory.
+        path: text file.
+        console: receives a table and the paths of the files.
         json_file: output file of the numbers, or None.
         output: folder of `inspect.html` and `layer-<i>.png`; None = `inspect` in the run.
-        tokens: limit, from the text's start; None = 4,096.
-        needle: words of the text; the gates of later tokens should weight their segment.
+        tokens: maximum number of tokens, from the start of the text; None = 4,096.
+        needle: words of the text; report the gate weights of the segment that contains them.
 
     Raises:
         UserError: there is no checkpoint, or the text or the needle cannot be used.
@@ -43,7 +43,7 @@ def inspect(
     """
     if tokens is not None and tokens < 1:
         raise UserError(f"--tokens = {tokens}: must be >= 1")
-    found = look(directory, path, tokens or LIMIT, needle)
+    found = trace_text(directory, path, tokens or LIMIT, needle)
     output = directory / "inspect" if output is None else output
     output.mkdir(parents=True, exist_ok=True)
     framed = found.needle.segments if found.needle else ()
@@ -67,7 +67,7 @@ def inspect(
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print means over tokens, one row per head, and the gates' weight on the needle."""
 
-    def say(words: str) -> None:
+    def print_line(words: str) -> None:
         console.print(words, soft_wrap=True, highlight=False)
 
     def show(names: tuple[str, ...], rows: list[list[str]]) -> None:
@@ -78,11 +78,11 @@ def print_inspection(console: Console, found: Inspection) -> None:
             table.add_row(*row)
         console.print(table)
         if len(rows) > ROWS:
-            say(f"{len(rows) - ROWS} more rows: see the page")
+            print_line(f"{len(rows) - ROWS} more rows: see the page")
 
-    say(f"{found.summary}; means over tokens")
+    print_line(f"{found.summary}; means over tokens")
     show(COLUMNS, found.rows)
     if (needle := found.needle) is not None:
-        say(f"weight on the needle's {needle.where}; {needle.uniforms}")
+        print_line(f"weight on the needle's {needle.where}; {needle.uniform_summary}")
         show(NEEDLE_COLUMNS, found.needle_rows)
-        say(needle.verdict)
+        print_line(needle.verdict)

@@ -26,9 +26,9 @@ def draw_layer(
     Args:
         layer: fields of a `Trace` by name, without the batch axis.
         lengths: tokens of each segment.
-        title: of the figure.
-        aggregation: of the model; a sparse one adds a panel with how often each segment is read.
-        needle: segments to be framed.
+        title: figure title.
+        aggregation: aggregation of the model; sparse ones add a panel of selection frequencies.
+        needle: segments to highlight.
     """
     heads, memories = layer["gates"].shape[1:]
     lines = {
@@ -60,15 +60,15 @@ def draw_layer(
         by_token[heads].legend(ncols=heads, fontsize="x-small", loc="upper left")
     by_token[-1].set_xlabel("token")
     if counts:
-        draw_choices(panels[-1], layer["read_count"], lengths)
-    figure.suptitle(f"{title}: weight of each memory in each token's read, head by head")
+        draw_selections(panels[-1], layer["read_count"], lengths)
+    figure.suptitle(f"{title}: gate weights of each token, per head")
     return to_png(figure, dpi=110)
 
 
 def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) -> None:
-    """Draw one heat map per head of gates [t, h, n + 1]: tokens by memories, online on top."""
+    """Draw gates [t, h, n + 1] as one heat map per head, with the online memory on top."""
     memories = gates.shape[-1]
-    # A root scale: among many memories most weights are small.
+    # Square-root color scale: with many memories, most weights are small.
     highest = float(np.max(gates, initial=1.0, where=np.isfinite(gates)))
     scale = PowerNorm(0.5, vmin=0.0, vmax=highest)
     step = -(-(memories - 1) // 8)
@@ -84,15 +84,15 @@ def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) 
     panels[0].figure.colorbar(image, ax=panels, pad=0.01)
 
 
-def draw_choices(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
-    """Draw the selection counts [n, h] of each segment, as shares of the tokens after it."""
+def draw_selections(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
+    """Draw the share of later tokens that select each segment, from counts [n, h]."""
     after = sum(lengths) - np.cumsum(lengths)
     share = counts[:-1] / after[:-1, None]
     place, heads = np.arange(len(share)), share.shape[1]
     for head in range(heads):
         shift = (head + 0.5) / heads - 0.5
         axes.bar(place + 0.8 * shift, share[:, head], 0.8 / heads, color=f"C{head % 10}")
-    axes.set_ylabel("chosen by this share\nof the tokens after it", fontsize="small")
+    axes.set_ylabel("share of later tokens\nthat select the segment", fontsize="small")
     axes.set_xlabel("segment")
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,10 +11,10 @@ from train.data.encoded_text import Text
 
 @dataclass(frozen=True)
 class Needle:
-    """Weight of later tokens on a needle's segment; a weight is a share of a token's gates.
+    """Gate weights that later tokens give to the segment of a needle.
 
-    Arrays are [layers, heads]. A rank is among the cached segments, 1 the highest; of equal weights
-    it is the lowest, so uniform gates rank nothing first.
+    Arrays are [layers, heads]. Ranks are among the cached segments, 1 for the largest weight. Equal
+    weights share the lowest rank, so uniform gates rank no segment first.
 
     Attributes:
         words: the needle.
@@ -22,13 +22,13 @@ class Needle:
         segments: the segments that they are in; weights are of all of these together.
         cached: memories that the last token could read from the cache.
         last_weight: the last token's weight.
-        last_uniform: the same under equal weights.
-        last_rank: of the last token's weight.
+        last_uniform: this weight under uniform gates.
+        last_rank: rank of the last token's weight.
         mean_weight: mean over the tokens after the needle's segment.
-        mean_uniform: the same under equal weights.
+        mean_uniform: this mean under uniform gates.
         first_share: share of those tokens for which the needle ranks first.
-        constant: the aggregation weights all memories alike.
-        blocks: the number of each layer's block.
+        constant: the aggregation gives equal weight to all memories.
+        blocks: block index of each layer.
     """
 
     words: str
@@ -45,18 +45,18 @@ class Needle:
     blocks: tuple[int, ...]
 
     @property
-    def pointing(self) -> np.ndarray:
-        """Bool [layers, heads]: the last token ranks it first, above a uniform weight."""
+    def ranks_first(self) -> np.ndarray:
+        """Bool [layers, heads]: the last token ranks the needle first, above a uniform weight."""
         return (self.last_rank == 1) & (self.last_weight > self.last_uniform)
 
     @property
     def where(self) -> str:
-        """The needle's segments, in words."""
+        """Segments of the needle, as text."""
         return f"segment{'s' * (len(self.segments) > 1)} {', '.join(map(str, self.segments))}"
 
     @property
-    def uniforms(self) -> str:
-        """Weight of the needle under equal weights, in words."""
+    def uniform_summary(self) -> str:
+        """Weight of the needle under uniform gates, as a sentence."""
         return (
             f"equal weights would give it {self.last_uniform:.3f} at the end, "
             f"{self.mean_uniform:.3f} on average"
@@ -64,7 +64,7 @@ class Needle:
 
     @property
     def verdict(self) -> str:
-        """The result at the last token, in words."""
+        """Result at the last token, as a sentence."""
         layer, head = np.unravel_index(np.argmax(self.last_weight), self.last_weight.shape)
         most = (
             f"the largest weight is {self.last_weight[layer, head]:.3f} in layer "
@@ -73,8 +73,8 @@ class Needle:
             f"{self.mean_weight[layer, head]:.3f}"
         )
         if self.constant:
-            return f"no: this aggregation weights all memories alike; {most}"
-        count, all_ = int(self.pointing.sum()), self.pointing.size
+            return f"no: this aggregation gives equal weight to all memories; {most}"
+        count, all_ = int(self.ranks_first.sum()), self.ranks_first.size
         begin = "yes" if count else "no"
         return f"{begin}: at the last token {count} of {all_} gates point at {self.where}; {most}"
 
@@ -86,7 +86,7 @@ def find_needle(text: Text, words: str, segment: np.ndarray, aggregation: str) -
         text: the tokens.
         words: the needle.
         segment: [t] each token's segment.
-        aggregation: of the model.
+        aggregation: aggregation of the model.
 
     Raises:
         UserError: the needle is not among the tokens, or no token reads its segment.
@@ -123,8 +123,8 @@ def weigh_needle(
         tokens: from `find_needle`.
         gates: [layers, t, h, n + 1], the online memory last.
         segment: [t] each token's segment.
-        aggregation: of the gates.
-        blocks: the number of each layer's block; None = 0, 1...
+        aggregation: aggregation of the model.
+        blocks: block index of each layer; None = 0, 1...
     """
     segments = np.unique(segment[tokens])
     after = segment > segments[-1]

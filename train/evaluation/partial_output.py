@@ -1,4 +1,4 @@
-"""Partial outputs: finished rows, saved until the output is complete."""
+"""Partial outputs: finished rows, stored in a separate file until the output is complete."""
 
 import json
 import os
@@ -17,21 +17,21 @@ OutputRow = dict[str, Any]
 class Partial:
     """Finished rows of `output`, in `<output>.partial`.
 
-    Its first line holds the settings that every row depends on; each other line holds a row and the
-    key of its input. An incomplete last line is dropped.
+    The first line has the settings on which the rows depend; every other line has a row and the key
+    of its input. An incomplete last line is dropped.
 
     Args:
-        output: the file that the rows become.
-        settings: plain values.
-        keys: of the inputs of all rows, in order; a row is reused where its key is the same.
+        output: the final output file.
+        settings: settings on which the rows depend, as plain values.
+        keys: keys of all inputs, in order; a row is reused if its key is equal.
 
     Attributes:
         path: the partial file.
-        rows: the finished rows, the first of all.
+        rows: finished rows, a prefix of all rows.
 
     Raises:
-        UserError: the file holds rows of other settings or inputs, or is not valid.
-        OSError: it cannot be read.
+        UserError: the file has rows of other settings or inputs, or is invalid.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], keys: Sequence[str]):
@@ -47,14 +47,14 @@ class Partial:
 
     @staticmethod
     def lock(output: Path) -> Lock:
-        """Return the lock that a writer of `output` needs."""
-        return Lock(output.with_name(f".{output.name}.lock"), output, "name another --output")
+        """Return the lock that a writer of `output` must acquire."""
+        return Lock(output.with_name(f".{output.name}.lock"), output, "use another --output")
 
     def add(self, rows: Sequence[OutputRow]) -> None:
-        """Append the next rows; they are on the disk when this returns.
+        """Append the next rows and flush them to disk.
 
         Raises:
-            OSError: they cannot be written; the rows before them stay.
+            OSError: the rows cannot be written; earlier rows are unchanged.
         """
         lines = [] if self._size else [json_line({"settings": self._settings})]
         first = len(self.rows)
@@ -88,7 +88,7 @@ class Partial:
 
     def _load(self, lines: Sequence[bytes]) -> None:
         """Read the rows of the complete lines of the file."""
-        advice = f"delete it to start over, or name an output other than {self._output}"
+        advice = f"delete it to start over, or use an output other than {self._output}"
         try:
             found = [json.loads(line) for line in lines]
             settings = found[0]["settings"] if found else self._settings
@@ -101,10 +101,10 @@ class Partial:
             old, new = settings.get(key), self._settings.get(key)
             if old != new:
                 shown = f": {key} was {_short(old)} and is {_short(new)}"
-                raise UserError(f"{self.path}: holds rows of other settings{shown}: {advice}")
+                raise UserError(f"{self.path}: has rows of other settings{shown}: {advice}")
         if len(rows) > len(self._keys):
-            count = f"{len(rows)} rows, and {len(self._keys)} prompts are given"
-            raise UserError(f"{self.path}: holds {count}: {advice}")
+            count = f"{len(rows)} rows for {len(self._keys)} prompts"
+            raise UserError(f"{self.path}: has {count}: {advice}")
         for number, ((key, row), wanted) in enumerate(zip(rows, self._keys, strict=False), 1):
             if key != wanted:
                 raise UserError(f"{self.path}: row {number} is of another prompt: {advice}")
@@ -112,6 +112,6 @@ class Partial:
 
 
 def _short(value: Any) -> str:
-    """Return a value for a message; the first digits of a hash."""
+    """Return a value as text for a message; hashes are truncated."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:13]}...{text[-1]}"

@@ -8,13 +8,13 @@ from mc_core.errors import UserError
 from train.evaluation.partial_output import OutputRow
 from train.stdio import read_bytes
 
-ADDED = ("completion", "tokens", "finish")  # keys that an output row adds to its prompt's row
+RESERVED_KEYS = ("completion", "tokens", "finish")  # reserved: keys of the output rows
 
 
 class Prompt(NamedTuple):
-    """A prompt, its name in messages, and the object of its line.
+    """A prompt, its name in messages, and its JSON object.
 
-    The object has "prompt" and any further keys, which the output row has, too.
+    The object has "prompt" and any further keys, which are copied to the output row.
     """
 
     name: str
@@ -23,13 +23,13 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> list[Prompt]:
-    """Return the prompts of `--prompt`, `--prompt-file` or `--prompts`, of which one is given.
+    """Read prompts from exactly one of `--prompt`, `--prompt-file` and `--prompts`.
 
-    Files, and stdin for the path `-`, are read as UTF-8 in any locale. Invalid UTF-8 is
-    passed on in a text, for models of bytes, and is an error in a file of lines.
+    Files, and stdin for the path `-`, are read as UTF-8 in any locale. Invalid UTF-8 is kept in
+    text files, for byte-level models, and is an error in JSON lines.
 
     Raises:
-        UserError: none or several are given, one is empty, or a line is not valid.
+        UserError: not exactly one source is given, a prompt is empty, or a line is invalid.
         OSError: a file cannot be read.
     """
     given = [option is not None for option in (text, file, lines)]
@@ -47,7 +47,7 @@ def read_prompts(text: str | None, file: Path | None, lines: Path | None) -> lis
             raise UserError(f"{lines}: no prompt in this file")
     for prompt in prompts:
         if not prompt.text:
-            raise UserError(f"{prompt.name}: the prompt is empty: must have a character")
+            raise UserError(f"{prompt.name}: the prompt is empty: must have at least one character")
     return prompts
 
 
@@ -61,9 +61,9 @@ def _read_line(name: str, line: bytes) -> Prompt:
         raise UserError(f'{name}: must be an object with the key "prompt"')
     if not isinstance(data["prompt"], str):
         raise UserError(f"{name}: prompt = {json.dumps(data['prompt'])}: must be a string")
-    for key in ADDED:
+    for key in RESERVED_KEYS:
         if key in data:
-            raise UserError(f'{name}: key "{key}": is one that the output adds: rename it')
+            raise UserError(f'{name}: key "{key}": is reserved for the output: rename it')
     try:
         return Prompt(name, data["prompt"].encode(), data)
     except UnicodeEncodeError as error:

@@ -38,7 +38,7 @@ def draw_recall(cells: Cells, parts: Cells, title: str) -> bytes:
 
 
 def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
-    """Draw the map of accuracy by depth and length.
+    """Draw a heat map of accuracy by depth and length.
 
     Args:
         cells: with tokens; the map's columns.
@@ -64,7 +64,7 @@ def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
 
 
 def plot_scores(axes: Axes, places: Sequence[float], rows: Cells, label: str) -> None:
-    """Draw accuracies with their intervals."""
+    """Draw accuracies with error bars."""
     middle = np.array([row["accuracy"] for row in rows])
     ends = np.array([[row["low"] for row in rows], [row["high"] for row in rows]])
     axes.errorbar(

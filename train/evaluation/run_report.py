@@ -23,25 +23,27 @@ FILE = "report.json"
 
 @dataclass(frozen=True)
 class TextReport:
-    """Result of a run; plain values, saved as JSON in its directory."""
+    """Result of a text run, saved as JSON in the run directory."""
 
     name: str
     model: str  # memory and aggregation
     parameters: int
     steps: int
-    tokens: int  # trained on, repetitions counted
-    seconds: float  # of training, compilation included
+    tokens: int  # training tokens, including repetitions
+    seconds: float  # training time, including compilation
     bits_per_byte: float
     validation_bytes: int
     validation_sha256: str
     documents: tuple[int, int]  # training, validation
     references: References
-    unit: str  # of a token: a "byte", or a "token" of a tokenizer
+    unit: str  # "byte", or "token" if the run has a tokenizer
     positions: list[dict[str, Any]]  # bits per token by position in the window; see `by_position`
     sample: Sample | None = None
-    separator: str | None = None  # the separator between documents, in words
+    separator: str | None = None  # description of the separator
     validation_tokens: int | None = None
-    round_trip: RoundTrip | None = None  # of the validation text; None for bytes
+    round_trip: RoundTrip | None = (
+        None  # losses of the tokenizer on the validation text; None for bytes
+    )
 
     @property
     def lossy(self) -> bool:
@@ -72,13 +74,13 @@ def load_report(run: Path) -> TextReport | None:
                 data[name] = kind(**data[name])
         return TextReport(**data)
     except (KeyError, TypeError, ValueError):
-        return None  # another program's report
+        return None  # report of another program or version
 
 
 def siblings(run: Path, report: TextReport) -> list[TextReport]:
-    """Return the reports of finished runs in the same folder, scored on the same bytes.
+    """Return the reports of finished runs in the same folder that scored the same bytes.
 
-    Unreadable ones are skipped.
+    Unreadable reports are skipped.
     """
     here = run.resolve()
     found = []
@@ -93,14 +95,14 @@ def siblings(run: Path, report: TextReport) -> list[TextReport]:
 
 
 def print_report(console: Console, run: Path, report: TextReport) -> None:
-    """Print the run, other runs and the references, best first, and a summary.
+    """Print a table of the run, other runs and the references, best first, and a summary.
 
-    The loss by position and the run's sample come last.
+    The loss by position and the sample of the run follow.
     """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
         f"are not among the {report.documents[0]} trained on;\n"
-        "order-0 (entropy of the byte frequencies) and xz -9 know only these bytes"
+        "order-0 (entropy of the byte frequencies) and xz -9 use only these bytes"
     )
     for line in text_notes(report):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -120,7 +122,7 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
         table.add_row(name, f"{bits:.3f}", f"{bits - report.bits_per_byte:+.3f}", *rest)
     console.print(table)
     console.print(verdict(report), soft_wrap=True)
-    console.print(f"curves, checkpoints and pictures: {run}\n", soft_wrap=True)
+    console.print(f"curves, checkpoints and plots: {run}\n", soft_wrap=True)
     print_positions(console, report)
     if report.sample:
         print_sample(console, report.name, report.sample)
@@ -156,7 +158,9 @@ def print_positions(console: Console, report: TextReport) -> None:
         span = f"{bucket['start']} to {bucket['end'] - 1}"
         table.add_row(span, f"{bucket['bits']:.3f}", f"{bucket['tokens']:,}")
     console.print(table)
-    console.print(f"a {report.unit} at position i of its window is predicted from i + 1 of them\n")
+    console.print(
+        f"a {report.unit} at position i of its window is predicted from i + 1 {report.unit}s\n"
+    )
 
 
 def verdict(report: TextReport) -> str:
@@ -197,14 +201,14 @@ def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...
     """Draw `router.png`: the weight of each memory in each token's read, one panel per block.
 
     Args:
-        run: directory to write to.
-        gates: by block [t, n + 1], mean over heads: cached segments, the online memory last.
+        run: run directory.
+        gates: for each block, mean over heads [t, n + 1], with the online memory last.
         lengths: tokens of each segment.
     """
     tokens, memories = next(iter(gates.values())).shape
     figure = Figure(figsize=(10, 0.6 + 2.2 * len(gates)), layout="constrained")
     panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True)[:, 0]
-    # A root scale: among many memories most weights are small.
+    # Square-root color scale: with many memories, most weights are small.
     largest = max(float(block.max()) for block in gates.values())
     scale = PowerNorm(0.5, vmin=0.0, vmax=max(1.0, largest))
     for axes, (number, block) in zip(panels, gates.items(), strict=True):
@@ -213,7 +217,7 @@ def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...
             axes.axvline(border - 0.5, color="white", linewidth=0.6)
         axes.set(ylabel=f"block {number}")
         axes.set_yticks(range(memories), [*(f"segment {i}" for i in range(memories - 1)), "online"])
-    panels[0].set_title("weight of each memory in each token's read (mean over heads)")
+    panels[0].set_title("gate weights of each token (mean over heads)")
     panels[-1].set_xlabel(f"token of a validation text of {tokens} tokens")
     figure.colorbar(image, ax=list(panels))
     write_atomic(run / "router.png", to_png(figure))

@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
     prompt: str
     text: str
-    note: str  # the options, or the reason why there is none
+    note: str  # sampling options, or the reason why there is no sample
 
 
 def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) -> Sample:
@@ -32,7 +32,7 @@ def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) ->
     text = clip(validation, min(PROMPT_BYTES, max(4, int(config.data.mean_tokens) // 2)))
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     try:
-        # Blocks of one token: compiling a second program would take longer.
+        # Prefill in blocks of one token, to avoid compiling a second program.
         (row,) = complete(model, tokenizer, [Prompt("validation", text)], options, Speed(), block=1)
     except (UserError, NotFiniteError) as error:
         return Sample(text.decode(errors="replace"), "", f"no sample: {error}")
@@ -41,7 +41,7 @@ def draw_sample(model: LanguageModel, config: TrainConfig, validation: bytes) ->
 
 
 def print_sample(console: Console, name: str, sample: Sample) -> None:
-    """Print the prompt and the sample, every line marked."""
+    """Print the prompt and the sample, with a prefix on every line."""
 
     def show(label: str, text: str) -> None:
         console.print(label, soft_wrap=True, highlight=False, markup=False)
@@ -49,7 +49,7 @@ def print_sample(console: Console, name: str, sample: Sample) -> None:
         console.print(Text(lines), soft_wrap=True, end="")
 
     if sample.text:
-        show("the validation text begins:", sample.prompt)
-        show(f"{name} continues ({sample.note}):", sample.text)
+        show("start of the validation text:", sample.prompt)
+        show(f"continuation by {name} ({sample.note}):", sample.text)
     else:
         console.print(sample.note, soft_wrap=True, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Accuracy and its interval."""
+"""Accuracy with confidence intervals."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
 Z = 1.959963984540054  # the normal distribution's 97.5% quantile: 95% lie within
-UNITS = {"mqar": "queries", "niah": "needles"}  # unit of an answer, by task
+UNITS = {"mqar": "queries", "niah": "needles"}  # what is counted, by task
 
 
 class Score(NamedTuple):
-    """Right and asked answers, and their mean loss in nats per token."""
+    """Numbers of correct and of all answers, and the mean loss in nats per token."""
 
     right: int
     asked: int
@@ -25,12 +25,12 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Share of the right ones."""
+        """Share of correct answers."""
         return self.right / self.asked
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy, as if every question was independent."""
+        """Wilson's 95% interval of the accuracy, for independent questions."""
         return wilson(self.right, self.asked)
 
     def as_dict(self) -> dict[str, float]:
@@ -56,11 +56,11 @@ class Answers(NamedTuple):
     distances: np.ndarray  # int [n, p]: tokens from the value to the query
 
     def score(self, chosen: np.ndarray | None = None, *, whole: bool = False) -> Score:
-        """Count.
+        """Return the score of the selected answers.
 
         Args:
-            chosen: bool [n, p], which answers count; None = all.
-            whole: an example is one question, right where all its answers are.
+            chosen: bool [n, p], True for answers to count; None = all.
+            whole: count examples, correct if all their answers are, instead of answers.
         """
         counted = self.weights > 0
         if chosen is not None:
@@ -75,11 +75,13 @@ Answer = Callable[[Tree, Tree, Draw, str, int], Answers]
 
 
 def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
-    """Return the function from parameters, rest, draw, split and number of examples to answers.
+    """Return a function that evaluates a model on examples.
+
+    It maps parameters, other state, a `Draw`, a split and a number of examples to `Answers`.
 
     Args:
-        graphdef: the model's structure.
-        rows: examples of one pass.
+        graphdef: graph definition of the model.
+        rows: batch size.
     """
 
     @jax.jit
@@ -90,7 +92,7 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
     def answer(params: Tree, rest: Tree, draw: Draw, split: str, count: int) -> Answers:
         parts = []
         for start in range(0, count, rows):
-            # The last pass repeats its last example: one shape, one compilation.
+            # Repeat the last example to fill the last batch, to avoid another compilation.
             index = np.minimum(start + np.arange(rows), count - 1)
             batch = stack([draw(split, int(i)) for i in index])
             losses, right = of_batch(params, rest, split_rows(batch, params))
@@ -102,7 +104,7 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
 
 
 def join(parts: list[Answers]) -> Answers:
-    """Return all answers; shorter rows are padded with answers of weight 0."""
+    """Concatenate answers, padding the answer axis with answers of weight 0."""
     width = max(part.right.shape[1] for part in parts)
 
     def wide(field: np.ndarray) -> np.ndarray:

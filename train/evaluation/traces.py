@@ -1,4 +1,4 @@
-"""Inspection of a text: gates, memories, inner losses and the needle; plain values."""
+"""Traces of a model on a text: gates, memories, inner losses and the needle."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
 
 
 class Inspection(NamedTuple):
-    """Traces of a run's model on a text."""
+    """Traces of the model of a run on a text."""
 
     run: str
     step: int
@@ -32,11 +32,11 @@ class Inspection(NamedTuple):
     lengths: tuple[int, ...]  # tokens of each segment
     layers: list[LayerTrace]  # of the blocks that have a memory
     needle: Needle | None
-    blocks: tuple[int, ...]  # the number of each layer's block
+    blocks: tuple[int, ...]  # block index of each layer
 
     @property
     def summary(self) -> str:
-        """The run, the text and the segments, in words."""
+        """Description of the run, the text and the segments."""
         count, total, layer = len(self.text.tokens), self.text.total, self.config
         part = f"the first {count:,} of {total:,} tokens" if count < total else f"{count:,} tokens"
         return (
@@ -46,7 +46,7 @@ class Inspection(NamedTuple):
 
     @property
     def rows(self) -> list[list[str]]:
-        """Layer, head and, under `COLUMNS`, means over tokens."""
+        """Rows of layer, head and means over tokens under the names in `COLUMNS`."""
         return [
             [str(number), str(head), *means(layer, head)]
             for number, layer in zip(self.blocks, self.layers, strict=True)
@@ -55,15 +55,15 @@ class Inspection(NamedTuple):
 
     @property
     def needle_rows(self) -> list[list[str]]:
-        """Weights of the needle, the largest at the text's end first."""
+        """Gate weights of the needle, sorted by the weight at the last token."""
         if self.needle is None:
             return []
         order = np.argsort(-self.needle.last_weight, axis=None, kind="stable")
         return [needle_row(self.needle, int(place)) for place in order]
 
 
-def look(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
-    """Run the first tokens of a text through a run's model; nothing is written.
+def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
+    """Run the model of a run on the first tokens of a text, and return its traces.
 
     Raises:
         UserError: there is no checkpoint, no block has a memory, or the text cannot be used.
@@ -113,7 +113,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
 
 
 def means(layer: LayerTrace, head: int) -> list[str]:
-    """Return a head's means over tokens under `COLUMNS`; `cached` is their share of the gates."""
+    """Return the means over tokens of a head; `cached` is the gate weight of cached memories."""
     gates = layer["gates"][:, head]
     cached = float(np.mean(gates[:, :-1].sum(-1) / gates.sum(-1)))
     names = ("memory_norm", "momentum_norm", "update_norm", "loss_before", "loss_after")
@@ -123,7 +123,7 @@ def means(layer: LayerTrace, head: int) -> list[str]:
 
 
 def needle_row(needle: Needle, place: int) -> list[str]:
-    """Return layer, head and, under `NEEDLE_COLUMNS`, the needle's weights at a flat index."""
+    """Return layer, head and needle weights at a flat index, under `NEEDLE_COLUMNS`."""
     layer, head = np.unravel_index(place, needle.last_weight.shape)
     return [
         str(needle.blocks[layer]),
@@ -136,16 +136,16 @@ def needle_row(needle: Needle, place: int) -> list[str]:
 
 
 def _without_batch(trace: dict[str, Any]) -> LayerTrace:
-    by_token = ("token_index", "segment_index", "cached_count")  # these have no batch
+    by_token = ("token_index", "segment_index", "cached_count")  # fields without a batch axis
     arrays = {name: np.asarray(x) for name, x in trace.items() if x is not None}
     return {name: x if name in by_token else x[0] for name, x in arrays.items()}
 
 
 def _plain(x: np.ndarray) -> Any:
-    """Return nested lists; values that are not finite, which JSON lacks, are None."""
+    """Return nested lists; non-finite values become None, as JSON does not support them."""
     if x.dtype.kind != "f":
         return x.tolist()
-    # Through text, a float32 keeps its short form.
+    # Converting through text keeps the short decimal form of a float32.
     short = x if x.dtype == np.float64 else x.astype(str).astype(np.float64)
     finite = np.isfinite(x)
     if not finite.all():

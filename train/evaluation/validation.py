@@ -17,7 +17,7 @@ from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, clip
 from train.step import Tree, token_losses
 
-FIRST_EDGE = 16  # the first bucket of positions ends here; each of the others is twice as long
+FIRST_EDGE = 16  # end of the first bucket of positions; buckets double in length
 
 
 class Validation(NamedTuple):
@@ -29,7 +29,7 @@ class Validation(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were scored, the first one included, which has no position."""
+        """Number of scored tokens, including the first one, which has no position."""
         return int(self.tokens.sum()) + 1
 
     @property
@@ -45,15 +45,15 @@ Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
     """Return the mean bits per token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
 
-    The last bucket ends with the window. Empty buckets are left out.
+    The last bucket ends with the window. Empty buckets are omitted.
 
     Args:
-        bits: [window], sum of the bits of all tokens at each position.
-        tokens: [window], number of those tokens.
+        bits: [window], total bits at each position.
+        tokens: [window], number of tokens at each position.
 
     Returns:
-        for each bucket `start` and `end` (positions in [start, end)), `tokens` and `bits`, the mean
-        over them.
+        One dictionary per bucket of positions [start, end): `start`, `end`, the number of `tokens`
+        and their mean `bits`.
     """
     edges = [0, FIRST_EDGE]
     while edges[-1] < len(bits):
@@ -68,11 +68,11 @@ def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
 
 
 class References(NamedTuple):
-    """Bits per byte of methods without a model; each sees only the scored bytes."""
+    """Bits per byte of baselines that use only the scored bytes."""
 
     uniform: float
-    order0: float  # entropy of the byte frequencies, the table of frequencies not counted
-    xz: float  # the size of `xz -9`, container and all
+    order0: float  # entropy of the byte frequencies, without the cost of the frequency table
+    xz: float  # size of the output of `xz -9`, including the container
 
 
 def references(text: bytes) -> References:
@@ -84,9 +84,9 @@ def references(text: bytes) -> References:
 
 
 def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus) -> Validate:
-    """Return the function from parameters, rest and a number of bytes to their bits.
+    """Return a function that scores the start of the validation text; see `make_scorer`.
 
-    It scores that many bytes from the start of the validation text, as `make_scorer` says.
+    It maps parameters, other state and a number of bytes to a `Validation`.
     """
     assert isinstance(config.data, TextConfig)
     score = make_scorer(graphdef, config)
@@ -99,14 +99,14 @@ def make_validation(graphdef: nnx.GraphDef, config: TrainConfig, corpus: Corpus)
 
 
 def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
-    """Return the function from parameters, rest, tokens and number of bytes to their bits.
+    """Return a function that scores a text.
 
-    The cost is the bits that the model needs for the tokens, separators between documents included,
-    divided by the number of bytes. Every token is predicted once, from the tokens before it in its
-    window, which starts with an empty state; a window's first token is predicted from the last one
-    of the window before. So a token at position i of its window, 0 being the first, is predicted
-    from i + 1 tokens. The text's first token has no context: it costs log2(vocab_size), and has no
-    position. Windows are as long as the longest training example.
+    It maps parameters, other state, tokens and a number of bytes to a `Validation`. The score is
+    the number of bits of all tokens, including separators between documents, divided by the number
+    of bytes. Every token is predicted once. Windows start with an empty state and read the last
+    token of the previous window first, so the token at position i (from 0) of a window is
+    predicted from i + 1 tokens. The first token of the text has no context: it costs
+    log2(vocab_size), and has no position. Windows are as long as the longest training example.
     """
     window, rows = config.data.max_tokens, config.run.batch_size
 
@@ -117,7 +117,7 @@ def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
 
     def score(params: Tree, rest: Tree, tokens: np.ndarray, size: int) -> Validation:
         if not len(tokens):
-            raise UserError("the text to score: the tokenizer finds no token in it")
+            raise UserError("the text to score: the tokenizer returns no token")
         tokens = tokens.astype(np.int32)
         last = len(tokens) - 1
         total, counts = np.zeros(window), np.zeros(window, np.int64)

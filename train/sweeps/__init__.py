@@ -1,1 +1,1 @@
-"""`mc sweep`: runs of one task under several configurations, in one table."""
+"""`mc sweep`: runs of one task with several configurations, and their table."""

@@ -23,13 +23,13 @@ COLORS = [*color_sequences["tab10"], *color_sequences["Set2"], *color_sequences[
 
 
 # Rows that differ only in width.
-Lines = dict["Look", list[tuple[RunResult, dict[str, float]]]]
+Lines = dict["RowStyle", list[tuple[RunResult, dict[str, float]]]]
 
 
-class Look(NamedTuple):
-    """Style of a row: colour of the memory, marker of the aggregation, open for carried states.
+class RowStyle(NamedTuple):
+    """What determines the style of a row: memory (colour), aggregation (marker), mode (filling).
 
-    Other overrides count as another memory.
+    Rows with other overrides are drawn as another memory.
     """
 
     memory: str
@@ -37,33 +37,38 @@ class Look(NamedTuple):
     mode: str
 
     @classmethod
-    def of(cls, result: RunResult) -> "Look":
-        """Return the look of a result's row."""
+    def of(cls, result: RunResult) -> "RowStyle":
+        """Return the style of the row of a result."""
         given = result["overrides"]
         memory = label(result, WIDTH, AGGREGATION, MODE)
         return cls(memory, str(given.get(AGGREGATION, "")), str(given.get(MODE, "")))
 
 
 class Legend:
-    """The colours, markers and fillings of a picture, in the order of their first appearance."""
+    """Colours, markers and fillings of a plot, assigned in the order of first appearance."""
 
-    def __init__(self, looks: Sequence[Look]):
-        memories, aggregations, modes = (dict.fromkeys(words) for words in zip(*looks, strict=True))
+    def __init__(self, row_styles: Sequence[RowStyle]):
+        memories, aggregations, modes = (
+            dict.fromkeys(words) for words in zip(*row_styles, strict=True)
+        )
         self._colors = {word: COLORS[i % len(COLORS)] for i, word in enumerate(memories)}
         self._markers = {word: MARKERS[i % len(MARKERS)] for i, word in enumerate(aggregations)}
         self._open = {word: word == "checkpoint" for word in modes}
 
-    def style(self, look: Look) -> dict[str, Any]:
-        """Return the keywords of a plot."""
-        color = self._colors[look.memory]
-        face = "white" if self._open[look.mode] else color
-        marker = self._markers[look.aggregation]
+    def style(self, row_style: RowStyle) -> dict[str, Any]:
+        """Return the keyword arguments of `Axes.plot`."""
+        color = self._colors[row_style.memory]
+        face = "white" if self._open[row_style.mode] else color
+        marker = self._markers[row_style.aggregation]
         return {"color": color, "marker": marker, "markerfacecolor": face, "markersize": 6}
 
-    def sorted(self, looks: Iterable[Look]) -> list[Look]:
-        """Return looks in the order of the legend: grouped by memory."""
+    def sorted(self, row_styles: Iterable[RowStyle]) -> list[RowStyle]:
+        """Sort by memory, then mode, as in the legend."""
         memories, modes = list(self._colors), list(self._open)
-        return sorted(looks, key=lambda look: (memories.index(look.memory), modes.index(look.mode)))
+        return sorted(
+            row_styles,
+            key=lambda row_style: (memories.index(row_style.memory), modes.index(row_style.mode)),
+        )
 
     def handles(self) -> Iterator[Line2D]:
         """Yield an entry for every colour, marker and filling that distinguishes rows."""
@@ -80,10 +85,10 @@ class Legend:
 
 
 def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
-    """Draw accuracy against width, or aggregation where there is one width, and state bytes.
+    """Plot accuracy against width (or aggregation if there is one width) and against state bytes.
 
-    Rows that differ only in width form a line. Bars are 95% intervals. The picture of text is
-    `bits_per_byte.draw_sweep`'s.
+    Rows that differ only in width form a line. Error bars are 95% intervals. For sweeps on text,
+    see `bits_per_byte.draw_sweep`.
     """
     if any(map(is_text, results)):
         return bits_per_byte.draw_sweep(title, by_row(results))
@@ -91,7 +96,7 @@ def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
     for own in by_row(results).values():
         good = [result for result in own if not result.get("error")]
         if good:
-            lines.setdefault(Look.of(good[0]), []).append((good[0], score(good)))
+            lines.setdefault(RowStyle.of(good[0]), []).append((good[0], score(good)))
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     if lines:
@@ -114,13 +119,11 @@ def draw_sweep(title: str, results: Sequence[RunResult]) -> bytes:
 def _draw_lines(
     axes: Axes, lines: Lines, legend: Legend, by: str, words: str, unit: int = 1
 ) -> None:
-    for look, points in lines.items():
-        points = [
-            point for point in points if point[0][by] is not None
-        ]  # a model that cannot stream
+    for row_style, points in lines.items():
+        points = [point for point in points if point[0][by] is not None]  # the model cannot stream
         points.sort(key=lambda point: point[0][by])
         places = [result[by] / unit for result, _ in points]
-        _plot(axes, places, [one for _, one in points], legend, look)
+        _plot(axes, places, [one for _, one in points], legend, row_style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel=words)
@@ -128,25 +131,35 @@ def _draw_lines(
 
 
 def _draw_groups(axes: Axes, lines: Lines, legend: Legend) -> None:
-    """Draw one group per aggregation, with the memories and their modes side by side."""
+    """Draw one group of points per aggregation, with memories and modes side by side."""
     names = []
-    groups = sorted(dict.fromkeys(look.aggregation for look in lines), key=lambda word: not word)
+    groups = sorted(
+        dict.fromkeys(row_style.aggregation for row_style in lines), key=lambda word: not word
+    )
     for place, group in enumerate(groups):
-        looks = legend.sorted(look for look in lines if look.aggregation == group)
-        names.append(group or (looks[0].memory if len(looks) == 1 else ""))
-        for i, look in enumerate(looks):
-            x = place + 0.8 * ((i + 0.5) / len(looks) - 0.5)
-            scores = [one for _, one in lines[look]]
-            _plot(axes, [x] * len(scores), scores, legend, look)
+        row_styles = legend.sorted(
+            row_style for row_style in lines if row_style.aggregation == group
+        )
+        names.append(group or (row_styles[0].memory if len(row_styles) == 1 else ""))
+        for i, row_style in enumerate(row_styles):
+            x = place + 0.8 * ((i + 0.5) / len(row_styles) - 0.5)
+            scores = [one for _, one in lines[row_style]]
+            _plot(axes, [x] * len(scores), scores, legend, row_style)
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="aggregation")
     axes.grid(axis="y", alpha=0.3)
 
 
 def _plot(
-    axes: Axes, places: list[float], scores: list[dict[str, float]], legend: Legend, look: Look
+    axes: Axes,
+    places: list[float],
+    scores: list[dict[str, float]],
+    legend: Legend,
+    row_style: RowStyle,
 ) -> None:
     middle = [one["accuracy"] for one in scores]
     below = [one["accuracy"] - one["low"] for one in scores]
     above = [one["high"] - one["accuracy"] for one in scores]
-    axes.errorbar(places, middle, [below, above], linewidth=1, elinewidth=0.8, **legend.style(look))
+    axes.errorbar(
+        places, middle, [below, above], linewidth=1, elinewidth=0.8, **legend.style(row_style)
+    )

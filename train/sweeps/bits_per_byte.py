@@ -1,4 +1,4 @@
-"""A sweep on text: bits per byte of validation text, total and by position in the window."""
+"""Sweeps on text: bits per byte of the validation text, total and by position in the window."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def about(config: TrainConfig) -> RunResult:
-    """Return the fields of a result that do not depend on the outcome."""
+    """Return the result fields that depend only on the configuration."""
     model = config.model
     cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
@@ -52,22 +52,24 @@ def outcome(report: TextReport) -> RunResult:
 
 
 def describe(result: RunResult) -> str:
-    """Return the measured value in words."""
+    """Return the measured value as text."""
     return f"{result['bits_per_byte']:.4f} bits per byte"
 
 
-def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
-    """Return the runs without caching for comparison with a row, or None.
+def baseline_of(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
+    """Return the runs of the baseline of a row, the comparable row without caching, or None.
 
-    They have the row's window, validation text and tokens; of several such rows, the one that
-    shares most overrides is taken, of those the one with the fewest bits. A row without caching has
-    none.
+    Comparable rows have the same window, validation text and number of tokens. Of several rows, the
+    one that shares most overrides is used; ties: the one with the fewest bits. Rows without caching
+    have no baseline.
     """
     first = own[0]
     if first["cacheless"]:
         return None
     others = [
-        other for other in rows.values() if other[0]["cacheless"] and _scored(other) == _scored(own)
+        other
+        for other in rows.values()
+        if other[0]["cacheless"] and _comparable_fields(other) == _comparable_fields(own)
     ]
 
     def distance(other: Sequence[RunResult]) -> tuple[int, float]:
@@ -78,8 +80,8 @@ def twin(own: Sequence[RunResult], rows: Rows) -> Sequence[RunResult] | None:
     return min(others, key=distance, default=None)
 
 
-def _scored(own: Sequence[RunResult]) -> list[Any]:
-    """Return the fields that must be equal to compare positions: text, window and tokens."""
+def _comparable_fields(own: Sequence[RunResult]) -> list[Any]:
+    """Return the fields that must be equal in comparable rows: text, window and tokens."""
     buckets = [(b["start"], b["end"], b["tokens"]) for b in own[0]["positions"]]
     return [*(own[0][key] for key in ("state_tokens", "validation_sha256", "unit")), buckets]
 
@@ -88,8 +90,8 @@ def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndar
     """Return the gain of a row over another in bits, per seed.
 
     Returns:
-        bits per byte [s] and bits per token in each bucket of positions [s, buckets], for the seeds
-        that both have.
+        Gains in bits per byte [s], and in bits per token by position [s, buckets], for the seeds
+        that both rows have.
     """
     pairs = [(a, b) for a in own for b in other if a["seed"] == b["seed"]]
     whole = np.array([b["bits_per_byte"] - a["bits_per_byte"] for a, b in pairs])
@@ -98,7 +100,7 @@ def gains(own: Sequence[RunResult], other: Sequence[RunResult]) -> tuple[np.ndar
 
 
 def bits(own: Sequence[RunResult]) -> np.ndarray:
-    """Return the bits per token [s, buckets] of the runs of a row, by position."""
+    """Return the bits per token by position of the runs of a row, [s, buckets]."""
     return np.array([[bucket["bits"] for bucket in result["positions"]] for result in own])
 
 
@@ -128,10 +130,10 @@ def names(rows: Rows) -> dict[str, str]:
 
 
 def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = True) -> ResultTable:
-    """Return one line per row: bits per byte, gain over no caching, size and cost.
+    """Return a table with bits per byte, gain over no caching, size and cost of each row.
 
-    With `cells` also rate, seeds, parameters, and the bits at each bucket of positions, which makes
-    a wide table; without them a note gives the parameters.
+    With `cells`, the table also has rate, seeds, parameters and the bits of each bucket of
+    positions, otherwise a note has the range of parameters.
     """
     good = _good(rows)
     name_of = names(rows)
@@ -141,7 +143,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
         if cells:
             line |= {"rate": f"{own[0]['rate']:g}", "seeds": len(good.get(row, ()))}
         if row in good:
-            line |= _measured(good[row], twin(good[row], good))
+            line |= _measured(good[row], baseline_of(good[row], good))
         line |= _cost(own, good.get(row, ()), cells)
         if cells and row in good:
             mean = bits(good[row]).mean(0)
@@ -175,7 +177,7 @@ def make_table(title: str, rows: Rows, config: SweepConfig, *, cells: bool = Tru
 
 
 def _good(rows: Rows) -> dict[str, list[RunResult]]:
-    """Return the rows with their successful runs, if any."""
+    """Return the successful runs of each row; rows without any are omitted."""
     good = {row: [result for result in own if not result.get("error")] for row, own in rows.items()}
     return {row: own for row, own in good.items() if own}
 
@@ -205,10 +207,10 @@ def _cost(own: Sequence[RunResult], good: Sequence[RunResult], cells: bool) -> R
 
 
 def draw_sweep(title: str, rows: Rows) -> bytes:
-    """Draw bits by position, and the gain over no caching.
+    """Plot bits by position, and the gain over no caching.
 
-    One line per row: the mean over the seeds, with a band from the lowest to the highest. Colours
-    are models, line styles windows.
+    Each row is a line, the mean over the seeds, and a band from the lowest to the highest seed.
+    Colours denote models, line styles windows.
     """
     good = _good(rows)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -221,13 +223,13 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
         place = [(bucket["start"] + bucket["end"]) / 2 for bucket in own[0]["positions"]]
         colour = colours.index(model_of[row])
         style = STYLES[windows.index(own[0]["state_tokens"]) % len(STYLES)]
-        look = {"color": f"C{colour % 10}", "linestyle": style}
-        _band(left, place, bits(own), look, name_of[row])
-        other = twin(own, good)
+        plot_style = {"color": f"C{colour % 10}", "linestyle": style}
+        _band(left, place, bits(own), plot_style, name_of[row])
+        other = baseline_of(own, good)
         if other:
             _, parts = gains(own, other)
             if len(parts):
-                _band(right, place, parts, look, name_of[row])
+                _band(right, place, parts, plot_style, name_of[row])
     units = " or ".join(sorted({own[0]["unit"] for own in good.values()})) or "token"
     left.set(ylabel=f"bits per {units}", title="validation text")
     right.set(ylabel=f"bits per {units}", title="gain over no caching")
@@ -247,10 +249,10 @@ def draw_sweep(title: str, rows: Rows) -> bytes:
 
 
 def _band(
-    axes: Axes, place: Sequence[float], values: np.ndarray, look: dict[str, Any], name: str
+    axes: Axes, place: Sequence[float], values: np.ndarray, plot_style: dict[str, Any], name: str
 ) -> None:
-    """Draw the mean of [s, buckets] over s, and the range."""
-    axes.plot(place, values.mean(0), marker="o", markersize=3, label=name, **look)
+    """Plot mean and range over s of values [s, buckets]."""
+    axes.plot(place, values.mean(0), marker="o", markersize=3, label=name, **plot_style)
     axes.fill_between(
-        place, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0
+        place, values.min(0), values.max(0), color=plot_style["color"], alpha=0.15, linewidth=0
     )

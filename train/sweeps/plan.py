@@ -1,4 +1,4 @@
-"""Order of a sweep's runs, and the choice of rates."""
+"""Order of the runs of a sweep, and selection of learning rates."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,18 +11,19 @@ from train.sweeps.sweep_config import Run, SweepConfig, make_run
 
 
 class SweepPlan:
-    """The runs of a sweep: every rate of a row with the first seed, the best with the others.
+    """Queue of the runs of a sweep: first every rate with the first seed, then the best rate with
+    the other seeds.
 
-    The directory of a run is locked from `take` until its result is added or the `with` ends: if
-    two sweeps share a directory, one does the run, and the other reads its result.
+    The directory of a run is locked from `take` until its result is added or the context exits. If
+    two sweeps share a directory, one executes the run, and the other reads its result.
 
     Args:
-        config: the sweep.
-        first: by row, a run of each rate with the first seed.
-        results: the existing ones.
+        config: configuration of the sweep.
+        first: for each row, the runs of all rates with the first seed.
+        results: existing results.
 
     Attributes:
-        blocked: message about a run that another process has, from the last `take`, or None.
+        blocked: error from the last `take` about a run that another process has locked, or None.
     """
 
     def __init__(self, config: SweepConfig, first: dict[str, list[Run]], results: Results):
@@ -44,12 +45,12 @@ class SweepPlan:
             lock.close()
 
     @property
-    def left(self) -> bool:
+    def has_pending(self) -> bool:
         """True if a known run has no result yet."""
         return any(self._results.find(run) is None for run in self._known())
 
     def take(self) -> Run | None:
-        """Return the first run without result that no process has locked, or None."""
+        """Lock and return the first run without a result that no process has locked, or None."""
         self._results.refresh()
         self.blocked = None
         for run in self._known():
@@ -70,49 +71,49 @@ class SweepPlan:
         return None
 
     def add(self, result: RunResult) -> None:
-        """Append the result of a taken run.
+        """Append the result of a run from `take`, and unlock the run.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the result cannot be written.
         """
         self._results.add(result)
         self._locks.pop(key_of(result)).close()
 
     def progress(self) -> str:
-        """Return the number of finished runs and of all runs."""
+        """Return `finished/total`, the numbers of finished runs and of all runs."""
         done = sum(self._results.find(run) is not None for run in self._known())
         others = len(self._config.seeds) - 1
         return f"{done}/{sum(len(runs) + others for runs in self._first.values())}"
 
     def table(self) -> list[RunResult]:
-        """Return the results of the table, in the order of the file, when all are complete."""
-        found = [self._results.find(run) for row in self._first for run in self._of_row(row)]
-        return [result for result in found if result is not None]
+        """Return the results in the table, in the order of the file; requires all results."""
+        results = [self._results.find(run) for row in self._first for run in self._of_row(row)]
+        return [result for result in results if result is not None]
 
     def _known(self) -> Iterator[Run]:
-        """Yield the runs in the order of the file; other seeds where the row's rate is known."""
+        """Yield the runs in file order; those of other seeds once the row's rate is known."""
         for row, runs in self._first.items():
             yield from runs
             if all(self._results.find(run) for run in runs):
                 yield from self._of_row(row)[1:]
 
     def _of_row(self, row: str) -> list[Run]:
-        """Return the runs of a row's figures; the results of all rates must exist."""
+        """Return the runs at the best rate of a row; requires the results of all rates."""
         if row not in self._chosen:
-            found = [result for run in self._first[row] if (result := self._results.find(run))]
-            self._chosen[row] = runs_of_row(self._config, self._first[row], found)
+            results = [result for run in self._first[row] if (result := self._results.find(run))]
+            self._chosen[row] = runs_of_row(self._config, self._first[row], results)
         return self._chosen[row]
 
 
 def runs_of_row(
     config: SweepConfig, runs: Sequence[Run], results: Sequence[RunResult]
 ) -> list[Run]:
-    """Return the runs of a row's figures: each seed at the best rate.
+    """Return the runs of a row at its best rate, one per seed.
 
     Args:
-        config: the sweep.
-        runs: of each rate, with the first seed.
-        results: of these runs.
+        config: configuration of the sweep.
+        runs: runs of all rates with the first seed.
+        results: results of these runs.
     """
     rate = best(results)["rate"]
     (winner,) = (run for run in runs if run.rate == rate)

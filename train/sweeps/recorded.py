@@ -17,8 +17,8 @@ class Recorded(NamedTuple):
     """Recorded results for the rows of a sweep.
 
     Attributes:
-        rows: by row, the finished runs at the chosen rate; rows without any are missing.
-        notes: about the source of the results.
+        rows: for each row, the finished runs at the chosen rate; rows without any are omitted.
+        notes: notes on the source of the results.
     """
 
     rows: dict[str, list[RunResult]]
@@ -28,20 +28,20 @@ class Recorded(NamedTuple):
 def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) -> Recorded:
     """Read the results of an earlier, possibly larger sweep for this sweep's rows.
 
-    Rows are matched by name. Only runs with this sweep's rates and seeds count; of these, as in a
-    sweep, the ones at the best rate with the first seed.
+    Rows are matched by name. Only runs with the rates and seeds of this sweep are used. As in a
+    sweep, the runs at the best rate are selected.
 
     Args:
-        path: its `results.jsonl`.
-        config: this sweep.
-        first: by row, this sweep's run of each rate with the first seed.
+        path: `results.jsonl` of the earlier sweep.
+        config: configuration of this sweep.
+        first: for each row, the runs of all rates with the first seed.
 
     Raises:
         UserError: a line is not a result of a run, or the sweep is on text.
         OSError: the file cannot be read.
     """
     if any(isinstance(run.config.data, TextConfig) for runs in first.values() for run in runs):
-        raise UserError(f"--recorded {path}: must not be given where data.task = 'text'")
+        raise UserError(f"--recorded {path}: not supported for data.task = 'text'")
     found = {key_of(result): result for result in read_file(path)}
     for result in found.values():
         lacking = [key for key in NEEDED if key not in result]

@@ -19,13 +19,13 @@ Key = tuple[str, int, float]  # row, seed, rate
 
 
 def read_results(directory: Path) -> list[RunResult]:
-    """Return the results so far; an incomplete last line is left out."""
+    """Return the existing results, without an incomplete last line."""
     path = directory / FILE
     return read_file(path) if path.exists() else []
 
 
 def read_file(path: Path) -> list[RunResult]:
-    """Return the results in a file; a last line without an end is left out.
+    """Return the results in a file, without an incomplete last line.
 
     Raises:
         UserError: a line is not a result.
@@ -36,7 +36,7 @@ def read_file(path: Path) -> list[RunResult]:
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
-            # Results are indexed by these: words and numbers, no lists.
+            # These fields form the key of a result, so they must be hashable.
             hash((key_of(result), result["fingerprint"]))
         except (ValueError, TypeError, KeyError) as error:
             why = " ".join(str(error).split())
@@ -53,7 +53,7 @@ def key_of(result: RunResult) -> Key:
 
 
 def made_with(results: Sequence[RunResult]) -> str:
-    """Return the versions and machines that runs were made with."""
+    """Return a note on the versions and machines of runs."""
     versions = _distinct(results, "versions", " ")
     machines = _distinct(results, "machine", ", ")
     made = f"made with {versions or 'unknown versions'}"
@@ -72,13 +72,13 @@ def _distinct(results: Sequence[RunResult], name: str, between: str) -> str:
 
 
 def without_state(results: Sequence[RunResult]) -> str:
-    """Return an addition to the note on states if a result has none."""
+    """Return a suffix of the note on state bytes if a result has no state bytes."""
     lacking = any(result["state_bytes"] is None for result in results)
     return "; empty where segments cannot stream" if lacking else ""
 
 
 class Results:
-    """The results of a sweep; each is on disk when `add` returns.
+    """The results of a sweep; `add` flushes them to disk.
 
     Several processes may append to one file.
     """
@@ -101,17 +101,17 @@ class Results:
         """Return the result of a run, or None.
 
         Raises:
-            UserError: there is one of another configuration, or tokenizer, under its name.
+            UserError: there is a result of the same name with another configuration or tokenizer.
         """
         row = self._found.get(run.key)
         if row is not None and row["fingerprint"] != run.fingerprint:
             raise UserError(
-                f"{self._path}: holds {run.row} of another config; "
+                f"{self._path}: has {run.row} of another config; "
                 "set another directory, or delete its line and its folder"
             )
         if row is not None and "tokenizer" in row and row["tokenizer"] != run.tokenizer:
             raise UserError(
-                f"{self._path}: holds {run.row} with another tokenizer than data.tokenizer = "
+                f"{self._path}: has {run.row} with another tokenizer than data.tokenizer = "
                 f"{run.config.tokenizer}: restore that file, set another directory, or delete "
                 "its line and its folder"
             )
@@ -121,7 +121,7 @@ class Results:
         """Append a result.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the result cannot be written.
         """
         line = to_json(row).encode()
         with self._path.open("a+b") as file:
@@ -141,10 +141,10 @@ def is_text(result: RunResult) -> bool:
 
 
 def best(results: Sequence[RunResult]) -> RunResult:
-    """Return the result with the chosen rate.
+    """Return the result with the best rate.
 
-    The highest validation accuracy; ties: the lowest loss, then the lowest rate. On text, the
-    fewest bits per byte, then the lowest rate. Failed runs come last.
+    The best rate has the highest validation accuracy; ties: the lowest loss, then the lowest rate.
+    On text, it has the fewest bits per byte; ties: the lowest rate. Failed runs are the worst.
     """
 
     def key(row: RunResult) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""A sweep, from its file to its table; finished runs are not repeated."""
+"""Execution of a sweep: train and test its runs, and write its table and plot."""
 
 import io
 import math
@@ -44,33 +44,33 @@ def sweep(
     plot: Path | None = None,
     recorded: Path | None = None,
 ) -> list[RunResult]:
-    """Train and test the runs of a sweep without a result; print and draw all results.
+    """Train and test the runs of a sweep that have no result, and print and plot all results.
 
-    Every rate is tried with the first seed. The one with the best validation accuracy (ties: the
-    lower loss, then the lower rate) is run with the other seeds. Those runs give the row's figures,
-    from test examples. The results of all rates are saved. On text, the rate
-    with the fewest bits per byte is chosen, and the figures are those of the validation text.
+    Every rate is tried with the first seed. The rate with the best validation accuracy (ties: the
+    lower loss, then the lower rate) is run with the other seeds. The table has the test accuracy of
+    the runs at this rate; the results of all rates are saved. On text, the rate with the fewest
+    bits per byte is chosen, and the table has the bits per byte of the validation text.
 
     Args:
-        path: the sweep's YAML file.
-        console: where progress and the table are printed.
-        jobs: parallel runs; each has its share of the cores.
+        path: YAML file of the sweep.
+        console: receives progress and the table.
+        jobs: number of parallel runs; each has its share of the cores.
         markdown: output file of the table.
         plot: output file of the plot; None = `sweep.png` in the sweep's directory.
         recorded: `results.jsonl` of an earlier sweep; the table shows its accuracy.
 
     Returns:
-        the results of the runs in the table.
+        Results of the runs in the table.
 
     Raises:
-        UserError: the sweep, or a run of it, is not allowed; nothing is trained then.
+        UserError: the configuration of the sweep or a run is invalid; nothing is trained.
         OSError: a file cannot be read or written.
     """
     check_jobs(jobs)
     config = load_sweep(path)
     directory = Path(config.directory)
     first = make_runs(config)
-    then = read_recorded(recorded, config, first) if recorded else None
+    recorded_rows = read_recorded(recorded, config, first) if recorded else None
     devices = max(run.config.run.devices for runs in first.values() for run in runs)
     request(devices)
     results = Results(directory)
@@ -82,8 +82,8 @@ def sweep(
         chosen = plan.table()
     # A file name may not be valid text.
     title = os.fsencode(path.stem).decode(errors="replace")
-    table = make_table(title, chosen, config, recorded=then)
-    short = make_table(title, chosen, config, recorded=then, cells=False)
+    table = make_table(title, chosen, config, recorded=recorded_rows)
+    short = make_table(title, chosen, config, recorded=recorded_rows, cells=False)
     console.print(for_terminal(short))
     for line in table.footer():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -91,18 +91,18 @@ def sweep(
         write_atomic(markdown, to_bytes(table.as_markdown()))
     picture = plot or directory / "sweep.png"
     write_atomic(picture, draw_sweep(title, chosen))
-    console.print(f"results and pictures: {directory}", soft_wrap=True, highlight=False)
+    console.print(f"results and plots: {directory}", soft_wrap=True, highlight=False)
     return chosen
 
 
 def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:
-    """Do the remaining runs of a sweep, and print a line about each.
+    """Execute the remaining runs of a sweep, and print a line about each.
 
     Args:
-        plan: of the runs.
-        jobs: parallel runs.
-        console: output.
-        devices: the maximum over the runs.
+        plan: queue of the runs.
+        jobs: number of parallel runs.
+        console: output console.
+        devices: maximum `run.devices` of the runs.
     """
     waits = False
     message = "interrupted: the same command resumes the sweep"
@@ -115,7 +115,7 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
                     plan.add(result)
                     line = f"{plan.progress()}  {describe(result)}"
                     console.print(line, soft_wrap=True, highlight=False)
-            elif plan.left:
+            elif plan.has_pending:
                 if not waits:
                     console.print(
                         f"waiting for a run of another process: {plan.blocked}",
@@ -130,13 +130,13 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
 
 
 def do(run: Run) -> RunResult:
-    """Train and test one run, from its last checkpoint if it has one.
+    """Train and test one run; resume from its last checkpoint, if any.
 
-    A run that ends with a NaN or an infinity is a result with an `error`.
+    A run that stops at a NaN or an infinity returns a result with an `error`.
     """
     start = time.monotonic()
     config = run.config
-    tokens = longest(run)
+    tokens = max_example_tokens(run)
     result: RunResult = {
         "row": run.row,
         "overrides": run.overrides,
@@ -150,7 +150,7 @@ def do(run: Run) -> RunResult:
         "steps": config.run.steps,
         "fingerprint": run.fingerprint,
         "versions": {name: version(name) for name in PACKAGES},
-        "machine": run_on(),
+        "machine": run_machine(),
     }
     if run.tokenizer is not None:
         result["tokenizer"] = run.tokenizer
@@ -172,14 +172,14 @@ def do(run: Run) -> RunResult:
     }
 
 
-def run_on() -> dict[str, Any]:
-    """Return the machine of a run; a worker has a share of its cores."""
+def run_machine() -> dict[str, Any]:
+    """Return a description of the machine; in a worker, with the cores of the worker."""
     found = machine()
     return {name: found[name] for name in MACHINE} | {"NPROC": os.environ.get("NPROC")}
 
 
-def longest(run: Run) -> int:
-    """Return the tokens of a window of text, or of the longest test example."""
+def max_example_tokens(run: Run) -> int:
+    """Return the number of tokens of a text window or of the longest test example."""
     data = run.config.data
     if isinstance(data, TextConfig):
         return data.max_tokens
@@ -196,7 +196,7 @@ def recall_outcome(run: Run, report: RecallReport) -> RunResult:
 
 
 def describe(result: RunResult) -> str:
-    """Return a line about a run."""
+    """Return a one-line description of a result."""
     name = f"{result['row']} rate={result['rate']:g} seed={result['seed']}"
     if result.get("error"):
         return f"{name}: {result['error']}"

@@ -17,8 +17,8 @@ from mc_core.tree_utils import flatten
 from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
 from train.config.yaml_files import read_yaml, to_plain
 
-# Keys that a sweep sets itself.
-OWN = ("run.seed", "optimizer.learning_rate", "run.directory")
+# Keys set by the sweep, which rows must not set.
+RESERVED_KEYS = ("run.seed", "optimizer.learning_rate", "run.directory")
 Overrides = dict[str, Any]  # dotted key -> value
 
 
@@ -27,13 +27,13 @@ class SweepConfig:
     """A sweep, read from its YAML file.
 
     Attributes:
-        base: the YAML file of a run, relative to the folder of the sweep's file.
-        directory: of all outputs; `runs/<name of the sweep's file>` unless set.
-        vary: mappings of a dotted key to a list of values; each combination of values is a row.
-        rows: further rows, each a mapping of overrides.
-        seeds: of the runs of a row; the first one chooses the rate.
-        rates: learning rates; None = the base's alone.
-        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
+        base: YAML file of a run; the path is relative to the folder of the sweep's file.
+        directory: output directory; default `runs/<name of the sweep's file>`.
+        vary: mapping from dotted keys to lists of values; each combination of values is a row.
+        rows: additional rows, each a mapping of overrides.
+        seeds: random seeds of each row; the rate is chosen with the first one.
+        rates: learning rates; None = that of the base.
+        examples: number of test examples per length and depth; None = default of `mc evaluate`.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -54,25 +54,25 @@ class SweepConfig:
                 if not isinstance(values, list) or not values:
                     raise_config_error("SweepConfig", f"vary.{key}", values, "a list of values")
         for key in itertools.chain(*self.vary, *self.rows):
-            if key in OWN:
+            if key in RESERVED_KEYS:
                 raise_config_error(
-                    "SweepConfig", "vary or rows", key, "no key that seeds, rates, directory set"
+                    "SweepConfig", "vary or rows", key, "no key set by seeds, rates or directory"
                 )
         for name in ("seeds", "rates"):
             values = getattr(self, name)
             if values is not None and not (values and len(set(values)) == len(values)):
                 raise_config_error("SweepConfig", name, list(values), "a list of different values")
-        # The name of a run's folder has six digits of its rate.
+        # The folder name of a run has six digits of its rate.
         if len({f"{rate:g}" for rate in self.rates or ()}) < len(self.rates or ()):
             raise_config_error(
                 "SweepConfig", "rates", list(self.rates or ()), "different in six digits"
             )
 
     def all_rows(self) -> dict[str, Overrides]:
-        """Return the rows' overrides by their names, which are names of folders.
+        """Return the overrides of all rows by row name, which is a valid folder name.
 
         Raises:
-            ValueError: two rows are the same, or there is none.
+            ValueError: two rows are equal, or there is no row.
         """
         rows = [*self.rows]
         for options in self.vary:
@@ -95,11 +95,11 @@ class Run:
 
     Attributes:
         row: name of its row.
-        overrides: of the base.
-        seed: of the run.
-        rate: its learning rate.
-        config: of the run.
-        examples: test examples of each length and depth; None = as `mc evaluate`, or text.
+        overrides: overrides of the base.
+        seed: random seed.
+        rate: learning rate.
+        config: configuration of the run.
+        examples: number of test examples per length and depth; None = default of `mc evaluate`.
     """
 
     row: str
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int, float]:
-        """Key of the run in its directory."""
+        """Key of the run in the results."""
         return self.row, self.seed, self.rate
 
     @property
@@ -129,14 +129,14 @@ class Run:
     @cached_property
     def tokenizer(self) -> str | None:
         """SHA-256 of its tokenizer file; None for bytes and for tasks without text."""
-        # Imports jax; a sweep's worker first needs its cores.
+        # This import loads jax; a worker must set its cores before.
         from train.data.tokenizer_copy import tokenizer_hash
 
         return tokenizer_hash(self.config)
 
 
 def row_name(overrides: Overrides, ambiguous: Collection[str] = ()) -> str:
-    """Return `kind=titans,aggregation=grm`: the keys' last words, whole keys where ambiguous."""
+    """Return a name such as `kind=titans,aggregation=grm`; only ambiguous keys are complete."""
     parts = []
     for key, value in overrides.items():
         word = key.rpartition(".")[2]
@@ -150,10 +150,10 @@ def row_name(overrides: Overrides, ambiguous: Collection[str] = ()) -> str:
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read a sweep's YAML file, strictly.
+    """Read the YAML file of a sweep; unknown keys are errors.
 
     Raises:
-        UserError: the file cannot be read, or a key or value is not allowed; names it.
+        UserError: the file cannot be read, or a key or value is not allowed.
     """
     data = to_plain(read_yaml(path), path)
     if isinstance(data.get("vary"), dict):
@@ -181,12 +181,12 @@ def make_run(
     folder = Path(sweep.directory, row, f"rate={rate:g},seed={seed}")
     config = load_config(sweep.base, [*words, f"run.directory={json.dumps(str(folder))}"])
     if isinstance(config.data, TextConfig) and sweep.examples is not None:
-        raise UserError(f"{sweep.base}: examples = {sweep.examples}: must be left out for text")
+        raise UserError(f"{sweep.base}: examples = {sweep.examples}: not supported for text")
     return Run(row, overrides, seed, rate, config, sweep.examples)
 
 
 def make_runs(sweep: SweepConfig) -> dict[str, list[Run]]:
-    """Return, by row, a run of each rate with the first seed.
+    """Return, for each row, the runs of all rates with the first seed.
 
     Raises:
         UserError: a configuration is not allowed, or the rows have different tasks.

@@ -25,7 +25,7 @@ MEASURE = (
 
 
 def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Return the results of each row, in order."""
+    """Group results by row, in order."""
     rows: dict[str, list[RunResult]] = {}
     for result in results:
         rows.setdefault(result["row"], []).append(result)
@@ -33,7 +33,7 @@ def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def score(results: Sequence[RunResult]) -> dict[str, float]:
-    """Return the accuracy on all test cells of several runs, with its interval."""
+    """Return the accuracy over all test cells of several runs, with its interval."""
     cells = [cell for result in results for cell in result["test"]]
     right, asked = (sum(cell[name] for cell in cells) for name in ("right", "asked"))
     low, high = wilson(int(right), int(asked))
@@ -48,17 +48,19 @@ def make_table(
     recorded: Recorded | None = None,
     cells: bool = True,
 ) -> ResultTable:
-    """Return one line per row: rate, size and accuracy.
+    """Return a table with rate, size and accuracy of each row.
 
-    With `recorded` also the recorded accuracy. With `cells` also the spread over the seeds and each
-    test cell, which makes a wide table. Text has its own `bits_per_byte.make_table`.
+    With `recorded`, the table also has the recorded accuracy; with `cells`, also the range over the
+    seeds and the accuracy of each test cell. For text, see `bits_per_byte.make_table`.
     """
     if any(map(is_text, results)):
         return bits_per_byte.make_table(title, by_row(results), config, cells=cells)
     own = by_row(results)
     flops = flops_column([rows[0] for rows in own.values()])
-    then = {} if recorded is None else recorded.rows
-    rows = [_line(name, own[name], flops.get(name, {}), then.get(name), cells) for name in own]
+    recorded_rows = {} if recorded is None else recorded.rows
+    rows = [
+        _line(name, own[name], flops.get(name, {}), recorded_rows.get(name), cells) for name in own
+    ]
     tokens = max((result["state_tokens"] for result in results), default=0)
     rates = "the base's" if config.rates is None else ", ".join(f"{x:g}" for x in config.rates)
     seeds = ", ".join(map(str, config.seeds))
@@ -82,7 +84,7 @@ def flops_column(results: Sequence[RunResult]) -> dict[str, Row]:
 
 
 def _line(
-    name: str, own: list[RunResult], flops: Row, then: list[RunResult] | None, cells: bool
+    name: str, own: list[RunResult], flops: Row, recorded_rows: list[RunResult] | None, cells: bool
 ) -> Row:
     good = [result for result in own if not result.get("error")]
     row: Row = {
@@ -93,7 +95,7 @@ def _line(
         "state": own[0]["state_bytes"],
         **flops,
         **_figures(good, cells),
-        "recorded %": 100 * score(then)["accuracy"] if then else None,
+        "recorded %": 100 * score(recorded_rows)["accuracy"] if recorded_rows else None,
         "failed": len(own) - len(good) or None,
     }
     for number, cell in enumerate(good[0]["test"] if cells and good else ()):
@@ -105,7 +107,7 @@ def _line(
 
 
 def _figures(good: list[RunResult], cells: bool) -> Row:
-    """Return the accuracy of a row's runs and its spread."""
+    """Return the accuracy of the runs of a row, and its range over the seeds."""
     whole = score(good) if good else {}
     each = [100 * score([result])["accuracy"] for result in good]
     spread = cells and len(each) > 1
@@ -119,7 +121,7 @@ def _figures(good: list[RunResult], cells: bool) -> Row:
 
 
 def for_terminal(report: ResultTable) -> Table:
-    """Return a table for 80 columns; the first column is never truncated."""
+    """Return a table for terminals of 80 columns; the first column is never truncated."""
     made = report.table()
     made.box, made.show_edge, made.pad_edge, made.collapse_padding = SIMPLE, False, False, True
     words = [word for row in report.rows for word in row["row"].split()]

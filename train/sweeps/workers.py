@@ -1,6 +1,6 @@
-"""Parallel runs: in this process, or in workers with their own cores.
+"""Parallel execution of runs, in this process or in worker processes with their own cores.
 
-Nothing here imports jax: a worker restricts its cores before jax counts them.
+This module must not import jax: a worker sets its cores before jax counts them.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ Work = Callable[[Run], RunResult]
 
 
 def check_jobs(jobs: int) -> None:
-    """Refuse more jobs than cores.
+    """Check that there are at least as many cores as jobs.
 
     Raises:
         UserError: `jobs` is less than 1, or more than the cores that this process may use.
@@ -36,18 +36,18 @@ def check_jobs(jobs: int) -> None:
 
 
 def shares(jobs: int) -> list[set[int]]:
-    """Return the cores of each worker: a partition into neighbours."""
-    own = cores()
-    ends = [len(own) * i // jobs for i in range(jobs + 1)]
-    return [set(own[ends[i] : ends[i + 1]]) for i in range(jobs)]
+    """Return the cores of each worker, a partition of all cores into contiguous ranges."""
+    available = cores()
+    ends = [len(available) * i // jobs for i in range(jobs + 1)]
+    return [set(available[ends[i] : ends[i + 1]]) for i in range(jobs)]
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Make XLA compute with one thread, here and in new processes, unless NPROC is set.
+    """Limit XLA to one thread in this process and new processes, unless NPROC is set.
 
-    On a CPU, XLA's rounding depends on its number of threads, by default the process's cores, so
-    results would depend on the number of jobs. Takes effect before jax's first computation.
+    On a CPU, the rounding of XLA depends on its number of threads, so results would depend on the
+    number of jobs. Must be entered before the first computation of jax.
     """
     before = os.environ.get("NPROC")
     os.environ.setdefault("NPROC", "1")
@@ -59,14 +59,14 @@ def one_thread() -> Iterator[None]:
 
 
 class Workers:
-    """Does runs: in this process, or several in child processes.
+    """Executes runs: one at a time in this process, or in parallel in child processes.
 
-    Child processes end when this process leaves the `with` or dies: each waits at a pipe, and only
-    this process holds the other end.
+    Child processes exit when the context exits or this process dies: each reads from a pipe of
+    which only this process has the writing end.
 
     Args:
-        jobs: parallel runs.
-        work: does a run.
+        jobs: number of parallel runs.
+        work: function that executes a run.
         devices: number of CPU devices of JAX in each child process.
     """
 
@@ -76,12 +76,12 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
-            given = context.SimpleQueue()
+            core_shares = context.SimpleQueue()
             for share in shares(jobs):
-                given.put(share)
-            self._end, self._lifeline = context.Pipe(duplex=False)
-            about = (given, self._end, devices)
-            self._pool = ProcessPoolExecutor(jobs, context, _begin, about)
+                core_shares.put(share)
+            self._end, self._parent_end = context.Pipe(duplex=False)
+            arguments = (core_shares, self._end, devices)
+            self._pool = ProcessPoolExecutor(jobs, context, _init_worker, arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -94,9 +94,9 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             if error is not None:
-                self._lifeline.close()
+                self._parent_end.close()
             self._pool.shutdown(cancel_futures=True)
-            self._lifeline.close()
+            self._parent_end.close()
             self._end.close()
 
     @property
@@ -105,17 +105,17 @@ class Workers:
         return len(self._running)
 
     def start(self, run: Run) -> None:
-        """Start a run; with one job, do it."""
+        """Start a run; with one job, execute it."""
         if self._pool is None:
             future: Future[RunResult] = Future()
             future.set_result(self._work(run))
         else:
             with _no_interrupt():
-                future = self._pool.submit(_do, self._work, run)
+                future = self._pool.submit(_execute, self._work, run)
         self._running[future] = run
 
     def results(self) -> Iterator[RunResult]:
-        """Wait for a run, yield the finished results, and raise errors.
+        """Wait until a run finishes, yield all finished results, and raise errors.
 
         Raises:
             UserError: a run failed, or a worker died.
@@ -132,7 +132,7 @@ class Workers:
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
                     f"jobs = {self._jobs}: a worker died, perhaps out of memory: "
-                    "the same command resumes, if necessary with fewer jobs"
+                    "run the same command to resume, if necessary with fewer jobs"
                 )
             if error is not None:
                 raise error
@@ -143,29 +143,29 @@ def _no_interrupt() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM; processes started meanwhile ignore Ctrl-C."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     handlers: dict[int, Callable[..., Any]] = {}
-    held: list[tuple[Any, ...]] = []
-    # A library's thread that does not block the signal may still deliver it to this process.
+    delayed: list[tuple[Any, ...]] = []
+    # The signal may still be delivered to a thread that does not block it.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if callable(handler := signal.getsignal(number)):
                 handlers[number] = handler
-                signal.signal(number, lambda *interrupt: held.append(interrupt))
+                signal.signal(number, lambda *interrupt: delayed.append(interrupt))
     try:
         yield
     finally:
         for caught, handler in handlers.items():
             signal.signal(caught, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if held:
-            handlers[held[0][0]](*held[0])
+        if delayed:
+            handlers[delayed[0][0]](*delayed[0])
 
 
-def _begin(given: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
-    """Set up a worker: cores, devices, and exit with its parent."""
-    share = given.get()
+def _init_worker(core_shares: "SimpleQueue[set[int]]", end: Connection, devices: int) -> None:
+    """Initialize a worker process: its cores and devices, and exit when its parent exits."""
+    share = core_shares.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
-    # On a GPU the first worker would otherwise take all memory.
+    # Otherwise the first worker preallocates all memory of a GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
     import_from_environment()
@@ -182,12 +182,12 @@ def _end_with_parent(end: Connection) -> None:
         os._exit(1)
 
 
-def _do(work: Work, run: Run) -> RunResult:
+def _execute(work: Work, run: Run) -> RunResult:
     try:
         return work(run)
     except (UserError, OSError):
         raise
     except Exception as error:
         raise UserError(
-            f"{run.name}: {type(error).__name__}: {error}: --jobs 1 shows where"
+            f"{run.name}: {type(error).__name__}: {error}: use --jobs 1 for a traceback"
         ) from error

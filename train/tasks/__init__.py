@@ -1,1 +1,1 @@
-"""Recall tasks as training data: sequences that contain the answers."""
+"""Training tasks: text and recall."""

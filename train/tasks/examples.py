@@ -1,4 +1,4 @@
-"""Examples of recall tasks, and batches with a checkpointable position."""
+"""Examples of recall tasks, and batches with checkpointable iterators."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, SupportsIndex
@@ -12,11 +12,11 @@ SPLITS = ("train", "validation", "test")
 
 
 class Example(NamedTuple):
-    """A sequence and its queries; a batch has leading axes."""
+    """A sequence with its queries; batches have leading axes."""
 
     tokens: np.ndarray  # int32 [t]
     places: np.ndarray  # int32 [p]: positions of the queries
-    labels: np.ndarray  # int32 [p]: the right next tokens
+    labels: np.ndarray  # int32 [p]: correct next tokens
     weights: np.ndarray  # float32 [p]: 1, or 0 where a row has fewer than p answers
     origins: np.ndarray  # int32 [p]: position of the value in the sequence
 
@@ -25,7 +25,7 @@ Draw = Callable[[str, int], Example]  # (split, index) -> an example
 
 
 def generator(seed: int, split: str, *index: int) -> np.random.Generator:
-    """Return the random generator of one example, independent of all others."""
+    """Return the random generator of one example, independent of other examples."""
     return np.random.default_rng((seed, SPLITS.index(split), *index))
 
 
@@ -34,10 +34,10 @@ def stack(examples: Sequence[Example]) -> Example:
     return Example(*(np.stack(field) for field in zip(*examples, strict=True)))
 
 
-def widen(draw: Draw, slots: int) -> Draw:
-    """Return a function that draws the same examples, with `slots` answers.
+def pad_answers(draw: Draw, slots: int) -> Draw:
+    """Return a function that draws the same examples, padded to `slots` answers.
 
-    Padding has weight 0. Batches of one length then share a shape and a compilation.
+    Padding has weight 0. All batches of one length then share one compilation.
     """
 
     def wide(split: str, index: int) -> Example:
@@ -48,7 +48,7 @@ def widen(draw: Draw, slots: int) -> Draw:
 
 
 class Examples(grain.sources.RandomAccessDataSource):
-    """The training examples of one length; each is drawn on access."""
+    """Training examples of one length, drawn on access."""
 
     def __init__(self, draw: Draw, count: int):
         self._draw = draw
@@ -62,15 +62,15 @@ class Examples(grain.sources.RandomAccessDataSource):
 
 
 def make_batches(draws: Sequence[Draw], count: int, run: RunConfig) -> grain.DatasetIterator:
-    """Iterate without end over batches [accumulation, batch_size, ...]; lengths alternate.
+    """Return an infinite iterator over batches [accumulation, batch_size, ...]; lengths alternate.
 
     Every epoch visits the `count` examples of a length once, in a new order that depends
     on the seed. Grain's checkpoint handler saves and restores the position.
 
     Args:
-        draws: one function per length that draws an example.
-        count: distinct examples per length.
-        run: batch size, accumulation and seed.
+        draws: for each length, a function that draws an example.
+        count: number of distinct examples per length.
+        run: configuration with batch size, accumulation and seed.
     """
     rows = run.accumulation * run.batch_size
 

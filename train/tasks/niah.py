@@ -1,14 +1,14 @@
-"""A needle in a haystack: S-NIAH of RULER (arXiv:2404.06654), with its own wording.
+"""Needle in a haystack: S-NIAH of RULER (arXiv:2404.06654), with different wording.
 
-Somewhere in a long text stands one sentence that says a value; the text ends with the question for
-it, and the value. With noise and a number, at the second of five depths:
+A long text (the haystack) contains one sentence with a value (the needle). It ends with a question
+for the value, and the answer. Example of noise and a number, at the second of five depths:
 
     The river is slow. A door is open. One of the special magic numbers for quiet-harbor is:
     4720851. Nobody is in a hurry. ... The clock has stopped.
     What is the special magic number for quiet-harbor? It is: 4720851
 
-Only the last 4720851 is asked for. Pieces are encoded one by one, so that lengths and depths are
-exact in tokens, with any tokenizer.
+Only the tokens of the last 4720851 are predicted. Haystack, needle, question and answer are encoded
+separately, so that lengths and depths are exact in tokens for any tokenizer.
 """
 
 import hashlib
@@ -45,12 +45,12 @@ SECOND = (  # noqa: SIM905
 ).split()
 TYPES = {"number": "number", "uuid": "UUID"}
 SENTENCE_END = re.compile(rb"[.!?]\s+|\n\s*")
-ESSAY_BYTES = 2**22  # limit of a corpus; tokenization takes seconds
+ESSAY_BYTES = 2**22  # maximum size of a corpus, to limit the tokenization time
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text as tokens.
+    """Tokenized haystack text.
 
     Attributes:
         tokens: int32 [n].
@@ -61,9 +61,9 @@ class Haystack:
     starts: np.ndarray
 
     def cut(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return `length` tokens from a random sentence on, and the starts of sentences.
+        """Return `length` tokens from the start of a random sentence, and the starts of sentences.
 
-        A short text is repeated. Both ends of the result count as starts.
+        Short texts are repeated. The start and the end of the result count as sentence starts.
         """
         start = int(rng.choice(self.starts))
         size = len(self.tokens)
@@ -79,9 +79,9 @@ class Needles:
     """Draws examples from the haystacks of training and held-out text.
 
     Args:
-        config: the task.
-        vocab_size: of the model.
-        seed: of all draws.
+        config: configuration of the task.
+        vocab_size: vocabulary size of the model.
+        seed: random seed of all examples.
 
     Raises:
         UserError: the corpus or the tokenizer cannot be used, or a length is too short.
@@ -97,15 +97,15 @@ class Needles:
         self.fingerprint = "-".join(hashlib.sha256(x.tobytes()).hexdigest() for x in parts)
 
     def draw(self, length: int, depth: int | None = None) -> Draw:
-        """Return the function from split and index to an example of `length` tokens.
+        """Return a function that maps a split and an index to an example of `length` tokens.
 
         Args:
-            length: tokens, with the answer's but for the last one, which nothing follows.
-            depth: of the needle, 0 to `depths` - 1; None draws it.
+            length: number of input tokens; includes the answer without its last token.
+            depth: depth of the needle, 0 to `depths` - 1; None: random.
 
         Raises:
             UserError: the length is too short for needle, question and answer, or the tokenizer
-                has no tokens for the answer.
+                cannot encode the answer.
         """
         config = self._config
         first, second = (max(words, key=len) for words in (FIRST, SECOND))
@@ -128,7 +128,7 @@ class Needles:
             target = size * at / max(config.depths - 1, 1)
             origin = int(starts[np.abs(starts - target).argmin()])
             whole = np.concatenate([hay[:origin], needle, hay[origin:], question, answer])
-            return _ask(whole, len(answer), origin, slots)
+            return _make_example(whole, len(answer), origin, slots)
 
         return example
 
@@ -147,7 +147,7 @@ class Needles:
 
 
 def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haystack]:
-    """Return the haystacks of training and held-out examples; noise is shared.
+    """Return the haystacks of training and of held-out examples; both are equal for noise.
 
     Raises:
         UserError: the corpus or the tokenizer cannot be used.
@@ -160,16 +160,18 @@ def load_haystacks(config: NIAHConfig, encode: Encode) -> tuple[Haystack, Haysta
             )
         return noise, noise
     sides = split(distinct(read_documents(config.corpus)), config.validation_fraction, 0)
-    made = []
+    haystacks = []
     for side in sides:
         text = clip(b"\n".join(side), ESSAY_BYTES)
         borders = [0, *(found.end() for found in SENTENCE_END.finditer(text)), len(text)]
         sentences = [text[begin:end] for begin, end in pairwise(borders)]
-        made.append(make_haystack(sentences, encode))
-        if not len(made[-1].tokens):
+        haystacks.append(make_haystack(sentences, encode))
+        if not len(haystacks[-1].tokens):
             names = ", ".join(config.corpus)
-            raise UserError(f"data.corpus = {names}: too little text for haystacks: give more")
-    return made[0], made[1]
+            raise UserError(
+                f"data.corpus = {names}: too little text for haystacks: use a larger corpus"
+            )
+    return haystacks[0], haystacks[1]
 
 
 def make_haystack(sentences: list[bytes], encode: Encode) -> Haystack:
@@ -181,10 +183,10 @@ def make_haystack(sentences: list[bytes], encode: Encode) -> Haystack:
 
 
 def _haystack_size(length: int, pieces: list[np.ndarray]) -> int:
-    """Return the length of the haystack.
+    """Return the number of haystack tokens in an example of `length` tokens.
 
     Raises:
-        UserError: there are none.
+        UserError: the length is too short.
     """
     # The answer's last token is only a label.
     needed = sum(map(len, pieces)) - 1
@@ -195,8 +197,11 @@ def _haystack_size(length: int, pieces: list[np.ndarray]) -> int:
     return length - needed
 
 
-def _ask(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
-    """Make an example: predict the last `asked` tokens of `whole` [t + 1], in `slots` answers."""
+def _make_example(whole: np.ndarray, asked: int, origin: int, slots: int) -> Example:
+    """Return an example that predicts the last `asked` tokens of `whole` [t + 1].
+
+    Answers are padded to `slots`.
+    """
     places = np.zeros(slots, np.int32)
     labels, weights = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
     places[:asked] = np.arange(len(whole) - asked, len(whole)) - 1

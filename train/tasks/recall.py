@@ -27,11 +27,11 @@ from train.tasks.niah import Needles
 
 @dataclass(frozen=True)
 class RecallReport:
-    """Result of a run; plain values, saved as JSON in its directory.
+    """Result of a recall run, saved as JSON in the run directory.
 
-    A query is right if its most likely token is the value; a needle is right if greedy decoding
-    gives all of its tokens. A score has accuracy, low and high (Wilson,
-    95%), right, asked, and loss in nats per answer token.
+    A query is correct if the most likely token is the value; a needle is correct if greedy decoding
+    returns all of its tokens. A score has the keys accuracy, low and high (Wilson's 95% interval),
+    right, asked, and loss in nats per answer token.
     """
 
     task: str
@@ -39,14 +39,14 @@ class RecallReport:
     model: str  # memory and aggregation
     parameters: int
     steps: int
-    tokens: int  # trained on, repetitions counted
-    seconds: float  # of training, compilation included
-    score: dict[str, float]  # on all validation examples
-    lengths: list[dict[str, float]]  # tokens, pairs (mqar), and the score, of each length
+    tokens: int  # training tokens, including repetitions
+    seconds: float  # training time, including compilation
+    score: dict[str, float]  # score of all validation examples
+    lengths: list[dict[str, float]]  # for each length: tokens, pairs (mqar) and the score
 
 
 class RecallTask:
-    """Recall from the sequence; see `Task`."""
+    """Recall task; see `Task`."""
 
     notes: Sequence[str] = ()
 
@@ -66,14 +66,14 @@ class RecallTask:
 
     @staticmethod
     def load_report(directory: Path) -> RecallReport | None:
-        """Return the report of a run that has ended, or None."""
+        """Return the report of a finished run, or None."""
         path = directory / FILE
         if not path.is_file():
             return None
         try:
             return RecallReport(**json.loads(path.read_text()))
         except (TypeError, ValueError):
-            return None  # another program's report
+            return None  # report of another program or version
 
     @staticmethod
     def print_report(console: Console, directory: Path, report: RecallReport) -> None:
@@ -114,7 +114,7 @@ class RecallScoring:
         self._answer = make_answer(graphdef, config.run.batch_size)
 
     def scores(self, state: TrainState) -> tuple[Score, list[Score]]:
-        """Return the score of all validation examples, and that of each length."""
+        """Return the score of all validation examples, and the score of each length."""
         data = self._config.data
         assert isinstance(data, MQARConfig | NIAHConfig)
         count, whole = data.validation_examples, data.task == "niah"
@@ -158,7 +158,7 @@ class RecallScoring:
 
 
 def prepare(config: TrainConfig) -> tuple[list[dict[str, int]], Sequence[Draw], str]:
-    """Return the lengths, the function that draws an example of each, and a fingerprint.
+    """Return the lengths, a function for each that draws examples, and a fingerprint.
 
     Raises:
         UserError: a length or the haystack's text cannot be used.

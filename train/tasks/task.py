@@ -16,23 +16,23 @@ from train.tasks.text import TextTask
 
 
 class Scoring(Protocol):
-    """Scores states of one model on held-out data."""
+    """Evaluates training states of one model on held-out data."""
 
     def row(self, state: TrainState) -> dict[str, float]:
-        """Return the metrics of a validation during training."""
+        """Return validation metrics during training."""
 
     def report(self, state: TrainState, step: int, seconds: float) -> Any:
         """Return the report of the state after `step` steps and `seconds` of training."""
 
     def finish(self, directory: Path, state: TrainState, report: Any) -> Any:
-        """Write the report and the pictures of a run that has ended; return the report."""
+        """Write the report and the plots of a finished run; return the report."""
 
 
 class Task(Protocol):
     """The data of a run.
 
     Attributes:
-        fingerprint: changes when the data does.
+        fingerprint: hash of the data.
     """
 
     fingerprint: str
@@ -42,13 +42,13 @@ class Task(Protocol):
         """Return notes on the data, printed at the start of a run."""
 
     def batches(self) -> grain.DatasetIterator:
-        """Iterate without end over [accumulation, batch_size, ...]; grain saves the position."""
+        """Return an infinite iterator over batches [accumulation, batch_size, ...]."""
 
     def scoring(self, graphdef: nnx.GraphDef) -> Scoring:
         """Return the scoring of a model's states."""
 
     def load_report(self, directory: Path) -> Any:
-        """Return the report of a run that has ended, or None."""
+        """Return the report of a finished run, or None."""
 
     def print_report(self, console: Console, directory: Path, report: Any) -> None:
         """Print a report."""
@@ -58,7 +58,7 @@ def load_task(config: TrainConfig) -> Task:
     """Read or prepare the data of a run.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: the data cannot be used.
     """
     check_readable(config)
     return TextTask(config) if isinstance(config.data, TextConfig) else RecallTask(config)

@@ -29,7 +29,7 @@ from train.step import TrainState
 
 
 class TextTask:
-    """Predict every token of a text; see `Task`."""
+    """Next-token prediction; see `Task`."""
 
     load_report = staticmethod(load_report)
     print_report = staticmethod(print_report)
@@ -66,12 +66,12 @@ class TextScoring:
         self._validate = make_validation(graphdef, config, corpus)
 
     def row(self, state: TrainState) -> dict[str, float]:
-        """Return the bits per byte of the text's first `run.validate_bytes`."""
+        """Return the bits per byte of the first `run.validate_bytes` of the text."""
         found = self._validate(state.params, state.rest, self._config.run.validate_bytes)
         return {"validation_bits_per_byte": found.bits_per_byte}
 
     def report(self, state: TrainState, step: int, seconds: float) -> TextReport:
-        """Score the whole validation text, with references."""
+        """Score the whole validation text and the reference methods."""
         config, corpus = self._config, self._corpus
         run = config.run
         found = self._validate(state.params, state.rest, len(corpus.validation))
@@ -112,7 +112,7 @@ class TextScoring:
 def draw_gates(
     directory: Path, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef, state: TrainState
 ) -> None:
-    """Draw `router.png` for the first window of the validation text, if a block has a memory."""
+    """Plot the gates of the first validation window as `router.png`, if a block has a memory."""
     layer = config.model.layer
     if layer not in config.model.block_layers:
         return

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from mc_core.checks import raise_config_error
 from mc_core.pretrained import Config, describe, read_description
-from mc_core.weights import Leaf, check_leaves
+from mc_core.weights import ArraySpec, check_leaves
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def to_field_names(tensors: Mapping[str, T], fields: Mapping[str, Any]) -> dict[
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def check_tensors(actual: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> None:
+def check_tensors(actual: Mapping[str, ArraySpec], expected: Mapping[str, ArraySpec]) -> None:
     """Check a file's tensors against those of a new cache with the same batch and capacity.
 
     A cache returned by a full pass may have more slots. Floating-point dtypes may differ.
@@ -68,7 +68,7 @@ def check_tensors(actual: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> N
     check_leaves(actual, allowed, "tensors")
 
 
-def _allow(expected: Leaf, name: str, actual: Mapping[str, Leaf]) -> Leaf:
+def _allow(expected: ArraySpec, name: str, actual: Mapping[str, ArraySpec]) -> ArraySpec:
     """Return the expected shape and dtype, with the file's number of slots and precision."""
     if name not in actual:
         return expected
@@ -76,7 +76,9 @@ def _allow(expected: Leaf, name: str, actual: Mapping[str, Leaf]) -> Leaf:
     length = f"{name.split('stored.')[0]}stored.length"
     if "stored." in name and length in actual:
         shape = (shape[0], *actual[length].shape[1:2], *shape[2:])
-    return Leaf(shape, dtype if "float" in dtype and "float" in expected.dtype else expected.dtype)
+    return ArraySpec(
+        shape, dtype if "float" in dtype and "float" in expected.dtype else expected.dtype
+    )
 
 
 def is_offloaded(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mc_core.checks import check_keys
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
-from mc_core.weights import Leaf
+from mc_core.weights import ArraySpec
 
 VERSION = 1  # version of parameter names, layouts and the description
 KEY = "memory_caching"  # key of the metadata entry
@@ -89,7 +89,7 @@ def from_metadata(metadata: Mapping[str, str] | None, kind: Any) -> Any:
     return read_description(json.loads(dict(metadata or {})[KEY]), kind)
 
 
-def one_dtype(leaves: Mapping[str, Leaf]) -> str:
+def one_dtype(leaves: Mapping[str, ArraySpec]) -> str:
     """Return the common dtype of all parameters.
 
     Raises:

@@ -90,7 +90,7 @@ def by_torch_name() -> dict[str, ParameterNames]:
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-class Leaf(NamedTuple):
+class ArraySpec(NamedTuple):
     """Shape and dtype of an array."""
 
     shape: tuple[int, ...]
@@ -100,10 +100,10 @@ class Leaf(NamedTuple):
         return f"{self.dtype}{list(self.shape)}"
 
 
-def leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
+def leaves(arrays: Mapping[str, Any]) -> dict[str, ArraySpec]:
     """Return shape and dtype of NumPy, JAX or PyTorch arrays."""
     return {
-        name: Leaf(tuple(array.shape), str(array.dtype).removeprefix("torch."))
+        name: ArraySpec(tuple(array.shape), str(array.dtype).removeprefix("torch."))
         for name, array in arrays.items()
     }
 
@@ -132,7 +132,7 @@ def to_jax(flat: Mapping[str, np.ndarray]) -> Flat:
 
 
 def check_leaves(
-    actual: Mapping[str, Leaf], expected: Mapping[str, Leaf], what: str = "weights"
+    actual: Mapping[str, ArraySpec], expected: Mapping[str, ArraySpec], what: str = "weights"
 ) -> None:
     """Check names, shapes and dtypes of arrays against the expected ones.
 

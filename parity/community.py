@@ -19,10 +19,10 @@ from mc_core import DLAConfig, MCConfig, MemoryConfig, MLPConfig, SWLAConfig, Ti
 from mc_core.checks import check_keys, raise_config_error
 from mc_core.prefixes import strip_prefixes
 from mc_core.pretrained import one_dtype
-from mc_core.weights import Flat, Leaf, check_leaves, leaves
+from mc_core.weights import ArraySpec, Flat, check_leaves, leaves
 from mc_torch import MemoryCachingLayer
 from parity.convert import TOLERANCE, relative_rms
-from parity.files import Config, Format, Weights
+from parity.files import Config, Format, ModuleWeights
 from parity.weights import load_torch, to_numpy
 
 PACKAGE = "memory-caching 0.1.0"
@@ -99,7 +99,7 @@ def from_community(
     ours = map_config(fields)
     given = leaves(state_dict)
     dtype = one_dtype(given) if given else "float32"
-    square = Leaf((ours.d_model, ours.d_model), dtype)
+    square = ArraySpec((ours.d_model, ours.d_model), dtype)
     check_leaves(given, dict.fromkeys(PARAMETERS, square))
     flat = {PARAMETERS[name]: to_numpy(tensor) for name, tensor in state_dict.items()}
     if not ours.gated or ours.use_q_as_u:
@@ -185,7 +185,7 @@ def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> F
             )
     given = {f"initial.{layer}": tensor for layer, tensor in enumerate(initial)}
     wanted = {
-        f"initial.{layer}": Leaf((h, dims[layer + 1], dims[layer]), dtype)
+        f"initial.{layer}": ArraySpec((h, dims[layer + 1], dims[layer]), dtype)
         for layer in range(len(dims) - 1)
     }
     check_leaves(leaves(given), wanted)
@@ -205,7 +205,7 @@ def community_format(report: Callable[[str], object]) -> Format:
         report: called with a message about the difference of the outputs.
     """
 
-    def read(path: Path) -> Weights:
+    def read(path: Path) -> ModuleWeights:
         try:
             fields, state_dict = _load(path)
             config, flat = from_community(fields, state_dict)
@@ -215,7 +215,7 @@ def community_format(report: Callable[[str], object]) -> Format:
             raise ValueError(f"{path}: {error}") from error
         if find_spec("memory_caching") is None:
             report(f"{PACKAGE} is not installed: outputs were not compared")
-            return Weights(config, flat, "torch")
+            return ModuleWeights(config, flat, "torch")
         distance = relative_rms(_ours(config, flat), _theirs(fields, state_dict))
         if not distance < TOLERANCE:
             raise ValueError(
@@ -223,7 +223,7 @@ def community_format(report: Callable[[str], object]) -> Format:
                 f"(relative RMS, float64), allowed is {TOLERANCE:.0e}"
             )
         report(f"outputs of {PACKAGE} differ by {distance:.1e}")
-        return Weights(config, flat, "torch")
+        return ModuleWeights(config, flat, "torch")
 
     return Format("community", "torch", read, _write)
 

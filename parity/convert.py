@@ -17,9 +17,9 @@ import mc_jax
 import mc_torch
 from mc_core.config import MCConfig, ModelConfig
 from mc_core.pretrained import one_dtype
-from mc_core.weights import Flat, Leaf, check_leaves, leaves
+from mc_core.weights import ArraySpec, Flat, check_leaves, leaves
 from parity.environment import quick_compile
-from parity.files import Config, Format, Weights
+from parity.files import Config, Format, ModuleWeights
 from parity.weights import jax_weights, load_jax, load_torch, torch_weights
 
 TOLERANCE = 1e-9  # relative RMS, float64
@@ -95,7 +95,7 @@ def convert(
     return Proof(len(given.flat), dtype, distance)
 
 
-def outputs(config: Config, weights: Weights, framework: str) -> np.ndarray:
+def outputs(config: Config, weights: ModuleWeights, framework: str) -> np.ndarray:
     """Return the outputs of a module on a fixed batch, computed in float64 on the CPU.
 
     Args:
@@ -173,7 +173,7 @@ def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray
         return module(torch.from_numpy(inputs)).numpy()
 
 
-def _widened(flat: Flat, wanted: dict[str, Leaf]) -> Flat:
+def _widened(flat: Flat, wanted: dict[str, ArraySpec]) -> Flat:
     """Convert to float64; error messages refer to the original parameters."""
     dtype = one_dtype(leaves(flat))
     check_leaves(leaves(flat), {name: leaf._replace(dtype=dtype) for name, leaf in wanted.items()})
@@ -208,7 +208,9 @@ def _values(data: dict[str, Any], path: str = "") -> dict[str, Any]:
     return values
 
 
-def _check_equal(target: Path, given: Weights, written: Weights, config: Config) -> None:
+def _check_equal(
+    target: Path, given: ModuleWeights, written: ModuleWeights, config: Config
+) -> None:
     left, right = given.in_layout("torch"), written.in_layout("torch")
     wrong = [
         name

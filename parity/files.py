@@ -17,7 +17,7 @@ from parity.weights import to_numpy, to_tensor
 Config = MCConfig | ModelConfig
 
 
-class Weights(NamedTuple):
+class ModuleWeights(NamedTuple):
     """The parameters of a module, in the layout of one framework."""
 
     config: Config | None  # None: not in the file
@@ -40,14 +40,14 @@ class Format(NamedTuple):
 
     name: str
     framework: str  # layout of the weights, "jax" or "torch"
-    read: Callable[[Path], Weights]
+    read: Callable[[Path], ModuleWeights]
     write: Callable[[Path, Config, Flat], None]  # expects weights in `layout`
 
 
-def read_safetensors(path: Path) -> Weights:
+def read_safetensors(path: Path) -> ModuleWeights:
     """Read a file of `write_safetensors`."""
     config, flat = read_file(path, Config)
-    return Weights(config, flat, "torch")
+    return ModuleWeights(config, flat, "torch")
 
 
 def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | None = None) -> None:
@@ -61,7 +61,7 @@ def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | N
     _sync(path)
 
 
-def read_state_dict(path: Path) -> Weights:
+def read_state_dict(path: Path) -> ModuleWeights:
     """Read a file of `write_state_dict`, or a `state_dict` without configuration.
 
     The latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are
@@ -78,7 +78,9 @@ def read_state_dict(path: Path) -> Weights:
         raise
     except Exception as error:  # torch.load raises nothing narrower
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-    return Weights(config, {name: to_numpy(tensor) for name, tensor in tensors.items()}, "torch")
+    return ModuleWeights(
+        config, {name: to_numpy(tensor) for name, tensor in tensors.items()}, "torch"
+    )
 
 
 def write_state_dict(path: Path, config: Config, flat: Flat) -> None:

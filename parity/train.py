@@ -41,7 +41,7 @@ MakeOptimizer = Callable[[OptimizerConfig, int], optax.GradientTransformation]
 
 
 @dataclass(frozen=True)
-class Step:
+class StepComparison:
     """One optimiser step in both frameworks."""
 
     number: int  # from 1
@@ -65,7 +65,7 @@ class Step:
 class Training:
     """Result of both training runs, and the differences of the final parameters."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[StepComparison, ...]
     parameters: tuple[Difference, ...]
 
     @property
@@ -106,7 +106,7 @@ def train(
     right, theirs = _train_torch(case, weights, optimizer, rates, batches)
     rows = enumerate(zip(left, right, strict=True), 1)
     return Training(
-        tuple(Step(number, (a[0], b[0]), (a[1], b[1])) for number, (a, b) in rows),
+        tuple(StepComparison(number, (a[0], b[0]), (a[1], b[1])) for number, (a, b) in rows),
         tuple(
             difference(name, Leaf(theirs[name], "float64"), Leaf(ours[name], "float64"), TOLERANCE)
             for name in ours
@@ -195,7 +195,7 @@ def _decays(name: str, param: torch.Tensor) -> bool:
     return jax_name.rpartition(".")[2] in DECAYED and value.ndim >= 2
 
 
-def table(steps: tuple[Step, ...]) -> Table:
+def table(steps: tuple[StepComparison, ...]) -> Table:
     """Return the table of all steps."""
     made = Table(
         "step", "loss, jax", "loss, torch", "apart", "gradient norm, jax", "torch", "apart"

@@ -14,7 +14,7 @@ from mc_core.pretrained import read_tokenizer
 from mc_core.weights import Flat
 from parity import convert as between
 from parity.community import community_format
-from parity.files import SAFETENSORS, STATE_DICT, Config, Format, Weights, write_safetensors
+from parity.files import SAFETENSORS, STATE_DICT, Config, Format, ModuleWeights, write_safetensors
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run, run_tokenizer
 from train.config import TrainConfig, to_dict
@@ -109,10 +109,10 @@ def run_format(config: TrainConfig | None) -> Format:
     return Format("run", "jax", read_run, write)
 
 
-def read_run(path: Path) -> Weights:
+def read_run(path: Path) -> ModuleWeights:
     """Return the parameters of a run's last checkpoint."""
     config, model, *_ = load_run(path, needs_text=False)
-    return Weights(config.model, jax_weights(model), "jax")
+    return ModuleWeights(config.model, jax_weights(model), "jax")
 
 
 def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from tools.mutants.__main__ import make_table
-from tools.mutants.runner import OWN_TEST, Outcome, run_tests
+from tools.mutants.runner import OWN_TEST, MutantOutcome, run_tests
 from tools.mutants.table import ROOT, Mutant, choose, find_test_file, join, load_mutants
 
 MUTANTS = load_mutants()
@@ -87,7 +87,10 @@ def test_missing_test_file_is_not_a_failure(tmp_path):
 
 def test_table_counts_caught_mutants():
     mutants = [Mutant(name, "f", "a.py", "x", "y", {}) for name in ("one", "two")]
-    outcomes = {"one": Outcome("caught", "t.py::test[a|b]", 1.0), "two": Outcome("survived", "", 2)}
+    outcomes = {
+        "one": MutantOutcome("caught", "t.py::test[a|b]", 1.0),
+        "two": MutantOutcome("survived", "", 2),
+    }
     lines = make_table(mutants, outcomes, 3.0).splitlines()
     assert lines[2] == "| one | a.py | f | caught | t.py::test[a b] | 1 |"
     assert lines[-1] == "1 of 2 mutants caught, 3 s."

@@ -21,7 +21,7 @@ from helpers.weight_cases import ALL, LAYERS, MODELS, draw, same_bits, torch_mod
 from mc_core import MCConfig, weights
 from mc_core.pretrained import to_metadata
 from parity.convert import TOLERANCE, convert, fixed_batch, outputs, relative_rms, shortened
-from parity.files import SAFETENSORS, STATE_DICT, Weights
+from parity.files import SAFETENSORS, STATE_DICT, ModuleWeights
 from parity.weights import jax_weights, load_torch, torch_weights
 from train.config import load_config
 from train.convert import read_run, run_format, write_run
@@ -92,7 +92,7 @@ def test_files_follow_the_umask(saved):
 
 @pytest.mark.parametrize("name", [*sorted(LAYERS.keys() - {"titans"}), "free"])
 def test_frameworks_agree_on_fixed_batch(name):
-    given = Weights(ALL[name], draw(ALL[name]), "torch")
+    given = ModuleWeights(ALL[name], draw(ALL[name]), "torch")
     ours, theirs = (outputs(ALL[name], given, framework) for framework in ("jax", "torch"))
     assert relative_rms(ours, theirs) < TOLERANCE / 10
 
@@ -358,5 +358,5 @@ def test_convert_command_names_missing_framework(run, tmp_path):
 
 def test_verification_with_other_lengths():
     long, short = MCConfig(8, 2), MCConfig(8, 2, segment_size=16, chunk_size=8)
-    given = Weights(long, draw(long), "torch")
+    given = ModuleWeights(long, draw(long), "torch")
     assert (outputs(long, given, "torch") == outputs(short, given, "torch")).all()

@@ -31,7 +31,7 @@ UNTUNED = "--xla_gpu_autotune_level=0"
 
 
 @dataclass(frozen=True)
-class Step:
+class ReportStep:
     """One `mc` command of the report.
 
     Attributes:
@@ -52,8 +52,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Outcome of a step: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
+class StepOutcome:
+    """StepOutcome of a step: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
 
     status: str
     seconds: float
@@ -80,12 +80,12 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0 if all(found.status == "done" for found in outcomes.values()) else 1
 
 
-def load_steps() -> list[Step]:
+def load_steps() -> list[ReportStep]:
     """Return the steps of `steps.yaml` in their order."""
-    return [Step(**values) for values in OmegaConf.to_container(OmegaConf.load(STEPS))]  # type: ignore[union-attr, arg-type]
+    return [ReportStep(**values) for values in OmegaConf.to_container(OmegaConf.load(STEPS))]  # type: ignore[union-attr, arg-type]
 
 
-def write_report(out: Path, steps: Iterable[Step], outcomes: dict[str, Outcome]) -> None:
+def write_report(out: Path, steps: Iterable[ReportStep], outcomes: dict[str, StepOutcome]) -> None:
     """Write the results so far as `report.json` and `report.md`.
 
     Args:
@@ -122,13 +122,15 @@ def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"cases": cases}
 
 
-def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict[str, Outcome]:
+def _run(
+    steps: Sequence[ReportStep], options: argparse.Namespace, end: float
+) -> dict[str, StepOutcome]:
     """Run steps in parallel, and wait for all of them."""
     running, outcomes = {}, {}
     for step in steps:
         limit = min(step.limit, end - time.monotonic())
         if limit < options.least:
-            outcomes[step.name] = Outcome("left out", 0.0)
+            outcomes[step.name] = StepOutcome("left out", 0.0)
             continue
         running[step.name] = _start(step, options), time.monotonic(), limit
     for name, (process, start, limit) in running.items():
@@ -140,12 +142,12 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
             process.wait()
             # A step with files was stopped while its process ended.
             status = "done" if (options.out / f"{name}.md").exists() else "stopped"
-        outcomes[name] = Outcome(status, time.monotonic() - start)
+        outcomes[name] = StepOutcome(status, time.monotonic() - start)
         print(f"{status:9} {name} {outcomes[name].seconds:.0f} s", flush=True)
     return outcomes
 
 
-def _compile(steps: Sequence[Step], options: argparse.Namespace) -> None:
+def _compile(steps: Sequence[ReportStep], options: argparse.Namespace) -> None:
     """Run all steps once in parallel, to fill the compilation caches."""
     once = [replace(step, command=f"{step.command} --runs 1") for step in steps]
     limit = time.monotonic() + options.compile
@@ -158,7 +160,7 @@ def _compile(steps: Sequence[Step], options: argparse.Namespace) -> None:
             process.wait()
 
 
-def _start(step: Step, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def _start(step: ReportStep, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     files = {suffix: options.out / f"{step.name}.{suffix}" for suffix in ("json", "md", "log")}
     for suffix in ("json", "md"):
         files[suffix].unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tools.mutants.runner import CAUGHT, Outcome, check_baseline, run_mutants
+from tools.mutants.runner import CAUGHT, MutantOutcome, check_baseline, run_mutants
 from tools.mutants.table import Mutant, choose, load_mutants
 
 
@@ -34,7 +34,9 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0 if all(found.status == CAUGHT for found in outcomes.values()) else 1
 
 
-def make_table(mutants: Sequence[Mutant], outcomes: dict[str, Outcome], seconds: float) -> str:
+def make_table(
+    mutants: Sequence[Mutant], outcomes: dict[str, MutantOutcome], seconds: float
+) -> str:
     """Return a Markdown table with one row per mutant, and a summary line."""
     rows = [
         f"| {mutant.name} | {mutant.file} | {mutant.fault} | {found.status} | "
@@ -54,7 +56,7 @@ def make_table(mutants: Sequence[Mutant], outcomes: dict[str, Outcome], seconds:
     )
 
 
-def _report(name: str, found: Outcome) -> None:
+def _report(name: str, found: MutantOutcome) -> None:
     line = f"{found.status:9} {name} {found.test} {found.seconds:.0f} s"
     print(" ".join(line.split()), file=sys.stderr, flush=True)
 

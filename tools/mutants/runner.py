@@ -22,7 +22,7 @@ CAUGHT, PASSED = "caught", "survived"
 CODES = {0: PASSED, 1: CAUGHT, 2: "does not import", 5: "selects no test"}
 
 
-class Outcome(NamedTuple):
+class MutantOutcome(NamedTuple):
     """Result of the tests on a tree.
 
     Attributes:
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-Report = Callable[[str, Outcome], None]
+Report = Callable[[str, MutantOutcome], None]
 
 
 def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: Report) -> bool:
@@ -59,7 +59,7 @@ def check_baseline(mutants: Sequence[Mutant], jobs: int, limit: float, report: R
 
 def run_mutants(
     mutants: Sequence[Mutant], jobs: int, limit: float, full: bool, report: Report
-) -> dict[str, Outcome]:
+) -> dict[str, MutantOutcome]:
     """Apply each fault to a separate copy, and report results as they become available."""
     with ThreadPoolExecutor(jobs) as pool:
         runs = {pool.submit(run_mutant, mutant, limit, full): mutant.name for mutant in mutants}
@@ -69,14 +69,14 @@ def run_mutants(
     return {mutant.name: outcomes[mutant.name] for mutant in mutants}
 
 
-def run_mutant(mutant: Mutant, limit: float, full: bool) -> Outcome:
+def run_mutant(mutant: Mutant, limit: float, full: bool) -> MutantOutcome:
     """Apply a fault and run the expected tests; with `full`, then the rest of the quick suite."""
     start = time.monotonic()
     with copied() as tree:
         try:
             source = mutant.apply(tree)
         except ValueError as error:
-            return Outcome("does not apply", str(error), 0.0)
+            return MutantOutcome("does not apply", str(error), 0.0)
         (tree / mutant.file).write_text(source)
         for name, expression in mutant.tests.items():
             found = run_tests(tree, name, expression, limit)
@@ -87,7 +87,7 @@ def run_mutant(mutant: Mutant, limit: float, full: bool) -> Outcome:
     return found._replace(seconds=time.monotonic() - start)
 
 
-def run_tests(tree: Path, name: str | None, expression: str | None, limit: float) -> Outcome:
+def run_tests(tree: Path, name: str | None, expression: str | None, limit: float) -> MutantOutcome:
     """Run the quick tests of one file, or of all, until one fails.
 
     Args:
@@ -103,7 +103,7 @@ def run_tests(tree: Path, name: str | None, expression: str | None, limit: float
         if name is None:
             command.append(f"--ignore={find_test_file(tree, OWN_TEST)}")
     except ValueError as error:
-        return Outcome("has no tests", str(error), 0.0)
+        return MutantOutcome("has no tests", str(error), 0.0)
     if expression is not None:
         command += ["-k", expression]
     environment = {key: x for key, x in os.environ.items() if key != "PYTEST_ADDOPTS"}
@@ -114,9 +114,11 @@ def run_tests(tree: Path, name: str | None, expression: str | None, limit: float
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
-        return Outcome("took too long", f"{name or 'all tests'}: more than {limit:.0f} s", limit)
+        return MutantOutcome(
+            "took too long", f"{name or 'all tests'}: more than {limit:.0f} s", limit
+        )
     status = CODES.get(run.returncode, f"pytest exits with {run.returncode}")
-    return Outcome(status, _first_failure(run.stdout), time.monotonic() - start)
+    return MutantOutcome(status, _first_failure(run.stdout), time.monotonic() - start)
 
 
 @contextmanager

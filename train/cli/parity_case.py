@@ -7,7 +7,7 @@ import numpy as np
 from mc_core import ModelConfig
 from mc_core.errors import UserError
 from parity.cases import Case, rounded, state_dtype
-from parity.files import SAFETENSORS, STATE_DICT, Config, Weights
+from parity.files import SAFETENSORS, STATE_DICT, Config, ModuleWeights
 from parity.weights import Flat
 from train.config import load_config
 from train.convert import read_run
@@ -47,7 +47,7 @@ def own_case(
     return case, rounded(flat, state_dtype(dtype))
 
 
-def _read(path: Path) -> Weights:
+def _read(path: Path) -> ModuleWeights:
     if path.is_dir():
         return read_run(path)
     if path.suffix not in READERS:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 
 def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
     """Return rows that contain every pair of values of two different names.
@@ -36,6 +38,24 @@ def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
             missing.pop(frozenset(pair), None)
         rows.append({name: choices[name][row[name]] for name in names})
     return rows
+
+
+def numbered(rows: Sequence[dict[str, Any]], group: int) -> list[Any]:
+    """Return one parameter of pytest per row: its number; every second row is a slow test.
+
+    Args:
+        rows: from `pairwise`.
+        group: number of values of the second name. Alternate groups keep the odd rows, so that
+            every value of the first and of the second name remains among the quick tests.
+    """
+    return [
+        pytest.param(
+            number,
+            id="-".join(map(str, row.values())),
+            marks=pytest.mark.slow if (number + number // group) % 2 else (),
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
 def _places(name: str, choices: dict[str, Sequence[Any]]) -> list[tuple[str, int]]:

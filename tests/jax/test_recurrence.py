@@ -26,7 +26,7 @@ from helpers.cases import (
     assert_close,
     make_case,
 )
-from helpers.covering_arrays import pairwise
+from helpers.covering_arrays import numbered, pairwise
 from helpers.jax_calls import arrays, call, gradients, projected, run, run_with_gradients
 from helpers.recurrence_cases import (
     EDGES,
@@ -80,9 +80,7 @@ def check(case: FunctionCase) -> None:
     assert_close(*results, EXACT, name="methods")
 
 
-@pytest.mark.parametrize(
-    "number", range(len(CASES)), ids=["-".join(map(str, row.values())) for row in CASES]
-)
+@pytest.mark.parametrize("number", numbered(CASES, len(AGGREGATIONS)))
 def test_both_methods_match_oracle(number):
     """Sections 2 to 5, at a length that is no multiple of segment or chunk size."""
     check(numbered_case(number))

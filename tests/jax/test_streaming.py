@@ -20,7 +20,7 @@ from helpers.cases import (
     assert_close,
     make_case,
 )
-from helpers.covering_arrays import pairwise
+from helpers.covering_arrays import numbered, pairwise
 from helpers.jax_calls import arrays
 from mc_jax import Coefficients, extend, init_cache, memory_caching
 
@@ -95,9 +95,7 @@ def assert_same_stream(case, expected, splits):
         assert_close(cache.segments, expected.cache.segments, EXACT, name="segments")
 
 
-@pytest.mark.parametrize(
-    "number", range(len(CASES)), ids=["-".join(map(str, row.values())) for row in CASES]
-)
+@pytest.mark.parametrize("number", numbered(CASES, len(AGGREGATIONS)))
 def test_split_stream_matches_full_pass(number):
     """Token by token, in one of the splits above, and in two random splits."""
     case, draw = (

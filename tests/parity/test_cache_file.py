@@ -68,9 +68,9 @@ def array(x: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(LAYER, marks=pytest.mark.slow),
+        LAYER,
         pytest.param(MODEL, marks=pytest.mark.slow),
-        HYBRID,
+        pytest.param(HYBRID, marks=pytest.mark.slow),
     ],
     ids=["layer", "model", "hybrid"],
 )

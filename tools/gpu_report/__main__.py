@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a step: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
+    """Outcome of a step: `done`, `failed`, `stopped` at its time limit, or `skipped`."""
 
     status: str
     seconds: float
@@ -128,7 +128,7 @@ def _run(steps: Sequence[Step], options: argparse.Namespace, end: float) -> dict
     for step in steps:
         limit = min(step.limit, end - time.monotonic())
         if limit < options.least:
-            outcomes[step.name] = Outcome("left out", 0.0)
+            outcomes[step.name] = Outcome("skipped", 0.0)
             continue
         running[step.name] = _start(step, options), time.monotonic(), limit
     for name, (process, start, limit) in running.items():

@@ -4,7 +4,7 @@ from typing import Any
 
 # Keys without an effect on the parameters, apart from rounding. They may change when a run is
 # resumed.
-MUTABLE_KEYS = frozenset(
+FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
         "directory",
@@ -23,7 +23,7 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any
     """Return the first key with an effect that differs, and both values; None if all are equal."""
     left, right = _flatten(old), _flatten(new)
     for key in sorted(left.keys() | right.keys()):
-        if key not in MUTABLE_KEYS and left.get(key) != right.get(key):
+        if key not in FREE_KEYS and left.get(key) != right.get(key):
             return key, left.get(key), right.get(key)
     return None
 

@@ -192,7 +192,7 @@ def layer(
     """Return a layer with the defaults of its kind.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a value is not allowed; the message has field, value and allowed values.
     """
     return MCConfig(
         width,

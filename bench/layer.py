@@ -45,7 +45,7 @@ def make_config(
     """Return a layer's configuration.
 
     Raises:
-        ValueError: a value is not allowed; names it.
+        ValueError: a value is not allowed.
     """
     memory: Any = MEMORIES[kind]()
     if hasattr(memory, "expansion"):

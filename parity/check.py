@@ -42,9 +42,9 @@ def check_case(case: Case, device: str = "cpu", weights: Flat | None = None) -> 
 
 
 def _rounded(case: Case, inputs: Inputs, weights: Flat, device: str) -> tuple[Difference, ...]:
-    """Compare a bfloat16 case; if a limit is exceeded, repeat it with three draws together.
+    """Compare a bfloat16 case; if a limit is exceeded, compare three draws together.
 
-    The limit is an estimated rounding error, whose variance is large for few elements.
+    The limit is an estimated rounding error, which has a large variance for few elements.
     """
     allowed = tolerance("float32", device, case.tokens)
     runs = [_run_rounded(case, inputs, weights, device)]

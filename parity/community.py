@@ -26,9 +26,9 @@ from parity.files import Config, Format, ModuleWeights
 from parity.weights import load_torch, to_numpy
 
 PACKAGE = "memory-caching 0.1.0"
-BATCH, TOKENS, SEGMENT = 2, 45, 16  # of the proof
+BATCH, TOKENS, SEGMENT = 2, 45, 16  # of the batch on which outputs are compared
 
-# Its parameters, each [d, d], and ours.
+# Parameter names of memory-caching and of this package, each [d, d].
 PARAMETERS = {
     "q_proj.weight": "q_proj.weight",
     "k_proj.weight": "k_proj.weight",
@@ -136,7 +136,7 @@ def map_config(fields: dict[str, Any]) -> MCConfig:
 def _swla(part: dict[str, Any]) -> SWLAConfig:
     alpha = part["alpha"]
     if not 0 < alpha <= 1:
-        raise_config_error("config", "swla.alpha", alpha, "in (0, 1]: it is a retention here")
+        raise_config_error("config", "swla.alpha", alpha, "in (0, 1], the range of `retention`")
     return SWLAConfig("constant", retention=alpha, previous=part["beta"], newest=part["lam"])
 
 
@@ -180,7 +180,7 @@ def _initial(config: MCConfig, initial: Sequence[torch.Tensor], dtype: str) -> F
         if not initial:
             raise ValueError(
                 f"config.backend = {memory.kind!r}: starts at a zero memory, so reads ignore "
-                "the query, and writes biases, which no memory here has: only 'linear' and 'swla' "
+                "the query, and has biases, which are not supported: only 'linear' and 'swla' "
                 "convert completely"
             )
     given = {f"initial.{layer}": tensor for layer, tensor in enumerate(initial)}
@@ -211,7 +211,7 @@ def community_format(report: Callable[[str], object]) -> Format:
             config, flat = from_community(fields, state_dict)
         except OSError:
             raise
-        except Exception as error:  # torch.load raises nothing narrower
+        except Exception as error:  # torch.load raises various exceptions
             raise ValueError(f"{path}: {error}") from error
         if find_spec("memory_caching") is None:
             report(f"{PACKAGE} is not installed: outputs were not compared")

@@ -27,7 +27,7 @@ EXACT_ROUNDING: dict[str, bool | int] = {"xla_allow_excess_precision": False}
 def quick_compile() -> dict[str, bool | int]:
     """Return XLA options that compile tiny programs about five times faster.
 
-    They disable optimisations. XLA aborts at unknown options, so these depend on its version.
+    They disable optimisations. XLA aborts at unknown options, so they depend on the jax version.
     """
     options: dict[str, bool | int] = {
         "xla_backend_optimization_level": 0,

@@ -76,7 +76,7 @@ def read_state_dict(path: Path) -> ModuleWeights:
         tensors = strip_prefixes(find_state_dict(loaded, path, torch.is_tensor), path)
     except OSError:
         raise
-    except Exception as error:  # torch.load raises nothing narrower
+    except Exception as error:  # torch.load raises various exceptions
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     return ModuleWeights(
         config, {name: to_numpy(tensor) for name, tensor in tensors.items()}, "torch"

@@ -198,7 +198,13 @@ def _decays(name: str, param: torch.Tensor) -> bool:
 def table(steps: tuple[StepComparison, ...]) -> Table:
     """Return the table of all steps."""
     made = Table(
-        "step", "loss, jax", "loss, torch", "apart", "gradient norm, jax", "torch", "apart"
+        "step",
+        "loss, jax",
+        "loss, torch",
+        "difference",
+        "gradient norm, jax",
+        "torch",
+        "difference",
     )
     for column in made.columns:
         column.justify = "right"
@@ -231,17 +237,17 @@ def draw(training: Training, path: Path) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    losses, apart = figure.subplots(1, 2)
+    losses, errors = figure.subplots(1, 2)
     numbers = [step.number for step in training.steps]
     for side, name, line in ((0, "JAX", "-"), (1, "PyTorch", "--")):
         losses.plot(numbers, [step.loss[side] for step in training.steps], line, label=name)
     losses.set(title="loss (nats per token)", xlabel="step")
     for kind, name in enumerate(("loss", "gradient norm")):
         values = [max(step.differences[kind], 1e-17) for step in training.steps]
-        apart.semilogy(numbers, values, label=name)
-    apart.axhline(TOLERANCE, color="gray", linestyle=":", label="allowed")
-    apart.set(title="relative difference", xlabel="step")
-    for axes in (losses, apart):
+        errors.semilogy(numbers, values, label=name)
+    errors.axhline(TOLERANCE, color="gray", linestyle=":", label="allowed")
+    errors.set(title="relative difference", xlabel="step")
+    for axes in (losses, errors):
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")

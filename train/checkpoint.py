@@ -302,7 +302,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return a one-line summary of a storage error, whose text may have many lines."""
+    """Return a one-line summary of a storage error."""
     known = (
         "No space left on device",
         "File too large",

@@ -1,6 +1,6 @@
 """Conversion of weights between runs and files.
 
-Needs both frameworks: each conversion is verified in both.
+Requires both frameworks, because conversions are verified in both.
 """
 
 from functools import partial

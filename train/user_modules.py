@@ -35,7 +35,7 @@ def import_modules(names: Sequence[str]) -> None:
     """Import modules by name, or `.py` files by path, in this process and its child processes.
 
     Raises:
-        UserError: one cannot be imported.
+        UserError: a module cannot be imported.
     """
     absolute = [str(Path(name).absolute()) if name.endswith(".py") else name for name in names]
     known = list(filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)))
@@ -48,7 +48,7 @@ def import_from_environment() -> None:
     """Import the modules in `MC_IMPORT`.
 
     Raises:
-        UserError: one cannot be imported.
+        UserError: a module cannot be imported.
     """
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         _import(name)

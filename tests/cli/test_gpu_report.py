@@ -70,4 +70,4 @@ def test_step_stops_at_its_limit(run):
 
 def test_step_needs_the_least_time(run):
     made = run(replace(STEP, tiny=SMALL), budget=0.5)
-    assert made.data["one"]["status"] == "left out"
+    assert made.data["one"]["status"] == "skipped"

@@ -301,7 +301,7 @@ def test_mismatched_parameters_are_listed():
         "  must be o_proj.weight float32[8, 8], is float32[8, 1]",
     ]
     zero = [torch.zeros(2, 8, 4, dtype=torch.float64), torch.zeros(2, 4, 8, dtype=torch.float64)]
-    with pytest.raises(ValueError, match="initial: is zero"):
+    with pytest.raises(ValueError, match="initial: must not be zero"):
         from_community(configure("dla"), layer.state_dict(), zero)
 
 

@@ -315,7 +315,7 @@ def test_missing_framework_is_a_one_line_error(package):
         (("check", "--kind", "attention"), "'attention' is not one of 'linear', 'swla'"),
         (("check", "--dtype", "float16"), "'float16' is not one of"),
         (("check", "--device", "cuda"), "finds no CUDA device"),
-        (("check", "--tokens", "7"), "--tokens: needs --config or --checkpoint"),
+        (("check", "--tokens", "7"), "--tokens: requires --config or --checkpoint"),
         (("check", "--config", "none.yaml"), "none.yaml: No such file"),
         (("check", "--checkpoint", "none.zip"), "must be a run directory, or a file that ends"),
         (("train", "--config", "none.yaml"), "none.yaml: No such file"),

@@ -63,8 +63,8 @@ def test_empty_buckets_are_left_out():
 def test_position_counts_previous_tokens(monkeypatch, count):
     """Token i > 0 of the text is scored once, at position (i - 1) mod window.
 
-    The stand-in's loss of token i is i bits, at any place in the array: an overlap, a gap or
-    a shift of the windows gives other sums.
+    In the fake model, token i has a loss of i bits, so overlaps, gaps and shifts of windows
+    change the sums.
     """
     window = 40
     data = {"corpus": "x", "window": window, "validation_fraction": 0.3}

@@ -117,7 +117,7 @@ def test_failed_recorded_run_is_an_empty_cell(tmp_path):
     file.write_text(json.dumps(failed) + "\n")
     recorded = read_recorded(file, config, first)
     assert recorded.rows == {}
-    assert recorded.notes == [f"recorded: no such rows are in {file}"]
+    assert recorded.notes == [f"recorded: no matching rows in {file}"]
 
 
 def test_table_names_versions_and_machines():

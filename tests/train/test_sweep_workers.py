@@ -79,7 +79,7 @@ def test_worker_sets_cores_before_importing_jax():
     ("name", "message"),
     [
         ("user", "no space"),
-        ("bug", "x=bug rate=0.1 seed=0: ZeroDivisionError: no space: --jobs 1 shows"),
+        ("bug", "x=bug rate=0.1 seed=0: ZeroDivisionError: no space: use --jobs 1 for"),
         ("dies", "jobs = 2: a worker died"),
     ],
 )

@@ -107,9 +107,9 @@ def test_gain_compares_equal_memory_and_window():
             row("e", True, 64, kind="titans", reads="none") | {"validation_sha256": "other"},
         ]
     )
-    assert subject.twin(rows["a"], rows) == rows["d"]
-    assert subject.twin(rows["b"], rows) is None
-    assert subject.twin(rows["c"], rows) is None
+    assert subject.baseline_of(rows["a"], rows) == rows["d"]
+    assert subject.baseline_of(rows["b"], rows) is None
+    assert subject.baseline_of(rows["c"], rows) is None
 
 
 class Axes:

@@ -2,7 +2,7 @@
 
 A file maps the name of a mutant to
 
-    fault: one line that says what is wrong
+    fault: description of the fault in one line
     file: the source file, relative to the repository
     old: text that occurs exactly once in it
     new: the text that replaces it
@@ -71,7 +71,7 @@ def load_mutants(folder: Path = TABLES) -> list[Mutant]:
     """Read all tables of a folder.
 
     Raises:
-        ValueError: names the table, the mutant and what is wrong with it.
+        ValueError: a table is invalid; the message has the table and the mutant.
     """
     mutants: dict[str, Mutant] = {}
     for path in sorted(folder.glob("*.yaml")):
@@ -97,7 +97,7 @@ def _read(where: str, name: str, row: Any) -> Mutant:
 
 
 def choose(mutants: Sequence[Mutant], patterns: Sequence[str]) -> list[Mutant]:
-    """Return the mutants whose names match a pattern, such as `jax-*`; all without patterns.
+    """Return the mutants that match a pattern such as `jax-*`; without patterns, all mutants.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -116,7 +116,7 @@ def find_test_file(tree: Path, name: str) -> Path:
     """Return the test file of a name, relative to the repository.
 
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: there is no such file, or there are several.
     """
     found = sorted((tree / "tests").rglob(f"{name}.py"))
     if len(found) != 1:

@@ -61,10 +61,10 @@ def evaluate(
             "niah: its held-out share is the essay; may be repeated"
         ),
     ] = None,
-    json: Annotated[Path | None, output_file("write the numbers here")] = None,
-    markdown: Annotated[Path | None, output_file("write the tables here")] = None,
+    json: Annotated[Path | None, output_file("output file of the numbers, as JSON")] = None,
+    markdown: Annotated[Path | None, output_file("output file of the tables, as Markdown")] = None,
     plot: Annotated[
-        Path | None, output_file("mqar and niah: draw the accuracy here, as PNG")
+        Path | None, output_file("mqar and niah: output file of an accuracy plot, as PNG")
     ] = None,
 ) -> None:
     """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
@@ -80,7 +80,7 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="run directory")],
     text: Annotated[Path, typer.Option(help="text file")],
     json: Annotated[
-        Path | None, typer.Option(help="write the numbers to this file", dir_okay=False)
+        Path | None, typer.Option(help="output file of the numbers, as JSON", dir_okay=False)
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="output folder", show_default="RUN/inspect")

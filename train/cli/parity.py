@@ -27,10 +27,10 @@ WIDTH = 160  # of tables, if stdout is not a terminal
 
 @app.command()
 def check(
-    full: Annotated[bool, typer.Option("--full/--quick", help="grid of cases")] = False,
+    full: Annotated[bool, typer.Option("--full/--quick", help="grid of cases to compare")] = False,
     device: Device = Device.cpu,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="all cases in one dtype", show_default="the grid's own")
+        Dtype | None, typer.Option(help="dtype of all cases", show_default="as in the grid")
     ] = None,
     kind: Annotated[
         list[Kind] | None, typer.Option(help="select memories; may be repeated")
@@ -39,16 +39,16 @@ def check(
         list[Aggregation] | None, typer.Option(help="select aggregations; may be repeated")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="a run's YAML file: compare its model, not the grid")
+        Path | None, typer.Option(help="YAML file of a run: compare its model instead of the grid")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="a run's folder or a .safetensors file: its weights")
+        Path | None, typer.Option(help="run directory or .safetensors file with the weights")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="sequence length with --config or --checkpoint")
     ] = None,
-    json: Annotated[Path | None, output_file("write every leaf to this file")] = None,
-    markdown: Annotated[Path | None, output_file("write the table to this file")] = None,
+    json: Annotated[Path | None, output_file("output file of all leaves, as JSON")] = None,
+    markdown: Annotated[Path | None, output_file("output file of the table, as Markdown")] = None,
 ) -> None:
     """Compare outputs, cached states, gates and gradients on shared weights.
 
@@ -71,7 +71,7 @@ def check(
         cases = [case]
     else:
         if tokens:
-            raise UserError("--tokens: needs --config or --checkpoint")
+            raise UserError("--tokens: requires --config or --checkpoint")
         cases = [
             case.where(dtype=str(dtype or case.dtype))
             for case in GRIDS["full" if full else "quick"]()
@@ -83,7 +83,7 @@ def check(
         if not cases:
             raise UserError("no case of the quick grid matches: use --full")
     start = time.perf_counter()
-    outcomes = list(_watched(compare_all(cases, device, weights), len(cases)))
+    outcomes = list(_with_progress(compare_all(cases, device, weights), len(cases)))
     result = (outcomes, str(device), time.perf_counter() - start)
     console = _console()
     console.print(report.table(outcomes))
@@ -104,7 +104,9 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,
-    plot: Annotated[Path | None, output_file("draw losses and differences here")] = None,
+    plot: Annotated[
+        Path | None, output_file("output file of a plot of losses and differences")
+    ] = None,
 ) -> None:
     """Train one model in both frameworks, and compare every step.
 
@@ -141,7 +143,7 @@ def selftest() -> None:
     from parity import faults
 
     start = time.perf_counter()
-    findings = list(_watched(faults.selftest(), len(faults.FAULTS) + len(faults.CASES)))
+    findings = list(_with_progress(faults.selftest(), len(faults.FAULTS) + len(faults.CASES)))
     console = _console()
     console.print(faults.table(findings))
     line = faults.summary(findings, time.perf_counter() - start)
@@ -167,7 +169,7 @@ def _plain(function: Any, *args: Any, **options: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def _watched(steps: Iterable[Any], total: int) -> Iterable[Any]:
+def _with_progress(steps: Iterable[Any], total: int) -> Iterable[Any]:
     console = Console(stderr=True)
     if not console.is_terminal:
         return steps

@@ -25,7 +25,7 @@ class MQARConfig:
         validation_examples: held-out examples of each length.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a value is not allowed; the message has field, value and allowed values.
     """
 
     tag: ClassVar[Tag] = TAG
@@ -97,7 +97,7 @@ class NIAHConfig:
         validation_examples: held-out examples of each length.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a value is not allowed; the message has field, value and allowed values.
     """
 
     tag: ClassVar[Tag] = TAG

@@ -136,7 +136,7 @@ class TrainConfig:
     """A training run.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a value is not allowed; the message has field, value and allowed values.
     """
 
     data: DataConfig

@@ -22,7 +22,7 @@ class Text:
         pieces: the text of each token; their concatenation is the text up to the last token. A
             character of several tokens belongs to its last byte, or with a tokenizer to its first
             token; the pieces of the other tokens are empty.
-        total: number of tokens in `source`.
+        total: number of tokens of the whole text.
     """
 
     source: bytes | str

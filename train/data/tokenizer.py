@@ -34,7 +34,7 @@ def load_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer | None:
         return None
     try:
         loaded = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"data.tokenizer = {tokenizer}: {error}") from error
     loaded.no_truncation()
     loaded.no_padding()
@@ -102,5 +102,5 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Encoding:
     """
     try:
         return tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"data.tokenizer: cannot encode the text: {error}") from error

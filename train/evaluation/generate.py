@@ -43,7 +43,7 @@ class GenerationOptions:
         batch_size: prompts per batch; has no effect on a completion.
 
     Raises:
-        UserError: names the option, its value and what is allowed.
+        UserError: an option is invalid; the message has option, value and allowed values.
     """
 
     max_tokens: int = 200
@@ -112,7 +112,7 @@ def complete(
     """Continue one batch of prompts.
 
     Args:
-        model: the language model.
+        model: language model.
         tokenizer: tokenizer of the model; None = bytes.
         prompts: at least one prompt.
         options: generation options.
@@ -164,12 +164,12 @@ def complete(
                 show(number, text)
         if all(row.finish for row in rows):
             break
-    compiled, read, wrote = np.diff([*marks, time.perf_counter()])
-    speed.compile_seconds += compiled
+    compile_s, prefill_s, decode_s = np.diff([*marks, time.perf_counter()])
+    speed.compile_seconds += compile_s
     speed.prompt_tokens += sum(map(len, tokens))
-    speed.prompt_seconds += read
+    speed.prompt_seconds += prefill_s
     speed.new_tokens += sum(row.tokens for row in rows) - len(rows)
-    speed.new_seconds += wrote
+    speed.new_seconds += decode_s
     return rows
 
 

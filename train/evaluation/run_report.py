@@ -41,9 +41,7 @@ class TextReport:
     sample: Sample | None = None
     separator: str | None = None  # description of the separator
     validation_tokens: int | None = None
-    round_trip: RoundTrip | None = (
-        None  # losses of the tokenizer on the validation text; None for bytes
-    )
+    round_trip: RoundTrip | None = None  # tokenizer losses on the validation text
 
     @property
     def lossy(self) -> bool:

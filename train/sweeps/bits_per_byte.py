@@ -34,14 +34,14 @@ GAIN = (
 STYLES = ("-", "--", ":", "-.")
 
 
-def about(config: TrainConfig) -> RunResult:
+def config_fields(config: TrainConfig) -> RunResult:
     """Return the result fields that depend only on the configuration."""
     model = config.model
     cacheless = not model.layer.rule.reads_cache and model.layer in model.block_layers
     return {"model": model.name, "cacheless": cacheless}
 
 
-def outcome(report: TextReport) -> RunResult:
+def measured_fields(report: TextReport) -> RunResult:
     """Return the measured fields of a result."""
     names = ("bits_per_byte", "validation_bytes", "validation_sha256", "unit", "positions")
     found = {name: getattr(report, name) for name in names}

@@ -59,7 +59,7 @@ def read_recorded(path: Path, config: SweepConfig, first: dict[str, list[Run]]) 
             rows[row] = [found[run.key] for run in chosen]
         if any(found[run.key]["fingerprint"] != run.fingerprint for run in chosen):
             other.append(row)
-    what = "accuracy of the runs with these rates and seeds" if rows else "no such rows are"
+    what = "accuracy of the runs with these rates and seeds" if rows else "no matching rows"
     versions = f", {made_with([*chain(*rows.values())])}" if rows else ""
     notes = [f"recorded: {what} in {path}{versions}"]
     if other:

@@ -155,14 +155,16 @@ def do(run: Run) -> RunResult:
     if run.tokenizer is not None:
         result["tokenizer"] = run.tokenizer
     if is_text(result):
-        result |= bits_per_byte.about(config)
+        result |= bits_per_byte.config_fields(config)
     try:
         report = train(config, Console(file=io.StringIO()), claimed=True)
         if not math.isfinite(report.bits_per_byte if is_text(result) else report.score["loss"]):
             raise NotFiniteError("the validation loss is not finite")
     except NotFiniteError as error:
         return result | {"error": str(error), "wall_seconds": time.monotonic() - start}
-    measured = bits_per_byte.outcome(report) if is_text(result) else recall_outcome(run, report)
+    measured = (
+        bits_per_byte.measured_fields(report) if is_text(result) else recall_outcome(run, report)
+    )
     return result | {
         "parameters": report.parameters,
         **measured,

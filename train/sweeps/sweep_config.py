@@ -36,7 +36,7 @@ class SweepConfig:
         examples: number of test examples per length and depth; None = default of `mc evaluate`.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        ValueError: a value is not allowed; the message has field, value and allowed values.
     """
 
     base: Path

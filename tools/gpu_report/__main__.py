@@ -52,13 +52,8 @@ class ReportStep:
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
 class StepOutcome:
-    """StepOutcome of a step: `done`, `failed`, `stopped` at its limit, or `left out` (no time)."""
-=======
-class Outcome:
     """Outcome of a step: `done`, `failed`, `stopped` at its time limit, or `skipped`."""
->>>>>>> reader2
 
     status: str
     seconds: float
@@ -135,11 +130,7 @@ def _run(
     for step in steps:
         limit = min(step.limit, end - time.monotonic())
         if limit < options.least:
-<<<<<<< HEAD
-            outcomes[step.name] = StepOutcome("left out", 0.0)
-=======
-            outcomes[step.name] = Outcome("skipped", 0.0)
->>>>>>> reader2
+            outcomes[step.name] = StepOutcome("skipped", 0.0)
             continue
         running[step.name] = _start(step, options), time.monotonic(), limit
     for name, (process, start, limit) in running.items():

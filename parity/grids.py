@@ -134,7 +134,6 @@ QUICK = (
         mixers=("attention", "window"),
         conv_width=3,
         splits=(6, 7),
-        padding=True,
     ),
 )
 

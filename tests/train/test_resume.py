@@ -207,8 +207,9 @@ def test_missing_report_of_finished_run_is_written(tmp_path, monkeypatch):
     assert {"report.json", "curves.png", "router.png"} <= {path.name for path in run.iterdir()}
 
 
-def test_old_checkpoints_are_deleted(tmp_path, no_pictures):
+def test_old_checkpoints_are_deleted_and_the_latest_resumes(tmp_path, no_pictures):
     config = write_config(tmp_path)
     quiet(config, "run.save_every=2", "run.keep=3")
     kept = {int(path.name) for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()}
     assert kept == {8, 10, 12}
+    assert "resuming from step 12" in quiet(config, "run.steps=14")

@@ -18,6 +18,7 @@ import pytest
 
 from helpers.dropout_model import Dropping
 from helpers.tiny_run import TINY, write_config
+from mc_core import DLAConfig
 from mc_core.errors import NotFiniteError, UserError
 from mc_core.optimizer import OptimizerConfig
 from train.checkpoint import Meta, check_same_run
@@ -211,6 +212,8 @@ def test_config_round_trip_and_base(tmp_path):
     assert loaded.data == config.data
     twin.write_text("base: tiny.yaml\n")
     assert load_config(twin, ["model.layer.memory.kind=dla"]).model.layer.memory.kind == "dla"
+    words = ["model.layer.memory.step=0.25", "model.layer.memory.kind=dla"]
+    assert load_config(twin, words).model.layer.memory == DLAConfig(step=0.25)
 
 
 def test_config_of_mixers(tmp_path):

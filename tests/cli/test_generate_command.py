@@ -286,6 +286,7 @@ def test_tokens_decode_whole_characters(words):
         ("abc", ["bcd"], ["a", "", "bc", "length"]),
         ("abcde", ["cd", "bcx"], ["a", "", "", "b", "stop"]),
         ("aé!", ["é"], ["a", "", "", "stop"]),
+        ("abcd", ["d", "bcd"], ["a", "", "", "", "stop"]),
     ],
 )
 def test_stop_string_prefix_is_buffered(text, stops, expected):

@@ -116,7 +116,7 @@ def test_validation_text_results_are_written(run, tmp_path, monkeypatch, capsys)
     found, out = json.loads(files[0].read_text()), capsys.readouterr().out
     assert found["text"] == "validation"
     assert f"{found['bits_per_byte']:.3f}" in out
-    assert "curves, checkpoints and pictures" in out
+    assert "curves, checkpoints and plots" in out
     assert f"{found['bits_per_byte']:.4f}" in files[1].read_text()
     assert (found["bytes"], found["unit"]) == (500, "byte")
 

@@ -1,5 +1,6 @@
 """Settings of the whole test run; fixtures that hold our own code to stricter rules."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -44,12 +45,27 @@ _MAPS = Path("/proc/self/maps")
 _tests = count(1)
 
 
+def pytest_collection_finish() -> None:
+    """Exclude modules and tests from garbage collection: they stay, and there are millions."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
-    """Drop compiled programs before they use up the process's memory maps (Linux: 65,530)."""
+    """Drop compiled programs before they use up the process's memory maps (Linux: 65,530).
+
+    Programs and traces that stay are excluded from garbage collection.
+    """
     yield
-    if next(_tests) % 16 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+    if next(_tests) % 16:
+        return
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

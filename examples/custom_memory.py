@@ -37,7 +37,7 @@ class DecayedDeltaConfig(MemoryConfig):
 if find_spec("jax"):
     import jax.numpy as jnp
 
-    import mc_jax
+    import mc_jax.numerics
 
     @mc_jax.register_backend(DecayedDeltaConfig.kind)
     class JaxDecayedDelta(mc_jax.MatrixMemory):
@@ -49,15 +49,14 @@ if find_spec("jax"):
 
         def rank_one_updates(self, weights, k, v):
             """Return the activations k and the errors `W k - v`."""
-            return mc_jax.RankOneUpdates(
-                (k,), (jnp.einsum("...oi,...ci->...co", weights[0], k) - v,)
-            )
+            read = mc_jax.numerics.einsum_f32("...oi,...ci->...co", weights[0], k, dtype=k.dtype)
+            return mc_jax.RankOneUpdates((k,), (read - v,))
 
 
 if find_spec("torch"):
     import torch
 
-    import mc_torch
+    import mc_torch.numerics
 
     @mc_torch.register_backend(DecayedDeltaConfig.kind)
     class TorchDecayedDelta(mc_torch.MatrixMemory):
@@ -69,6 +68,6 @@ if find_spec("torch"):
 
         def rank_one_updates(self, weights, k, v):
             """Return the activations k and the errors `W k - v`."""
-            return mc_torch.RankOneUpdates(
-                (k,), (torch.einsum("...oi,...ci->...co", weights[0], k) - v,)
-            )
+            # k may be bfloat16; the memory is float32.
+            read = mc_torch.numerics.einsum_f32("...oi,...ci->...co", weights[0], k, dtype=k.dtype)
+            return mc_torch.RankOneUpdates((k,), (read - v,))

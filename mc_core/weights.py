@@ -28,7 +28,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class ParameterNames(NamedTuple):
-    """Names and layout of a parameter; `#` in a name is a placeholder for an index."""
+    """Names and layout of a parameter; `#` in a name stands for an index."""
 
     jax: str  # path of the NNX attribute
     torch: str  # key of the state_dict

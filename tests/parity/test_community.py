@@ -21,7 +21,7 @@ from parity.community import PARAMETERS, from_community
 from parity.weights import load_jax, load_torch, to_jax
 
 if sys.version_info >= (3, 13):
-    pytest.skip("memory-caching 0.1.0 is for Python < 3.13", allow_module_level=True)
+    pytest.skip("memory-caching 0.1.0 requires Python < 3.13", allow_module_level=True)
 
 import memory_caching as theirs
 

@@ -12,7 +12,7 @@ from mc_jax.numerics import Array, einsum_f32, expand_leading_dims, running_sum,
 
 SCORE_BLOCK = 512  # maximum number of tokens per block of the top-k selection
 _MAX_SCORES = 1 << 17  # perf(cpu): maximum number of scores per block, to fit in the CPU cache
-_MAX_ARGMAX = 4  # perf(cpu): largest top-k that is computed by repeated maxima
+_MAX_ARGMAX = 4  # largest top-k that is computed by repeated maxima
 
 
 class Pools(NamedTuple):
@@ -124,7 +124,7 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     if min(top_k, n) > _MAX_ARGMAX:
         best, index = jax.lax.top_k(remaining, min(top_k, n))
         return jnp.where(best == -jnp.inf, n, index)
-    # perf(cpu): XLA:CPU runs top-k on one core and cannot shard its rows.
+    # XLA gathers sharded rows before a top-k, but not before a maximum.
     slot = expand_leading_dims(jnp.arange(n, dtype=jnp.int32), remaining.ndim)
     selected = []
     for _ in range(min(top_k, n)):

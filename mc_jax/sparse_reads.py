@@ -131,6 +131,6 @@ def _sort(group: Array, n: int) -> tuple[Array, Array]:
     if (n + 1) << bits > jnp.iinfo(jnp.int32).max:
         order = jnp.argsort(group, stable=True).astype(jnp.int32)
         return group[order], order
-    # perf(cpu): sort a combined key; XLA:CPU is four times slower at sorting pairs.
+    # perf(cpu): sort one combined key instead of pairs.
     key = jnp.sort(group << bits | row, stable=False)
     return key >> bits, key & ((1 << bits) - 1)

@@ -283,11 +283,7 @@ def _outer(updates: RankOneUpdates, scale: Array, dtype: torch.dtype) -> Weights
     """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
 
     def layer_sum(a: Array, delta: Array) -> Array:
-        scaled = scale_rows(scale, delta)
-        # perf(cpu): products are faster if the wider operand comes last.
-        if delta.shape[-1] > a.shape[-1]:
-            return einsum_f32("...eo,...ei->...io", scaled, a, dtype=dtype).transpose(-1, -2)
-        return einsum_f32("...eo,...ei->...oi", scaled, a, dtype=dtype)
+        return einsum_f32("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
 
     return tuple(map(layer_sum, updates.activations, updates.errors))
 

@@ -158,7 +158,9 @@ def full() -> Iterator[Case]:
     that support streaming use it. Models in float32 and bfloat16 have one block, and memories in
     bfloat16 at most two layers, because rounding errors of deeper ones exceed useful limits; deep
     models use float64. Layer norms in float32 and bfloat16 have width 8: the variance of 4 numbers
-    may be so small that float32 loses two digits.
+    may be so small that float32 loses two digits. Models in float32 and bfloat16 have no output norm
+    (layers have): a memory of one token is read as `v (k . q)`, and for `k . q` near zero the norm
+    amplifies its rounding error.
     """
     yield from QUICK
     pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))
@@ -178,6 +180,8 @@ def full() -> Iterator[Case]:
             num_layers = 1
         if dtype != "float64" and memory.has_layer_norm:
             d_model = 16
+        if dtype != "float64" and level == "model":
+            options["output_norm"] = "none"
         if dtype == "bfloat16" and hasattr(memory, "depth"):
             memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
         yield case(

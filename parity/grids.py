@@ -158,9 +158,9 @@ def full() -> Iterator[Case]:
     that support streaming use it. Models in float32 and bfloat16 have one block, and memories in
     bfloat16 at most two layers, because rounding errors of deeper ones exceed useful limits; deep
     models use float64. Layer norms in float32 and bfloat16 have width 8: the variance of 4 numbers
-    may be so small that float32 loses two digits. Models in float32 and bfloat16 have no output norm
-    (layers have): a memory of one token is read as `v (k . q)`, and for `k . q` near zero the norm
-    amplifies its rounding error.
+    may be so small that float32 loses two digits. Models in float32 and bfloat16 have no output
+    norm, unlike layers: the read of a memory with one token is `v (k . q)`, and if `k . q` is near
+    zero, the norm amplifies its rounding error.
     """
     yield from QUICK
     pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))

@@ -64,6 +64,7 @@ def test_decode_table(tmp_path, monkeypatch, capsys):
     assert "linear + grm" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_prompt_equals_single_steps():
     config = decode.layer("titans", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
     assert decode.compare_prefill(config, 14, 0)["difference"] < 1e-5
@@ -88,6 +89,7 @@ def test_prompt_on_two_devices_equals_single_steps(tmp_path, monkeypatch):
     assert len(sharding.device_set) == 2
 
 
+@pytest.mark.slow
 def test_cost_of_bfloat16_cache():
     config = decode.layer("linear", "grm", width=8, heads=2, segment_size=4, chunk_size=3)
     exact, short, far = decode.compare_storage(config, 14, 0)

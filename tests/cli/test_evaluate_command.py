@@ -210,6 +210,7 @@ def test_invalid_evaluate_task_options_are_refused(runs, monkeypatch, capsys, na
     fails(runs[name], monkeypatch, capsys, message, "evaluate", run_of(runs[name]), *words)
 
 
+@pytest.mark.slow
 def test_text_run_answers_recall_tasks(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     assert mc(monkeypatch, "train", config, "run.steps=3") == 0

@@ -51,6 +51,7 @@ STEP = replace(STEPS[0], name="one", title="One", limit=50, together=False)
 SMALL = "bench layer --tokens 32 --width 16 --heads 2 --chunk 16 --segment 16 --runs 0"
 
 
+@pytest.mark.slow
 def test_failed_step_does_not_stop_the_report(run, tmp_path):
     wrong = replace(STEP, tiny="bench layer --heads 3")
     made = run(wrong, replace(STEP, name="two", title="Two", tiny=SMALL))
@@ -62,6 +63,7 @@ def test_failed_step_does_not_stop_the_report(run, tmp_path):
     assert str(tmp_path) not in made.page
 
 
+@pytest.mark.slow
 def test_step_stops_at_its_limit(run):
     made = run(replace(STEP, limit=2, tiny="bench peers --only linear-4096"))
     assert made.code == 1

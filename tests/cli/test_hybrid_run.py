@@ -14,6 +14,7 @@ def start(folder, monkeypatch, **model):
     return folder / "runs" / "tiny"
 
 
+@pytest.mark.slow
 def test_hybrid_inspects_only_memory_blocks(tmp_path, monkeypatch, capsys):
     run = start(tmp_path, monkeypatch, num_layers=2, mixers=["window", "memory"], ffn_width=0)
     words = ["--text", tmp_path / "text.txt", "--json", run / "numbers.json", "--needle", "4711"]

@@ -140,7 +140,7 @@ def test_level_is_bit_length_of_age(width):
 
 
 @pytest.mark.parametrize("gated_by", GATES)
-@pytest.mark.parametrize("block", [512, 3])
+@pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
     """Sparse gates match `dense_gates`: values, and gradients of u and the pools."""

@@ -54,6 +54,7 @@ def test_generation_matches_repeated_full_passes(name):
     assert len(np.unique(actual)) > 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "strict")
 def test_generation_rows_are_independent():
     model = make_model(layers=2)
@@ -64,6 +65,7 @@ def test_generation_rows_are_independent():
             np.testing.assert_array_equal(together[row], alone[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_left_and_right_padded_prompts_match_single_rows():
     """A batch that is padded on either side and passed to `extend` matches `generate`."""

@@ -29,7 +29,6 @@ CONFIGS = {
         8, 2, LinearConfig(normalize=True), "soup", segment_size=4, conv_width=3, gate="token"
     ),
 }  # fmt: skip
-every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def make_layer(name: str, seed: int = 0) -> MemoryCachingLayer:
@@ -52,6 +51,7 @@ def value_and_grads(layer: MemoryCachingLayer, x: jax.Array) -> Any:
     return y, (nnx.to_pure_dict(grads[0]), grads[1])
 
 
+@pytest.mark.slow
 def test_jit_matches_eager():
     """Uses the smallest layer: without `jit` each operation is compiled separately."""
     config = MCConfig(8, 2, LinearConfig(), segment_size=4)
@@ -60,7 +60,9 @@ def test_jit_matches_eager():
     assert_close(jax.jit(lambda x: layer(x))(x), layer(x), EXACT)
 
 
-@every_config
+@pytest.mark.parametrize(
+    "name", ["swla", *(pytest.param(n, marks=pytest.mark.slow) for n in ("titans", "linear"))]
+)
 def test_vmap_matches_loop(name):
     layer, x = make_layer(name), tokens(2, 2)
     each = jax.jit(lambda x: layer(x))
@@ -81,6 +83,7 @@ def test_vmap_of_memory_caching():
         assert_close(jax.tree.map(lambda x: x[i], both), expected, EXACT)  # noqa: B023
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "linear"])
 def test_checkpoint_preserves_values_and_gradients(name):
     layer, x = make_layer(name), tokens(2)
@@ -104,7 +107,9 @@ def flax_mode(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 both_flax_modes = pytest.mark.parametrize(
-    "flax_mode", [True, False], ids=["graph", "tree"], indirect=True
+    "flax_mode",
+    [pytest.param(True, id="graph"), pytest.param(False, id="tree", marks=pytest.mark.slow)],
+    indirect=True,
 )
 
 

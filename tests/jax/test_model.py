@@ -46,7 +46,7 @@ def loss_and_grads(model: LanguageModel) -> tuple[jax.Array, Any]:
 
 
 @pytest.mark.usefixtures("float64", "strict")
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_model_is_composition_of_blocks(tied):
     """Pre-norm blocks `x + memory(norm(x))`, `x + ffn(norm(x))`, norm and head."""
     model = make_model(tie_embeddings=tied, num_layers=2)
@@ -101,6 +101,7 @@ def test_logits_are_causal():
     assert np.abs(before - after)[:, 6:].max(axis=(0, 2)).min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "strict")
 def test_remat_preserves_values_and_gradients():
     value, grads = loss_and_grads(make_model(num_layers=1))
@@ -124,6 +125,7 @@ def test_inspect_returns_logits_and_one_trace_per_block():
         assert_close(jnp.sum(trace.gates, -1), np.ones((2, 11, 2)), 1e-12)
 
 
+@pytest.mark.slow
 def test_masked_tokens_do_not_change_other_logits():
     model, mask = make_model(jnp.float32), np.arange(11) < np.array([[11], [7]])
     changed = np.where(mask, TOKENS, 3)

@@ -70,7 +70,7 @@ def test_float32_is_close_to_float64_with_zero_retention(memory, framework):
     assert_close(output, exact(case).output, 2e-6, name="output")
 
 
-@pytest.mark.parametrize("memory", ["swla", "titans"])
+@pytest.mark.parametrize("memory", ["swla", pytest.param("titans", marks=pytest.mark.slow)])
 def test_float32_gradients_are_close_to_float64(memory):
     case = long_case(memory)
     gradient = jax.jit(jax.grad(lambda x: projected(call(x, case)._replace(cache=()))))

@@ -81,13 +81,13 @@ def config(memory: str, aggregation: str, mode: str, segment: int, chunk: int) -
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-QUICK = {"linear": "float32", "swla": "bfloat16", "dla": "bfloat16", "titans": "float32"}
+QUICK = {"swla": "bfloat16", "titans": "float32"}
 
 
 @pytest.mark.parametrize(
     ("memory", "dtype"),
     [
-        pytest.param(memory, dtype, marks=[] if name in QUICK[memory] else pytest.mark.slow)
+        pytest.param(memory, dtype, marks=[] if QUICK.get(memory) == name else pytest.mark.slow)
         for memory in MEMORIES
         for name, dtype in DTYPES.items()
     ],

@@ -143,13 +143,14 @@ def test_split_stream_matches_full_pass_on_large_grid(
     assert_same_stream(case, torch_calls.run(case), splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"),
     [
         ("titans", "grm", "checkpoint"),
-        pytest.param("dla", "soup", "restart", marks=pytest.mark.slow),
-        pytest.param("swla", "ssc", "restart", marks=pytest.mark.slow),
-        pytest.param("linear", "residual", "checkpoint", marks=pytest.mark.slow),
+        ("dla", "soup", "restart"),
+        ("swla", "ssc", "restart"),
+        ("linear", "residual", "checkpoint"),
     ],
 )
 def test_gradients_through_cache_match_full_pass(memory, aggregation, mode):

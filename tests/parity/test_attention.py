@@ -191,7 +191,13 @@ def test_window_cache_size_is_bounded(package):
 
 
 @BOTH_PACKAGES
-@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3", "longer-conv3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks-conv3",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("full-conv3", "longer-conv3")),
+    ],
+)
 def test_cache_grows_and_enforces_capacity(package, name):
     layer, (x, _) = build(package, CONFIGS[name]), draw_inputs()
     part = to_package(package, x)

@@ -88,7 +88,9 @@ def test_saved_cache_continues_stream(tmp_path, package, config):
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("config", [LAYER, HYBRID], ids=["layer", "hybrid"])
+@pytest.mark.parametrize(
+    "config", [LAYER, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=["layer", "hybrid"]
+)
 @pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
 def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"

@@ -31,7 +31,7 @@ LAYERS = {
     "dla-residual": MCConfig(8, 2, DLAConfig(expansion=1), "residual", segment_size=3),
     "attention": AttentionConfig(8, 2, window=3, conv_width=2),
 }
-SLOW = ("linear-grm", "titans-soup", "dla-residual")
+SLOW = ("linear-grm", "swla-ssc", "titans-soup", "dla-residual")
 MODEL = ModelConfig(11, 1, LAYERS["linear-grm"], ffn_width=8)
 TOKENS = np.random.default_rng(0).integers(11, size=(2, 6))
 
@@ -44,7 +44,7 @@ def torch_layer(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["swla-ssc", "attention", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+    "name", ["attention", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
 )
 def test_pytorch_exports_dynamic_batch(name):
     layer = torch_layer(name)
@@ -152,6 +152,7 @@ def test_jax_models_and_attention_reject_dynamic_token_count():
             jax.export.export(jax.jit(function))(symbol)
 
 
+@pytest.mark.slow
 def test_jax_prompt_and_step_programs_serialize():
     model = mc_jax.LanguageModel(MODEL, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,28 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 # The two packages
 
 
-@pytest.mark.parametrize("case", QUICK, ids=[f"{case.name} {case.dtype}" for case in QUICK])
+SLOW = (
+    "linear+grm chunked 2+1+10",
+    "linear+grm layer coefficients=token",
+    "dla+soup chunked restart 6+5",
+    "dla+grm chunked 5+3",
+    "swla+grm model greedy",
+)
+
+
+def quick_params() -> list[Any]:
+    """One parameter per case; those in `SLOW` need several programs each, and are slow tests."""
+    return [
+        pytest.param(
+            case,
+            id=f"{case.name} {case.dtype}",
+            marks=pytest.mark.slow if case.name.startswith(SLOW) else (),
+        )
+        for case in QUICK
+    ]
+
+
+@pytest.mark.parametrize("case", quick_params())
 def test_quick_grid_passes(case):
     failed = failures([check_case(case)])
     assert not failed, failed
@@ -149,6 +171,7 @@ def test_learning_rates_agree(warmup):
 # Detection of faults
 
 
+@pytest.mark.slow
 def test_injected_faults_are_detected_in_expected_leaf():
     findings = list(selftest())
     missed = [

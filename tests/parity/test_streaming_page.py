@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -48,6 +49,7 @@ def extend_compiled(model: mc_jax.LanguageModel, *given: Any, **options: Any) ->
 EXTEND = mc_jax.LanguageModel.extend
 
 
+@pytest.mark.slow
 def test_code_blocks_run_and_frameworks_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mc_jax.LanguageModel, "extend", extend_compiled)

@@ -238,7 +238,7 @@ model = LanguageModel.from_pretrained({path!r})
 """
 
 
-@pytest.mark.parametrize("package", ["mc_jax", "mc_torch"])
+@pytest.mark.parametrize("package", ["mc_jax", pytest.param("mc_torch", marks=pytest.mark.slow)])
 def test_each_package_loads_without_the_other_framework(saved, package):
     path = saved("tied")
     blocked, run = {

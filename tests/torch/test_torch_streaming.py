@@ -272,7 +272,7 @@ def check_one_program_of_steps(config, size, backend):
 @pytest.mark.parametrize(
     ("config", "size", "backend"),
     [
-        (TITANS, 1, "eager"),
+        pytest.param(TITANS, 1, "eager", marks=pytest.mark.slow),
         pytest.param(SWLA, 3, "eager", marks=pytest.mark.slow),
         pytest.param(RESTART, 3, "eager", marks=pytest.mark.slow),
         (SUM, 1, "aot_eager"),

@@ -84,6 +84,7 @@ def test_model_overfits_a_small_set():
     assert right.all()
 
 
+@pytest.mark.slow
 def test_microbatches_equal_one_batch():
     config = tiny(accumulation=2)
     _, state, step = build(config)
@@ -99,6 +100,7 @@ def quiet(config: Path, *words: str):
     return train(load_config(config, words), Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("data", [MQAR, pytest.param(NIAH, marks=pytest.mark.slow)])
 def test_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, data):

@@ -193,6 +193,7 @@ def test_incomplete_row_is_dropped(tmp_path, monkeypatch, no_pictures):
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_missing_report_of_finished_run_is_written(tmp_path, monkeypatch):
     """A run that is killed after the last checkpoint writes its report without training."""
     config = write_config(tmp_path)

@@ -53,6 +53,7 @@ def test_workers_have_disjoint_cores(tmp_path):
     assert sorted(chain(*of_worker.values())) == cores()
 
 
+@pytest.mark.slow
 @two_cores
 def test_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
     """A worker initializes JAX independently of its parent."""

@@ -1,15 +1,8 @@
 """Shared by both frameworks: configurations and plans of segments and chunks. NumPy only."""
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
-from mc_core.memories import (
-    DLAConfig,
-    LinearConfig,
-    MemoryConfig,
-    MLPConfig,
-    SWLAConfig,
-    TitansConfig,
-    register_memory,
-)
+from mc_core.memories import MemoryConfig, register_memory
+from mc_core.memory_kinds import DLAConfig, LinearConfig, MLPConfig, SWLAConfig, TitansConfig
 from mc_core.segmentation import Plan, make_plan, segment_lengths
 
 __all__ = [

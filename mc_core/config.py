@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
 from mc_core.checks import ConfigError, check_choice, check_range, check_types, raise_config_error
-from mc_core.memories import LinearConfig, MemoryConfig
+from mc_core.memories import MemoryConfig
+from mc_core.memory_kinds import LinearConfig
 from mc_core.serialization import Serializable
 
 GATES = {
@@ -16,6 +17,7 @@ GATES = {
 SEGMENTATIONS = ("constant", "logarithmic")
 START_MODES = ("checkpoint", "restart")
 OUTPUT_NORMS = ("rms", "none")
+VALUE_NORMS = ("none", "l2", "rms")
 
 NORM_EPS = 1e-6  # added to the mean or sum of squares in RMS, layer and L2 norms
 CLIP_EPS = 1e-12  # added to the squared Frobenius norm of the inner gradient
@@ -41,6 +43,7 @@ class MCConfig(Serializable):
         pooling: reduction of a segment's keys to its pooled key, `mean` or `sum`.
         chunk_size: number of consecutive tokens with inner gradients at the same weights.
         qk_norm: `l2`, `none`, or None for the memory's default.
+        value_norm: norm of each head's values, `l2` or `rms`, or `none`.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
         output_norm: RMS norm of each head's read (`rms`), or `none`.
         detach_cached_states: stop gradients at cached memories.
@@ -71,6 +74,7 @@ class MCConfig(Serializable):
     detach_cached_states: bool = False
     detach_cached_context: bool = False
     gate: str = "context"
+    value_norm: str = "none"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -84,6 +88,7 @@ class MCConfig(Serializable):
         check_choice(self, "pooling", ("mean", "sum"))
         check_choice(self, "output_norm", OUTPUT_NORMS)
         check_choice(self, "gate", GATES)
+        check_choice(self, "value_norm", VALUE_NORMS)
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
         if self.d_model % self.num_heads:

@@ -162,7 +162,7 @@ def _write_and_read(config: MCConfig, tokens: int) -> float:
     size = memory_size(config)
     within = 2 * chunk * h * sum(a + b for a, b in pairwise(widths))
     flops = 4 * size + within + h * memory.gradient_flops(width, width)
-    return flops + 4 * size * memory.has_momentum
+    return flops + 4 * size * memory.has_momentum + 2 * size * memory.decays_to_initial
 
 
 def _cached_reads(config: MCConfig, tokens: int) -> float:

@@ -42,6 +42,7 @@ class OnlineMemory(NamedTuple):
     momentum: Weights
     updates: RankOneUpdates
     decay: ChunkDecay
+    target: Weights = ()  # `Memory.target`, each [h, o, i]
 
 
 class WriteResult(NamedTuple):
@@ -107,7 +108,7 @@ def write_chunks(
     )
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
     return WriteResult(
-        online=online_memory(scanned, start, restarts),
+        online=online_memory(memory, scanned, start, restarts),
         read=scanned.read,
         ends=jax.tree.map(
             lambda b, f: _segment_ends(b, f, plan), scanned.before, scanned.final.weights
@@ -147,27 +148,29 @@ def scan_chunks(
 
 
 def online_memory(
-    scanned: ScanResult, start: MemoryState, restarts: Array | None
+    memory: Memory, scanned: ScanResult, start: MemoryState, restarts: Array | None
 ) -> OnlineMemory | None:
     """Return the online memory of chunks [g, b, r, ...]; None if the scan has read it."""
     updates = scanned.updates
     if updates is None:
         return None
     if restarts is None:
-        return OnlineMemory(scanned.before, scanned.momentum, updates, scanned.decay)
+        before, momentum = scanned.before, scanned.momentum
+        return OnlineMemory(before, momentum, updates, scanned.decay, memory.target)
     condition = restarts[..., None, None, None]
 
     def pick(start: Weights, before: Weights) -> Weights:
         return tuple(jnp.where(condition, s, b) for s, b in zip(start, before, strict=True))
 
     weights, momentum = pick(start.weights, scanned.before), pick(start.momentum, scanned.momentum)
-    return OnlineMemory(weights, momentum, updates, scanned.decay)
+    return OnlineMemory(weights, momentum, updates, scanned.decay, memory.target)
 
 
 def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
     """Return the linear maps of the online memory for tokens [g, b, r, h, c, i] (dual form).
 
-    `z_t = P_t (W_0 a_t) + Q_t (S_0 a_t) - Σ_{i<=t} C[t, i] <a_t, a_i> δ_i`.
+    `z_t = P_t (W_0 a_t) + Q_t (S_0 a_t) - Σ_{i<=t} C[t, i] <a_t, a_i> δ_i`. With a target T of the
+    retention, `(1 - P_t) (T a_t)` is added.
     """
     decay, updates = online.decay, online.updates
 
@@ -176,6 +179,9 @@ def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
         z = einsum_f32(
             "...oi,...ci->...co", online.weights[layer], scale_rows(decay.state, a), dtype=dtype
         )
+        if online.target:
+            scaled = scale_rows(1 - decay.state, a)
+            z += einsum_f32("...oi,...ci->...co", online.target[layer], scaled, dtype=dtype)
         if decay.momentum is not None:
             scaled = scale_rows(decay.momentum, a)
             z += einsum_f32("...oi,...ci->...co", online.momentum[layer], scaled, dtype=dtype)
@@ -195,7 +201,8 @@ def write_chunk(
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
-    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token.
+    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token; with
+       a target T of the retention, `(1 - P_c) T` is added.
     4. Update the momentum: `S_c = momentum_retention S_0 - Σ_i momentum_updates[i] G_i`.
 
     Args:
@@ -210,12 +217,12 @@ def write_chunk(
 
     read = None  # 2
     if q is not None:
-        online = OnlineMemory(state.weights, state.momentum, updates, decay)
+        online = OnlineMemory(state.weights, state.momentum, updates, decay, memory.target)
         read = memory.read(online_apply(online, k.dtype), q)
 
     gradients = _outer(updates, decay.updates[..., -1, :], k.dtype)  # 3
-    retention = decay.state[..., -1, None, None]
-    weights = tuple(retention * w - g for w, g in zip(state.weights, gradients, strict=True))
+    retained = memory.retain(state.weights, decay.state[..., -1])
+    weights = tuple(w - g for w, g in zip(retained, gradients, strict=True))
     momentum = state.momentum
     if decay.momentum is not None:
         momentum_weight = decay.momentum[..., -1, None, None]

@@ -82,7 +82,7 @@ def memory_caching(
         arguments = q, k, v, u, coefficients, mask
         q, k, v, u, coefficients, mask = jax.tree.map(add_row, arguments)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
-    memory = make_memory(config.memory, norm)
+    memory = make_memory(config.memory, norm, initial)
     inner = None
     if method == "recurrent":
         output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
@@ -150,7 +150,7 @@ def extend(
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
     cache = cast_cache(cache, state_dtype(q.dtype))
-    memory = make_memory(config.memory, norm)
+    memory = make_memory(config.memory, norm, initial)
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     head_mask = mask[:, :, None, None]
     output = jnp.where(head_mask, output, jnp.zeros_like(output)).astype(v.dtype)

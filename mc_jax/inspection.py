@@ -17,7 +17,7 @@ from mc_jax.backends.base import decay_products, mask_coefficients
 from mc_jax.cache import Segments
 from mc_jax.chunk_layout import from_chunks, to_chunks
 from mc_jax.chunked import OnlineMemory, online_apply
-from mc_jax.numerics import Array, einsum_f32
+from mc_jax.numerics import Array, einsum_f32, expand_leading_dims
 
 
 class InnerLoop(NamedTuple):
@@ -121,8 +121,10 @@ def measure_writes(
     def by_token(x: Array) -> Array:
         return from_chunks(x[..., None], plan)[..., 0]
 
-    def norm(decay: ChunkDecay) -> Array:
+    def norm(decay: ChunkDecay, adds_target: bool = False) -> Array:
         parts = [decay.state, *(() if decay.momentum is None else (decay.momentum,))]
+        if online.target:
+            parts.append(jnp.full_like(decay.state, float(adds_target)))
         m = len(parts)
         states, updates = jnp.stack(parts, axis=-1), -decay.updates
         # States and updates are separate arrays: for their concatenation, XLA:CPU has returned
@@ -147,7 +149,7 @@ def measure_writes(
         )
         momentum_norm = by_token(norm(ChunkDecay(jnp.zeros_like(retention), updates, retention)))
     inner = InnerLoop(
-        memory_norm=by_token(norm(after)),
+        memory_norm=by_token(norm(after, adds_target=True)),
         momentum_norm=momentum_norm,
         update_norm=by_token(write_mask * norm(difference)),
         loss_before=loss(before),
@@ -182,12 +184,19 @@ def _inner_products(online: OnlineMemory) -> Array:
     """Return the inner products, summed over layers, of a chunk's initial states and updates.
 
     Returns:
-        [..., h, m + e, m + e]: first the memory and the momentum before the chunk (m = 2; without
-        momentum m = 1), then the e updates of the chunk.
+        [..., h, m + e, m + e]: first the m states, which are the memory before the chunk, its
+        momentum, if any, and the target of the retention, if any; then the e updates of the chunk.
+        The target is subtracted from the memory, because the two may be almost equal.
     """
     layers = []
     for layer, weight in enumerate(online.weights):
-        states = jnp.stack([weight, *online.momentum[layer : layer + 1]], axis=-3)
+        parts = [weight, *online.momentum[layer : layer + 1]]
+        if online.target:
+            target = jnp.zeros_like(weight) + expand_leading_dims(
+                online.target[layer].astype(weight.dtype), weight.ndim
+            )
+            parts = [weight - target, *parts[1:], target]
+        states = jnp.stack(parts, axis=-3)
         a, delta = (x[layer].astype(weight.dtype) for x in online.updates)
         read = einsum_f32("...moi,...ei->...meo", states, a, exact=True)
         cross = einsum_f32("...meo,...eo->...me", read, delta, exact=True)

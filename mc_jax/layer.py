@@ -17,7 +17,7 @@ from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, is_static, l2_normalize
+from mc_jax.numerics import Array, Dtype, is_static, l2_normalize, normalize_values
 
 
 class MemoryCachingLayer(Mixer):
@@ -213,6 +213,7 @@ class MemoryCachingLayer(Mixer):
         q, k, v, conv = self._qkv(x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
+        v = normalize_values(v, config.value_norm)
         u = q if config.gated else None
         if config.projects_u:
             u = split_heads(self.u_proj(x), config.num_heads)

@@ -115,6 +115,13 @@ def rms_norm(x: Array, scale: Array) -> Array:
     return (x32 * inverse * expand_leading_dims(scale.astype(x32.dtype), x.ndim)).astype(x.dtype)
 
 
+def normalize_values(v: Array, norm: str) -> Array:
+    """Normalize the last axis of v [..., v] to unit L2 norm (`l2`) or unit RMS (`rms`)."""
+    if norm == "none":
+        return v
+    return l2_normalize(v) if norm == "l2" else rms_norm(v, jnp.ones(v.shape[-1:], v.dtype))
+
+
 def standardize(x: Array) -> tuple[Array, Array]:
     """Return x [..., v] with zero mean and unit variance, and 1 / standard deviation [..., 1]."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)

@@ -101,7 +101,7 @@ def _write(
     q = to_call_chunks(tokens.q, layout) if read_in_scan else None
     chunks = Chunks(k, v, coefficients, write_mask, q, restarts, layout.has_first_token)
     scanned = scan_chunks(memory, chunks, state, start)
-    online = online_memory(scanned, start, restarts)
+    online = online_memory(memory, scanned, start, restarts)
     return scanned, WriteResult(online, scanned.read, (), scanned.final)
 
 

@@ -80,7 +80,7 @@ def memory_caching(
         arguments = q, k, v, u, coefficients, mask
         q, k, v, u, coefficients, mask = tree_map(add_row, arguments)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
-    memory = make_memory(config.memory, norm)
+    memory = make_memory(config.memory, norm, initial)
     inner = None
     if method == "recurrent":
         output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
@@ -147,7 +147,7 @@ def extend(
     count = torch.sum(valid, dim=1, dtype=torch.int32)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
     cache = cast_cache(cache, state_dtype(q.dtype))
-    memory = make_memory(config.memory, norm)
+    memory = make_memory(config.memory, norm, initial)
     output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
     head_mask = mask[:, :, None, None]
     output = torch.where(head_mask, output, torch.zeros_like(output)).to(v.dtype)

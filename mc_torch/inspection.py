@@ -15,7 +15,7 @@ from mc_torch.backends.base import decay_products, mask_coefficients
 from mc_torch.cache import Segments
 from mc_torch.chunk_layout import TensorPlan, from_chunks, to_chunks
 from mc_torch.chunked import OnlineMemory, online_apply
-from mc_torch.numerics import Array, einsum_f32, tree_map
+from mc_torch.numerics import Array, einsum_f32, expand_leading_dims, tree_map
 
 
 class InnerLoop(NamedTuple):
@@ -120,8 +120,10 @@ def measure_writes(
     def by_token(x: Array) -> Array:
         return from_chunks(x[..., None], plan)[..., 0]
 
-    def norm(decay: ChunkDecay) -> Array:
+    def norm(decay: ChunkDecay, adds_target: bool = False) -> Array:
         parts = [decay.state, *(() if decay.momentum is None else (decay.momentum,))]
+        if online.target:
+            parts.append(torch.full_like(decay.state, float(adds_target)))
         m = len(parts)
         states, updates = torch.stack(parts, dim=-1), -decay.updates
         state_products = einsum_f32("...cm,...mn->...cn", states, gram[..., :m, :m], exact=True)
@@ -144,7 +146,7 @@ def measure_writes(
         )
         momentum_norm = by_token(norm(ChunkDecay(torch.zeros_like(retention), updates, retention)))
     return InnerLoop(
-        memory_norm=by_token(norm(after)),
+        memory_norm=by_token(norm(after, adds_target=True)),
         momentum_norm=momentum_norm,
         update_norm=by_token(write_mask * norm(difference)),
         loss_before=loss(before),
@@ -177,12 +179,19 @@ def _inner_products(online: OnlineMemory) -> Array:
     """Return the inner products, summed over layers, of a chunk's initial states and updates.
 
     Returns:
-        [..., h, m + e, m + e]: first the memory and the momentum before the chunk (m = 2; without
-        momentum m = 1), then the e updates of the chunk.
+        [..., h, m + e, m + e]: first the m states, which are the memory before the chunk, its
+        momentum, if any, and the target of the retention, if any; then the e updates of the chunk.
+        The target is subtracted from the memory, because the two may be almost equal.
     """
     layers = []
     for layer, weight in enumerate(online.weights):
-        states = torch.stack([weight, *online.momentum[layer : layer + 1]], dim=-3)
+        parts = [weight, *online.momentum[layer : layer + 1]]
+        if online.target:
+            target = torch.zeros_like(weight) + expand_leading_dims(
+                online.target[layer].to(weight.dtype), weight.ndim
+            )
+            parts = [weight - target, *parts[1:], target]
+        states = torch.stack(parts, dim=-3)
         a, delta = (x[layer].to(weight.dtype) for x in online.updates)
         read = einsum_f32("...moi,...ei->...meo", states, a, exact=True)
         cross = einsum_f32("...meo,...eo->...me", read, delta, exact=True)

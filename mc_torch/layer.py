@@ -25,7 +25,7 @@ from mc_torch.modules import (
     project,
     split_heads,
 )
-from mc_torch.numerics import Array, Dtype, is_static, l2_normalize, state_dtype
+from mc_torch.numerics import Array, Dtype, is_static, l2_normalize, normalize_values, state_dtype
 
 
 class MemoryCachingLayer(Mixer):
@@ -231,6 +231,7 @@ class MemoryCachingLayer(Mixer):
         q, k, v, conv = self._qkv(x, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
+        v = normalize_values(v, config.value_norm)
         u = q if config.gated else None
         if config.projects_u:
             u = split_heads(project(self.u_proj, x), config.num_heads)

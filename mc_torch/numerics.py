@@ -96,6 +96,13 @@ def rms_norm(x: Array, scale: Array) -> Array:
     return (x32 * inverse * expand_leading_dims(scale.to(x32.dtype), x.ndim)).to(x.dtype)
 
 
+def normalize_values(v: Array, norm: str) -> Array:
+    """Normalize the last axis of v [..., v] to unit L2 norm (`l2`) or unit RMS (`rms`)."""
+    if norm == "none":
+        return v
+    return l2_normalize(v) if norm == "l2" else rms_norm(v, v.new_ones(v.shape[-1:]))
+
+
 def standardize(x: Array) -> tuple[Array, Array]:
     """Return x [..., v] with zero mean and unit variance, and 1 / standard deviation [..., 1]."""
     centred = x - torch.mean(x, dim=-1, keepdim=True)

@@ -16,7 +16,7 @@ from mc_core import (
     TitansConfig,
 )
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import GATES, START_MODES
+from mc_core.config import GATES, START_MODES, VALUE_NORMS
 from mc_core.memories import MEMORIES
 from parity.cases import DTYPES, MASKS, METHODS, Case
 
@@ -100,7 +100,13 @@ QUICK = (
         mask="padded",
     ),
     case(SWLAConfig(coefficients="constant", previous=0.5), "mean", level="layer", qk_norm="l2"),
-    case(_DLA, "none", level="layer", mask="some", tokens=10),
+    case(
+        DLAConfig(expansion=2, retention=0.9, retention_target="initial"),
+        "none",
+        level="layer",
+        mask="some",
+        tokens=10,
+    ),
     case(DLAConfig(depth=1, residual=False), "residual", "restart", mask="some"),
     case(DLAConfig(expansion=1, residual=False), "grm", pooling="sum", tokens=11),
     case(DLAConfig(depth=3, expansion=1, objective="l2"), "soup", method="recurrent", mask="some"),
@@ -112,7 +118,13 @@ QUICK = (
     case(_TITANS, "grm", level="model", conv_width=4, tie_embeddings=False, mask="padded"),
     case(TitansConfig(depth=1, inner_clip=None), "soup", "restart", mask="some"),
     case(_TITANS, "ssc", ssc_top_k=1, method="recurrent", tokens=11),
-    case(TitansConfig(expansion=1, coefficients="head"), "mean", level="layer", chunk_size=5),
+    case(
+        TitansConfig(expansion=1, coefficients="head"),
+        "mean",
+        level="layer",
+        chunk_size=5,
+        value_norm="rms",
+    ),
     case(_LINEAR, "grm", "restart", dtype="float32", mask="some"),
     case(TitansConfig(depth=1), "grm", dtype="float32", tokens=11),
     case(LinearConfig(coefficients="token"), "grm", level="layer", dtype="bfloat16"),
@@ -121,7 +133,15 @@ QUICK = (
     case(_SWLA, "ssc", "restart", mask="segment", splits=(5, 8), chunk_size=2),
     case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
     case(_DLA, "soup", "restart", splits=(6, 5), tokens=11, pooling="sum", gate="token"),
-    case(_TITANS, "residual", level="model", conv_width=4, splits=(5, 8), padding=True),
+    case(
+        TitansConfig(expansion=2, retention_target="initial"),
+        "residual",
+        level="model",
+        conv_width=4,
+        splits=(5, 8),
+        padding=True,
+        value_norm="l2",
+    ),
     case(DLAConfig(depth=1), "grm", dtype="bfloat16", splits=(5, 3), tokens=8),
     case(_TITANS, "ssc", level="model", conv_width=4, padding=True, new_tokens=9),
     case(_SWLA, "grm", "restart", level="model", num_layers=2, new_tokens=9),
@@ -163,7 +183,9 @@ def full() -> Iterator[Case]:
     zero, the norm amplifies its rounding error.
     """
     yield from QUICK
-    pick, pick_stream, pick_gate = (random.Random(seed).choice for seed in range(3))
+    pick, pick_stream, pick_gate, pick_value_norm = (
+        random.Random(seed).choice for seed in range(4)
+    )
     for kind, aggregation, start, segmentation, dtype in product(
         MEMORIES, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
     ):
@@ -202,6 +224,7 @@ def full() -> Iterator[Case]:
             dtype=dtype,
             seed=pick(range(1000)),
             gate=pick_gate(tuple(GATES)),
+            value_norm=pick_value_norm(VALUE_NORMS),
             **options,
         )
 

@@ -44,6 +44,7 @@ class State(NamedTuple):
     memory: Memory
     momentum: Layers | None
     previous: tuple[Array, Array] | None  # key [k] and value [v] of the last unmasked token
+    target: Layers  # the weights that retention decays to, of an MLP memory
 
 
 class Write(NamedTuple):
@@ -163,6 +164,9 @@ def start(weights: Layers, config: MemoryConfig) -> State:
         Memory(weights, np.zeros(weights[0].shape[1]) if normalized else None),
         tuple(np.zeros_like(w) for w in weights) if config.kind == "titans" else None,
         None,
+        weights
+        if getattr(config, "retention_target", "zero") == "initial"
+        else tuple(np.zeros_like(w) for w in weights),
     )
 
 
@@ -194,8 +198,11 @@ def write(
         else:  # equations 34 and 35, with the sign that descends
             changes = [by.momentum * s - step for s, step in zip(momentum, steps, strict=True)]
             momentum = tuple(changes)
-        weights = tuple(by.retention * w + x for w, x in zip(weights, changes, strict=True))
-    return State(Memory(weights, normalizer), momentum, (k, v))
+        weights = tuple(
+            target + by.retention * (w - target) + x
+            for target, w, x in zip(state.target, weights, changes, strict=True)
+        )
+    return State(Memory(weights, normalizer), momentum, (k, v), state.target)
 
 
 def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = None) -> list[int]:

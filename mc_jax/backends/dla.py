@@ -3,7 +3,7 @@
 W_t = α_t W_{t-1} - η_t ∇ℓ(W; k_t, v_t), with the gradient at the chunk's initial memory W.
 """
 
-from mc_core.memories import DLAConfig
+from mc_core.memory_kinds import DLAConfig
 from mc_jax.backends.base import register_backend
 from mc_jax.backends.mlp import MLPMemory
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mc_core.config import NORMALIZER_FLOOR
-from mc_core.memories import LinearConfig
+from mc_core.memory_kinds import LinearConfig
 from mc_jax.backends.base import Apply, MatrixMemory, RankOneUpdates, Weights, register_backend
 from mc_jax.numerics import Array, scale_rows, state_dtype
 

@@ -6,7 +6,7 @@ W_t = α_t W_{t-1} + β_t v_{t-1} k_{t-1}ᵀ + λ_t v_t k_tᵀ        y = W_t q
 import jax
 import jax.numpy as jnp
 
-from mc_core.memories import SWLAConfig
+from mc_core.memory_kinds import SWLAConfig
 from mc_jax.backends.base import (
     ChunkDecay,
     Coefficients,

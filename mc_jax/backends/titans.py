@@ -6,7 +6,7 @@ W_t = α_t W_{t-1} + S_t
 
 import jax
 
-from mc_core.memories import TitansConfig
+from mc_core.memory_kinds import TitansConfig
 from mc_jax.backends.base import (
     ChunkDecay,
     Coefficients,
@@ -30,9 +30,9 @@ class Titans(MLPMemory):
         assert coefficients.momentum is not None
         gradient = outer_products(self.rank_one_updates(state.anchor, k, v), state.weights[0].dtype)
         step, momentum = coefficients.step[..., None, None], coefficients.momentum[..., None, None]
-        retention = coefficients.retention[..., None, None]
         surprise = jax.tree.map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
-        weights = jax.tree.map(lambda w, s: retention * w + s, state.weights, surprise)
+        retained = self.retain(state.weights, coefficients.retention)
+        weights = jax.tree.map(lambda w, s: w + s, retained, surprise)
         return state._replace(weights=weights, momentum=surprise)
 
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:

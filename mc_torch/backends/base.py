@@ -8,7 +8,7 @@ import torch
 
 from mc_core.backends import add_backend, find_backend
 from mc_core.memories import MemoryConfig
-from mc_torch.numerics import Array, einsum_f32, running_sum, scale_rows
+from mc_torch.numerics import Array, einsum_f32, expand_leading_dims, running_sum, scale_rows
 
 Weights = tuple[Array, ...]  # per layer, each [..., h, o, i]
 Apply = Callable[[int, Array], Array]  # (layer, a [..., h, c, i]) -> z [..., h, c, o]
@@ -72,14 +72,28 @@ class Memory:
     Attributes:
         config: the memory's configuration.
         norm: (gain, bias) of the layer norm, or None.
+        target: weights [h, o, i] to which retention decays the memory; empty = zero.
     """
 
     config: Any  # the MemoryConfig subclass of the registered kind
     norm: Norm = None
+    target: Weights = ()
 
     def prepare(self, initial: Weights) -> Weights:
         """Convert initial weights [h, o, i] to the weights of the state."""
         return initial
+
+    def retain(self, weights: Weights, retention: Array) -> Weights:
+        """Return `α W`, or `W_0 + α (W - W_0)` with a target; `retention` α is [..., h]."""
+        factor = retention[..., None, None]
+        if not self.target:
+            return tuple(factor * w for w in weights)
+
+        def one_layer(w: Array, target: Array) -> Array:
+            target = expand_leading_dims(target, w.ndim).to(w.dtype)
+            return target + factor * (w - target)
+
+        return tuple(map(one_layer, weights, self.target))
 
     def update(
         self, state: MemoryState, k: Array, v: Array, coefficients: Coefficients
@@ -90,9 +104,9 @@ class Memory:
         """
         updates = self.rank_one_updates(state.anchor or state.weights, k, v)
         step = coefficients.step[..., None, None]
-        retention = coefficients.retention[..., None, None]
         gradient = outer_products(updates, state.weights[0].dtype)
-        new = tuple(retention * w - step * g for w, g in zip(state.weights, gradient, strict=True))
+        retained = self.retain(state.weights, coefficients.retention)
+        new = tuple(w - step * g for w, g in zip(retained, gradient, strict=True))
         return state._replace(weights=new)
 
     def read(self, apply: Apply, q: Array) -> Array:
@@ -166,13 +180,20 @@ def register_backend(kind: str) -> Callable[[M], M]:
     return register
 
 
-def make_memory(config: MemoryConfig, norm: Norm = None) -> Memory:
-    """Return the backend of a configuration; `norm` is (gain, bias), each [h, v].
+def make_memory(config: MemoryConfig, norm: Norm = None, initial: Weights = ()) -> Memory:
+    """Return the backend of a configuration.
+
+    Args:
+        config: the memory's configuration.
+        norm: (gain, bias), each [h, v], for a memory with `norm="layer"`.
+        initial: weights W_0 per layer, each [h, o, i]; not needed if tokens are neither written nor
+            read.
 
     Raises:
         ValueError: the kind has no backend in this framework.
     """
-    return find_backend(BACKENDS, config.kind, "mc_torch")(config, norm)
+    target = initial if config.decays_to_initial else ()
+    return find_backend(BACKENDS, config.kind, "mc_torch")(config, norm, target)
 
 
 def outer_products(updates: RankOneUpdates, dtype: torch.dtype) -> Weights:

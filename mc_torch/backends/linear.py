@@ -9,7 +9,7 @@ The normalizer s is stored as one more output row of W, with the constant value 
 import torch
 
 from mc_core.config import NORMALIZER_FLOOR
-from mc_core.memories import LinearConfig
+from mc_core.memory_kinds import LinearConfig
 from mc_torch.backends.base import Apply, MatrixMemory, RankOneUpdates, Weights, register_backend
 from mc_torch.numerics import Array, maximum, scale_rows
 

@@ -4,7 +4,7 @@ S_t = β_t S_{t-1} - η_t ∇ℓ(W; k_t, v_t), with the gradient at the chunk's 
 W_t = α_t W_{t-1} + S_t
 """
 
-from mc_core.memories import TitansConfig
+from mc_core.memory_kinds import TitansConfig
 from mc_torch.backends.base import (
     ChunkDecay,
     Coefficients,
@@ -28,9 +28,9 @@ class Titans(MLPMemory):
         assert coefficients.momentum is not None
         gradient = outer_products(self.rank_one_updates(state.anchor, k, v), state.weights[0].dtype)
         step, momentum = coefficients.step[..., None, None], coefficients.momentum[..., None, None]
-        retention = coefficients.retention[..., None, None]
         surprise = tree_map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
-        weights = tree_map(lambda w, s: retention * w + s, state.weights, surprise)
+        retained = self.retain(state.weights, coefficients.retention)
+        weights = tree_map(lambda w, s: w + s, retained, surprise)
         return state._replace(weights=weights, momentum=surprise)
 
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:

@@ -37,7 +37,7 @@ BENCH_COMMANDS = "train/cli/bench.py"
 # packages with other names.
 DEFINE = {
     "mc_core/aggregations.py",
-    "mc_core/memories.py",
+    "mc_core/memory_kinds.py",
     "parity/community.py",
     "bench/rivals.py",
     "bench/peers.py",

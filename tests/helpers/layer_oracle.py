@@ -47,6 +47,10 @@ def layer_oracle(
         y = y.reshape(b, t, h, -1)
         if config.normalizes_qk and name in "qk":
             y = y / np.sqrt((y * y).sum(-1, keepdims=True) + NORM_EPS)
+        if name == "v" and config.value_norm == "l2":
+            y = y / np.sqrt((y * y).sum(-1, keepdims=True) + NORM_EPS)
+        if name == "v" and config.value_norm == "rms":
+            y = y / np.sqrt((y * y).mean(-1, keepdims=True) + NORM_EPS)
         return y
 
     def coefficient(name: str) -> Array | None:
@@ -92,13 +96,17 @@ CONFIGS: dict[str, MCConfig] = {
     "linear-learned": MCConfig(
         8, 2, LinearConfig("elu+1", True, "head", 0.7, 0.8, True), "soup", qk_norm="l2"
     ),
-    "swla": MCConfig(8, 2, SWLAConfig(), "grm", conv_width=4, segment_size=3, chunk_size=2),
+    "swla": MCConfig(
+        8, 2, SWLAConfig(), "grm", conv_width=4, segment_size=3, chunk_size=2,
+        value_norm="l2",
+    ),
     "dla": MCConfig(
         8, 2, DLAConfig(2, 2), "ssc", ssc_top_k=1, use_q_as_u=True, segment_size=3, pooling="sum",
         gate="token",
     ),
     "titans": MCConfig(
-        8, 2, TitansConfig(2, 2), "soup", segment_size=4, chunk_size=3, gate="token"
+        8, 2, TitansConfig(2, 2, retention_target="initial"), "soup", segment_size=4, chunk_size=3,
+        gate="token", value_norm="rms",
     ),
     "titans-norm": MCConfig(
         8, 2, TitansConfig(2, 1, norm="layer", coefficients="head"), "grm", conv_width=2,

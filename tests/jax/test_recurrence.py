@@ -48,8 +48,8 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 VARIANTS = {
     "linear": ("linear", "linear-elu", "linear-normalized"),
     "swla": ("swla",),
-    "dla": ("dla", "dla-flat", "dla-deep"),
-    "titans": ("titans", "titans-flat", "titans-norm", "titans-dot"),
+    "dla": ("dla", "dla-initial", "dla-flat", "dla-deep"),
+    "titans": ("titans", "titans-initial", "titans-flat", "titans-norm", "titans-dot"),
 }
 CASES = pairwise(
     kind=KINDS,

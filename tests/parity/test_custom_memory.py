@@ -131,7 +131,7 @@ def test_registration_rejects_invalid_memories():
         kind = "linear"
 
     with pytest.raises(
-        ValueError, match=r"kind = 'linear' is already registered by mc_core\.memories\.Linear"
+        ValueError, match=r"kind = 'linear' is already registered by mc_core\.memory_kinds\.Linear"
     ):
         register_memory(Copy)
     assert MEMORIES["linear"] is LinearConfig

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.tiny_run import mc, write_config
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import GATES, START_MODES
+from mc_core.config import GATES, START_MODES, VALUE_NORMS
 from mc_core.memories import COEFFICIENTS, MEMORIES
 from mc_core.optimizer import OptimizerConfig
 from mc_core.tree_utils import flatten
@@ -116,6 +116,8 @@ def test_quick_grid_covers_every_choice():
     assert {getattr(layer.memory, "norm", "none") for layer in layers} == {"none", "layer"}
     assert {layer.output_norm for layer in layers} == {"rms", "none"}
     assert {layer.normalizes_qk for layer in layers} == {True, False}
+    assert {layer.value_norm for layer in layers} == set(VALUE_NORMS)
+    assert {layer.memory.decays_to_initial for layer in layers} == {True, False}
     assert any(getattr(layer.memory, "normalize", False) for layer in layers)
     assert any(layer.conv_width for layer in layers)
     assert any(layer.detach_cached_states for layer in layers)

@@ -72,6 +72,11 @@ class MemoryConfig(Serializable):
         return False
 
     @property
+    def has_l2_loss(self) -> bool:
+        """True if the inner loss is a squared distance to v, False if it is `-<M(k), v>`."""
+        return False
+
+    @property
     def adds_input(self) -> bool:
         """True if reads have a residual connection, which requires equal key and value widths."""
         return False
@@ -302,6 +307,11 @@ class MLPConfig(MemoryConfig):
         return self.norm == "layer"
 
     @property
+    def has_l2_loss(self) -> bool:
+        """True if the inner loss is `||M(k) - v||²`."""
+        return self.objective == "l2"
+
+    @property
     def adds_input(self) -> bool:
         """True if a read adds its input."""
         return self.residual or self.has_layer_norm
@@ -321,7 +331,7 @@ class MLPConfig(MemoryConfig):
         With the dot loss and no norm, the gradient does not need the output of the last layer.
         """
         sizes = self.sizes(key, value)
-        needs_output = self.objective == "l2" or self.has_layer_norm
+        needs_output = self.has_l2_loss or self.has_layer_norm
         return 2 * (sum(sizes) - (not needs_output) * sizes[-1]) + 2 * (sum(sizes) - sizes[0])
 
 

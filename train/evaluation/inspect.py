@@ -71,7 +71,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
         console.print(words, soft_wrap=True, highlight=False)
 
     def show(names: tuple[str, ...], rows: list[list[str]]) -> None:
-        table = Table("layer", "head", *names)
+        table = Table("layer", "head", *names, box=None, collapse_padding=True, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
         for row in rows[:ROWS]:

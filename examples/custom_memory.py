@@ -27,6 +27,7 @@ class DecayedDeltaConfig(MemoryConfig):
     ranges = {"step": (0.0, 1.0), "retention": (0.0, 1.0)}  # noqa: RUF012 - read only
     gradient_uses_weights = True
     normalizes_qk = True
+    has_l2_loss = True  # for the recall that `inspect` reports
 
     coefficients: str = "token"
     step: float = 0.1

@@ -72,6 +72,11 @@ class MemoryConfig(Serializable):
         return False
 
     @property
+    def has_l2_loss(self) -> bool:
+        """True if the inner loss is a squared distance to v, False if it is `-<M(k), v>`."""
+        return False
+
+    @property
     def adds_input(self) -> bool:
         """True if reads have a residual connection, which requires equal key and value widths."""
         return False

@@ -139,6 +139,11 @@ class MLPConfig(MemoryConfig):
         return self.norm == "layer"
 
     @property
+    def has_l2_loss(self) -> bool:
+        """True if the inner loss is `||M(k) - v||²`."""
+        return self.objective == "l2"
+
+    @property
     def adds_input(self) -> bool:
         """True if a read adds its input."""
         return self.residual or self.has_layer_norm

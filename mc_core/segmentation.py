@@ -106,6 +106,17 @@ class Plan:
         return self.offset_of % self.chunk_size == 0
 
     @cached_property
+    def first_chunk(self) -> np.ndarray:
+        """[n] flat index of the first chunk of each segment."""
+        return self.chunk_positions[self.starts_segment] // self.chunk_size
+
+    @cached_property
+    def chunk_segments(self) -> np.ndarray:
+        """[rows * chunks] segment of each chunk; the last one for chunks of padding."""
+        first = self.chunk_tokens[:: self.chunk_size]
+        return self.segment_of[np.minimum(first, self.tokens - 1)]
+
+    @cached_property
     def chunk_positions(self) -> np.ndarray:
         """[t] position of each token in `chunk_tokens`."""
         positions = np.zeros(self.tokens, np.int64)

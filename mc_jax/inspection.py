@@ -10,21 +10,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mc_core.config import DEAD_NORM
 from mc_core.segmentation import Plan
-from mc_jax.backends import ChunkDecay, Coefficients, Memory
-from mc_jax.backends.base import decay_products, mask_coefficients
+from mc_jax.backends import ChunkDecay, Coefficients, Memory, Weights
+from mc_jax.backends.base import apply_weights, decay_products, mask_coefficients
 from mc_jax.cache import Segments
-from mc_jax.chunk_layout import from_chunks, to_chunks
-from mc_jax.chunked import OnlineMemory, online_apply
+from mc_jax.chunk_layout import from_chunks, to_chunks, to_segments
+from mc_jax.chunked import OnlineMemory, WriteResult, online_apply
 from mc_jax.numerics import Array, einsum_f32, expand_leading_dims
 
 
 class InnerLoop(NamedTuple):
-    """Statistics of each token's write, in the state dtype and without gradient.
+    """Statistics of the writes, in the state dtype and without gradient.
 
     Norms are Frobenius norms over all layers, including normalizer rows. The inner loss is
-    `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory.
+    `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory. The loss of a
+    segment is the mean over its unmasked tokens at a fixed memory, and 0 if there are none.
+
+    A head is dead if its memory stays at its start or has decayed to zero, relative to the initial
+    memory: the norm of the change `after - before` is at most `DEAD_NORM ||W_0||` in all segments,
+    or `||W_t||` is below `DEAD_NORM ||W_0||` at a token. If W_0 = 0, it is dead if nothing is
+    written.
     """
 
     memory_norm: Array  # norm of W_t [b, t, h]
@@ -32,6 +40,10 @@ class InnerLoop(NamedTuple):
     update_norm: Array  # norm of W_t - W_{t-1} [b, t, h]; 0 at masked tokens
     loss_before: Array  # inner loss of (k_t, v_t) at W_{t-1} [b, t, h]; 0 at masked tokens
     loss_after: Array  # inner loss of (k_t, v_t) at W_t [b, t, h]; 0 at masked tokens
+    segment_loss_before: Array  # loss of a segment at the memory before it [b, n, h]
+    segment_loss_after: Array  # loss of a segment at its cached memory [b, n, h]
+    segment_loss_scale: Array  # denominator of `Trace.recall` [b, n, h]
+    dead_heads: Array  # bool [b, h]
 
 
 class Trace(NamedTuple):
@@ -53,11 +65,29 @@ class Trace(NamedTuple):
     update_norm: Array  # [b, t, h], as in `InnerLoop`
     loss_before: Array  # [b, t, h], as in `InnerLoop`
     loss_after: Array  # [b, t, h], as in `InnerLoop`
+    segment_loss_before: Array  # [b, n, h], as in `InnerLoop`
+    segment_loss_after: Array  # [b, n, h], as in `InnerLoop`
+    segment_loss_scale: Array  # [b, n, h], as in `InnerLoop`
+    dead_heads: Array  # bool [b, h], as in `InnerLoop`
 
     @property
     def router_weights(self) -> Array:
         """Alias of `gates` [b, t, h, n + 1], as named by `memory-caching`."""
         return self.gates
+
+    @property
+    def recall(self) -> Array:
+        """Recall of each cached memory [b, n, h]: the share of its segment that it has stored.
+
+        `(before - after) / scale` of the losses of the segment. An L2 loss is 0 for a perfect read,
+        so the scale is the loss before: recall is `1 - after / before`. A dot loss is -<v, v> for a
+        perfect read and 0 for an empty memory, so the scale is the mean of `||v||²`. Recall is 1
+        for a perfect read, 0 if the writes change nothing or all tokens are masked, and negative if
+        they increase the loss. For a dot loss it grows with the norm of the keys, without limit.
+        """
+        scale = self.segment_loss_scale
+        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+        return (self.segment_loss_before - self.segment_loss_after) / scale
 
 
 def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -> Trace:
@@ -74,7 +104,6 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
     # The logarithm of 0, the gate of an unread memory, would have a NaN gradient.
     logs = jnp.log(jnp.where(probabilities > 0, probabilities, jnp.ones_like(probabilities)))
     weights = jax.lax.stop_gradient(segments.weights)
-    squares = [jnp.sum(w * w, axis=(-2, -1)) for w in weights]
     reads = jnp.sum(gates[..., :-1] > 0, axis=1, dtype=jnp.int32)
     return Trace(
         gates=gates,
@@ -82,7 +111,7 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
         token_index=jnp.arange(plan.tokens, dtype=jnp.int32),
         segment_index=jnp.asarray(plan.segment_of, jnp.int32),
         cached_count=jnp.asarray(plan.segment_of, jnp.int32),
-        segment_norm=jnp.sqrt(sum(squares[1:], squares[0])),
+        segment_norm=_weights_norm(weights),
         segment_length=segments.length,
         read_count=reads.swapaxes(1, 2),
         **inner._asdict(),
@@ -91,25 +120,29 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
 
 def measure_writes(
     memory: Memory,
-    online: OnlineMemory,
+    writes: WriteResult,
     k: Array,
     v: Array,
     coefficients: Coefficients,
     mask: Array,
     plan: Plan,
 ) -> InnerLoop:
-    """Compute the statistics of each token's write.
+    """Compute the statistics of the writes.
 
     Args:
         memory: the memory kind.
-        online: online memory, from `write_chunks` with the following arguments.
+        writes: from `write_chunks` with the following arguments, with `online`.
         k: keys [b, t, h, k], zero at masked tokens.
         v: values [b, t, h, v], zero at masked tokens.
         coefficients: each [b, t, h].
         mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
     """
-    online, k, v, coefficients = jax.lax.stop_gradient((online, k, v, coefficients))
+    assert writes.online is not None
+    online, ends, k, v, coefficients = jax.lax.stop_gradient(
+        (writes.online, writes.ends, k, v, coefficients)
+    )
+    lengths = jnp.sum(to_segments(mask[:, :, None], plan), axis=-1).swapaxes(1, 2)  # [b, n, 1]
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     coefficients = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     write_mask = to_chunks(mask[:, :, None].astype(coefficients.step.dtype), plan)
@@ -140,6 +173,14 @@ def measure_writes(
         apply = online_apply(online._replace(decay=decay), k.dtype)
         return by_token(write_mask * memory.loss(apply, k, v))
 
+    def segment_mean(x: Array) -> Array:
+        total = jnp.sum(to_segments(by_token(write_mask * x), plan), axis=-1).swapaxes(1, 2)
+        return total / jnp.maximum(lengths, 1).astype(total.dtype)
+
+    def segment_loss(weights: Weights) -> Array:
+        weights = jax.tree.map(lambda w: _to_chunks_of_segments(w, plan), weights)
+        return segment_mean(memory.loss(apply_weights(weights, k.dtype), k, v))
+
     momentum_norm = None
     if coefficients.momentum is not None:
         momentum_decay = decay_products(coefficients.momentum)
@@ -148,15 +189,57 @@ def measure_writes(
             momentum_decay[..., 1:] * coefficients.step[..., None, :],
         )
         momentum_norm = by_token(norm(ChunkDecay(jnp.zeros_like(retention), updates, retention)))
+    starts = jax.tree.map(lambda w: _segment_starts(w, plan), online.weights)
+    losses = segment_loss(starts), segment_loss(ends)
+    values = v.astype(write_mask.dtype)
+    memory_norm = by_token(norm(after, adds_target=True))
     inner = InnerLoop(
-        memory_norm=by_token(norm(after, adds_target=True)),
+        memory_norm=memory_norm,
         momentum_norm=momentum_norm,
         update_norm=by_token(write_mask * norm(difference)),
         loss_before=loss(before),
         loss_after=loss(after),
+        segment_loss_before=losses[0],
+        segment_loss_after=losses[1],
+        segment_loss_scale=(
+            losses[0] if memory.config.has_l2_loss else segment_mean(jnp.sum(values * values, -1))
+        ),
+        dead_heads=_dead_heads(starts, ends, memory_norm),
     )
     # Also stops the gradients of the memory's layer norm.
     return jax.lax.stop_gradient(inner)
+
+
+def _segment_starts(weight: Array, plan: Plan) -> Array:
+    """Return the memory before each segment [b, n, h, o, i] from those of chunks [g, b, r, ...]."""
+    row, chunk = np.divmod(plan.first_chunk, weight.shape[0])
+    return jnp.moveaxis(weight[chunk, :, row], 0, 1)
+
+
+def _to_chunks_of_segments(weight: Array, plan: Plan) -> Array:
+    """Copy memories of segments [b, n, h, o, i] to their chunks: [g, b, r, h, o, i]."""
+    b, _, *rest = weight.shape
+    weight = jnp.take(weight, plan.chunk_segments, axis=1).reshape(b, plan.rows, -1, *rest)
+    return jnp.moveaxis(weight, 2, 0)
+
+
+def _weights_norm(weights: Weights) -> Array:
+    """Return the Frobenius norm [...] over all layers of weights [..., o, i]."""
+    squares = [jnp.sum(w * w, axis=(-2, -1)) for w in weights]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def _dead_heads(starts: Weights, ends: Weights, memory_norm: Array) -> Array:
+    """Return bool [b, h]; see `InnerLoop`.
+
+    Args:
+        starts: memory before each segment, each [b, n, h, o, i]; W_0 for the first one.
+        ends: memory after each segment, likewise.
+        memory_norm: norm of W_t [b, t, h].
+    """
+    change = _weights_norm(tuple(e - s for e, s in zip(ends, starts, strict=True)))
+    limit = DEAD_NORM * _weights_norm(tuple(s[:, 0] for s in starts))
+    return (jnp.max(change, axis=1) <= limit) | (jnp.min(memory_norm, axis=1) < limit)
 
 
 def _previous_token(decay: ChunkDecay) -> ChunkDecay:

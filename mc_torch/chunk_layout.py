@@ -47,7 +47,9 @@ class TensorPlan:
     restarts: tuple[
         bool, ...
     ]  # [chunks] restarts of the first row; other rows restart only at chunk 0
+    first_chunk: Array  # [n] flat index of the first chunk of each segment, int64
     last_chunk: tuple[int, ...]  # [n] flat index of the last chunk of each segment
+    chunk_segments: Array  # [rows * chunks] segment of each chunk, int64
     segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
@@ -98,7 +100,9 @@ def _make_plan(
         segment_tokens=token_index(padded, tokens),
         segment_positions=token_index(plan.segment_positions, padded.size),
         restarts=tuple(plan.restarts[0].tolist()),
+        first_chunk=tensor(plan.first_chunk),
         last_chunk=tuple(plan.last_chunk.tolist()),
+        chunk_segments=tensor(plan.chunk_segments),
         segment_of=tuple(plan.segment_of.tolist()),
         starts_segment=tuple(plan.starts_segment.tolist()),
         starts_chunk=tuple(plan.starts_chunk.tolist()),

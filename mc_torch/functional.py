@@ -196,8 +196,7 @@ def _run_chunks(
     )
     inner = None
     if inspect:
-        assert writes.online is not None
-        inner = measure_writes(memory, writes.online, k, v, coefficients, mask, plan)
+        inner = measure_writes(memory, writes, k, v, coefficients, mask, plan)
     return output, cache, gates, inner
 
 

@@ -10,19 +10,26 @@ from typing import NamedTuple
 
 import torch
 
-from mc_torch.backends import ChunkDecay, Coefficients, Memory
-from mc_torch.backends.base import decay_products, mask_coefficients
+from mc_core.config import DEAD_NORM
+from mc_torch.backends import ChunkDecay, Coefficients, Memory, Weights
+from mc_torch.backends.base import apply_weights, decay_products, mask_coefficients
 from mc_torch.cache import Segments
-from mc_torch.chunk_layout import TensorPlan, from_chunks, to_chunks
-from mc_torch.chunked import OnlineMemory, online_apply
+from mc_torch.chunk_layout import TensorPlan, from_chunks, to_chunks, to_segments
+from mc_torch.chunked import OnlineMemory, WriteResult, online_apply
 from mc_torch.numerics import Array, einsum_f32, expand_leading_dims, tree_map
 
 
 class InnerLoop(NamedTuple):
-    """Statistics of each token's write, in the state dtype and without gradient.
+    """Statistics of the writes, in the state dtype and without gradient.
 
     Norms are Frobenius norms over all layers, including normalizer rows. The inner loss is
-    `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory.
+    `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory. The loss of a
+    segment is the mean over its unmasked tokens at a fixed memory, and 0 if there are none.
+
+    A head is dead if its memory stays at its start or has decayed to zero, relative to the initial
+    memory: the norm of the change `after - before` is at most `DEAD_NORM ||W_0||` in all segments,
+    or `||W_t||` is below `DEAD_NORM ||W_0||` at a token. If W_0 = 0, it is dead if nothing is
+    written.
     """
 
     memory_norm: Array  # norm of W_t [b, t, h]
@@ -30,6 +37,10 @@ class InnerLoop(NamedTuple):
     update_norm: Array  # norm of W_t - W_{t-1} [b, t, h]; 0 at masked tokens
     loss_before: Array  # inner loss of (k_t, v_t) at W_{t-1} [b, t, h]; 0 at masked tokens
     loss_after: Array  # inner loss of (k_t, v_t) at W_t [b, t, h]; 0 at masked tokens
+    segment_loss_before: Array  # loss of a segment at the memory before it [b, n, h]
+    segment_loss_after: Array  # loss of a segment at its cached memory [b, n, h]
+    segment_loss_scale: Array  # denominator of `Trace.recall` [b, n, h]
+    dead_heads: Array  # bool [b, h]
 
 
 class Trace(NamedTuple):
@@ -51,11 +62,29 @@ class Trace(NamedTuple):
     update_norm: Array  # [b, t, h], as in `InnerLoop`
     loss_before: Array  # [b, t, h], as in `InnerLoop`
     loss_after: Array  # [b, t, h], as in `InnerLoop`
+    segment_loss_before: Array  # [b, n, h], as in `InnerLoop`
+    segment_loss_after: Array  # [b, n, h], as in `InnerLoop`
+    segment_loss_scale: Array  # [b, n, h], as in `InnerLoop`
+    dead_heads: Array  # bool [b, h], as in `InnerLoop`
 
     @property
     def router_weights(self) -> Array:
         """Alias of `gates` [b, t, h, n + 1], as named by `memory-caching`."""
         return self.gates
+
+    @property
+    def recall(self) -> Array:
+        """Recall of each cached memory [b, n, h]: the share of its segment that it has stored.
+
+        `(before - after) / scale` of the losses of the segment. An L2 loss is 0 for a perfect read,
+        so the scale is the loss before: recall is `1 - after / before`. A dot loss is -<v, v> for a
+        perfect read and 0 for an empty memory, so the scale is the mean of `||v||²`. Recall is 1
+        for a perfect read, 0 if the writes change nothing or all tokens are masked, and negative if
+        they increase the loss. For a dot loss it grows with the norm of the keys, without limit.
+        """
+        scale = self.segment_loss_scale
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (self.segment_loss_before - self.segment_loss_after) / scale
 
 
 def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorPlan) -> Trace:
@@ -71,8 +100,7 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorP
     probabilities = gates / torch.where(total > 0, total, torch.ones_like(total))
     # The logarithm of 0, the gate of an unread memory, would have a NaN gradient.
     logs = torch.log(torch.where(probabilities > 0, probabilities, torch.ones_like(probabilities)))
-    weights = [w.detach() for w in segments.weights]
-    squares = [torch.sum(w * w, dim=(-2, -1)) for w in weights]
+    weights = tuple(w.detach() for w in segments.weights)
     reads = torch.sum(gates[..., :-1] > 0, dim=1, dtype=torch.int32)
     segment_of = torch.tensor(plan.segment_of, dtype=torch.int32, device=gates.device)
     return Trace(
@@ -81,7 +109,7 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorP
         token_index=torch.arange(plan.tokens, dtype=torch.int32, device=gates.device),
         segment_index=segment_of,
         cached_count=segment_of,
-        segment_norm=torch.sqrt(sum(squares[1:], squares[0])),
+        segment_norm=_weights_norm(weights),
         segment_length=segments.length,
         read_count=reads.transpose(1, 2),
         **inner._asdict(),
@@ -91,24 +119,27 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorP
 @torch.no_grad()
 def measure_writes(
     memory: Memory,
-    online: OnlineMemory,
+    writes: WriteResult,
     k: Array,
     v: Array,
     coefficients: Coefficients,
     mask: Array,
     plan: TensorPlan,
 ) -> InnerLoop:
-    """Compute the statistics of each token's write.
+    """Compute the statistics of the writes.
 
     Args:
         memory: the memory kind.
-        online: online memory, from `write_chunks` with the following arguments.
+        writes: from `write_chunks` with the following arguments, with `online`.
         k: keys [b, t, h, k], zero at masked tokens.
         v: values [b, t, h, v], zero at masked tokens.
         coefficients: each [b, t, h].
         mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
     """
+    assert writes.online is not None
+    online, ends = writes.online, writes.ends
+    lengths = torch.sum(to_segments(mask[:, :, None], plan), dim=-1).transpose(1, 2)  # [b, n, 1]
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     coefficients = tree_map(lambda x: to_chunks(x, plan), coefficients)
     write_mask = to_chunks(mask[:, :, None].to(coefficients.step.dtype), plan)
@@ -137,6 +168,14 @@ def measure_writes(
         apply = online_apply(online._replace(decay=decay), k.dtype)
         return by_token(write_mask * memory.loss(apply, k, v))
 
+    def segment_mean(x: Array) -> Array:
+        total = torch.sum(to_segments(by_token(write_mask * x), plan), dim=-1).transpose(1, 2)
+        return total / lengths.clamp(min=1)
+
+    def segment_loss(weights: Weights) -> Array:
+        weights = tree_map(lambda w: _to_chunks_of_segments(w, plan), weights)
+        return segment_mean(memory.loss(apply_weights(weights, k.dtype), k, v))
+
     momentum_norm = None
     if coefficients.momentum is not None:
         momentum_decay = decay_products(coefficients.momentum)
@@ -145,13 +184,55 @@ def measure_writes(
             momentum_decay[..., 1:] * coefficients.step[..., None, :],
         )
         momentum_norm = by_token(norm(ChunkDecay(torch.zeros_like(retention), updates, retention)))
+    starts = tree_map(lambda w: _segment_starts(w, plan), online.weights)
+    losses = segment_loss(starts), segment_loss(ends)
+    values = v.to(write_mask.dtype)
+    memory_norm = by_token(norm(after, adds_target=True))
     return InnerLoop(
-        memory_norm=by_token(norm(after, adds_target=True)),
+        memory_norm=memory_norm,
         momentum_norm=momentum_norm,
         update_norm=by_token(write_mask * norm(difference)),
         loss_before=loss(before),
         loss_after=loss(after),
+        segment_loss_before=losses[0],
+        segment_loss_after=losses[1],
+        segment_loss_scale=(
+            losses[0] if memory.config.has_l2_loss else segment_mean(torch.sum(values * values, -1))
+        ),
+        dead_heads=_dead_heads(starts, ends, memory_norm),
     )
+
+
+def _segment_starts(weight: Array, plan: TensorPlan) -> Array:
+    """Return the memory before each segment [b, n, h, o, i] from those of chunks [g, b, r, ...]."""
+    chunks = weight.shape[0]
+    return weight[plan.first_chunk % chunks, :, plan.first_chunk // chunks].transpose(0, 1)
+
+
+def _to_chunks_of_segments(weight: Array, plan: TensorPlan) -> Array:
+    """Copy memories of segments [b, n, h, o, i] to their chunks: [g, b, r, h, o, i]."""
+    b, _, *rest = weight.shape
+    weight = torch.index_select(weight, 1, plan.chunk_segments).reshape(b, plan.rows, -1, *rest)
+    return torch.moveaxis(weight, 2, 0)
+
+
+def _weights_norm(weights: Weights) -> Array:
+    """Return the Frobenius norm [...] over all layers of weights [..., o, i]."""
+    squares = [torch.sum(w * w, dim=(-2, -1)) for w in weights]
+    return torch.sqrt(sum(squares[1:], squares[0]))
+
+
+def _dead_heads(starts: Weights, ends: Weights, memory_norm: Array) -> Array:
+    """Return bool [b, h]; see `InnerLoop`.
+
+    Args:
+        starts: memory before each segment, each [b, n, h, o, i]; W_0 for the first one.
+        ends: memory after each segment, likewise.
+        memory_norm: norm of W_t [b, t, h].
+    """
+    change = _weights_norm(tuple(e - s for e, s in zip(ends, starts, strict=True)))
+    limit = DEAD_NORM * _weights_norm(tuple(s[:, 0] for s in starts))
+    return (change.amax(dim=1) <= limit) | (memory_norm.amin(dim=1) < limit)
 
 
 def _previous_token(decay: ChunkDecay) -> ChunkDecay:

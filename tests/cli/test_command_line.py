@@ -6,13 +6,18 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from helpers.tiny_run import fails, mc, snapshot, write_config
 from mc_core.files import write_atomic
+from train.checkpoint import load_run
 from train.config import load_config
+from train.data.corpus import load_corpus
 from train.evaluation.run_report import load_report, siblings
 from train.optimizer import make_schedule
 from train.tasks.recall import RecallTask
@@ -50,6 +55,24 @@ def test_run_prints_progress_and_a_table(finished):
     shown = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
     assert shown == {step: pytest.approx(float(rate(step - 1))) for step in shown}
     assert any((run / "tensorboard").glob("*.tfevents.*"))
+
+
+def test_report_has_recall_and_dead_heads(finished, tmp_path):
+    """On the first validation window; reports of earlier versions do not have them."""
+    run = finished.parent / "runs" / "tiny"
+    config, model, _, _ = load_run(run)
+    tokens = load_corpus(config.data, config.model.vocab_size).validation_tokens()[:16]
+    (trace,) = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None].astype(np.int32))[1]
+    report = load_report(run)
+    np.testing.assert_allclose(report.heads.recall, trace.recall[0, :1], rtol=1e-5)
+    assert report.heads.dead == np.asarray(trace.dead_heads).tolist()
+    out = (finished.parent / "stdout.txt").read_text()
+    assert "recall of cached memories" in " ".join(out.split())
+    assert all(f"{recall:.3g}" in out for recall in report.heads.recall[0])
+    data = json.loads((run / "report.json").read_text())
+    del data["heads"]
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert load_report(tmp_path) == replace(report, heads=None)
 
 
 def test_finished_run_prints_its_report(finished, monkeypatch, capsys):

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from helpers.recall_runs import MQAR, NIAH, known, write
 from helpers.tiny_run import TINY, fails, mc, without_pictures, write_config
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
+from train.checkpoint import load_run
 from train.config import from_dict, load_config
 from train.config.recall_schema import MQARConfig, NIAHConfig
 from train.evaluation import evaluate as subject
 from train.evaluation.score import wilson
+from train.tasks.mqar import make_draws
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +90,36 @@ def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_trained_model_answers(runs, tmp_path, monkeypatch):
+def test_trained_model_answers(runs, tmp_path, monkeypatch, capsys):
     """With the real model; the incomplete last batch counts each example once."""
     path = tmp_path / "x.json"
-    words = ("--lengths", "8:2", "--examples", 5, "--json", path)
+    words = ("--lengths", "8:2,20:2", "--examples", 5, "--json", path)
     assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
-    (cell,) = json.loads(path.read_text())["cells"]
+    cell, _ = json.loads(path.read_text())["cells"]
     assert cell["asked"] == 10
     assert 4.5 < cell["loss"] < 6.5
+    check_heads(runs["mqar"], json.loads(path.read_text())["heads"], capsys.readouterr().out)
     first = path.read_text()
     assert mc(monkeypatch, "evaluate", run_of(runs["mqar"]), *words) == 0
     assert json.loads(path.read_text())["cells"] == json.loads(first)["cells"]
+
+
+def check_heads(path, found, out):
+    """Recall and dead heads are those of the longest test examples, in segments of 8 tokens."""
+    config, model, _, _ = load_run(run_of(path))
+    data = dataclasses.replace(config.data, lengths=((20, 2),))
+    (draw,) = make_draws(data, data.lengths, seed=0)
+    tokens = np.stack([draw("test", i).tokens for i in range(subject.HEAD_EXAMPLES)])
+    (trace,) = jax.jit(lambda tokens: model.inspect(tokens))(tokens)[1]
+    before, after, scale = (
+        np.asarray(getattr(trace, f"segment_loss_{name}")) for name in ("before", "after", "scale")
+    )
+    expected = ((before - after) / scale)[:, :2].mean((0, 1))
+    np.testing.assert_allclose(found["recall"], [expected], rtol=1e-5)
+    assert found["dead"] == np.asarray(trace.dead_heads).all(0)[None].tolist()
+    assert found["blocks"] == [0]
+    assert "recall of cached memories" in " ".join(out.split())
+    assert all(f"{recall:.3g}" in out for recall in found["recall"][0])
 
 
 def test_nonfinite_loss_is_null_in_json(runs, tmp_path, monkeypatch):

@@ -110,11 +110,22 @@ def test_json_equals_model_inspect(inspected):
         assert fields.pop("segment_index").tolist() == counts.tolist()
         assert fields.pop("cached_count").tolist() == counts.tolist()
         assert fields.pop("token_index").tolist() == list(range(len(tokens)))
+        fields["recall"] = trace.recall
         assert layer.keys() == fields.keys()
         assert "momentum_norm" not in layer
         for name, x in fields.items():
             expected = np.asarray(x[0])
             np.testing.assert_array_equal(np.asarray(layer[name], expected.dtype), expected)
+
+
+def test_page_has_the_recall_of_each_head(inspected):
+    """The mean over segments whose memory is read: all but the last one."""
+    page = (inspected / "inspect" / "inspect.html").read_text()
+    assert "<th>recall</th><th>dead</th>" in page
+    for layer in json.loads((inspected / "numbers.json").read_text())["layers"]:
+        assert np.shape(layer["recall"]) == np.shape(layer["segment_loss_before"])
+        for recall, dead in zip(np.mean(layer["recall"][:-1], 0), layer["dead_heads"], strict=True):
+            assert f"<td>{recall:.3g}</td><td>{'yes' if dead else ''}</td>" in page
 
 
 def test_needle_weight_is_the_gate_on_its_segment(inspected):
@@ -136,6 +147,7 @@ def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
     assert f"(step 3, linear + ssc): the first 20 of {total} tokens in 3 segments" in out
     assert str(tmp_path / "inspect.html") in out
     assert "needle" not in out
+    assert "recall" in out
     assert (
         Page((tmp_path / "inspect.html").read_text()).shown == WORDS[:18]
     )  # a dash has three bytes

@@ -28,17 +28,20 @@ from helpers.cases import (
 )
 from helpers.layer_oracle import CONFIGS, layer_oracle, make_layer, parameters
 from mc_core import LinearConfig, MCConfig
+from mc_core.segmentation import make_plan as jax_plan
+from mc_torch.chunk_layout import make_plan as torch_plan
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-10
 
 
 def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
-    """Run the oracle, and compute the statistics of each write from its states."""
+    """Run the oracle, and compute the statistics of the writes from its states."""
     config, (b, t, h, _) = case.config, case.q.shape
     memory, titans = config.memory, config.memory.kind == "titans"
     lengths = oracle.lengths_of(t, config, case.lengths)
-    statistics = np.zeros((5, b, t, h))
+    statistics, segments = np.zeros((5, b, t, h)), np.zeros((3, b, len(lengths), h))
+    dead = np.zeros((b, h), bool)
 
     def tensors(state: oracle.State) -> list[Array]:
         normalizer = state.memory.normalizer
@@ -57,9 +60,10 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
             return float(-(state.memory.weights[0] @ x) @ v)
 
         start = oracle.start(tuple(w[head] for w in case.initial), memory)
-        state, token = start, 0
-        for length in lengths:
+        state, token, changes = start, 0, []
+        for segment, length in enumerate(lengths):
             state = start if config.state_init_mode == "restart" else state
+            first = state
             for place in range(length):
                 if place % config.chunk_size == 0:
                     anchor = state.memory.weights
@@ -78,33 +82,72 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
                 )
                 statistics[:3, row, token, head] = norms
                 token += 1
-    return mc_jax.InnerLoop(statistics[0], statistics[1] if titans else None, *statistics[2:])
+            tokens = [
+                (case.k[row, i, head], case.v[row, i, head])
+                for i in range(token - length, token)
+                if case.mask is None or case.mask[row, i]
+            ]
+            if tokens:
+                means = [np.mean([loss(at, k, v) for k, v in tokens]) for at in (first, state)]
+                l2 = getattr(memory, "objective", "dot") == "l2"
+                scale = means[0] if l2 else np.mean([v @ v for _, v in tokens])
+                segments[:, row, segment, head] = *means, scale
+            pairs = zip(tensors(state), tensors(first), strict=True)
+            changes.append(norm(x - y for x, y in pairs))
+        limit = 1e-3 * norm(tensors(start))
+        decayed = statistics[0, row, :, head].min() < limit
+        dead[row, head] = max(changes) <= limit or decayed
+    momentum_norm = statistics[1] if titans else None
+    return mc_jax.InnerLoop(statistics[0], momentum_norm, *statistics[2:], *segments, dead)
 
 
-@partial(jax.jit, static_argnames="config")
-def inspect_jax(inputs: dict[str, Any], mask: jax.Array | None, config: MCConfig) -> Any:
-    result = mc_jax.memory_caching(**inputs, config=config, mask=mask, inspect=True)
-    return result.output, result.inner
+@partial(jax.jit, static_argnames=("config", "lengths"))
+def inspect_jax(
+    inputs: dict[str, Any], mask: jax.Array | None, config: MCConfig, lengths: Any
+) -> Any:
+    result = mc_jax.memory_caching(
+        **inputs, config=config, mask=mask, segment_lengths=lengths, inspect=True
+    )
+    plan = jax_plan(result.gates.shape[1], config, lengths)
+    return mc_jax.inspection.make_trace(result.gates, result.cache.segments, result.inner, plan)
+
+
+def jax_trace(case: FunctionCase, dtype: Any = jnp.float64) -> mc_jax.Trace:
+    mask = None if case.mask is None else jnp.asarray(case.mask)
+    return inspect_jax(jax_calls.arrays(case, dtype), mask, case.config, case.lengths)
+
+
+def torch_trace(case: FunctionCase, dtype: torch.dtype = torch.float64) -> mc_torch.Trace:
+    mask = None if case.mask is None else torch.tensor(case.mask)
+    result = mc_torch.memory_caching(
+        **torch_calls.arrays(case, dtype),
+        config=case.config,
+        mask=mask,
+        segment_lengths=case.lengths,
+        inspect=True,
+    )
+    assert not any(x.requires_grad for x in torch_calls.leaves(result.inner))
+    plan = torch_plan(case.tokens, case.config, case.lengths, torch.device("cpu"))
+    return mc_torch.inspection.make_trace(result.gates, result.cache.segments, result.inner, plan)
 
 
 def jax_inner(case: FunctionCase, dtype: Any = jnp.float64) -> mc_jax.InnerLoop:
-    mask = None if case.mask is None else jnp.asarray(case.mask)
-    return inspect_jax(jax_calls.arrays(case, dtype), mask, case.config)[1]
+    return inner_loop(jax_trace(case, dtype))
 
 
-def torch_inner(case: FunctionCase, dtype: torch.dtype = torch.float64) -> mc_torch.InnerLoop:
-    mask = None if case.mask is None else torch.tensor(case.mask)
-    result = mc_torch.memory_caching(
-        **torch_calls.arrays(case, dtype), config=case.config, mask=mask, inspect=True
-    )
-    assert not any(x.requires_grad for x in torch_calls.leaves(result.inner))
-    return result.inner
+def torch_inner(case: FunctionCase, dtype: torch.dtype = torch.float64) -> mc_jax.InnerLoop:
+    return inner_loop(torch_trace(case, dtype))
+
+
+def inner_loop(trace: Any) -> mc_jax.InnerLoop:
+    return mc_jax.InnerLoop(*(getattr(trace, field) for field in mc_jax.InnerLoop._fields))
 
 
 FRAMEWORKS = pytest.mark.parametrize(
     ("inspect", "float32"), [(jax_inner, jnp.float32), (torch_inner, torch.float32)],
     ids=["jax", "torch"],
 )  # fmt: skip
+TRACES = pytest.mark.parametrize("trace", [jax_trace, torch_trace], ids=["jax", "torch"])
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -127,6 +170,68 @@ def test_torch_inspection_matches_oracle(memory):
 def test_jax_inspection_matches_oracle(memory, mode, mask, chunk):
     case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
     assert_close(jax_inner(case), oracle_statistics(case), EXACT)
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize(
+    ("memory", "mode", "options"),
+    [
+        ("titans-norm", "checkpoint", {"segmentation": "logarithmic"}),
+        ("linear-normalized", "restart", {"segmentation": "logarithmic"}),
+        ("dla-deep", "restart", {"lengths": (2, 7, 1, 3)}),
+    ],
+)
+def test_statistics_of_segments_of_different_lengths(inspect, float32, memory, mode, options):
+    case = make_case(memory, "none", mask="some", state_init_mode=mode, **options)
+    assert_close(inspect(case), oracle_statistics(case), EXACT)
+
+
+@TRACES
+def test_recall_of_orthonormal_keys_is_one(trace):
+    """A plain linear memory reads such keys exactly, at any norm of the values."""
+    case = make_case("linear", "grm", tokens=8)
+    ones, keys = np.ones_like(case.coefficients.step), np.tile(np.eye(4), (2, 1))
+    case = case._replace(
+        k=np.broadcast_to(keys[:, None], case.k.shape),
+        initial=(np.zeros_like(case.initial[0]),),
+        coefficients=case.coefficients._replace(step=ones, retention=ones),
+        mask=np.arange(8) < [[8], [4]],
+    )
+    found = np.asarray(trace(case.with_config(state_init_mode="restart")).recall)
+    np.testing.assert_allclose(found[0], 1)
+    np.testing.assert_allclose(found[1], [[1, 1], [0, 0]])  # its second segment is masked
+    # From a checkpoint, the second segment adds its values to those of the same keys.
+    np.testing.assert_allclose(np.asarray(trace(case).recall), found)
+
+
+@TRACES
+@pytest.mark.parametrize("memory", ["titans", "dla-deep"])
+def test_recall_of_an_l2_loss_is_the_share_that_is_removed(trace, memory):
+    case = make_case(memory, "grm", mask="some")
+    found, inner = trace(case), oracle_statistics(case)
+    before, after = inner.segment_loss_before, inner.segment_loss_after
+    expected = np.where(before > 0, 1 - after / np.where(before > 0, before, 1), 0)
+    assert_close(found.recall, expected, EXACT)
+
+
+@FRAMEWORKS
+def test_heads_without_writes_are_dead(inspect, float32):
+    """Also a memory that starts at zero, and one that decays to zero."""
+    case = make_case("titans", "none")
+    head, ones = np.array([0, 1]), np.ones_like(case.coefficients.step)
+    still = case.coefficients._replace(step=0.1 * head * ones, retention=ones)
+    np.testing.assert_array_equal(
+        inspect(case._replace(coefficients=still)).dead_heads, [[True, False]] * 2
+    )
+    decayed = case.coefficients._replace(
+        step=np.where(head, 1e-5, 0.1 * ones), retention=np.where(head, 0.3, ones)
+    )
+    np.testing.assert_array_equal(
+        inspect(case._replace(coefficients=decayed)).dead_heads, [[False, True]] * 2
+    )
+    case = make_case("linear", "none")
+    empty = case._replace(v=case.v * head[:, None], initial=(np.zeros_like(case.initial[0]),))
+    np.testing.assert_array_equal(inspect(empty).dead_heads, [[True, False]] * 2)
 
 
 @FRAMEWORKS
@@ -187,8 +292,7 @@ def test_layer_trace_matches_function(name, monkeypatch):
     expected = oracle_statistics(calls[0])
     dirty = jnp.where(jnp.asarray(mask)[:, :, None], x, jnp.nan)
     _, trace = nnx.jit(lambda layer, x: layer.inspect(x, jnp.asarray(mask)))(layer, dirty)
-    statistics = {field: getattr(trace, field) for field in expected._fields}
-    assert_close(statistics, expected._asdict(), EXACT)
+    assert_close(inner_loop(trace), expected, EXACT)
 
 
 @pytest.mark.parametrize("package", ["jax", "torch"])

@@ -22,15 +22,17 @@ from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
 from train.config.recall_schema import Length, MQARConfig, NIAHConfig
 from train.evaluation.evaluate_text import LoadedRun, TextEvaluation, evaluate_text
+from train.evaluation.heads import TITLE, HeadReport, measure_heads
 from train.evaluation.recall_plots import draw_depths, draw_recall
 from train.evaluation.score import UNITS, Answers, join, make_answer
 from train.step import Tree, split
-from train.tasks.examples import Draw
+from train.tasks.examples import Draw, stack
 from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # default number per cell
 TEXT_OPTIONS = ("task", "corpus")
+HEAD_EXAMPLES = 4  # test examples on which recall and dead heads are measured
 NIAH_OPTIONS = ("depths", "haystack", "value", "corpus")
 
 
@@ -75,6 +77,7 @@ class Evaluation:
         parts: scores by tokens, and by distance (mqar: from key to query, in
             [`distance`, 2 `distance`)) or depth (niah: 0 to 1).
         size: size and cost of the model for the longest test examples; see `size_of`.
+        heads: recall and dead heads on the longest test examples; None without a memory.
     """
 
     task: str
@@ -84,6 +87,7 @@ class Evaluation:
     cells: list[dict[str, float]]
     parts: list[dict[str, float]]
     size: dict[str, Any]
+    heads: HeadReport | None = None
     command: str = field(default_factory=command)
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -115,11 +119,13 @@ def evaluate(
     data = task_of(config, options)
     graphdef, params, rest = split(model)
     found = run_tests(graphdef, params, rest, config, data, options)
+    tokens = longest_examples(data, config.model.vocab_size, options.seed)
+    found = dataclasses.replace(found, heads=measure_heads(model, tokens))
     title = f"{directory.name}, step {step}: {task}"
     reports = tables(found, title)
     for report in reports:
         console.print(report.table())
-    for line in reports[0].footer():
+    for line in (*(found.heads.notes if found.heads else ()), *reports[0].footer()):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file:
         content = {"run": str(directory), "step": step} | dataclasses.asdict(found)
@@ -192,6 +198,16 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
         return NIAHConfig(tokenizer=config.tokenizer)
     names = ("corpus", "tokenizer", "validation_fraction")
     return NIAHConfig(**{name: getattr(config.data, name) for name in names})
+
+
+def longest_examples(data: MQARConfig | NIAHConfig, vocab_size: int, seed: int) -> np.ndarray:
+    """Return the tokens, int32 [b, t], of the first test examples of the greatest length."""
+    longest = max(data.lengths)
+    if isinstance(data, MQARConfig):
+        (draw,) = make_draws(data, (longest,), seed)
+    else:
+        draw = Needles(data, vocab_size, seed).draw(longest)
+    return stack([draw("test", i) for i in range(HEAD_EXAMPLES)]).tokens
 
 
 def size_of(config: ModelConfig, data: MQARConfig | NIAHConfig, parameters: int) -> dict[str, Any]:
@@ -319,7 +335,7 @@ def _by_depth(lengths: Sequence[int], answers: list[list[Answers]]) -> tuple[lis
 
 
 def tables(found: Evaluation, title: str) -> list[ResultTable]:
-    """Return the tables of cells and of parts, the latter with one column per number of tokens."""
+    """Return the tables of cells, of parts with one column per number of tokens, and of recall."""
     unit = UNITS[found.task]
     rows = [
         {name: cell[name] for name in ("tokens", "pairs") if name in cell} | _shown(cell, unit)
@@ -339,10 +355,13 @@ def tables(found: Evaluation, title: str) -> list[ResultTable]:
         f"{found.examples} test examples per cell, seed {found.seed}",
         "from, to, and in parentheses: Wilson's 95% interval",
     ]
-    return [
+    reports = [
         result_table(title, rows, notes),
         result_table(f"{title}: accuracy % by {by}", [*maps.values()], notes),
     ]
+    if found.heads:
+        reports.append(result_table(f"{title}: {TITLE}", found.heads.rows, found.heads.notes))
+    return reports
 
 
 def size_line(size: dict[str, Any]) -> str:

@@ -47,11 +47,14 @@ def make_page(found: Inspection, pictures: Sequence[bytes]) -> str:
         parts += ["<h2>The needle</h2>", f"<p>{escape(words)}</p>"]
         parts.append(f"<p><strong>{escape(found.needle.verdict)}</strong></p>")
         parts.append(_table(NEEDLE_COLUMNS, found.needle_rows))
-    parts.append("<h2>Means over tokens</h2>")
+    parts.append("<h2>Heads</h2>")
     parts.append(
-        "<p>entropy: of the gates, in nats; cached: the share of the gates on cached memories; "
-        "W, S: memory and momentum, Frobenius norms; ΔW: a token's update; loss: the memory's "
-        "inner loss of the token, before and after its write.</p>"
+        "<p>Means over tokens. Entropy: of the gates, in nats; cached: the share of the gates on "
+        "cached memories; W, S: memory and momentum, Frobenius norms; ΔW: a token's update; loss: "
+        "the memory's inner loss of the token, before and after its write. Recall: the share of a "
+        "segment's inner loss that its writes removed, mean over all segments but the last one, "
+        "which no token reads from the cache; 1 is a perfect read, 0 means that nothing was "
+        "stored. Dead: the memory stays at its start, or has decayed to zero.</p>"
     )
     parts.append(_table(COLUMNS, found.rows))
     for number, picture in zip(found.blocks, pictures, strict=False):

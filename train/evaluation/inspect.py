@@ -65,13 +65,13 @@ def inspect(
 
 
 def print_inspection(console: Console, found: Inspection) -> None:
-    """Print means over tokens, one row per head, and the gates' weight on the needle."""
+    """Print the values of each head, one row per head, and the gates' weight on the needle."""
 
     def print_line(words: str) -> None:
         console.print(words, soft_wrap=True, highlight=False)
 
     def show(names: tuple[str, ...], rows: list[list[str]]) -> None:
-        table = Table("layer", "head", *names)
+        table = Table("layer", "head", *names, box=None, collapse_padding=True, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
         for row in rows[:ROWS]:
@@ -80,7 +80,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
         if len(rows) > ROWS:
             print_line(f"{len(rows) - ROWS} more rows: see the page")
 
-    print_line(f"{found.summary}; means over tokens")
+    print_line(f"{found.summary}; means over tokens, recall over segments")
     show(COLUMNS, found.rows)
     if (needle := found.needle) is not None:
         print_line(f"weight on the needle's {needle.where}; {needle.uniform_summary}")

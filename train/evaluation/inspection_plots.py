@@ -21,10 +21,10 @@ def draw_layer(
     aggregation: str,
     needle: tuple[int, ...] = (),
 ) -> bytes:
-    """Draw gates, their entropy, norms and inner losses of a layer, over tokens.
+    """Draw gates, their entropy, norms and inner losses of a layer, and the recall of its memories.
 
     Args:
-        layer: fields of a `Trace` by name, without the batch axis.
+        layer: fields of a `Trace` and `recall` by name, without the batch axis.
         lengths: tokens of each segment.
         title: figure title.
         aggregation: aggregation of the model; sparse ones add a panel of selection frequencies.
@@ -40,7 +40,7 @@ def draw_layer(
     }
     lines = {label: names for label, names in lines.items() if names[0] in layer}
     counts = AGGREGATIONS[aggregation].sparse and memories > 2
-    heights = [min(2.4, 0.4 + 0.14 * memories)] * heads + [LINES] * (len(lines) + counts)
+    heights = [min(2.4, 0.4 + 0.14 * memories)] * heads + [LINES] * (len(lines) + 1 + counts)
     figure = Figure(figsize=(WIDTH, 0.6 + sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
     panels: list[Axes] = list(grid[:, 0])
@@ -59,6 +59,9 @@ def draw_layer(
     if heads <= 10:
         by_token[heads].legend(ncols=heads, fontsize="x-small", loc="upper left")
     by_token[-1].set_xlabel("token")
+    recall = panels[heads + len(lines)]
+    draw_bars(recall, layer["recall"])
+    recall.set_ylabel("recall of the\nsegment's memory", fontsize="small")
     if counts:
         draw_selections(panels[-1], layer["read_count"], lengths)
     figure.suptitle(f"{title}: gate weights of each token, per head")
@@ -87,14 +90,19 @@ def draw_gates(panels: list[Axes], gates: np.ndarray, lengths: tuple[int, ...]) 
 def draw_selections(axes: Axes, counts: np.ndarray, lengths: tuple[int, ...]) -> None:
     """Draw the share of later tokens that select each segment, from counts [n, h]."""
     after = sum(lengths) - np.cumsum(lengths)
-    share = counts[:-1] / after[:-1, None]
-    place, heads = np.arange(len(share)), share.shape[1]
+    draw_bars(axes, counts[:-1] / after[:-1, None])
+    axes.set_ylabel("share of later tokens\nthat select the segment", fontsize="small")
+    axes.set_ylim(0, 1)
+
+
+def draw_bars(axes: Axes, values: np.ndarray) -> None:
+    """Draw values [n, h] as one group of bars per segment, with one bar per head."""
+    segments, heads = values.shape
     for head in range(heads):
         shift = (head + 0.5) / heads - 0.5
-        axes.bar(place + 0.8 * shift, share[:, head], 0.8 / heads, color=f"C{head % 10}")
-    axes.set_ylabel("share of later tokens\nthat select the segment", fontsize="small")
+        place = np.arange(segments) + 0.8 * shift
+        axes.bar(place, values[:, head], 0.8 / heads, color=f"C{head % 10}")
     axes.set_xlabel("segment")
-    axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

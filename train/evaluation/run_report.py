@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mc_core.files import to_png, write_atomic
 from train.data.round_trip import RoundTrip
+from train.evaluation.heads import HeadReport, print_heads
 from train.evaluation.sample import Sample, print_sample
 from train.evaluation.validation import References
 from train.metrics import read_rows
@@ -42,6 +43,7 @@ class TextReport:
     separator: str | None = None  # description of the separator
     validation_tokens: int | None = None
     round_trip: RoundTrip | None = None  # tokenizer losses on the validation text
+    heads: HeadReport | None = None  # on the first validation window
 
     @property
     def lossy(self) -> bool:
@@ -70,6 +72,8 @@ def load_report(run: Path) -> TextReport | None:
         for name, kind in (("sample", Sample), ("round_trip", RoundTrip)):
             if data.get(name):
                 data[name] = kind(**data[name])
+        if data.get("heads"):
+            data["heads"] = HeadReport(**data["heads"])
         return TextReport(**data)
     except (KeyError, TypeError, ValueError):
         return None  # report of another program or version
@@ -95,7 +99,7 @@ def siblings(run: Path, report: TextReport) -> list[TextReport]:
 def print_report(console: Console, run: Path, report: TextReport) -> None:
     """Print a table of the run, other runs and the references, best first, and a summary.
 
-    The loss by position and the sample of the run follow.
+    The loss by position, recall and dead heads, and the sample of the run follow.
     """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
@@ -122,6 +126,8 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
     console.print(verdict(report), soft_wrap=True)
     console.print(f"curves, checkpoints and plots: {run}\n", soft_wrap=True)
     print_positions(console, report)
+    if report.heads:
+        print_heads(console, report.heads)
     if report.sample:
         print_sample(console, report.name, report.sample)
 

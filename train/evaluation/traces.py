@@ -11,12 +11,12 @@ from mc_core.config import MCConfig
 from mc_core.errors import UserError
 from train.checkpoint import load_run
 from train.data.encoded_text import Text, read_text
+from train.evaluation.heads import mean_recall
 from train.evaluation.needle import Needle, find_needle, weigh_needle
 
-LayerTrace = dict[
-    str, np.ndarray
-]  # the fields of a trace that are not None, without the batch axis
-COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after")
+# The fields of a trace that are not None, and `recall` [n, h], without the batch axis.
+LayerTrace = dict[str, np.ndarray]
+COLUMNS = ("entropy", "cached", "|W|", "|S|", "|ΔW|", "loss before", "after", "recall", "dead")
 # Fields of a trace that follow from `segment_lengths`, as no token is masked.
 DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
@@ -46,9 +46,9 @@ class Inspection(NamedTuple):
 
     @property
     def rows(self) -> list[list[str]]:
-        """Rows of layer, head and means over tokens under the names in `COLUMNS`."""
+        """Rows of layer, head and the values under the names in `COLUMNS`."""
         return [
-            [str(number), str(head), *means(layer, head)]
+            [str(number), str(head), *summarize_head(layer, head)]
             for number, layer in zip(self.blocks, self.layers, strict=True)
             for head in range(layer["gates"].shape[1])
         ]
@@ -78,7 +78,10 @@ def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = No
     place = None if needle is None else find_needle(text, needle, segment, layer.aggregation)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(text.tokens[None])
     blocks = tuple(block for block, trace in enumerate(traces) if trace is not None)
-    layers = [_without_batch(traces[block]._asdict()) for block in blocks]
+    layers = [
+        _without_batch(traces[block]._asdict() | {"recall": traces[block].recall})
+        for block in blocks
+    ]
     point = None
     if needle is not None and place is not None:
         gates = np.stack([found["gates"] for found in layers])
@@ -88,7 +91,7 @@ def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = No
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
-    """Return plain values: the fields of `Trace` by layer, without the batch axis and `DERIVED`."""
+    """Return plain values: the arrays of `LayerTrace` by layer, without `DERIVED`."""
     result: dict[str, Any] = {
         "run": found.run,
         "step": found.step,
@@ -112,14 +115,20 @@ def to_json(found: Inspection) -> dict[str, Any]:
     return result
 
 
-def means(layer: LayerTrace, head: int) -> list[str]:
-    """Return the means over tokens of a head; `cached` is the gate weight of cached memories."""
+def summarize_head(layer: LayerTrace, head: int) -> list[str]:
+    """Return the values of a head under the names in `COLUMNS`.
+
+    These are means over tokens (`cached` is the gate weight of cached memories), the mean recall
+    over segments except the last one, and `yes` for a dead head.
+    """
     gates = layer["gates"][:, head]
     cached = float(np.mean(gates[:, :-1].sum(-1) / gates.sum(-1)))
     names = ("memory_norm", "momentum_norm", "update_norm", "loss_before", "loss_after")
     values = [float(layer[name][:, head].mean()) if name in layer else None for name in names]
     entropy = float(layer["entropy"][:, head].mean())
-    return ["" if x is None else f"{x:.3g}" for x in (entropy, cached, *values)]
+    (recall,) = mean_recall(layer["recall"][None, :, head : head + 1])
+    numbers = ("" if x is None else f"{x:.3g}" for x in (entropy, cached, *values, recall))
+    return [*numbers, "yes" if layer["dead_heads"][head] else ""]
 
 
 def needle_row(needle: Needle, place: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The text task: windows, bits per byte, a sample, and the plot of the gates."""
+"""The text task: windows, bits per byte, a sample, and the gates and recall of its memories."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer_copy import prefer_copy
 from train.data.windows import make_batches
+from train.evaluation.heads import HeadReport, summarize_heads
 from train.evaluation.run_report import (
     TextReport,
     data_notes,
@@ -104,18 +105,23 @@ class TextScoring:
             sample = draw_sample(model, kept, self._corpus.validation)
             report = dataclasses.replace(report, sample=sample)
         draw_curves(directory)
-        draw_gates(directory, config, self._corpus, self._graphdef, state)
+        heads = draw_gates(directory, config, self._corpus, self._graphdef, state)
+        report = dataclasses.replace(report, heads=heads)
         save_report(directory, report)
         return report
 
 
 def draw_gates(
     directory: Path, config: TrainConfig, corpus: Corpus, graphdef: nnx.GraphDef, state: TrainState
-) -> None:
-    """Plot the gates of the first validation window as `router.png`, if a block has a memory."""
+) -> HeadReport | None:
+    """Plot the gates of the first validation window as `router.png`, if a block has a memory.
+
+    Returns:
+        recall and dead heads on this window; None without a memory.
+    """
     layer = config.model.layer
     if layer not in config.model.block_layers:
-        return
+        return None
     model = nnx.merge(graphdef, state.params, state.rest)
     window = int(config.data.mean_tokens)
     tokens = corpus.validation_tokens()[:window].astype(np.int32)
@@ -128,3 +134,4 @@ def draw_gates(
     draw_router(
         directory, gates, segment_lengths(len(tokens), layer.segmentation, layer.segment_size)
     )
+    return summarize_heads(traces)

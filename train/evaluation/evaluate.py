@@ -202,11 +202,10 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
 
 def longest_examples(data: MQARConfig | NIAHConfig, vocab_size: int, seed: int) -> np.ndarray:
     """Return the tokens, int32 [b, t], of the first test examples of the greatest length."""
-    longest = max(data.lengths)
     if isinstance(data, MQARConfig):
-        (draw,) = make_draws(data, (longest,), seed)
+        (draw,) = make_draws(data, (max(data.lengths),), seed)
     else:
-        draw = Needles(data, vocab_size, seed).draw(longest)
+        draw = Needles(data, vocab_size, seed).draw(max(data.lengths))
     return stack([draw("test", i) for i in range(HEAD_EXAMPLES)]).tokens
 
 

@@ -79,7 +79,7 @@ def summarize_heads(traces: Sequence[Trace | None]) -> HeadReport | None:
     return HeadReport(
         blocks=list(found),
         recall=[mean_recall(np.asarray(trace.recall)) for trace in found.values()],
-        dead=[np.asarray(trace.dead_heads).all(axis=0).tolist() for trace in found.values()],
+        dead=[[bool(x) for x in trace.dead_heads.all(axis=0)] for trace in found.values()],
     )
 
 

@@ -18,6 +18,8 @@ def check_arguments(
     norm: Sequence[Any] | None,
     mask: Any,
     is_static: Callable[[Any], bool],
+    *,
+    gate_bias: Any = None,
 ) -> None:
     """Check the arguments of `memory_caching` and `extend` against each other.
 
@@ -29,6 +31,7 @@ def check_arguments(
         norm: (gain, bias), or None.
         mask: bool [b, t], or None.
         is_static: function that returns True if a size is a number, not a symbol of a program.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Raises:
         ValueError: an argument is invalid; the message states its value and what is expected.
@@ -43,12 +46,18 @@ def check_arguments(
     check_static("tokens", t, is_static(t))
     if u is None and config.projects_u:
         raise ValueError(f"u = None: must be given for aggregation = {config.aggregation!r}")
+    if gate_bias is None and config.has_gate_bias:
+        raise ValueError(
+            f"gate_bias = None: must be given for config.gate_bias = {config.gate_bias}"
+        )
     check_bool("mask", mask, (b, t))
     named = coefficients._asdict()
     _check_presence(named, config.memory, norm)
     shapes = {"k": (tensors["k"], q.shape), "v": (v, (b, t, h, v.shape[-1]))}
     if u is not None:
         shapes["u"] = (u, q.shape)
+    if gate_bias is not None:
+        shapes["gate_bias"] = (gate_bias, (h,))
     for name, value in named.items():
         if value is not None:
             shapes[f"coefficients.{name}"] = (value, (b, t, h))

@@ -40,7 +40,8 @@ class MCConfig(Serializable):
             memory (`restart`; section 3.4).
         ssc_top_k: number of cached memories that each token reads under `ssc`.
         use_q_as_u: use q as the connector u, without a separate projection.
-        softmax_temperature: divisor of the scores before the softmax.
+        softmax_temperature: divisor of the scores before the softmax, or `learned`: a parameter per
+            head that starts at 1.
         pooling: reduction of a segment's keys to its pooled key, `mean` or `sum`.
         chunk_size: number of consecutive tokens with inner gradients at the same weights.
         qk_norm: `l2`, `none`, or None for the memory's default.
@@ -52,6 +53,9 @@ class MCConfig(Serializable):
         gate: score of a memory: the inner product of u and its pooled key (`context`, equation 10),
             or the component of u at the memory's level (`token`, arXiv:2506.04761). The level is
             1 + floor(log2(age)), with the age in segments, and 0 for the online memory.
+        gate_bias: initial value of a learned bias per head that is added to the score of the online
+            memory, before the division by the temperature; None = no bias.
+        pool_norm: L2 norm of pooled keys (`l2`), or `none`.
 
     Raises:
         ValueError: a field is invalid; the message states its value and the allowed values.
@@ -66,7 +70,7 @@ class MCConfig(Serializable):
     state_init_mode: str = "checkpoint"
     ssc_top_k: int = 2
     use_q_as_u: bool = False
-    softmax_temperature: float = 1.0
+    softmax_temperature: float | str = 1.0
     pooling: str = "mean"
     chunk_size: int = 64
     qk_norm: str | None = None
@@ -76,13 +80,18 @@ class MCConfig(Serializable):
     detach_cached_context: bool = False
     gate: str = "context"
     value_norm: str = "none"
+    gate_bias: float | None = None
+    pool_norm: str = "none"
 
     def __post_init__(self) -> None:
         check_types(self)
         for field in ("d_model", "num_heads", "segment_size", "ssc_top_k", "chunk_size"):
             check_range(self, field, 1)
         check_range(self, "conv_width", 0)
-        check_range(self, "softmax_temperature", 0.0, open_low=True)
+        temperature = self.softmax_temperature
+        if temperature != "learned" and (isinstance(temperature, str) or temperature <= 0.0):
+            allowed = "> 0.0 or 'learned'"
+            raise_config_error("MCConfig", "softmax_temperature", temperature, allowed)
         check_choice(self, "aggregation", AGGREGATIONS)
         check_choice(self, "segmentation", SEGMENTATIONS)
         check_choice(self, "state_init_mode", START_MODES)
@@ -90,6 +99,7 @@ class MCConfig(Serializable):
         check_choice(self, "output_norm", OUTPUT_NORMS)
         check_choice(self, "gate", GATES)
         check_choice(self, "value_norm", VALUE_NORMS)
+        check_choice(self, "pool_norm", ("none", "l2"))
         if self.qk_norm is not None:
             check_choice(self, "qk_norm", ("l2", "none"))
         if self.d_model % self.num_heads:
@@ -116,6 +126,26 @@ class MCConfig(Serializable):
     def projects_u(self) -> bool:
         """True if the connector u is a separate projection."""
         return self.gated and not self.use_q_as_u
+
+    @property
+    def has_gate_bias(self) -> bool:
+        """True if a learned bias is added to the online memory's score."""
+        return self.gated and self.gate_bias is not None
+
+    @property
+    def learns_temperature(self) -> bool:
+        """True if the temperature is a parameter of the layer."""
+        return self.gated and self.softmax_temperature == "learned"
+
+    @property
+    def score_divisor(self) -> float:
+        """Constant divisor of the scores; 1 if the temperature is learned.
+
+        A layer divides the connector and the bias by a learned temperature, because the scores are
+        linear in them.
+        """
+        temperature = self.softmax_temperature
+        return 1.0 if isinstance(temperature, str) else temperature
 
     @property
     def reads_sum(self) -> bool:

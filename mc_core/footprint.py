@@ -143,8 +143,8 @@ def _memory_parameters(config: MCConfig) -> int:
     d, h, memory, width = config.d_model, config.num_heads, config.memory, config.head_dim
     learned = {"constant": 0, "head": h, "token": h + d * h}[memory.coefficient_mode]
     initial = h * sum(memory.sizes(width, width)) * memory.learns_initial
-    projection = d * d * config.projects_u
-    return projection + learned * len(memory.ranges) + initial + 2 * d * memory.has_layer_norm
+    gates = d * d * config.projects_u + h * (config.has_gate_bias + config.learns_temperature)
+    return gates + learned * len(memory.ranges) + initial + 2 * d * memory.has_layer_norm
 
 
 def _memory_flops(config: MCConfig, tokens: int) -> float:

@@ -1,7 +1,7 @@
 """Conversion of configuration dataclasses to and from plain values, checked by type hints.
 
-Supported hints: int, float, str, bool, Path, Any, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
-`dict[str, X]`, dataclasses, and dataclasses with a `Tag`.
+Supported hints: int, float, str, bool, Path, Any, `X | None`, `float | str`, `tuple[X, ...]`,
+`tuple[X, Y]`, `dict[str, X]`, dataclasses, and dataclasses with a `Tag`.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def _load(hint: Any, value: Any, path: str) -> Any:
         return Path(value)
     if allowed := "the path of a file" if option is Path else allowed_type(value, hint):
         _refuse(path, value, allowed)
-    return float(value) if option is float else value
+    return float(value) if option is float and not isinstance(value, str) else value
 
 
 def _load_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

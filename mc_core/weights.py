@@ -52,6 +52,8 @@ def layer_rows() -> tuple[ParameterNames, ...]:
         *(_linear(f"{name}_conv") for name in "qkv"),
         *(_linear(f"coefficients.{name}") for name in coefficients),
         *(_same_layout(f"coefficients.{name}.bias", 1) for name in coefficients),
+        _same_layout("gate_bias", 1),
+        _same_layout("gate_temperature", 1),
         _same_layout("initial.#", 3),
         _same_layout("memory_norm.scale", 2),
         _same_layout("memory_norm.bias", 2),

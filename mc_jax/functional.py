@@ -44,6 +44,7 @@ def memory_caching(
     mask: Array | None = None,
     segment_lengths: Sequence[int] | None = None,
     norm: Norm = None,
+    gate_bias: Array | None = None,
     method: str = "chunked",
     inspect: bool = False,
 ) -> Result:
@@ -64,6 +65,8 @@ def memory_caching(
         segment_lengths: explicit segment lengths with sum t. The cache can be extended only if they
             equal the lengths of the configuration.
         norm: (gain, bias), each [h, v], for a memory with `norm="layer"`.
+        gate_bias: [h], added to the online memory's score before the division by the temperature;
+            unused if the aggregation has no gates.
         method: `chunked`, the parallel form, or `recurrent`, the token-by-token definition. Both
             give the same result.
         inspect: also return `inner`; only for `chunked`.
@@ -73,7 +76,9 @@ def memory_caching(
     """
     check_method(method, inspect)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients, config, norm, mask, is_static)
+    check_arguments(
+        tensors, initial, coefficients, config, norm, mask, is_static, gate_bias=gate_bias
+    )
     b, t = q.shape[:2]
     plan = make_plan(t, config, segment_lengths)
     mask = jnp.ones((b, t), bool) if mask is None else mask
@@ -85,9 +90,11 @@ def memory_caching(
     memory = make_memory(config.memory, norm, initial)
     inner = None
     if method == "recurrent":
-        output, cache, gates = run_tokens(memory, config, tokens, initial, plan)
+        output, cache, gates = run_tokens(memory, config, tokens, initial, plan, gate_bias)
     else:
-        output, cache, gates, inner = _run_chunks(memory, config, tokens, initial, plan, inspect)
+        output, cache, gates, inner = _run_chunks(
+            memory, config, tokens, initial, plan, gate_bias, inspect=inspect
+        )
     head_mask = mask[:, :, None, None]
     output = jnp.where(head_mask, output, jnp.zeros_like(output)).astype(v.dtype)
     gates = jnp.where(head_mask, gates, jnp.zeros_like(gates))
@@ -109,6 +116,7 @@ def extend(
     mask: Array | None = None,
     count: Array | None = None,
     norm: Norm = None,
+    gate_bias: Array | None = None,
 ) -> Result:
     """Process the next tokens of a stream.
 
@@ -129,13 +137,16 @@ def extend(
         count: number of tokens per row, int32 [b]; later tokens are padding, which does not advance
             the position and has output 0. None = no padding.
         norm: as in `memory_caching`.
+        gate_bias: as in `memory_caching`.
 
     Raises:
         ValueError: an argument is missing, has a wrong shape, or is an unknown name.
     """
     check_streaming_config(config)
     tensors = {"q": q, "k": k, "v": v, "u": u}
-    check_arguments(tensors, initial, coefficients, config, norm, mask, is_static)
+    check_arguments(
+        tensors, initial, coefficients, config, norm, mask, is_static, gate_bias=gate_bias
+    )
     b, t = q.shape[:2]
     if cache.position.shape != (b,):
         raise ValueError(f"cache has {cache.position.shape[0]} rows: must have {b}, like q")
@@ -151,7 +162,7 @@ def extend(
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
     cache = cast_cache(cache, state_dtype(q.dtype))
     memory = make_memory(config.memory, norm, initial)
-    output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache)
+    output, new, gates = extend_chunks(memory, config, tokens, initial, count, cache, gate_bias)
     head_mask = mask[:, :, None, None]
     output = jnp.where(head_mask, output, jnp.zeros_like(output)).astype(v.dtype)
     result = Result(
@@ -173,6 +184,8 @@ def _run_chunks(
     tokens: Tokens,
     initial: Weights,
     plan: Plan,
+    gate_bias: Array | None,
+    *,
     inspect: bool,
 ) -> tuple[Array, Cache, Array, InnerLoop | None]:
     q, k, v, u, coefficients, mask = tokens
@@ -180,9 +193,9 @@ def _run_chunks(
     read_after_write = inspect or (config.mixes_layers and plan.segments > 1)
     queries = q if config.memory.gradient_uses_weights and not read_after_write else None
     writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)
-    pools = pool_keys(k, mask, plan, config.pooling)
+    pools = pool_keys(k, mask, plan, config)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
-    weights, selected = compute_gates(u, pools.segment, pools.running, segment, config)
+    weights, selected = compute_gates(u, pools.segment, pools.running, segment, config, gate_bias)
     output = read_all(memory, config, writes, q, weights, selected, plan)
     gates = scatter_gates(weights, selected, plan.segments)
     length = pools.length[:, -1]

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.chunk_layout import from_segments, to_segments
-from mc_jax.numerics import Array, einsum_f32, expand_leading_dims, running_sum, state_dtype
+from mc_jax.numerics import (
+    Array,
+    einsum_f32,
+    expand_leading_dims,
+    l2_normalize,
+    running_sum,
+    state_dtype,
+)
 
 SCORE_BLOCK = 512  # maximum number of tokens per block of the top-k selection
 _MAX_SCORES = 1 << 17  # perf(cpu): maximum number of scores per block, to fit in the CPU cache
@@ -31,20 +38,20 @@ class Gates(NamedTuple):
     selected: Array | None  # under `ssc`, indices of the selected memories [b, t, h, m]; n = unused
 
 
-def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
-    """Pool the unmasked keys of each segment: their mean (zero if there are none) or sum.
+def pool_keys(k: Array, mask: Array, plan: Plan, config: MCConfig) -> Pools:
+    """Pool the unmasked keys of each segment.
 
     Args:
         k: keys [b, t, h, k], zero at masked tokens.
         mask: [b, t] bool.
         plan: the segments.
-        pooling: `mean` or `sum`.
+        config: pooling and norm.
     """
     dtype = state_dtype(k.dtype)
     sums = running_sum(to_segments(k.astype(dtype), plan))  # [b, h, n, c, k]
     token_mask = to_segments(mask[:, :, None, None].astype(dtype), plan)
     counts = running_sum(token_mask)[..., 0].astype(jnp.int32)
-    pools = finish_pooling(sums, counts, pooling)
+    pools = finish_pooling(sums, counts, config)
     return Pools(
         segment=pools[..., -1, :].swapaxes(1, 2),
         running=from_segments(pools, plan),
@@ -53,17 +60,29 @@ def pool_keys(k: Array, mask: Array, plan: Plan, pooling: str) -> Pools:
     )
 
 
-def finish_pooling(total: Array, count: Array, pooling: str) -> Array:
-    """Return pooled keys from sums of keys [..., k] and counts [...]."""
-    if pooling == "sum":
-        return total
-    return total / jnp.maximum(count, 1)[..., None].astype(total.dtype)
+def finish_pooling(total: Array, count: Array, config: MCConfig) -> Array:
+    """Return pooled keys from sums of keys [..., k] and counts [...].
+
+    They are the mean (zero if the count is 0) or the sum, with `pool_norm="l2"` of unit norm.
+    """
+    pools = total
+    if config.pooling == "mean":
+        pools = total / jnp.maximum(count, 1)[..., None].astype(total.dtype)
+    return l2_normalize(pools) if config.pool_norm == "l2" else pools
 
 
-def gate_scores(u: Array, pools: Array, running: Array, segment: Array, config: MCConfig) -> Array:
+def gate_scores(
+    u: Array,
+    pools: Array,
+    running: Array,
+    segment: Array,
+    config: MCConfig,
+    bias: Array | None = None,
+) -> Array:
     """Return the scores divided by the temperature [b, t, h, n + 1], the online memory last.
 
     A score is `<u_t, m^(i)>`, or under `gate="token"` the component of u_t for the memory's level.
+    The bias is added to the online memory's score before the division.
 
     Args:
         u: connectors [b, t, h, k].
@@ -71,6 +90,7 @@ def gate_scores(u: Array, pools: Array, running: Array, segment: Array, config: 
         running: the online segment's pooled keys [b, t, h, k].
         segment: [t] or [b, t] segment of each token.
         config: gate, temperature and `detach_cached_context`.
+        bias: [h]; None = 0.
     """
     u = u.astype(running.dtype)
     if config.gate == "token":
@@ -81,7 +101,8 @@ def gate_scores(u: Array, pools: Array, running: Array, segment: Array, config: 
             pools = jax.lax.stop_gradient(pools)
         cached = einsum_f32("bthk,bnhk->bthn", u, pools, exact=True)
         online = jnp.sum(u * running, axis=-1, keepdims=True)
-    return jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
+    online = _add_bias(online, bias)
+    return jnp.concatenate([cached, online], axis=-1) / config.score_divisor
 
 
 def segment_ages(segment: Array, n: int) -> Array:
@@ -160,7 +181,12 @@ def readable_mask(segment: Array, n: int, config: MCConfig) -> Array:
 
 
 def compute_gates(
-    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
+    u: Array,
+    pools: Array,
+    running: Array,
+    segment: Array,
+    config: MCConfig,
+    bias: Array | None = None,
 ) -> Gates:
     """Compute the weights of all tokens' reads.
 
@@ -170,21 +196,27 @@ def compute_gates(
         running: the online segment's pooled keys [b, t, h, k].
         segment: [t] or [b, t] segment of each token.
         config: the aggregation.
+        bias: [h], added to the online memory's scores; None = 0.
 
     Returns:
         weights [b, t, h, n + 1]; under `ssc` [b, t, h, m + 1] and the memories selected
         [b, t, h, m], m = min(top_k, n).
     """
     if config.rule.sparse:
-        return _gate_selected(u, pools, running, expand_leading_dims(segment, 2), config)
+        return _gate_selected(u, pools, running, expand_leading_dims(segment, 2), config, bias)
     score = jnp.zeros_like(running, shape=(*running.shape[:3], pools.shape[1] + 1))
     if config.gated:
-        score = gate_scores(u, pools, running, segment, config)
+        score = gate_scores(u, pools, running, segment, config, bias)
     return Gates(dense_gates(score, segment, config), None)
 
 
 def _gate_selected(
-    u: Array, pools: Array, running: Array, segment: Array, config: MCConfig
+    u: Array,
+    pools: Array,
+    running: Array,
+    segment: Array,
+    config: MCConfig,
+    bias: Array | None,
 ) -> Gates:
     """Compute the gates under `ssc`; `segment` is [b or 1, t].
 
@@ -213,11 +245,19 @@ def _gate_selected(
         selected_pools = jnp.take_along_axis(pools, slot, axis=2).reshape(*selected.shape, -1)
         cached = einsum_f32("bhtk,bhtmk->bthm", u, selected_pools, exact=True)
         online = jnp.sum(u.swapaxes(1, 2) * running, axis=-1, keepdims=True)
-    score = jnp.concatenate([cached, online], axis=-1) / config.softmax_temperature
+    online = _add_bias(online, bias)
+    score = jnp.concatenate([cached, online], axis=-1) / config.score_divisor
 
     selected = selected.swapaxes(1, 2)  # 3
     read_mask = jnp.concatenate([selected < n, jnp.ones_like(online, dtype=bool)], axis=-1)
     return Gates(normalize_scores(score, read_mask, config), selected)
+
+
+def _add_bias(online: Array, bias: Array | None) -> Array:
+    """Add biases [h] to scores [b, t, h, 1] of the online memory."""
+    if bias is None:
+        return online
+    return online + expand_leading_dims(bias.astype(online.dtype)[:, None], 4)
 
 
 def _select_in_blocks(u: Array, pools: Array, segment: Array, config: MCConfig) -> Array:

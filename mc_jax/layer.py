@@ -17,7 +17,15 @@ from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
-from mc_jax.numerics import Array, Dtype, is_static, l2_normalize, normalize_values
+from mc_jax.numerics import (
+    Array,
+    Dtype,
+    expand_leading_dims,
+    is_static,
+    l2_normalize,
+    normalize_values,
+    state_dtype,
+)
 
 
 class MemoryCachingLayer(Mixer):
@@ -55,6 +63,11 @@ class MemoryCachingLayer(Mixer):
                 for name in config.memory.ranges
             }
         )
+        if config.has_gate_bias:
+            bias = jnp.full(config.num_heads, config.gate_bias, param_dtype)
+            self.gate_bias = nnx.Param(bias)
+        if config.learns_temperature:  # the parameter is its logarithm
+            self.gate_temperature = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
         self.initial = nnx.List(initial_memory(config, rngs, param_dtype))
         if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(
@@ -214,9 +227,7 @@ class MemoryCachingLayer(Mixer):
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         v = normalize_values(v, config.value_norm)
-        u = q if config.gated else None
-        if config.projects_u:
-            u = split_heads(self.u_proj(x), config.num_heads)
+        u, gate_bias = self._gate_inputs(x, q)
         fields = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         names = config.memory.coefficient_fields
         coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
@@ -224,7 +235,27 @@ class MemoryCachingLayer(Mixer):
         if hasattr(self, "memory_norm"):
             norm = (self.memory_norm.scale[...], self.memory_norm.bias[...])
         inputs = {"q": q, "k": k, "v": v, "u": u, "initial": self._initial()}
-        return inputs | {"coefficients": coefficients, "norm": norm}, conv
+        return inputs | {"coefficients": coefficients, "norm": norm, "gate_bias": gate_bias}, conv
+
+    def _gate_inputs(self, x: Array, q: Array) -> tuple[Array | None, Array | None]:
+        """Return the connector [b, t, h, k] and the gate bias [h], divided by the temperature.
+
+        Args:
+            x: tokens [b, t, d].
+            q: queries [b, t, h, k].
+        """
+        config = self.config
+        u = q if config.gated else None
+        if config.projects_u:
+            u = split_heads(self.u_proj(x), config.num_heads)
+        gate_bias = self.gate_bias[...] if config.has_gate_bias else None
+        if u is None or not config.learns_temperature:
+            return u, gate_bias
+        # A constant temperature divides the scores, which are linear in u and the bias.
+        dtype = state_dtype(x.dtype)
+        temperature = jnp.exp(self.gate_temperature[...].astype(dtype))
+        u = u.astype(dtype) / expand_leading_dims(temperature[:, None], 4)
+        return u, None if gate_bias is None else gate_bias.astype(dtype) / temperature
 
     def _initial(self) -> Weights:
         if len(self.initial):

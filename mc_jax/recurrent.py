@@ -44,6 +44,7 @@ def run_tokens(
     tokens: Tokens,
     initial: Weights,
     plan: Plan,
+    gate_bias: Array | None = None,
 ) -> tuple[Array, Cache, Array]:
     """Run a sequence token by token.
 
@@ -53,6 +54,7 @@ def run_tokens(
         tokens: the sequence.
         initial: weights W_0 per layer, each [h, o, i].
         plan: the segments and chunks.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Returns:
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
@@ -63,7 +65,7 @@ def run_tokens(
     by_step = Token(*(*by_token, *map(jnp.asarray, token_indices)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
-        return run_token(memory, config, start, cache, token)
+        return run_token(memory, config, start, cache, token, gate_bias)
 
     cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
     cache, (output, gates) = jax.lax.scan(step, cache, by_step)
@@ -72,7 +74,12 @@ def run_tokens(
 
 
 def run_token(
-    memory: Memory, config: MCConfig, start: MemoryState, cache: Cache, token: Token
+    memory: Memory,
+    config: MCConfig,
+    start: MemoryState,
+    cache: Cache,
+    token: Token,
+    gate_bias: Array | None = None,
 ) -> tuple[Cache, tuple[Array, Array]]:
     """Write one token, then read it, as in sections 2 to 5.
 
@@ -82,6 +89,7 @@ def run_token(
         start: the initial state, for segments that restart.
         cache: state before the token.
         token: the token.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Returns:
         the new cache; output [b, h, v] and gates [b, h, n + 1].
@@ -99,10 +107,11 @@ def run_token(
     pool_sum = pool_sum + token.k.astype(pool_sum.dtype)
     count = _where(token.starts_segment, jnp.zeros_like(cache.length), cache.length)
     count = count + token.mask.astype(count.dtype)
-    running = finish_pooling(pool_sum, count[:, None], config.pooling)
+    running = finish_pooling(pool_sum, count[:, None], config)
 
     segment = token.segment[None]
-    score = gate_scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
+    u, pools = token.u[:, None], cache.stored.pool
+    score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     online = Segments(state.weights, running, count)

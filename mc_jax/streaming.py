@@ -32,6 +32,7 @@ def extend_chunks(
     initial: Weights,
     count: Array,
     cache: Cache,
+    gate_bias: Array | None = None,
 ) -> tuple[Array, Cache, Array]:
     """Write and read the next tokens of a stream.
 
@@ -42,6 +43,7 @@ def extend_chunks(
         initial: weights W_0 per layer, each [h, o, i].
         count: number of tokens per row, int32 [b]; later tokens are padding.
         cache: state before these tokens.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Returns:
         output [b, t, h, v], the new cache, and gates [b, t, h, n + 1] over the cache's n slots.
@@ -65,7 +67,9 @@ def extend_chunks(
         output = from_call_chunks(read, layout) * weight
         gates = read_mask.astype(weight.dtype) * weight
     else:
-        call_gates = compute_gates(tokens.u, stored.pool, pools.running, layout.segment, config)
+        call_gates = compute_gates(
+            tokens.u, stored.pool, pools.running, layout.segment, config, gate_bias
+        )
         output = _read(memory, config, writes, stored.weights, q, call_gates, layout)
         gates = scatter_gates(*call_gates, stored.length.shape[1])
 
@@ -74,7 +78,7 @@ def extend_chunks(
         total=total,
         state=jax.tree.map(lambda x: x[:, 0], scanned.final),
         pool_sum=pools.sums[-1],
-        pool=finish_pooling(pools.sums[-1], pools.counts[-1][:, None], config.pooling),
+        pool=finish_pooling(pools.sums[-1], pools.counts[-1][:, None], config),
         length=pools.counts[-1],
         slot=layout.slot,
         position=cache.position + count,
@@ -121,7 +125,7 @@ def _pool(k: Array, mask: Array, layout: CallLayout, cache: Cache, config: MCCon
     begin = cache.pool_sum, cache.length
     _, (before, after) = jax.lax.scan(step, begin, (sums, counts, restarts))
     sums, counts = before[0][..., None, :] + sums, before[1][..., None] + counts
-    running = finish_pooling(sums, counts[:, :, None], config.pooling)
+    running = finish_pooling(sums, counts[:, :, None], config)
     return StreamPools(from_call_chunks(running[:, :, None], layout), *after)
 
 
@@ -153,7 +157,7 @@ def _complete(
     sums, counts = pools.sums[chunk, row], pools.counts[chunk, row]
     completed_segments = Segments(
         weights=tuple(x[chunk, row, 0] for x in after),
-        pool=finish_pooling(sums, counts[..., None], config.pooling),
+        pool=finish_pooling(sums, counts[..., None], config),
         length=counts,
     )
     return write_slots(cache.stored, completed_segments, layout.completed_slots), total, totals

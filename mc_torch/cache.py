@@ -156,7 +156,7 @@ def init_cache(
     slots = config.slots(max_tokens)
     cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
     # With `pooling="sum"`, `pool` and `pool_sum` are the same tensor, as after every step.
-    pool = finish_pooling(cache.pool_sum, cache.length[:, None], config.pooling)
+    pool = finish_pooling(cache.pool_sum, cache.length[:, None], config)
     cache = cache._replace(pool=pool)
     if cache_device == "device":
         return cache

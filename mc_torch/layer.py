@@ -25,7 +25,15 @@ from mc_torch.modules import (
     project,
     split_heads,
 )
-from mc_torch.numerics import Array, Dtype, is_static, l2_normalize, normalize_values, state_dtype
+from mc_torch.numerics import (
+    Array,
+    Dtype,
+    expand_leading_dims,
+    is_static,
+    l2_normalize,
+    normalize_values,
+    state_dtype,
+)
 
 
 class MemoryCachingLayer(Mixer):
@@ -62,6 +70,12 @@ class MemoryCachingLayer(Mixer):
                 for name in config.memory.ranges
             }
         )
+        h = config.num_heads
+        if config.has_gate_bias:
+            bias = torch.full((h,), config.gate_bias, device=device, dtype=dtype)
+            self.gate_bias = nn.Parameter(bias)
+        if config.learns_temperature:  # the parameter is its logarithm
+            self.gate_temperature = nn.Parameter(torch.zeros(h, device=device, dtype=dtype))
         self.initial = nn.ParameterList(initial_memory(config, device, dtype))
         if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(
@@ -232,9 +246,7 @@ class MemoryCachingLayer(Mixer):
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         v = normalize_values(v, config.value_norm)
-        u = q if config.gated else None
-        if config.projects_u:
-            u = split_heads(project(self.u_proj, x), config.num_heads)
+        u, gate_bias = self._gate_inputs(x, q)
         fields = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
         names = config.memory.coefficient_fields
         coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
@@ -248,7 +260,27 @@ class MemoryCachingLayer(Mixer):
             "u": u,
             "initial": self._initial(state_dtype(x.dtype), x.device),
         }
-        return inputs | {"coefficients": coefficients, "norm": norm}, conv
+        return inputs | {"coefficients": coefficients, "norm": norm, "gate_bias": gate_bias}, conv
+
+    def _gate_inputs(self, x: Array, q: Array) -> tuple[Array | None, Array | None]:
+        """Return the connector [b, t, h, k] and the gate bias [h], divided by the temperature.
+
+        Args:
+            x: tokens [b, t, d].
+            q: queries [b, t, h, k].
+        """
+        config = self.config
+        u = q if config.gated else None
+        if config.projects_u:
+            u = split_heads(project(self.u_proj, x), config.num_heads)
+        gate_bias = self.gate_bias if config.has_gate_bias else None
+        if u is None or not config.learns_temperature:
+            return u, gate_bias
+        # A constant temperature divides the scores, which are linear in u and the bias.
+        dtype = state_dtype(x.dtype)
+        temperature = torch.exp(self.gate_temperature.to(dtype))
+        u = u.to(dtype) / expand_leading_dims(temperature[:, None], 4)
+        return u, None if gate_bias is None else gate_bias.to(dtype) / temperature
 
     def _initial(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """Return W_0; if not learned, zeros of `dtype` on `device`."""

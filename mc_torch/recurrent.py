@@ -42,6 +42,7 @@ def run_tokens(
     tokens: Tokens,
     initial: Weights,
     plan: TensorPlan,
+    gate_bias: Array | None = None,
 ) -> tuple[Array, Cache, Array]:
     """Run a sequence token by token.
 
@@ -51,6 +52,7 @@ def run_tokens(
         tokens: the sequence.
         initial: weights W_0 per layer, each [h, o, i].
         plan: the segments and chunks.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Returns:
         output [b, t, h, v], the cache after the last token, gates [b, t, h, n + 1].
@@ -61,7 +63,8 @@ def run_tokens(
     cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
     reads = []
     for inputs, indices in zip(by_token, token_indices, strict=True):
-        cache, read = run_token(memory, config, start, cache, Token._make((*inputs, *indices)))
+        token = Token._make((*inputs, *indices))
+        cache, read = run_token(memory, config, start, cache, token, gate_bias)
         reads.append(read)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     output, gates = (torch.stack(x, dim=1) for x in zip(*reads, strict=True))
@@ -69,7 +72,12 @@ def run_tokens(
 
 
 def run_token(
-    memory: Memory, config: MCConfig, start: MemoryState, cache: Cache, token: Token
+    memory: Memory,
+    config: MCConfig,
+    start: MemoryState,
+    cache: Cache,
+    token: Token,
+    gate_bias: Array | None = None,
 ) -> tuple[Cache, tuple[Array, Array]]:
     """Write one token, then read it, as in sections 2 to 5.
 
@@ -79,6 +87,7 @@ def run_token(
         start: the initial state, for segments that restart.
         cache: state before the token.
         token: the token.
+        gate_bias: biases [h] of the online memory's score, or None.
 
     Returns:
         the new cache; output [b, h, v] and gates [b, h, n + 1].
@@ -96,10 +105,11 @@ def run_token(
         pool_sum, count = torch.zeros_like(pool_sum), torch.zeros_like(count)
     pool_sum = pool_sum + token.k.to(pool_sum.dtype)
     count = count + token.mask.to(count.dtype)
-    running = finish_pooling(pool_sum, count[:, None], config.pooling)
+    running = finish_pooling(pool_sum, count[:, None], config)
 
     segment = torch.full((1,), token.segment, device=running.device)
-    score = gate_scores(token.u[:, None], cache.stored.pool, running[:, None], segment, config)
+    u, pools = token.u[:, None], cache.stored.pool
+    score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
     online = Segments(state.weights, running, count)

@@ -125,6 +125,7 @@ class FunctionInputs(NamedTuple):
     initial: tuple[Any, ...]  # each [h, out, in]
     coefficients: dict[str, Any]  # each [b, t, h]
     norm: tuple[Any, Any] | None  # each [h, v]
+    gate_bias: Any = None  # [h]
 
     def at(self, tokens: slice) -> "FunctionInputs":
         """Return the inputs of a slice of tokens."""
@@ -207,10 +208,11 @@ def _function_inputs(case: Case, config: MCConfig, rng: np.random.Generator) -> 
     v = rng.standard_normal((*shape, values))
     gain_and_bias = rng.uniform(0.5, 1.5, (2, h, values))
     norm = (gain_and_bias[0], gain_and_bias[1]) if memory.has_layer_norm else None
+    gate_bias = rng.standard_normal(h) if config.has_gate_bias else None
     needs_u = config.projects_u
     return FunctionInputs(
         *rounded((q, k, v, u if needs_u else None), case.dtype),
-        *rounded((initial, coefficients, norm), state_dtype(case.dtype)),
+        *rounded((initial, coefficients, norm, gate_bias), state_dtype(case.dtype)),
     )
 
 

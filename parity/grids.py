@@ -97,6 +97,8 @@ QUICK = (
         level="layer",
         use_q_as_u=True,
         gate="token",
+        gate_bias=-0.5,
+        softmax_temperature="learned",
         mask="padded",
     ),
     case(SWLAConfig(coefficients="constant", previous=0.5), "mean", level="layer", qk_norm="l2"),
@@ -129,7 +131,14 @@ QUICK = (
     case(TitansConfig(depth=1), "grm", dtype="float32", tokens=11),
     case(LinearConfig(coefficients="token"), "grm", level="layer", dtype="bfloat16"),
     case(DLAConfig(depth=1), "residual", dtype="bfloat16", mask="some"),
-    case(LinearConfig("elu+1", normalize=True), "grm", mask="some", splits=(2, 1, 10)),
+    case(
+        LinearConfig("elu+1", normalize=True),
+        "grm",
+        gate_bias=1.0,
+        pool_norm="l2",
+        mask="some",
+        splits=(2, 1, 10),
+    ),
     case(_SWLA, "ssc", "restart", mask="segment", splits=(5, 8), chunk_size=2),
     case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
     case(_DLA, "soup", "restart", splits=(6, 5), tokens=11, pooling="sum", gate="token"),
@@ -183,9 +192,9 @@ def full() -> Iterator[Case]:
     zero, the norm amplifies its rounding error.
     """
     yield from QUICK
-    pick, pick_stream, pick_gate, pick_value_norm = (
-        random.Random(seed).choice for seed in range(4)
-    )
+    # Each has its own sequence, so that the draws of one do not change those of another.
+    choices = (random.Random(seed).choice for seed in range(5))
+    pick, pick_stream, pick_gate, pick_value_norm, pick_score = choices
     for kind, aggregation, start, segmentation, dtype in product(
         MEMORIES, AGGREGATIONS, START_MODES, ("constant", "logarithmic"), DTYPES
     ):
@@ -206,6 +215,8 @@ def full() -> Iterator[Case]:
             options["output_norm"] = "none"
         if dtype == "bfloat16" and hasattr(memory, "depth"):
             memory = dataclasses.replace(memory, depth=min(memory.depth, 2))
+        if pick_score((True, False, False)):
+            options["softmax_temperature"] = "learned"
         yield case(
             memory,
             aggregation,
@@ -225,6 +236,8 @@ def full() -> Iterator[Case]:
             seed=pick(range(1000)),
             gate=pick_gate(tuple(GATES)),
             value_norm=pick_value_norm(VALUE_NORMS),
+            gate_bias=pick_score((None, None, 0.5)),
+            pool_norm=pick_score(("none", "none", "l2")),
             **options,
         )
 

@@ -77,7 +77,7 @@ def _draw(name: str, normal: Array) -> Array:
         return _BIASES[owner] + 0.5 * normal
     if field == "scale":
         return 1 + 0.2 * normal
-    if field in ("bias", "embedding"):
+    if field in ("bias", "embedding", "gate_bias", "gate_temperature"):
         return 0.5 * normal
     if owner.endswith("_conv"):  # [width, d]
         return normal * normal.shape[0] ** -0.5
@@ -156,6 +156,7 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
             mask=mask,
             segment_lengths=case.lengths,
             norm=given.norm,
+            gate_bias=given.gate_bias,
             method=case.method,
         )
         return Forward(result.cache, None, result.gates, result.output)
@@ -182,7 +183,15 @@ def _stream(case: Case, given: Any, inputs: Inputs, module: Any) -> Forward:
         if isinstance(given, FunctionInputs):
             part = given.at(here)
             at = Coefficients(**part.coefficients)
-            result = extend(*part[:5], at, cache, config=case.layer, mask=mask, norm=part.norm)
+            result = extend(
+                *part[:5],
+                at,
+                cache,
+                config=case.layer,
+                mask=mask,
+                norm=part.norm,
+                gate_bias=part.gate_bias,
+            )
             output, cache = result.output, result.cache
             gates.append(result.gates)
         else:

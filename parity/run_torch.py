@@ -106,6 +106,7 @@ def _forward(case: Case, given: Any, inputs: Inputs, module: Any, device: str) -
             mask=mask,
             segment_lengths=case.lengths,
             norm=given.norm,
+            gate_bias=given.gate_bias,
             method=case.method,
         )
         return Forward(result.cache, None, result.gates, result.output)
@@ -133,7 +134,15 @@ def _stream(case: Case, given: Any, inputs: Inputs, module: Any, device: str) ->
         if isinstance(given, FunctionInputs):
             part = given.at(here)
             at = Coefficients(**part.coefficients)
-            result = extend(*part[:5], at, cache, config=case.layer, mask=mask, norm=part.norm)
+            result = extend(
+                *part[:5],
+                at,
+                cache,
+                config=case.layer,
+                mask=mask,
+                norm=part.norm,
+                gate_bias=part.gate_bias,
+            )
             output, cache = result.output, result.cache
             gates.append(result.gates)
         else:

@@ -262,9 +262,14 @@ class _Tokens(NamedTuple):
 
 
 def _run_head(
-    tokens: _Tokens, initial: Layers, lengths: Sequence[int], config: MCConfig, norm: Norm
+    tokens: _Tokens,
+    initial: Layers,
+    lengths: Sequence[int],
+    config: MCConfig,
+    norm: Norm,
+    score: tuple[float, float],
 ) -> _Head:
-    """Run one head of one sequence."""
+    """Run one head of one sequence; `score` is the gate bias and the temperature."""
     q, k, v, u, mask, writes = tokens
     output, gates = np.zeros_like(v), np.zeros((len(v), len(lengths) + 1))
     cached: list[Memory] = []
@@ -281,14 +286,15 @@ def _run_head(
             if mask[t]:
                 state = write(state, anchor, k[t], v[t], writes[t], config.memory, norm)
                 keys.append(k[t])
-                running = pooled(keys, k.shape[1], config.pooling)
-                weight = gates_of(None if u is None else u[t], [*pools, running], config)
+                running = pooled(keys, k.shape[1], config)
+                connector = None if u is None else u[t]
+                weight = gates_of(connector, [*pools, running], config, *score)
                 memories = [*cached, state.memory]
                 output[t] = aggregate(memories, weight, q[t], config, norm)
                 gates[t, : len(cached)], gates[t, -1] = weight[:-1], weight[-1]
             t += 1
         cached.append(state.memory)
-        pools.append(pooled(keys, k.shape[1], config.pooling))
+        pools.append(pooled(keys, k.shape[1], config))
     return _Head(output, gates, cached, pools, state)
 
 
@@ -304,6 +310,8 @@ def memory_caching(
     mask: Array | None = None,
     segment_lengths: Sequence[int] | None = None,
     norm: tuple[Array, Array] | None = None,
+    gate_bias: Array | None = None,
+    temperature: Array | None = None,
 ) -> OracleResult:
     """Write and read every token of every head.
 
@@ -318,6 +326,8 @@ def memory_caching(
         mask: [b, t], True for a real token.
         segment_lengths: explicit lengths in place of the config's segmentation.
         norm: gain and bias, each [h, v], of MLP memories with a layer norm.
+        gate_bias: [h], added to the online memory's score; None = 0.
+        temperature: [h], divisor of the scores; None = the config's, or 1 where that is learned.
 
     Raises:
         ValueError: u is missing where the aggregation has gates.
@@ -335,6 +345,11 @@ def memory_caching(
     given = {name: getattr(coefficients, name) for name in Write._fields}
     given = {name: np.asarray(x, np.float64) for name, x in given.items() if x is not None}
 
+    if temperature is None:
+        learned = config.softmax_temperature == "learned"
+        temperature = np.full(heads, 1.0 if learned else config.softmax_temperature)
+    gate_bias = np.zeros(heads) if gate_bias is None else np.asarray(gate_bias, np.float64)
+
     def run(b: int, h: int) -> _Head:
         each = _Tokens(
             *(x[b, :, h] for x in (q, k, v)),
@@ -348,6 +363,7 @@ def memory_caching(
             lengths,
             config,
             None if norm is None else tuple(np.asarray(x, np.float64)[h] for x in norm),
+            (gate_bias[h], temperature[h]),
         )
 
     runs = [[run(b, h) for h in range(heads)] for b in range(batch)]

@@ -46,6 +46,7 @@ CHOICES = {
     "qk_norm": ("l2", "none"),
     "output_norm": ("rms", "none"),
     "gate": GATES,
+    "pool_norm": ("none", "l2"),
 }
 FIELDS = [(cls, field.name) for cls in CONFIGS for field in dataclasses.fields(cls)]
 MLP, LEARNED = (DLAConfig, TitansConfig), {"coefficients": "token"}
@@ -65,7 +66,7 @@ RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]]
     *(((MCConfig,), name, (0,), ">= 1", {}) for name in ("segment_size", "ssc_top_k")),
     ((MCConfig,), "chunk_size", (0,), ">= 1", {}),
     ((MCConfig,), "conv_width", (-1,), ">= 0", {}),
-    ((MCConfig,), "softmax_temperature", (0.0, -1.0), "> 0.0", {}),
+    ((MCConfig,), "softmax_temperature", (0.0, -1.0, "1", ""), "> 0.0 or 'learned'", {}),
     ((MCConfig,), "d_model", (9,), "a multiple of num_heads = 2", {}),
     *(((ModelConfig,), name, (0,), ">= 1", {}) for name in ("vocab_size", "num_layers")),
     ((ModelConfig,), "ffn_width", (-8,), ">= 0", {}),
@@ -185,8 +186,33 @@ def test_configuration_dictionaries_round_trip(name):
     assert set(layer.to_dict()) == {f.name for f in dataclasses.fields(MCConfig)}
     assert layer.to_dict()["memory"]["kind"] == layer.memory.kind
     assert MCConfig.from_dict({"d_model": 8, "num_heads": 2}) == MCConfig(8, 2)
-    older = {key: value for key, value in layer.to_dict().items() if key != "gate"}
+    newer = ("gate", "gate_bias", "pool_norm")
+    older = {key: value for key, value in layer.to_dict().items() if key not in newer}
     assert MCConfig.from_dict(older) == layer
+
+
+def test_learned_temperature_is_a_word():
+    config = MCConfig(**LAYER, softmax_temperature="learned", gate_bias=1)
+    assert (config.score_divisor, config.learns_temperature, config.has_gate_bias) == (
+        1,
+        True,
+        True,
+    )
+    assert MCConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert type(MCConfig.from_dict({**LAYER, "softmax_temperature": 2}).score_divisor) is float
+    plain = MCConfig(**LAYER, softmax_temperature=0.5)
+    assert (plain.score_divisor, plain.learns_temperature, plain.has_gate_bias) == (
+        0.5,
+        False,
+        False,
+    )
+    ungated = MCConfig(**LAYER, aggregation="mean", softmax_temperature="learned", gate_bias=0.0)
+    assert not ungated.learns_temperature
+    assert not ungated.has_gate_bias
+    for value, allowed in (("hot", "> 0.0 or 'learned'"), (True, "of type float or str")):
+        message = f"MCConfig.softmax_temperature = {value!r}: must be {allowed}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MCConfig.from_dict({**LAYER, "softmax_temperature": value})
 
 
 def test_configuration_dictionaries_are_strict():
@@ -242,6 +268,12 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
     ("linear", "grm", lambda x: {"k": x["k"][:, 1:]}, "k has shape (2, 12, 2, 4): must be (2, 13,"),
     ("linear", "grm", lambda x: {"v": x["v"][:, :, :1]}, "v has shape (2, 13, 1, 3): must be (2, "),
     ("linear", "grm", lambda x: {"u": x["u"][..., :3]}, "u has shape (2, 13, 2, 3): must be (2, "),
+    (
+        "linear",
+        "grm",
+        lambda x: {"gate_bias": np.ones(3)},
+        "gate_bias has shape (3,): must be (2,)",
+    ),
     *(
         ("linear", a, lambda x: {"u": None}, f"u = None: must be given for aggregation = '{a}'")
         for a in ("grm", "soup", "ssc")
@@ -318,6 +350,16 @@ def test_norms_and_matrix_memories():
     inputs = arrays(case, np.float32)
     with pytest.raises(ValueError, match=re.escape("norm[0] has shape (2, 5): must be (2, 4)")):
         memory_caching(**{**inputs, "norm": (np.ones((2, 5)),) * 2}, config=case.config)
+
+
+def test_configured_gate_bias_must_be_given():
+    """Only aggregations with gates use it."""
+    case = make_case("linear", "grm", gate_bias=0.5)
+    inputs = {**arrays(case, np.float32), "gate_bias": None}
+    message = "gate_bias = None: must be given for config.gate_bias = 0.5"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        memory_caching(**inputs, config=case.config)
+    assert make_case("linear", "residual", gate_bias=0.5).gate_bias is None
 
 
 def test_coefficient_order_is_consistent():

@@ -220,6 +220,28 @@ def test_gates_and_reads_match_hand_computation(pooling):
     close(residual.gates[0, 7, 0], [1, 1, 0, 1])
 
 
+@pytest.mark.parametrize("aggregation", ["grm", "ssc"])
+@pytest.mark.parametrize("temperature", [0.3, "learned"])
+def test_gate_options_match_hand_computation(aggregation, temperature):
+    """Bias of the online memory, temperature per head, pooled keys of unit norm."""
+    case, bias, learned = make_case(LinearConfig()), np.array([0.5, -2.0]), np.array([2.0, 0.7])
+    options = {"pool_norm": "l2", "softmax_temperature": temperature, "gate_bias": bias}
+    options["temperature"] = learned if temperature == "learned" else None
+    result = case.run(aggregation, ssc_top_k=1, **options)
+    for b, h in np.ndindex(2, 2):
+        key, u = case.k[b, :, h], case.u[b, 7, h]
+        pools = np.array([key[:3].mean(0), key[3:6].mean(0), key[6:].mean(0)])
+        pools /= np.sqrt((pools**2).sum(-1, keepdims=True) + 1e-6)
+        scores = (pools @ u + [0.0, 0.0, bias[h]]) / (
+            learned[h] if temperature == "learned" else 0.3
+        )
+        if aggregation == "ssc":
+            scores[np.argmin(scores[:2])] = -np.inf
+        gates = np.exp(scores) / np.exp(scores).sum()
+        close(result.pools[b, :, h], pools)
+        close(result.gates[b, 7, h], [*gates[:2], 0.0, gates[2]])
+
+
 @every_memory
 @every_mode
 @pytest.mark.parametrize("aggregation", ["residual", "grm", "soup", "ssc", "mean"])

@@ -56,6 +56,7 @@ class Everything:
     name: str = "a"
     flag: bool = False
     limit: float | None = None
+    level: float | str = 1.0
     words: tuple[str, ...] = ()
     pairs: tuple[tuple[int, int], ...] = ()
     path: Path = Path("x")
@@ -70,6 +71,7 @@ FULL = {
     "name": "b",
     "flag": True,
     "limit": 0.5,
+    "level": 4,
     "words": ["p", "q"],
     "pairs": [[1, 2], [3, 4]],
     "path": "folder/file",
@@ -82,10 +84,11 @@ FULL = {
 def test_every_kind_of_field_is_loaded():
     loaded = from_dict(Everything, FULL)
     assert loaded == Everything(
-        3, 2.0, "b", True, 0.5, ("p", "q"), ((1, 2), (3, 4)), Path("folder/file"),
+        3, 2.0, "b", True, 0.5, 4.0, ("p", "q"), ((1, 2), (3, 4)), Path("folder/file"),
         {"a.b": [1, "x"]}, Nested(2, Circle(4)), (Nested(figure=Square(2.0)),),
     )  # fmt: skip
-    assert type(loaded.rate) is float
+    assert type(loaded.rate) is type(loaded.level) is float
+    assert from_dict(Everything, {"size": 3, "level": "high"}).level == "high"
     assert from_dict(Everything, {"size": 3}) == Everything(3)
     assert from_dict(Everything, {"size": 3, "words": "p"}).words == ("p",)
     assert from_dict(Everything, {"size": 3, "limit": None}).limit is None
@@ -132,6 +135,7 @@ def test_a_missing_key_at_the_root_is_named():
         *(("rate", value, "finite") for value in (float("nan"), float("inf"), -float("inf"))),
         ("limit", float("inf"), "finite"),
         *(("limit", value, "of type float or None") for value in (True, "x")),
+        *(("level", value, "of type float or str") for value in (True, None, [1])),
         *(("name", value, "of type str") for value in (1, None, ["a"])),
         *(("flag", value, "of type bool") for value in (1, 0, "true", None)),
         *(("words", value, "text or a list of text") for value in (1, None, {"a": 1})),

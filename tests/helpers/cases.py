@@ -56,6 +56,7 @@ class FunctionCase(NamedTuple):
     config: MCConfig
     mask: Array | None = None  # bool [b, t]
     lengths: tuple[int, ...] | None = None
+    gate_bias: Array | None = None  # [h]
 
     @property
     def tokens(self) -> int:
@@ -69,6 +70,7 @@ class FunctionCase(NamedTuple):
             "mask": self.mask,
             "segment_lengths": self.lengths,
             "norm": self.norm,
+            "gate_bias": self.gate_bias,
         }
 
     def with_config(self, **options: Any) -> "FunctionCase":
@@ -159,6 +161,7 @@ def make_case(
         config,
         make_mask(mask, batch, tokens, config, rng),
         lengths,
+        rng.standard_normal(heads) if config.has_gate_bias else None,
     )
 
 

@@ -21,6 +21,7 @@ def arrays(case: FunctionCase, dtype: Any = jnp.float64) -> dict[str, Any]:
         "initial": to(case.initial, wide),
         "coefficients": Coefficients(*to(tuple(case.coefficients), wide)),
         "norm": to(case.norm, wide),
+        "gate_bias": to(case.gate_bias, wide),
     }
 
 

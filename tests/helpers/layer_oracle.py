@@ -84,6 +84,8 @@ def layer_oracle(
         config,
         mask=mask,
         norm=None if norm is None else (norm["scale"], norm["bias"]),
+        gate_bias=p.get("gate_bias"),
+        temperature=np.exp(p["gate_temperature"]) if "gate_temperature" in p else None,
     )
     y = result.output
     if config.output_norm == "rms":
@@ -99,10 +101,11 @@ CONFIGS: dict[str, MCConfig] = {
     "swla": MCConfig(
         8, 2, SWLAConfig(), "grm", conv_width=4, segment_size=3, chunk_size=2,
         value_norm="l2",
+        gate_bias=0.5, pool_norm="l2", softmax_temperature="learned",
     ),
     "dla": MCConfig(
         8, 2, DLAConfig(2, 2), "ssc", ssc_top_k=1, use_q_as_u=True, segment_size=3, pooling="sum",
-        gate="token",
+        gate="token", gate_bias=-0.5, softmax_temperature="learned",
     ),
     "titans": MCConfig(
         8, 2, TitansConfig(2, 2, retention_target="initial"), "soup", segment_size=4, chunk_size=3,
@@ -111,6 +114,7 @@ CONFIGS: dict[str, MCConfig] = {
     "titans-norm": MCConfig(
         8, 2, TitansConfig(2, 1, norm="layer", coefficients="head"), "grm", conv_width=2,
         segment_size=4, state_init_mode="restart", softmax_temperature=0.5, output_norm="none",
+        gate_bias=1.0,
     ),
     "dla-plain": MCConfig(
         8, 2, DLAConfig(1, coefficients="constant", step=0.3), "mean", qk_norm="none",

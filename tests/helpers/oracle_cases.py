@@ -25,7 +25,8 @@ class OracleCase(NamedTuple):
     norm: tuple[Array, Array] | None
 
     def run(self, aggregation: str = "grm", **options: Any) -> OracleResult:
-        inputs = {name: options.pop(name, None) for name in ("mask", "segment_lengths")}
+        names = ("mask", "segment_lengths", "gate_bias", "temperature")
+        inputs = {name: options.pop(name, None) for name in names}
         options = {"segment_size": 3, "chunk_size": 1, **options}
         config = MCConfig(8, 2, self.memory, aggregation, **options)
         *tensors, _, norm = self

@@ -1,20 +1,29 @@
 """The oracle's pooled keys and gates (sections 4 and 5): one head, one token."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from mc_core import MCConfig
+from mc_core.config import NORM_EPS
 
 Array = np.ndarray
 
 
-def pooled(keys: Sequence[Array], width: int, pooling: str) -> Array:
-    """Return the mean or the sum [k] of a segment's unmasked keys; 0 if there are none."""
-    total = np.zeros(width)
+def pooled(keys: Sequence[Array], width: int, config: MCConfig) -> Array:
+    """Return the mean or the sum [k] of a segment's unmasked keys; 0 if there are none.
+
+    With `pool_norm="l2"` it is divided by its L2 norm.
+    """
+    pool = np.zeros(width)
     for key in keys:
-        total = total + key
-    return total / len(keys) if pooling == "mean" and keys else total
+        pool = pool + key
+    if config.pooling == "mean" and keys:
+        pool = pool / len(keys)
+    if config.pool_norm == "l2":
+        pool = pool / math.sqrt(pool @ pool + NORM_EPS)
+    return pool
 
 
 def level_of(memory: int, segment: int) -> int:
@@ -29,11 +38,18 @@ def level_of(memory: int, segment: int) -> int:
     return level
 
 
-def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array:
+def gates_of(
+    u: Array | None,
+    pools: Sequence[Array],
+    config: MCConfig,
+    bias: float = 0.0,
+    temperature: float = 1.0,
+) -> Array:
     """Return the weights [s + 1] with which a token of segment s reads its memories.
 
     `pools` are the pooled keys [k] of the s cached segments, then the running one of the online
-    segment; u is [k], or None where the aggregation has no scores.
+    segment; u is [k], or None where the aggregation has no scores. `bias` is added to the online
+    memory's score.
     """
     cached = len(pools) - 1
     if config.aggregation == "none":
@@ -49,7 +65,8 @@ def gates_of(u: Array | None, pools: Sequence[Array], config: MCConfig) -> Array
     if config.aggregation == "ssc":  # equation 16; the sort is stable: ties to the earlier segment
         chosen = sorted(chosen, key=lambda i: -scores[i])[: config.ssc_top_k]
     chosen.append(cached)
-    logits = scores[chosen] / config.softmax_temperature
+    scores[cached] += bias
+    logits = scores[chosen] / temperature
     gates = np.zeros(cached + 1)
     gates[chosen] = np.exp(logits - logits.max())
     return gates / gates.sum()

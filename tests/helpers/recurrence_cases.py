@@ -72,6 +72,8 @@ def random_cases(draw: st.DrawFn) -> FunctionCase:
         softmax_temperature=draw(st.sampled_from([1.0, 0.3])),
         use_q_as_u=draw(st.booleans()),
         gate=draw(st.sampled_from(GATES)),
+        gate_bias=draw(st.sampled_from([None, 1.0])),
+        pool_norm=draw(st.sampled_from(["none", "l2"])),
     )
     return case._replace(u=None) if case.config.use_q_as_u else case
 
@@ -106,6 +108,8 @@ def with_layouts(pairs: Any) -> list[Any]:
         mask = MASKS[i % 5]
         name = "-".join(map(str, (memory, aggregation, mask, *options.values())))
         options |= {"tokens": 13 - i % 3, "ssc_top_k": 1 + i % 2, "mask": mask, "seed": i}
+        if (i + i // 6) % 3 == 0:
+            options |= {"gate_bias": 0.5, "pool_norm": "l2"}
         out.append(pytest.param(memory, aggregation, options, id=name))
     return out
 

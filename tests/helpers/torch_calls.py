@@ -24,6 +24,7 @@ def arrays(case: FunctionCase, dtype: torch.dtype = torch.float64) -> dict[str, 
         "initial": to(case.initial, wide),
         "coefficients": Coefficients(*to(tuple(case.coefficients), wide)),
         "norm": to(case.norm, wide),
+        "gate_bias": to(case.gate_bias, wide),
     }
 
 

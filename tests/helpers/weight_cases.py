@@ -16,9 +16,11 @@ LAYERS = {
     "linear-head": MCConfig(8, 2, LinearConfig(coefficients="head"), "none", output_norm="none"),
     "linear-learned": MCConfig(8, 2, LinearConfig(learn_initial=True), "soup"),
     "linear-normalized": MCConfig(8, 2, LinearConfig("elu+1", normalize=True), use_q_as_u=True),
-    "swla": MCConfig(8, 2, SWLAConfig(learn_initial=True), "ssc", conv_width=3),
+    "swla": MCConfig(8, 2, SWLAConfig(learn_initial=True), "ssc", conv_width=3, gate_bias=1.0),
     "dla": MCConfig(8, 2, DLAConfig(depth=3, expansion=2), "residual", conv_width=4),
-    "titans": MCConfig(8, 2, TitansConfig(norm="layer", expansion=2), conv_width=4),
+    "titans": MCConfig(
+        8, 2, TitansConfig(norm="layer", expansion=2), conv_width=4, softmax_temperature="learned"
+    ),
 }
 MODELS = {
     "tied": ModelConfig(11, 2, LAYERS["linear"]),

@@ -7,6 +7,7 @@ import pytest
 
 from helpers.cases import GATES, Array, assert_close
 from mc_core import DLAConfig, LinearConfig, MCConfig, make_plan
+from mc_core.config import NORM_EPS
 from mc_core.dense_reads import count_pairs
 from mc_jax.backends import make_memory
 from mc_jax.backends.base import apply_weights, decay_products
@@ -143,7 +144,7 @@ def test_level_is_bit_length_of_age(width):
 @pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
-    """Sparse gates match `dense_gates`: values, and gradients of u and the pools."""
+    """Sparse gates match `dense_gates`: values and gradients."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)
     rng = np.random.default_rng(top_k)
     b, t, h, k, n = 2, 7, 3, 4, 5
@@ -152,15 +153,17 @@ def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, mo
     pools = jnp.asarray(rng.standard_normal((b, n, h, k))).at[:, 3].set(0.5).at[:, 1].set(0.5)
     segment = jnp.asarray([0, 1, 2, 3, 4, 4, 2])
 
-    def fast(u, pools, running):
-        weights, selected = compute_gates(u, pools, running, segment, config)
+    bias = jnp.asarray(rng.standard_normal(h))
+
+    def fast(u, pools, running, bias):
+        weights, selected = compute_gates(u, pools, running, segment, config, bias)
         assert weights.shape == (b, t, h, min(top_k, n) + 1)
         return scatter_gates(weights, selected, n)
 
-    def dense(u, pools, running):
-        return dense_gates(gate_scores(u, pools, running, segment, config), segment, config)
+    def dense(u, pools, running, bias):
+        return dense_gates(gate_scores(u, pools, running, segment, config, bias), segment, config)
 
-    args = (u, pools, running)
+    args = (u, pools, running, bias)
     cotangent = jnp.asarray(rng.standard_normal((b, t, h, n + 1)))
     got, pull = jax.vjp(fast, *args)
     expected, pull_dense = jax.vjp(dense, *args)
@@ -169,8 +172,22 @@ def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, mo
         assert_close(a, e, EXACT)
 
 
+@pytest.mark.parametrize("gated_by", GATES)
+def test_bias_is_added_to_online_score(gated_by):
+    """Before the division by the temperature, and only for the online memory."""
+    rng = np.random.default_rng(0)
+    u, running, pools = map(jnp.asarray, rng.standard_normal((3, 2, 5, 3, 4)))
+    bias, segment = rng.standard_normal(3), jnp.asarray([0, 1, 2, 3, 4])
+    config = layer("grm", softmax_temperature=0.3, gate=gated_by)
+    args = u, pools, running, segment, config
+    expected = np.array(gate_scores(*args))
+    expected[..., -1] += bias / 0.3
+    assert_close(gate_scores(*args, jnp.asarray(bias)), expected, EXACT)
+
+
+@pytest.mark.parametrize("pool_norm", ["none", "l2"])
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_pools_match_loop(pooling):
+def test_pools_match_loop(pooling, pool_norm):
     """Section 4: pools of unmasked keys, 0 if none; running pools of the online segment."""
     rng = np.random.default_rng(0)
     lengths, k = (3, 1, 5), rng.standard_normal((2, 9, 2, 4))
@@ -178,13 +195,17 @@ def test_pools_match_loop(pooling):
     mask[0, 3] = False
     plan = make_plan(9, layer("grm"), lengths)
     zeroed = np.where(mask[:, :, None, None], k, 0.0)
-    pools = pool_keys(jnp.asarray(zeroed), jnp.asarray(mask), plan, pooling)
+    config = layer("grm", pooling=pooling, pool_norm=pool_norm)
+    pools = pool_keys(jnp.asarray(zeroed), jnp.asarray(mask), plan, config)
     for b, t in np.ndindex(2, 9):
         first = sum(lengths[: plan.segment_of[t]])
         real = np.flatnonzero(mask[b, first : t + 1]) + first
         total = k[b, real].sum(0)
         mean = total / max(len(real), 1)
         expected = mean if pooling == "mean" else total
+        if pool_norm == "l2":
+            squares = np.sum(expected**2, axis=-1, keepdims=True)
+            expected = expected / np.sqrt(squares + NORM_EPS)
         assert_close(pools.running[b, t], expected, EXACT)
         if t + 1 in plan.ends:
             assert_close(pools.segment[b, plan.segment_of[t]], expected, EXACT)

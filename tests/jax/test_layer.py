@@ -115,6 +115,10 @@ def test_parameter_initialization():
         bias = p["coefficients"][name]["bias"].astype(np.float64)
         np.testing.assert_allclose(1 / (1 + np.exp(-bias)), value, rtol=1e-5)
     assert {x.dtype for x in jax.tree.leaves(p)} == {np.dtype(np.float32)}
+    options = {"gate_bias": 0.7, "softmax_temperature": "learned"}
+    gates = parameters(MemoryCachingLayer(MCConfig(8, 2, **options), rngs=nnx.Rngs(0)))
+    np.testing.assert_array_equal(gates["gate_bias"], np.full(2, 0.7, np.float32))
+    np.testing.assert_array_equal(gates["gate_temperature"], np.zeros(2))
     conv = p["q_conv"]["kernel"]  # the identity
     np.testing.assert_array_equal(conv, np.eye(4)[3][:, None] * np.ones((1, 128)))
     plain = parameters(MemoryCachingLayer(MCConfig(8, 2), rngs=nnx.Rngs(0)))
@@ -139,12 +143,18 @@ def test_parameter_names_by_configuration():
     assert names(MCConfig(8, 2, conv_width=1)) >= {"q_conv", "k_conv", "v_conv"}
     assert "memory_norm" in names(MCConfig(8, 2, MEMORIES["titans-norm"]))
     assert "memory_norm" not in names(MCConfig(8, 2, MEMORIES["titans"]))
+    options = {"gate_bias": 0.0, "softmax_temperature": "learned"}
+    for aggregation in ("grm", "soup", "ssc", "mean"):
+        extra = names(MCConfig(8, 2, aggregation=aggregation, **options))
+        extra -= names(MCConfig(8, 2, aggregation=aggregation, pool_norm="l2"))
+        assert extra == (set() if aggregation == "mean" else {"gate_bias", "gate_temperature"})
 
 
 def test_every_parameter_has_a_gradient():
     config = MCConfig(
-        8, 2, TitansConfig(2, 2, norm="layer"), "grm", conv_width=2, segment_size=3, chunk_size=2
-    )
+        8, 2, TitansConfig(2, 2, norm="layer"), "grm", conv_width=2, segment_size=3, chunk_size=2,
+        gate_bias=1.0, softmax_temperature="learned", pool_norm="l2",
+    )  # fmt: skip
     graph, state = nnx.split(make_layer(config))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 11, 8)))
     grads = jax.jit(jax.grad(lambda s: jnp.sum(jnp.sin(nnx.merge(graph, s)(x)))))(state)

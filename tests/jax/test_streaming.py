@@ -36,17 +36,20 @@ CASES = pairwise(
     state_init_mode=MODES,
     gate=GATES,
     pooling=("mean", "sum"),
+    gate_bias=(None, 1.0),
+    pool_norm=("none", "l2"),
     chunk_size=(3, 1, 4, 9),
     segment_size=(4, 1, 5),
 )
 
 
 @partial(jax.jit, static_argnames="config")
-def extend_compiled(tokens, initial, norm, cache, count, config):
+def extend_compiled(tokens, weights, cache, count, config):
     """Extend a stream by the first `count` tokens."""
     *inputs, coefficients, mask = tokens
+    initial, norm, gate_bias = weights
     options = {"config": config, "mask": mask, "count": count, "norm": norm}
-    return extend(*inputs, initial, coefficients, cache, **options)
+    return extend(*inputs, initial, coefficients, cache, gate_bias=gate_bias, **options)
 
 
 def stream(case, splits):
@@ -67,13 +70,12 @@ def stream(case, splits):
         return np.concatenate([x[:, start : start + size], rest], axis=1)
 
     cache = init_cache(inputs["initial"], case.config, rows, case.tokens)
+    weights = inputs["initial"], inputs["norm"], inputs["gate_bias"]
     outputs, start = [], 0
     for size in splits:
         inputs_of_part = jax.tree.map(partial(part, start=start, size=size), tokens)
         count = np.full(rows, size, np.int32)
-        result = extend_compiled(
-            inputs_of_part, inputs["initial"], inputs["norm"], cache, count, case.config
-        )
+        result = extend_compiled(inputs_of_part, weights, cache, count, case.config)
         output = np.asarray(result.output)
         assert not output[:, size:].any()
         outputs.append(output[:, :size])

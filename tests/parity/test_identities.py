@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import jax_calls, torch_calls
-from helpers.cases import AGGREGATIONS, FunctionCase, assert_close, expand_mask, make_case
+from helpers.cases import AGGREGATIONS, GATED, FunctionCase, assert_close, expand_mask, make_case
 from mc_core import DLAConfig, LinearConfig, TitansConfig
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -93,6 +93,26 @@ def test_grm_with_zero_connector_equals_mean(package, memory, mode):
     case = make_case(memory, "grm", state_init_mode=mode)
     case = case._replace(u=np.zeros_like(case.u))
     assert_same_results(package, case, case._replace(u=None).with_config(aggregation="mean"))
+
+
+@pytest.mark.parametrize("aggregation", GATED)
+def test_large_gate_bias_equals_no_caching(package, aggregation):
+    """Reads start at the online memory; equal to the last bit where the other gates underflow."""
+    case = make_case("titans", aggregation, mask="some", gate_bias=0.0)
+    case = case._replace(gate_bias=np.full(2, 1e4))
+    none = package.run(make_case("titans", "none", mask="some"))
+    for method in ("chunked", "recurrent"):
+        assert_close(package.run(case, method).output, none.output, EXACT)
+
+
+def test_normalized_pools_bound_scores(package):
+    """Gates of keys with norm 1e6 are those of scores of at most |u|."""
+    case = make_case("linear", "grm", pool_norm="l2", pooling="sum")
+    case = case._replace(k=1e6 * case.k, u=0.1 * case.u)
+    gates = np.asarray(package.run(case).gates)[:, -1]
+    gates = np.delete(gates, 3, axis=-1)  # the slot of the online segment
+    spread = np.log(gates.max(-1) / gates.min(-1))
+    assert (spread <= 2 * np.linalg.norm(case.u[:, -1], axis=-1)).all()
 
 
 @IN_BOTH

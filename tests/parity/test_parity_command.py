@@ -113,6 +113,10 @@ def test_quick_grid_covers_every_choice():
     assert {layer.memory.coefficients for layer in layers} == set(COEFFICIENTS)
     assert {layer.pooling for layer in layers} == {"mean", "sum"}
     assert {layer.gate for layer in layers if layer.gated} == set(GATES)
+    assert {layer.has_gate_bias for layer in layers} == {True, False}
+    assert {layer.learns_temperature for layer in layers} == {True, False}
+    scored = [layer for layer in layers if layer.gated and layer.gate == "context"]
+    assert {layer.pool_norm for layer in scored} == {"none", "l2"}
     assert {getattr(layer.memory, "norm", "none") for layer in layers} == {"none", "layer"}
     assert {layer.output_norm for layer in layers} == {"rms", "none"}
     assert {layer.normalizes_qk for layer in layers} == {True, False}

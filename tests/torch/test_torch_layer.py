@@ -52,6 +52,21 @@ def test_layer_matches_oracle(name, mask):
     assert_close(trace.gates, gates, EXACT, name="gates")
 
 
+@pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
+def test_learned_gate_parameters_start_without_effect(aggregation):
+    """A learned temperature starts at 1; both parameters have gradients."""
+    x, outputs = draw(2, 11, 8), []
+    for options in ({}, {"softmax_temperature": "learned", "gate_bias": 0.0}):
+        torch.manual_seed(0)
+        config = MCConfig(8, 2, aggregation=aggregation, segment_size=3, **options)
+        layer = MemoryCachingLayer(config, dtype=torch.float64)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
+    wanted = layer.gate_temperature, layer.gate_bias
+    for gradient in torch.autograd.grad(outputs[1].sin().sum(), wanted):
+        assert gradient.abs().min() > 1e-6
+
+
 def forward_and_backward(run, layer, x, mask=None):
     x = x.clone().requires_grad_()
     y = run(x, mask)

@@ -88,7 +88,7 @@ def check_gradients(memory, aggregation, options):
     case = make_case(memory, aggregation, **options)
     results = [gradients(case, method) for method in METHODS]
     assert_close(*results, GRADIENT, name="gradient")
-    for name in "qkv":
+    for name in ("q", "k", "v", *(["gate_bias"] if case.gate_bias is not None else [])):
         assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
 
 
@@ -227,8 +227,9 @@ def test_gates_of_selected_memories_match_dense_gates(block, gated_by, monkeypat
     pools = torch.from_numpy(rng.standard_normal((2, 5, 3, 4)))
     segment = torch.tensor([0, 1, 2, 3, 4, 4, 2])
     config = MCConfig(8, 2, aggregation="ssc", ssc_top_k=2, gate=gated_by)
-    weights, selected = compute_gates(u, pools, running, segment, config)
+    bias = torch.from_numpy(rng.standard_normal(3))
+    weights, selected = compute_gates(u, pools, running, segment, config, bias)
     assert weights.shape == (2, 7, 3, 3)
-    score = gate_scores(u, pools, running, segment, config)
+    score = gate_scores(u, pools, running, segment, config, bias)
     expected = dense_gates(score, segment, config)
     torch.testing.assert_close(scatter_gates(weights, selected, 5), expected)

@@ -25,7 +25,8 @@ from mc_torch.numerics import tree_map
 
 EXACT, GRADIENT = 1e-10, 1e-9
 TITANS = MCConfig(8, 2, TitansConfig(expansion=1), segment_size=4, chunk_size=3, conv_width=3)
-SWLA = MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2, conv_width=2)
+LEARNED = {"gate_bias": 0.5, "softmax_temperature": "learned", "pool_norm": "l2"}
+SWLA = MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2, conv_width=2, **LEARNED)
 RESTART = MCConfig(
     8, 2, TitansConfig(), "soup", segment_size=4, state_init_mode="restart", gate="token"
 )
@@ -49,6 +50,8 @@ def streams(draw_from, memory, mode):
         chunk_size=draw_from(st.integers(1, 7)),
         pooling=draw_from(st.sampled_from(("mean", "sum"))),
         gate=draw_from(st.sampled_from(GATES)),
+        gate_bias=draw_from(st.sampled_from((None, 1.0))),
+        pool_norm=draw_from(st.sampled_from(("none", "l2"))),
         seed=draw_from(st.integers(0, 99)),
     )
     cuts = draw_from(st.sets(st.integers(1, tokens - 1), min_size=1, max_size=6))
@@ -119,7 +122,8 @@ def test_split_stream_matches_full_pass_on_large_grid(data, memory, mode):
 @pytest.mark.parametrize("memory", ["linear-normalized", "swla", "dla", "titans-norm"])
 def test_stream_gradients_match_full_pass(memory, mode, aggregation):
     """Gradients of all inputs, through all caches."""
-    case = make_case(memory, aggregation, tokens=11, mask="some", state_init_mode=mode)
+    options = {"gate_bias": 0.0, "pool_norm": "l2"} if memory in ("swla", "dla") else {}
+    case = make_case(memory, aggregation, tokens=11, mask="some", state_init_mode=mode, **options)
     results = []
     for run in (call, lambda inputs, case: stream(inputs, case, (3, 1, 5, 2))):
         inputs = arrays(case)

@@ -110,13 +110,15 @@ def test_only_matrices_of_projections_and_embeddings_decay():
     config = tiny()
     memory = {"kind": "titans", "expansion": 1}
     layer = TINY["model"]["layer"] | {"memory": memory, "conv_width": 2}
+    layer |= {"gate_bias": 1.0, "softmax_temperature": "learned"}
     config = from_dict(to_dict(config) | {"model": TINY["model"] | {"layer": layer}})
     _, state, _ = build(config)
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(state.params))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): on for path, on in mask}
     assert {name.rpartition("/")[2] for name, on in names.items() if on} == {"kernel", "embedding"}
     assert not any(on for name, on in names.items() if "initial" in name or "norm" in name)
-    assert any("initial" in name for name in names)
+    for name in ("initial", "gate_bias", "gate_temperature"):
+        assert any(name in path for path in names)
 
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
     zero = jax.tree.map(jnp.zeros_like, state.params)

@@ -26,10 +26,8 @@ class InnerLoop(NamedTuple):
     `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory. The loss of a
     segment is the mean over its unmasked tokens at a fixed memory, and 0 if there are none.
 
-    A head is dead if its memory stays at its start or has decayed to zero, relative to the initial
-    memory: the norm of the change `after - before` is at most `DEAD_NORM ||W_0||` in all segments,
-    or `||W_t||` is below `DEAD_NORM ||W_0||` at a token. If W_0 = 0, it is dead if nothing is
-    written.
+    A head is dead if its memory hardly changes any more: in the second half of the unmasked tokens,
+    all update norms are at most `DEAD_NORM ||W_0||`. If W_0 = 0, nothing is written there.
     """
 
     memory_norm: Array  # norm of W_t [b, t, h]
@@ -187,11 +185,12 @@ def measure_writes(
     starts = tree_map(lambda w: _segment_starts(w, plan), online.weights)
     losses = segment_loss(starts), segment_loss(ends)
     values = v.to(write_mask.dtype)
-    memory_norm = by_token(norm(after, adds_target=True))
+    update_norm = by_token(write_mask * norm(difference))
+    initial_norm = _weights_norm(tuple(s[:, 0] for s in starts))
     return InnerLoop(
-        memory_norm=memory_norm,
+        memory_norm=by_token(norm(after, adds_target=True)),
         momentum_norm=momentum_norm,
-        update_norm=by_token(write_mask * norm(difference)),
+        update_norm=update_norm,
         loss_before=loss(before),
         loss_after=loss(after),
         segment_loss_before=losses[0],
@@ -199,7 +198,7 @@ def measure_writes(
         segment_loss_scale=(
             losses[0] if memory.config.has_l2_loss else segment_mean(torch.sum(values * values, -1))
         ),
-        dead_heads=_dead_heads(starts, ends, memory_norm),
+        dead_heads=_dead_heads(update_norm, mask, initial_norm),
     )
 
 
@@ -222,17 +221,12 @@ def _weights_norm(weights: Weights) -> Array:
     return torch.sqrt(sum(squares[1:], squares[0]))
 
 
-def _dead_heads(starts: Weights, ends: Weights, memory_norm: Array) -> Array:
-    """Return bool [b, h]; see `InnerLoop`.
-
-    Args:
-        starts: memory before each segment, each [b, n, h, o, i]; W_0 for the first one.
-        ends: memory after each segment, likewise.
-        memory_norm: norm of W_t [b, t, h].
-    """
-    change = _weights_norm(tuple(e - s for e, s in zip(ends, starts, strict=True)))
-    limit = DEAD_NORM * _weights_norm(tuple(s[:, 0] for s in starts))
-    return (change.amax(dim=1) <= limit) | (memory_norm.amin(dim=1) < limit)
+def _dead_heads(update_norm: Array, mask: Array, initial_norm: Array) -> Array:
+    """Return bool [b, h], from [b, t, h], [b, t] and the norm of W_0 [b, h]; see `InnerLoop`."""
+    rank = torch.cumsum(mask, dim=1)
+    late = mask & (2 * rank > rank[:, -1:])
+    updates = torch.where(late[..., None], update_norm, torch.zeros_like(update_norm))
+    return updates.amax(dim=1) <= DEAD_NORM * initial_norm
 
 
 def _previous_token(decay: ChunkDecay) -> ChunkDecay:

@@ -60,7 +60,7 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
             return float(-(state.memory.weights[0] @ x) @ v)
 
         start = oracle.start(tuple(w[head] for w in case.initial), memory)
-        state, token, changes = start, 0, []
+        state, token = start, 0
         for segment, length in enumerate(lengths):
             state = start if config.state_init_mode == "restart" else state
             first = state
@@ -92,11 +92,9 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
                 l2 = getattr(memory, "objective", "dot") == "l2"
                 scale = means[0] if l2 else np.mean([v @ v for _, v in tokens])
                 segments[:, row, segment, head] = *means, scale
-            pairs = zip(tensors(state), tensors(first), strict=True)
-            changes.append(norm(x - y for x, y in pairs))
-        limit = 1e-3 * norm(tensors(start))
-        decayed = statistics[0, row, :, head].min() < limit
-        dead[row, head] = max(changes) <= limit or decayed
+        written = np.flatnonzero(np.ones(t) if case.mask is None else case.mask[row])
+        late = statistics[2, row, written[len(written) // 2 :], head]
+        dead[row, head] = late.max(initial=0) <= 1e-3 * norm(tensors(start))
     momentum_norm = statistics[1] if titans else None
     return mc_jax.InnerLoop(statistics[0], momentum_norm, *statistics[2:], *segments, dead)
 
@@ -224,10 +222,20 @@ def test_heads_without_writes_are_dead(inspect, float32):
         inspect(case._replace(coefficients=still)).dead_heads, [[True, False]] * 2
     )
     decayed = case.coefficients._replace(
-        step=np.where(head, 1e-5, 0.1 * ones), retention=np.where(head, 0.3, ones)
+        step=np.where(head, 1e-5, 0.1 * ones),
+        momentum=0 * ones,
+        retention=np.where(head, 0.1, ones),
     )
     np.testing.assert_array_equal(
         inspect(case._replace(coefficients=decayed)).dead_heads, [[False, True]] * 2
+    )
+    late = ones.copy()
+    late[:, 6:] = 0  # updates stop half way
+    np.testing.assert_array_equal(
+        inspect(
+            case._replace(coefficients=still._replace(step=0.1 * late, momentum=0 * ones))
+        ).dead_heads,
+        [[True, True]] * 2,
     )
     case = make_case("linear", "none")
     empty = case._replace(v=case.v * head[:, None], initial=(np.zeros_like(case.initial[0]),))

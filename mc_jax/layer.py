@@ -64,6 +64,7 @@ class MemoryCachingLayer(Mixer):
             }
         )
         if config.has_gate_bias:
+            assert config.gate_bias is not None
             bias = jnp.full(config.num_heads, config.gate_bias, param_dtype)
             self.gate_bias = nnx.Param(bias)
         if config.learns_temperature:  # the parameter is its logarithm

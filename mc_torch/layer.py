@@ -72,6 +72,7 @@ class MemoryCachingLayer(Mixer):
         )
         h = config.num_heads
         if config.has_gate_bias:
+            assert config.gate_bias is not None
             bias = torch.full((h,), config.gate_bias, device=device, dtype=dtype)
             self.gate_bias = nn.Parameter(bias)
         if config.learns_temperature:  # the parameter is its logarithm

@@ -37,6 +37,11 @@ class Checkpoints:
 
     Checkpoints are written to a temporary directory and then renamed, so an interrupt never leaves
     an incomplete checkpoint. Old checkpoints are deleted after a new one is complete.
+
+    Args:
+        run: run directory.
+        keep: number of checkpoints to keep; None = only read. A writer removes the temporary
+            directories of killed processes.
     """
 
     def __init__(self, run: Path, keep: int | None = None):
@@ -62,7 +67,9 @@ class Checkpoints:
         # Created lazily: the constructor of the manager creates the directory.
         if self._open is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False
+                max_to_keep=self._keep,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=self._keep is not None,
             )
             self._open = ocp.CheckpointManager(self.directory, options=options)
         return self._open

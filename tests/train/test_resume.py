@@ -128,6 +128,22 @@ def test_sigkill_at_random_times_resumes(tmp_path):
     assert_same_end(config, *words)
 
 
+def test_unfinished_checkpoint_of_killed_run_is_removed(tmp_path, caplog, no_pictures):
+    """Orbax would warn when the same step is saved again."""
+    run = tmp_path / "runs" / "tiny"
+    config = write_config(tmp_path)
+    quiet(config, "run.steps=8")
+    unfinished = run / "checkpoints" / "12.orbax-checkpoint-tmp"
+    (unfinished / "state").mkdir(parents=True)
+    with Checkpoints(run) as reader:
+        assert reader.latest() == 8
+    assert unfinished.exists(), "another process may be writing it"
+    caplog.clear()
+    quiet(config, "run.steps=12")
+    assert not unfinished.exists()
+    assert "temporary directory" not in caplog.text
+
+
 def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
     """A model with dropout draws the same numbers after a restart."""
     monkeypatch.setattr("train.step.LanguageModel", Dropping)

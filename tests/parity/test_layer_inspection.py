@@ -176,9 +176,9 @@ def test_layer_trace_matches_function(name, monkeypatch):
     config, calls = CONFIGS[name], []
     run = oracle.memory_caching
 
-    def spy(*args: Any, mask: Array | None, norm: Any) -> Any:
+    def spy(*args: Any, mask: Array | None, norm: Any, **options: Any) -> Any:
         calls.append(FunctionCase(*args[:6], norm, args[6], mask))
-        return run(*args, mask=mask, norm=norm)
+        return run(*args, mask=mask, norm=norm, **options)
 
     monkeypatch.setattr(oracle, "memory_caching", lambda *a, **o: spy(*a, **o))
     layer, rng = make_layer(config), np.random.default_rng(0)

@@ -292,6 +292,10 @@ def test_readme_commands_have_valid_configs(monkeypatch):
             "model.layer.memory.kind = 'lstm': must be one of 'linear'",
         ),
         ("model.layer.memory.step=0.0", "model.layer.memory.step = 0.0: must be > 0.0"),
+        (
+            "model.layer.softmax_temperature=hot",
+            "model.layer.softmax_temperature = 'hot': must be > 0.0 or 'learned'",
+        ),
         ("steps", "steps: must have the form key=value"),
         ("data.corpus=[1", "while parsing a flow sequence"),
         ("run.seed=${nothing}", "Interpolation key 'nothing' not found"),
@@ -303,6 +307,13 @@ def test_configuration_errors_name_the_key(tmp_path, word, message):
         load_config(path, [word])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("word", "value"), [("learned", "learned"), ("0.25", 0.25), ("2", 2.0)])
+def test_temperature_is_a_number_or_a_word(tmp_path, word, value):
+    path = write_config(tmp_path)
+    loaded = load_config(path, [f"model.layer.softmax_temperature={word}"])
+    assert loaded.model.layer.softmax_temperature == value
 
 
 def test_unreadable_config_files_are_named(tmp_path):

@@ -110,6 +110,7 @@ def test_prompt_lines(run, tmp_path, monkeypatch, capsys):
     assert output.read_text() == whole
 
 
+@pytest.mark.slow
 def test_weight_file_generates_like_its_run(run, tmp_path, monkeypatch, capsys):
     config, model, *_ = load_run(run)
     path = tmp_path / "model.safetensors"

@@ -139,6 +139,7 @@ def test_needle_weight_is_the_gate_on_its_segment(inspected):
     assert needle["last_uniform"] == 1 / (needle["cached"] + 1)
 
 
+@pytest.mark.slow
 def test_printed_summary(inspected, tmp_path, monkeypatch, capsys):
     words = ["--text", inspected.parents[1] / "text.txt", "--tokens", 20, "--output", tmp_path]
     assert mc(monkeypatch, "inspect", inspected, *words) == 0

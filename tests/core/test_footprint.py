@@ -101,8 +101,15 @@ def compiled_flops(config: Any, tokens: int) -> float:
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(128, marks=pytest.mark.slow), 1024])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("memory", "aggregation"),
+    # Every second pair is a slow test.
+    [
+        pytest.param(memory, aggregation, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, memory in enumerate(MEMORIES)
+        for j, aggregation in enumerate(AGGREGATIONS)
+    ],
+)
 def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):
     """The program needs up to 25% more, for running sums, mixtures and reads with weight 0."""
     config = MCConfig(256, 4, MEMORIES[memory], aggregation, segment_size=128, chunk_size=16)

@@ -52,6 +52,7 @@ def compiled(layer: MemoryCachingLayer, call: Callable[..., Any], *args: Any) ->
     return nnx.jit(call)(layer, *args)
 
 
+@pytest.mark.slow
 def test_forward_cache_and_inspect_agree():
     """`__call__`, `forward_with_cache` and `inspect` agree on output, norms and lengths."""
     layer, mask = make_layer(CONFIGS["titans"]), jnp.asarray(np.arange(11) < [[11], [6]])

@@ -234,6 +234,7 @@ def test_values_at_padding_are_ignored():
     assert all(np.isfinite(leaf).all() for _, leaf in flatten((y, cache)))
 
 
+@pytest.mark.slow
 def test_bfloat16_cached_memories():
     """Cached memories need half the bytes, with bfloat16 error; the online memory is exact."""
     module, x, extend, forward = layer(dtype=jnp.float32, conv_width=0)
@@ -249,6 +250,7 @@ def test_bfloat16_cached_memories():
         assert_close(cache.state, expected.state, 1e-5, name="state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["ssc", pytest.param("grm", marks=pytest.mark.slow)])
 def test_offloaded_cached_memories(aggregation):
     """Offloaded memories give the same results and remain in host memory."""

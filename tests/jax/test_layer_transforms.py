@@ -69,6 +69,7 @@ def test_vmap_matches_loop(name):
     assert_close(jax.jit(jax.vmap(lambda x: layer(x)))(x), jnp.stack([each(y) for y in x]), EXACT)
 
 
+@pytest.mark.slow
 def test_vmap_of_memory_caching():
     """Coefficients, masks and initial memories are also mapped."""
     case = make_case("titans", "ssc", tokens=7, mask="some", segment_size=3)
@@ -172,6 +173,7 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
 def test_sharded_layer_matches_single_device(name, mesh):
     """Batch sharding preserves values and gradients."""

@@ -111,6 +111,7 @@ def test_remat_preserves_values_and_gradients():
         assert np.abs(np.asarray(leaf)).max() > 1e-9, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "strict")
 def test_inspect_returns_logits_and_one_trace_per_block():
     model = make_model()

@@ -81,7 +81,7 @@ def config(memory: str, aggregation: str, mode: str, segment: int, chunk: int) -
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-QUICK = {"swla": "bfloat16", "titans": "float32"}
+QUICK = {"titans": "float32"}
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_cache_take_equals_take_rows():
         assert_close(dict(flatten(cache.take([1]))), dict(flatten(alone)), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "swla"])
 def test_take_rows_under_jit(name):

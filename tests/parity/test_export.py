@@ -83,7 +83,7 @@ def test_pytorch_exports_prompt_and_step_programs():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_eager_calls_after_pytorch_export(strict):
     config = LAYERS["linear-grm"]
     layer = mc_torch.MemoryCachingLayer(config, dtype=torch.float64)

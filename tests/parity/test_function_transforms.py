@@ -305,6 +305,7 @@ def test_backward_pass_recomputes_activations(monkeypatch):
     assert saved < 0.5 * saved_bytes(lambda: layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "strict")
 def test_jax_per_sample_gradients_match_forward_mode():
     case = make_case("swla", "ssc", tokens=4, segment_size=2, chunk_size=2, mask="some")

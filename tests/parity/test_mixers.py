@@ -115,7 +115,7 @@ def test_padded_streams_match_single_rows(name):
             assert_close(y[row, ~absent], alone, 1e-10, name=f"{package} row {row}")
 
 
-@pytest.mark.parametrize("name", ["transformer", "hybrid"])
+@pytest.mark.parametrize("name", ["transformer", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_greedy_generation_matches_full_passes(name):
     left, right = both(name)
     found = generate_tokens(left, PROMPTS, 9, block=4)

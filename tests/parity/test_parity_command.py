@@ -55,6 +55,7 @@ SLOW = (
     "dla+soup chunked restart 6+5",
     "dla+grm chunked 5+3",
     "swla+grm model greedy",
+    "titans+grm model mask=padded",
 )
 
 
@@ -360,6 +361,7 @@ def test_invalid_options_are_one_line_errors(monkeypatch, capsys, words, message
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_parity_of_user_model_and_weights(monkeypatch, capsys, tmp_path):
     config = write_config(tmp_path)
     words = ("parity", "check", "--config", config, "--tokens", 11)

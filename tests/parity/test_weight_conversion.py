@@ -286,6 +286,7 @@ def test_bare_state_dict_requires_configuration(tiny, tmp_path):
     assert mc_jax.LanguageModel.from_pretrained(target).config == tiny.model
 
 
+@pytest.mark.slow
 def test_training_continues_from_converted_weights(tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path)
     config = load_config(path)

@@ -118,6 +118,7 @@ def test_report_has_positions(tmp_path, monkeypatch, capsys):
     assert "bits/byte" in table
 
 
+@pytest.mark.slow
 def test_report_without_positions_is_rebuilt(tmp_path):
     config = write_config(tmp_path)
     report = quiet(config)

@@ -147,6 +147,7 @@ def test_plot_shows_bits_and_gain(monkeypatch):
 AGGREGATIONS = {"model.layer.aggregation": ["none", "grm"]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("vary", "rates", "count"),

@@ -59,13 +59,13 @@ CASES = pairwise(
     gate=GATES,
     segmentation=("constant", "logarithmic"),
     pooling=("mean", "sum"),
-    gate_bias=(None, 1.0),
-    pool_norm=("none", "l2"),
     chunk_size=(3, 1, 2, 9),
     segment_size=(4, 1, 5),
     ssc_top_k=(2, 1, 4),
     softmax_temperature=(1.0, 0.3),
     use_q_as_u=(False, True),
+    gate_bias=(None, 1.0),
+    pool_norm=("none", "l2"),
 )
 
 

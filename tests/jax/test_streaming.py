@@ -36,10 +36,10 @@ CASES = pairwise(
     state_init_mode=MODES,
     gate=GATES,
     pooling=("mean", "sum"),
-    gate_bias=(None, 1.0),
-    pool_norm=("none", "l2"),
     chunk_size=(3, 1, 4, 9),
     segment_size=(4, 1, 5),
+    gate_bias=(None, 1.0),
+    pool_norm=("none", "l2"),
 )
 
 

@@ -151,6 +151,7 @@ def evaluate(directory: Path, console: Console) -> Any:
     now = saved._replace(fingerprint=task.fingerprint)
     check_same_run(directory, saved, now, may_grow=True)
     graphdef, params, rest = split(model)
-    report = task.scoring(graphdef).report(TrainState(params, (), rest), step, saved.seconds)
+    scoring, state = task.scoring(graphdef), TrainState(params, (), rest)
+    report = scoring.with_heads(state, scoring.report(state, step, saved.seconds))
     task.print_report(console, directory, report)
     return report

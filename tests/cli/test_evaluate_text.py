@@ -9,17 +9,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tokenizers import normalizers
 
 from helpers.recall_runs import MQAR, known
-from helpers.tiny_run import fails, mc, write_config
+from helpers.tiny_run import fails, mc, untrained_run, write_config
 from helpers.tokenizer_files import byte_level, words
 from mc_core.errors import UserError
-from mc_jax import LanguageModel
-from parity.weights import jax_weights
 from train.config import load_config
-from train.convert import write_run
 from train.evaluation.evaluate import EvaluationOptions
 
 TEXT = "a text that no run has seen before, é\r\n" * 5
@@ -44,17 +40,9 @@ def cost(tokens: np.ndarray, vocab_size: int) -> float:
     return sum(len(str(token)) for token in tokens.tolist()[1:]) + math.log2(vocab_size)
 
 
-def make_run(folder: Path, *overrides: str, **sections: object) -> Path:
-    """Write a run that has not trained."""
-    config = load_config(write_config(folder, **sections), ["model.mixers=[attention]", *overrides])
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    write_run(folder / "run", config, jax_weights(model))
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("bytes"))
+    return untrained_run(tmp_path_factory.mktemp("bytes"))
 
 
 @pytest.fixture
@@ -129,7 +117,7 @@ def test_tokenized_run_scores_its_tokens(text, tmp_path, monkeypatch, capsys, en
     tokenizer.add_special_tokens([*end])
     file = tmp_path / "t.json"
     tokenizer.save(str(file))
-    run = make_run(tmp_path / "made", f"data.tokenizer={file}", "model.vocab_size=300")
+    run = untrained_run(tmp_path / "made", f"data.tokenizer={file}", "model.vocab_size=300")
     file.unlink()
     text.write_text("The Text")
     path = tmp_path / "x.json"
@@ -147,7 +135,7 @@ def test_tokenized_run_scores_its_tokens(text, tmp_path, monkeypatch, capsys, en
 
 def test_moved_run_scores_other_text_without_its_corpus(text, tmp_path, monkeypatch, capsys):
     """Recall tasks need no corpus either."""
-    run = make_run(tmp_path / "made")
+    run = untrained_run(tmp_path / "made")
     moved = Path(shutil.move(run, tmp_path / "moved"))
     shutil.rmtree(tmp_path / "made" / "text")
     monkeypatch.chdir(tmp_path)
@@ -160,7 +148,7 @@ def test_moved_run_scores_other_text_without_its_corpus(text, tmp_path, monkeypa
 
 
 def test_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
-    run, path = make_run(tmp_path / "made", data=NIAH), tmp_path / "x.json"
+    run, path = untrained_run(tmp_path / "made", data=NIAH), tmp_path / "x.json"
     options = ("--task", "text", "--corpus", text, "--json", path)
     assert mc(monkeypatch, "evaluate", run, *options) == 0
     found, data = json.loads(path.read_text()), TEXT.encode()
@@ -172,7 +160,7 @@ def test_recall_run_on_bytes_scores_text(text, tmp_path, monkeypatch, capsys):
 
 
 def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path / "made", data=MQAR)
+    run = untrained_run(tmp_path / "made", data=MQAR)
     message = "data.task = 'mqar' has no text"
     words = ("evaluate", run, "--task", "text", "--corpus", text)
     fails(text, monkeypatch, capsys, message, *words)
@@ -219,7 +207,7 @@ def test_invalid_evaluate_options_are_named(run, tmp_path, monkeypatch, capsys, 
 def test_text_that_cannot_be_tokenized_is_named(text, tmp_path, monkeypatch, capsys):
     words("a").save(str(tmp_path / "t.json"))
     keys = (f"data.tokenizer={tmp_path / 't.json'}", "data.window=2")
-    run = make_run(tmp_path / "made", *keys)
+    run = untrained_run(tmp_path / "made", *keys)
     for content, message in (
         (b"\xff", "--corpus: 'utf-8' codec can't decode"),
         (b" \n", "the tokenizer returns no token"),

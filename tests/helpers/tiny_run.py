@@ -63,6 +63,21 @@ def write_config(folder: Path, **keys: object) -> Path:
     return path
 
 
+def untrained_run(folder: Path, *overrides: str, **sections: object) -> Path:
+    """Write a run of an attention model that has not trained."""
+    from flax import nnx
+
+    from mc_jax import LanguageModel
+    from parity.weights import jax_weights
+    from train.config import load_config
+    from train.convert import write_run
+
+    config = load_config(write_config(folder, **sections), ["model.mixers=[attention]", *overrides])
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.run.seed))
+    write_run(folder / "run", config, jax_weights(model))
+    return folder / "run"
+
+
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable plots, which take longer than a tiny training."""
     for name in ("text.draw_curves", "text.draw_gates", "recall.draw_curves"):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mc_core.errors import UserError
 from train.cli.options import output_file, utf8
 
 
@@ -33,7 +34,9 @@ class TaskName(StrEnum):
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run directory; several with --recall")
+    ],
     task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
     lengths: Annotated[
         str | None,
@@ -48,7 +51,9 @@ def evaluate(
             help="number of examples per length and depth", show_default="mqar 500, niah 20"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the test examples")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="random seed of the test examples, or of the bootstrap")
+    ] = 0,
     depths: Annotated[
         int | None, typer.Option(help="niah: number of depths", show_default="40")
     ] = None,
@@ -64,16 +69,54 @@ def evaluate(
     json: Annotated[Path | None, output_file("output file of the numbers, as JSON")] = None,
     markdown: Annotated[Path | None, output_file("output file of the tables, as Markdown")] = None,
     plot: Annotated[
-        Path | None, output_file("mqar and niah: output file of an accuracy plot, as PNG")
+        Path | None, output_file("mqar, niah and --recall: output file of a plot, as PNG")
+    ] = None,
+    recall: Annotated[
+        bool,
+        typer.Option(
+            "--recall",
+            help="text: bits of the tokens that complete an n-gram of the same window, by distance "
+            "and by count in the training text; further runs are compared with the first one",
+        ),
+    ] = False,
+    ngram: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="--recall: tokens per n-gram", show_default="5 bytes or 2 subwords"
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="--recall: predicted tokens per window", show_default="data.window"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="--recall: folder of recall.json, recall.md and recall.png",
+            file_okay=False,
+            show_default="RUN/recall",
+        ),
     ] = None,
 ) -> None:
     """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
     from train.evaluation.evaluate import EvaluationOptions
     from train.evaluation.evaluate import evaluate as score
+    from train.evaluation.evaluate_recall import RecallOptions, evaluate_recall
 
     files = tuple(corpus) if corpus else None
     options = EvaluationOptions(task, lengths, examples, seed, depths, haystack, value, files)
-    score(run, options, Console(), json_file=json, markdown=markdown, plot=plot)
+    if recall:
+        outputs = RecallOptions(ngram, window, out, json, markdown, plot)
+        evaluate_recall(runs, options, outputs, Console())
+        return
+    for name, given in (("ngram", ngram), ("window", window), ("out", out)):
+        if given is not None:
+            raise UserError(f"--{name}: needs --recall")
+    if len(runs) > 1:
+        raise UserError(f"{len(runs)} runs: give one, or compare them with --recall")
+    score(runs[0], options, Console(), json_file=json, markdown=markdown, plot=plot)
 
 
 def inspect(

@@ -151,11 +151,21 @@ def check_text_options(
         raise UserError(
             f"{directory}: --task text: data.task = 'mqar' has no text: use mqar or niah"
         )
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    defaults = dataclasses.asdict(EvaluationOptions())
-    for name, value in (given | {"plot": plot}).items():
-        if name not in TEXT_OPTIONS and value != defaults.get(name):
-            raise UserError(f"--{name}: not supported by --task text: use mqar or niah")
+    reason = "not supported by --task text: use mqar or niah"
+    refuse_options(options, TEXT_OPTIONS, reason)
+    if plot is not None:
+        raise UserError(f"--plot: {reason}")
+
+
+def refuse_options(options: EvaluationOptions, allowed: Sequence[str], reason: str) -> None:
+    """Check that only allowed options differ from their defaults.
+
+    Raises:
+        UserError: another option was given; the message has its name and the reason.
+    """
+    for option in dataclasses.fields(options):
+        if option.name not in allowed and getattr(options, option.name) != option.default:
+            raise UserError(f"--{option.name}: {reason}")
 
 
 def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:

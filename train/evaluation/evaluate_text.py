@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from mc_core.errors import UserError
 from mc_core.files import to_json, write_atomic
@@ -17,8 +19,9 @@ from parity.environment import command, machine
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import STDLIB, encode_joined, read_documents, round_trip
 from train.data.round_trip import RoundTrip
-from train.data.separator import choose_separator
+from train.data.separator import Joined, Separator, choose_separator
 from train.data.tokenizer import load_tokenizer, make_encoder
+from train.evaluation.heads import TITLE, HeadReport, first_window, measure_heads
 from train.evaluation.run_report import TextReport
 from train.evaluation.validation import References, make_scorer, references
 from train.loop import evaluate as evaluate_validation
@@ -32,6 +35,16 @@ class LoadedRun(NamedTuple):
     config: TrainConfig
     model: LanguageModel
     step: int
+
+
+class EncodedText(NamedTuple):
+    """The text of files and folders, encoded for a run."""
+
+    joined: Joined
+    tokens: np.ndarray
+    documents: int
+    separator: Separator
+    tokenizer: Tokenizer | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class TextEvaluation:
         references: bits per byte of methods without a model.
         unit: "byte", or "token" if the run has a tokenizer.
         positions: bits per token by position in the window; see `by_position`.
+        heads: recall and dead heads on the first window; None without a memory.
     """
 
     text: str | list[str]
@@ -71,6 +85,7 @@ class TextEvaluation:
     references: References
     unit: str
     positions: list[dict[str, Any]]
+    heads: HeadReport | None = None
     task: str = TextConfig.task
     command: str = field(default_factory=command)
     machine: dict[str, Any] = field(default_factory=machine)
@@ -102,7 +117,7 @@ def evaluate_text(
     if corpus is not None:
         for report in reports:
             console.print(report.table())
-        for line in reports[0].footer():
+        for line in (*(found.heads.notes if found.heads else ()), *reports[0].footer()):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file:
         content = {"run": str(run.directory), "step": run.step} | to_plain(found)
@@ -120,12 +135,7 @@ def score_text(run: LoadedRun, corpus: tuple[str, ...]) -> TextEvaluation:
         OSError: a file cannot be read.
     """
     config = run.config
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-    given = config.data.separator if isinstance(config.data, TextConfig) else None
-    separator = choose_separator(given, tokenizer)
-    documents = list(read_documents(corpus, "--corpus"))
-    joined = separator.join(documents)
-    tokens = encode_joined(joined, separator, make_encoder(tokenizer, "--corpus"))
+    joined, tokens, documents, separator, tokenizer = read_text(config, corpus)
     graphdef, params, rest = split(run.model)
     scored = make_scorer(graphdef, config)(params, rest, tokens, len(joined.text))
     return TextEvaluation(
@@ -137,14 +147,31 @@ def score_text(run: LoadedRun, corpus: tuple[str, ...]) -> TextEvaluation:
         bytes=len(joined.text),
         tokens=len(tokens),
         tokens_per_byte=len(tokens) / len(joined.text),
-        documents=len(documents),
+        documents=documents,
         sha256=hashlib.sha256(joined.text).hexdigest(),
         separator=separator.description,
         round_trip=round_trip(joined, tokenizer),
         references=references(joined.text),
         unit="byte" if tokenizer is None else "token",
         positions=scored.positions,
+        heads=measure_heads(run.model, first_window(tokens, config)),
     )
+
+
+def read_text(config: TrainConfig, corpus: tuple[str, ...]) -> EncodedText:
+    """Read files and folders of `--corpus`, in order, and encode them like the text of a run.
+
+    Raises:
+        UserError: a file is missing, empty or not text.
+        OSError: a file cannot be read.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    given = config.data.separator if isinstance(config.data, TextConfig) else None
+    separator = choose_separator(given, tokenizer)
+    documents = list(read_documents(corpus, "--corpus"))
+    joined = separator.join(documents)
+    tokens = encode_joined(joined, separator, make_encoder(tokenizer, "--corpus"))
+    return EncodedText(joined, tokens, len(documents), separator, tokenizer)
 
 
 def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
@@ -180,6 +207,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
         references=report.references,
         unit=report.unit,
         positions=report.positions,
+        heads=report.heads,
     )
 
 
@@ -193,7 +221,7 @@ def to_plain(found: TextEvaluation) -> dict[str, Any]:
 
 
 def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
-    """Return the bits per byte of the model and of the references, and the bits by position."""
+    """Return the bits per byte of model and references, the bits by position, and the recall."""
     texts = found.text if isinstance(found.text, str) else ", ".join(found.text)
     several = found.documents > 1
     notes = [
@@ -229,4 +257,8 @@ def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
     if by_position:
         name = f"{title}, by position in the window"
         reports.append(ResultTable(name, by_position, [note], found.machine, found.command))
+    if found.heads:
+        name = f"{title}, {TITLE}"
+        rows, notes = found.heads.rows, found.heads.notes
+        reports.append(ResultTable(name, rows, notes, found.machine, found.command))
     return reports

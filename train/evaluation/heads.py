@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from mc_core.config import MCConfig
 from mc_core.tables import ResultTable, Row
 from mc_jax import LanguageModel
 from mc_jax.inspection import Trace
+from train.config import TrainConfig
 
 LOW_RECALL = 0.01  # a memory with less has stored almost nothing
 TITLE = "recall of cached memories"
@@ -65,8 +67,15 @@ class HeadReport:
                 yield block, head, recall, dead[head]
 
 
+def first_window(tokens: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Return the first tokens of a text, int32 [1, t], as many as a training example has."""
+    return tokens[None, : int(config.data.mean_tokens)].astype(np.int32)
+
+
 def measure_heads(model: LanguageModel, tokens: np.ndarray) -> HeadReport | None:
     """Return recall and dead heads on tokens [b, t]; None if no block has a memory."""
+    if not any(isinstance(layer, MCConfig) for layer in model.config.block_layers):
+        return None
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens)
     return summarize_heads(traces)
 

@@ -1,6 +1,7 @@
-"""Plots of accuracy: by pairs and distance, and by depth and length."""
+"""Plots of accuracy by pairs, distance, depth and length, and of the bits of recall slices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from mc_core.files import to_png
+from train.evaluation.recall_slices import span
 
 Cells = Sequence[dict[str, float]]
 
@@ -61,6 +63,48 @@ def draw_depths(cells: Cells, parts: Cells, title: str) -> bytes:
     axes.set_title(title, fontsize="small")
     figure.colorbar(image, label="needles found")
     return to_png(figure)
+
+
+def draw_slices(runs: Sequence[dict[str, Any]], unit: str) -> bytes:
+    """Draw the bits of hits by distance and by count in the training text, one line per run.
+
+    With several runs, a second row shows the differences to the first one. Bars are 95% intervals.
+
+    Args:
+        runs: name and slices of each run; see `RecallReport`.
+        unit: "byte" or "token".
+    """
+    rows = {"bits": f"bits per {unit}"}
+    if len(runs) > 1:
+        rows["difference"] = f"minus {runs[0]['name']}"
+    figure = Figure(figsize=(9, 0.6 + 3 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False, sharey="row")
+    for (value, label), line in zip(rows.items(), panels, strict=True):
+        for axes, group in zip(line, ("distance", "count"), strict=True):
+            _plot_slices(axes, runs, group, value)
+        line[0].set_ylabel(label)
+    panels[-1][0].set_xlabel(f"{unit}s to the last occurrence")
+    panels[-1][1].set_xlabel("occurrences in the training text")
+    panels[0][0].legend(frameon=False, fontsize="small")
+    figure.suptitle("hits: n-grams that occurred before in the window")
+    return to_png(figure)
+
+
+def _plot_slices(axes: Axes, runs: Sequence[dict[str, Any]], group: str, value: str) -> None:
+    own = [one for one in runs[0]["slices"] if one["group"] == group]
+    axes.set_xticks(range(len(own)), [span(one["low"], one["high"]) for one in own])
+    axes.tick_params(axis="x", labelsize="small")
+    for number, run in enumerate(runs):
+        rows = [one for one in run["slices"] if one["group"] == group]
+        places = [i for i, one in enumerate(rows) if one[value] is not None]
+        middle = np.array([rows[i][value] for i in places])
+        ends = np.array([rows[i][f"{value}_interval"] for i in places], float).reshape(-1, 2).T
+        shift = 0.06 * (number - (len(runs) - 1) / 2)  # bars of several runs do not overlap
+        axes.errorbar(
+            np.array(places) + shift, middle, abs(ends - middle), color=f"C{number}",
+            marker="o", markersize=4, capsize=2, label=run["name"],
+        )  # fmt: skip
+    axes.grid(alpha=0.3)
 
 
 def plot_scores(axes: Axes, places: Sequence[float], rows: Cells, label: str) -> None:

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -40,6 +39,7 @@ class Validation(NamedTuple):
 
 Validate = Callable[[Tree, Tree, int], Validation]
 Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
+TokenScorer = Callable[[Tree, Tree, np.ndarray], np.ndarray]
 
 
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
@@ -103,32 +103,52 @@ def make_scorer(graphdef: nnx.GraphDef, config: TrainConfig) -> Scorer:
 
     It maps parameters, other state, tokens and a number of bytes to a `Validation`. The score is
     the number of bits of all tokens, including separators between documents, divided by the number
-    of bytes. Every token is predicted once. Windows start with an empty state and read the last
-    token of the previous window first, so the token at position i (from 0) of a window is
-    predicted from i + 1 tokens. The first token of the text has no context: it costs
-    log2(vocab_size), and has no position. Windows are as long as the longest training example.
+    of bytes. Windows are as long as the longest training example; see `make_token_scorer`. The
+    first token of the text has no context: it costs log2(vocab_size), and has no position.
     """
-    window, rows = config.data.max_tokens, config.run.batch_size
-
-    @jax.jit
-    def nats(params: Tree, rest: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        losses, _ = token_losses(graphdef, params, rest, tokens)
-        return jnp.where(mask, losses, 0.0).sum(0)
+    window = config.data.max_tokens
+    score_tokens = make_token_scorer(graphdef, config, window)
 
     def score(params: Tree, rest: Tree, tokens: np.ndarray, size: int) -> Validation:
+        each = score_tokens(params, rest, tokens)
+        place = np.arange(len(each)) % window
+        bits = np.bincount(place, each, window)
+        counts = np.bincount(place, minlength=window)
+        whole = float(bits.sum()) + math.log2(config.model.vocab_size)
+        return Validation(whole / size, bits, counts)
+
+    return score
+
+
+def make_token_scorer(graphdef: nnx.GraphDef, config: TrainConfig, window: int) -> TokenScorer:
+    """Return a function from parameters, other state and tokens [t] to bits [t - 1].
+
+    Every token but the first one is predicted once. Windows start with an empty state and read the
+    last token of the previous window first, so the token at position i (from 0) of a window is
+    predicted from i + 1 tokens.
+
+    Args:
+        graphdef: graph definition of the model.
+        config: configuration of the run; its batches set the number of tokens per call.
+        window: predicted tokens per window.
+    """
+    rows = max(1, config.run.batch_size * config.data.max_tokens // window)
+
+    @jax.jit
+    def nats(params: Tree, rest: Tree, tokens: jax.Array) -> jax.Array:
+        return token_losses(graphdef, params, rest, tokens)[0]
+
+    def score(params: Tree, rest: Tree, tokens: np.ndarray) -> np.ndarray:
         if not len(tokens):
             raise UserError("the text to score: the tokenizer returns no token")
         tokens = tokens.astype(np.int32)
         last = len(tokens) - 1
-        total, counts = np.zeros(window), np.zeros(window, np.int64)
+        parts = [np.zeros(0)]
         for start in range(0, last, rows * window):
             index = start + np.arange(rows)[:, None] * window + np.arange(window + 1)
             mask = index[:, 1:] <= last
-            batch = split_rows((tokens[np.minimum(index, last)], mask), params)
-            total += np.asarray(nats(params, rest, *batch))
-            counts += mask.sum(0)
-        bits = total / math.log(2)
-        whole = float(bits.sum()) + math.log2(config.model.vocab_size)
-        return Validation(whole / size, bits, counts)
+            batch = split_rows(tokens[np.minimum(index, last)], params)
+            parts.append(np.asarray(nats(params, rest, batch), np.float64)[mask])
+        return np.concatenate(parts) / math.log(2)
 
     return score

@@ -149,6 +149,10 @@ class RecallScoring:
             ],
         )
 
+    def with_heads(self, state: TrainState, report: RecallReport) -> RecallReport:
+        """Return the report; `mc evaluate` measures heads on test examples."""
+        return report
+
     def finish(self, directory: Path, state: TrainState, report: RecallReport) -> RecallReport:
         """Write the report and the curves."""
         draw_curves(directory)

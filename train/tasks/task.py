@@ -24,6 +24,9 @@ class Scoring(Protocol):
     def report(self, state: TrainState, step: int, seconds: float) -> Any:
         """Return the report of the state after `step` steps and `seconds` of training."""
 
+    def with_heads(self, state: TrainState, report: Any) -> Any:
+        """Add recall and dead heads to the report of a text run."""
+
     def finish(self, directory: Path, state: TrainState, report: Any) -> Any:
         """Write the report and the plots of a finished run; return the report."""
 

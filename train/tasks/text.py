@@ -14,7 +14,7 @@ from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer_copy import prefer_copy
 from train.data.windows import make_batches
-from train.evaluation.heads import HeadReport, summarize_heads
+from train.evaluation.heads import HeadReport, first_window, measure_heads, summarize_heads
 from train.evaluation.run_report import (
     TextReport,
     data_notes,
@@ -95,6 +95,12 @@ class TextScoring:
             round_trip=corpus.round_trip,
         )
 
+    def with_heads(self, state: TrainState, report: TextReport) -> TextReport:
+        """Add recall and dead heads on the first validation window to the report."""
+        model = nnx.merge(self._graphdef, state.params, state.rest)
+        tokens = first_window(self._corpus.validation_tokens(), self._config)
+        return dataclasses.replace(report, heads=measure_heads(model, tokens))
+
     def finish(self, directory: Path, state: TrainState, report: TextReport) -> TextReport:
         """Add a sample to the report, and write report and plots."""
         config = self._config
@@ -123,15 +129,14 @@ def draw_gates(
     if layer not in config.model.block_layers:
         return None
     model = nnx.merge(graphdef, state.params, state.rest)
-    window = int(config.data.mean_tokens)
-    tokens = corpus.validation_tokens()[:window].astype(np.int32)
-    _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens[None])
+    tokens = first_window(corpus.validation_tokens(), config)
+    _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens)
     gates = {
         block: np.asarray(trace.gates[0].mean(axis=1))
         for block, trace in enumerate(traces)
         if trace is not None
     }
     draw_router(
-        directory, gates, segment_lengths(len(tokens), layer.segmentation, layer.segment_size)
+        directory, gates, segment_lengths(tokens.shape[1], layer.segmentation, layer.segment_size)
     )
     return summarize_heads(traces)

@@ -75,6 +75,24 @@ def test_report_has_recall_and_dead_heads(finished, tmp_path):
     assert load_report(tmp_path) == replace(report, heads=None)
 
 
+@pytest.mark.parametrize("corpus", [False, True])
+def test_evaluation_has_the_recall_of_the_report(finished, tmp_path, monkeypatch, capsys, corpus):
+    """On the first window of the validation text, or of the text of --corpus."""
+    run, text = finished.parent / "runs" / "tiny", tmp_path / "text"
+    config, _, _, _ = load_run(run)
+    text.write_bytes(load_corpus(config.data, config.model.vocab_size).validation)
+    files = [tmp_path / "x.json", tmp_path / "x.md"]
+    words = ["--json", files[0], "--markdown", files[1], *(("--corpus", text) if corpus else ())]
+    assert mc(monkeypatch, "evaluate", run, *words) == 0
+    out, expected = capsys.readouterr().out, load_report(run).heads
+    assert out.count("recall: share of a segment's inner loss") == 1
+    assert "recall of cached memories" in " ".join(out.split())
+    heads = json.loads(files[0].read_text())["heads"]
+    np.testing.assert_allclose(heads["recall"], expected.recall, rtol=1e-5)
+    assert heads["dead"] == expected.dead
+    assert f"| 0 | {expected.recall[0][0]:.3g} " in files[1].read_text()
+
+
 def test_finished_run_prints_its_report(finished, monkeypatch, capsys):
     before = snapshot(finished.parent / "runs")
     assert mc(monkeypatch, "train", finished) == 0

@@ -1,4 +1,4 @@
-"""`mc train` and `mc sweep`. Commands import lazily, to start quickly."""
+"""`mc train`, `mc sweep` and `mc tokenize`. Commands import lazily, to start quickly."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +24,22 @@ def train(
 
     request(loaded.run.devices)
     run(loaded, Console())
+
+
+def tokenize(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; data.tokenizer is written")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="model.vocab_size=4096 ..."),
+    ] = None,
+) -> None:
+    """Train a byte-level BPE tokenizer of model.vocab_size entries on the run's training text."""
+    from train.config import load_config
+    from train.data.train_tokenizer import tokenize as run
+
+    run(load_config(config, overrides or ()), Console())
 
 
 def sweep(

@@ -90,7 +90,8 @@ class NIAHConfig:
         lengths: numbers of tokens of training examples, including the answer; batches alternate
             between them.
         depths: number of depths, evenly spaced from the haystack's start to its end.
-        corpus: files, folders, or the word `stdlib`; the haystack of `essay`, at most 4 MiB of it.
+        corpus: files, folders, `stdlib` or `site-packages`; the haystack of `essay`, at most 4 MiB
+            of it.
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
         validation_fraction: share of the corpus reserved for held-out examples.
         examples: distinct training examples of each length; an epoch visits each once.

@@ -16,7 +16,8 @@ class TextConfig:
     """Next-token prediction on text; the default task.
 
     Attributes:
-        corpus: files, folders, or the word `stdlib` (the running Python's standard library).
+        corpus: files, folders, or the words `stdlib` and `site-packages` (source code of the
+            running Python's standard library and of its installed packages).
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
         separator: inserted between documents: text, or the name of a special token of the
             tokenizer; "" for no separator. None: the tokenizer's end-of-text token, if it is one of

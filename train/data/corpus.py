@@ -17,10 +17,9 @@ from train.data.round_trip import RoundTrip, check_round_trip
 from train.data.separator import NO_SEPARATOR, Joined, Separator, choose_separator
 from train.data.tokenizer import Encode, decode_utf8, load_tokenizer, make_encoder, tokenize
 
-STDLIB = "stdlib"
 # Tests are mostly data; the others differ between installations of one version.
 STDLIB_WITHOUT = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
-STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-")
+STDLIB_WITHOUT_PREFIX = ("_sysconfigdata", "config-", "__editable__")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def load_corpus(config: TextConfig, vocab_size: int) -> Corpus:
     train, validation = split(documents, config.validation_fraction, config.window)
     held_out = separator.join(validation)
     text = clip(held_out.text, config.validation_bytes)
-    joined = separator.join(train)
+    joined = separator.join(first_documents(train, config.train_bytes))
     joined = joined._replace(text=clip(joined.text, config.train_bytes))
     tokens = encode_joined(joined, separator, encode)
     if len(tokens) <= config.window:
@@ -129,7 +128,7 @@ def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterat
     """Read the files of a corpus; empty files inside folders are skipped.
 
     Args:
-        corpus: files, folders, or the word `stdlib`.
+        corpus: files, folders, or words of `NAMED`.
         option: name of the option that lists them, for error messages.
 
     Raises:
@@ -138,8 +137,8 @@ def read_documents(corpus: Iterable[str], option: str = "data.corpus") -> Iterat
     """
     for word in corpus:
         path = Path(word)
-        if word == STDLIB:
-            yield from filter(None, map(Path.read_bytes, stdlib_files()))
+        if word in NAMED:
+            yield from filter(None, map(Path.read_bytes, NAMED[word]()))
         elif path.is_dir():
             files = [file for file in sorted(path.rglob("*")) if _is_visible_file(file, path)]
             documents = list(filter(None, map(Path.read_bytes, files)))
@@ -162,7 +161,16 @@ def _is_visible_file(file: Path, folder: Path) -> bool:
 
 def stdlib_files() -> list[Path]:
     """Return the files of the standard library that every installation of this Python has."""
-    root = Path(sysconfig.get_path("stdlib"))
+    return _python_files(Path(sysconfig.get_path("stdlib")))
+
+
+def package_files() -> list[Path]:
+    """Return the files of the installed packages that are UTF-8, without their tests."""
+    roots = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return [file for root in roots for file in _python_files(Path(root)) if _is_utf8(file)]
+
+
+def _python_files(root: Path) -> list[Path]:
     return [
         file
         for file in sorted(root.rglob("*.py"))
@@ -171,6 +179,18 @@ def stdlib_files() -> list[Path]:
             for part in file.relative_to(root).parts
         )
     ]
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# Words that stand for the files of the running Python.
+NAMED = {"stdlib": stdlib_files, "site-packages": package_files}
 
 
 def distinct(documents: Iterable[bytes]) -> dict[str, bytes]:
@@ -200,6 +220,14 @@ def split(
     count = sum(int(digest[:16], 16) < fraction * 2**64 for digest in documents)
     count = min(max(count, 1), len(texts) - 1)
     return texts[count:], texts[:count]
+
+
+def first_documents(documents: list[bytes], limit: int | None) -> list[bytes]:
+    """Return the first documents that have at least `limit` bytes together; None: all."""
+    if limit is None:
+        return documents
+    sizes = np.cumsum([len(document) for document in documents])
+    return documents[: int(np.searchsorted(sizes, limit)) + 1]
 
 
 def clip(text: bytes, limit: int | None) -> bytes:

@@ -17,7 +17,7 @@ from mc_core.tables import ResultTable
 from mc_jax import LanguageModel
 from parity.environment import command, machine
 from train.config import TextConfig, TrainConfig
-from train.data.corpus import STDLIB, encode_joined, read_documents, round_trip
+from train.data.corpus import NAMED, encode_joined, read_documents, round_trip
 from train.data.round_trip import RoundTrip
 from train.data.separator import Joined, Separator, choose_separator
 from train.data.tokenizer import load_tokenizer, make_encoder
@@ -183,7 +183,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
             "text: give a text with --corpus"
         )
     for word in data.corpus:
-        if word != STDLIB and not Path(word).exists():
+        if word not in NAMED and not Path(word).exists():
             raise UserError(
                 f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "
                 "validation text: restore it, or give another text with --corpus"

@@ -60,7 +60,7 @@ def test_slices_of_the_validation_text(runs, monkeypatch, capsys):
     assert rows["hits"]["bits"] == pytest.approx(digits[kinds.kind == HIT].mean())
     low, high = rows["hits"]["bits_interval"]
     assert low < rows["hits"]["bits"] < high
-    often = rows["hits seen 10-99 times in training"]
+    often = rows["count 10-99"]
     assert often["tokens"] == ((counts >= 10) & (counts < 100)).sum() > 0
     assert rows["all tokens"]["share"] == 1.0
     parts = ("hits", "misses", "other tokens")
@@ -68,12 +68,12 @@ def test_slices_of_the_validation_text(runs, monkeypatch, capsys):
     whole = sum(rows[name]["bits_per_byte"] for name in parts)
     assert whole == pytest.approx(digits.sum() / found["bytes"])
     assert (found["ngram"], found["window"], found["unit"]) == (3, 16, "byte")
-    far = rows["hits at distance >= 1024"]
+    far = rows["distance >= 1024"]
     assert (far["tokens"], far["bits"], far["bits_per_byte"]) == (0, None, 0.0)
     assert (folder / "recall.png").read_bytes().startswith(b"\x89PNG")
     text = f"| misses | {rows['misses']['tokens']} |"
     assert text in (folder / "recall.md").read_text()
-    assert "hits at distance 1-15" in capsys.readouterr().out
+    assert "distance 1-15" in capsys.readouterr().out
 
 
 def test_runs_are_compared_on_the_same_tokens(runs, tmp_path, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_other_text_is_scored(runs, tmp_path, monkeypatch):
     # The second abcdef completes abcde and bcdef again.
     assert found["ngram"] == 5
     assert [rows[name]["tokens"] for name in ("hits", "misses", "other tokens")] == [2, 0, 9]
-    assert rows["hits seen 0 times in training"]["tokens"] == 2
+    assert rows["count 0"]["tokens"] == 2
 
 
 def test_subwords_are_sliced_as_bigrams(tmp_path, monkeypatch):

@@ -115,14 +115,15 @@ def test_slices_partition_the_tokens():
         ("kind", ~hit | hit),
         ("distance", hit),
         ("count", hit),
+        ("rare", hit & (counts < 100)),
     ):
         own = [one for one in slices if one.group == group]
         assert (sum(one.members.astype(int) for one in own) == whole).all()
     names = [one.name for one in slices]
     assert names[4:9] == [
-        f"hits at distance {x}" for x in ("1-15", "16-63", "64-255", "256-1023", ">= 1024")
+        f"distance {x}" for x in ("1-15", "16-63", "64-255", "256-1023", ">= 1024")
     ]
-    assert names[9:11] == ["hits seen 0 times in training", "hits seen 1-9 times in training"]
+    assert names[14:16] == ["count 0", "count 1-9"]
     (near,) = (one for one in slices if (one.group, one.low) == ("distance", 16))
     assert set(distance[near.members]) <= set(range(16, 64))
     (rare,) = (one for one in slices if (one.group, one.low) == ("count", 1))

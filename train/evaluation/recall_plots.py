@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from mc_core.files import to_png
-from train.evaluation.recall_slices import span
+from train.evaluation.recall_slices import RARE, span
 
 Cells = Sequence[dict[str, float]]
 
@@ -77,14 +77,19 @@ def draw_slices(runs: Sequence[dict[str, Any]], unit: str) -> bytes:
     rows = {"bits": f"bits per {unit}"}
     if len(runs) > 1:
         rows["difference"] = f"minus {runs[0]['name']}"
-    figure = Figure(figsize=(9, 0.6 + 3 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 2, squeeze=False, sharey="row")
+    groups = {
+        "distance": f"{unit}s to the last occurrence",
+        "rare": f"{unit}s to the last occurrence, count < {RARE}",
+        "count": "count in the training text",
+    }
+    figure = Figure(figsize=(13, 0.6 + 3 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(groups), squeeze=False, sharey="row")
     for (value, label), line in zip(rows.items(), panels, strict=True):
-        for axes, group in zip(line, ("distance", "count"), strict=True):
+        for axes, group in zip(line, groups, strict=True):
             _plot_slices(axes, runs, group, value)
         line[0].set_ylabel(label)
-    panels[-1][0].set_xlabel(f"{unit}s to the last occurrence")
-    panels[-1][1].set_xlabel("occurrences in the training text")
+    for axes, words in zip(panels[-1], groups.values(), strict=True):
+        axes.set_xlabel(words)
     panels[0][0].legend(frameon=False, fontsize="small")
     figure.suptitle("hits: n-grams that occurred before in the window")
     return to_png(figure)
@@ -104,6 +109,8 @@ def _plot_slices(axes: Axes, runs: Sequence[dict[str, Any]], group: str, value: 
             np.array(places) + shift, middle, abs(ends - middle), color=f"C{number}",
             marker="o", markersize=4, capsize=2, label=run["name"],
         )  # fmt: skip
+    if value == "difference":
+        axes.axhline(0, color="gray", linewidth=0.8)
     axes.grid(alpha=0.3)
 
 

@@ -29,6 +29,7 @@ OTHER, MISS, HIT = 0, 1, 2
 KINDS = {"hits": HIT, "misses": MISS, "other tokens": OTHER}
 DISTANCE_EDGES = (1, 16, 64, 256, 1024)  # smallest distance of each bucket; the last one is open
 COUNT_EDGES = (0, 1, 10, 100, 1_000, 10_000)
+RARE = 100  # n-grams with a smaller count are rare
 BLOCK = 2**20  # training tokens that are counted at once
 
 
@@ -150,7 +151,8 @@ class Slice(NamedTuple):
     """A set of tokens.
 
     Attributes:
-        group: `all`, `kind`, `distance` or `count`; the slices of a group are disjoint.
+        group: `all`, `kind`, `distance`, `rare` (rare hits by distance) or `count`; the slices of
+            a group are disjoint.
         name: description of the tokens.
         low: smallest distance or count.
         high: largest distance or count; None for no limit.
@@ -165,7 +167,7 @@ class Slice(NamedTuple):
 
 
 def make_slices(found: Recurrence, counts: np.ndarray) -> list[Slice]:
-    """Return all tokens, the kinds, and the hits by distance and by count; empty slices too.
+    """Return all tokens, the kinds, and the hits by distance and count; empty slices too.
 
     Args:
         found: kinds and distances of the tokens.
@@ -174,15 +176,16 @@ def make_slices(found: Recurrence, counts: np.ndarray) -> list[Slice]:
     hit = found.kind == HIT
     slices = [Slice("all", "all tokens", None, None, np.ones(len(hit), bool))]
     slices += [Slice("kind", name, None, None, found.kind == kind) for name, kind in KINDS.items()]
-    for group, values, edges, words in (
-        ("distance", found.distance, DISTANCE_EDGES, "hits at distance {}"),
-        ("count", counts, COUNT_EDGES, "hits seen {} times in training"),
+    rare = hit & (counts < RARE)
+    for group, values, edges, chosen, word in (
+        ("distance", found.distance, DISTANCE_EDGES, hit, "distance"),
+        ("rare", found.distance, DISTANCE_EDGES, rare, "rare,"),
+        ("count", counts, COUNT_EDGES, hit, "count"),
     ):
         for low, following in zip(edges, (*edges[1:], None), strict=True):
             high = None if following is None else following - 1
-            members = hit & (values >= low) & (high is None or values <= high)
-            name = words.format(span(low, high))
-            slices.append(Slice(group, name, low, high, members))
+            members = chosen & (values >= low) & (high is None or values <= high)
+            slices.append(Slice(group, f"{word} {span(low, high)}", low, high, members))
     return slices
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mc_core.tables import ResultTable, Row
+from train.evaluation.recall_slices import RARE
 
 if TYPE_CHECKING:
     from train.evaluation.evaluate_recall import RecallReport
@@ -57,8 +58,10 @@ def _notes(report: "RecallReport") -> list[str]:
         f"text: {texts}; {report.bytes:,} bytes, {report.tokens:,} predicted {unit}s, "
         f"{report.windows:,} windows of {report.window:,} {unit}s",
         f"hit: the last {n} {unit}s, up to and including the predicted one, occurred together "
-        f"before in the same window; miss: only the first {n - 1} did, with another continuation",
-        f"distance: {unit}s to the last occurrence; training: {report.training_tokens:,} {unit}s",
+        "before in the same window; miss: all but the predicted one did, with another continuation",
+        f"distance: of hits, {unit}s to the last occurrence; count: of hits, occurrences of the "
+        f"{n} {unit}s in the {report.training_tokens:,} {unit}s of the training text; rare: hits "
+        f"with a count below {RARE}, by distance",
         "bits/byte: bits of the slice, divided by the bytes of the whole text",
         f"95% intervals: bootstrap over windows, {report.samples:,} samples, seed {report.seed}",
     ]

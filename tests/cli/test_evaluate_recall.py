@@ -65,14 +65,18 @@ def test_slices_of_the_validation_text(runs, monkeypatch, capsys):
     assert rows["all tokens"]["share"] == 1.0
     parts = ("hits", "misses", "other tokens")
     assert sum(rows[name]["tokens"] for name in parts) == found["tokens"] == len(tokens) - 1
-    whole = sum(rows[name]["bits_per_byte"] for name in parts)
+    whole = sum(rows[name]["contribution"] for name in parts)
     assert whole == pytest.approx(digits.sum() / found["bytes"])
     assert (found["ngram"], found["window"], found["unit"]) == (3, 16, "byte")
     far = rows["distance >= 1024"]
-    assert (far["tokens"], far["bits"], far["bits_per_byte"]) == (0, None, 0.0)
+    assert (far["tokens"], far["bits"], far["contribution"]) == (0, None, 0.0)
     assert (folder / "recall.png").read_bytes().startswith(b"\x89PNG")
-    text = f"| misses | {rows['misses']['tokens']} |"
-    assert text in (folder / "recall.md").read_text()
+    markdown = (folder / "recall.md").read_text()
+    assert "| slice | bytes | % | bits/byte | 95% interval | contribution |" in markdown
+    own = rows["misses"]
+    share, ends = 100 * own["share"], own["bits_interval"]
+    cells = (own["tokens"], f"{share:.1f}", f"{own['bits']:.3f}", f"{ends[0]:.3f} to {ends[1]:.3f}")
+    assert f"| misses | {' | '.join(map(str, cells))} | {own['contribution']:.3f} |" in markdown
     assert "distance 1-15" in capsys.readouterr().out
 
 
@@ -94,6 +98,9 @@ def test_runs_are_compared_on_the_same_tokens(runs, tmp_path, monkeypatch, capsy
     assert hits["bits_interval"][0] < hits["bits_interval"][1]
     # Both directories have the same name.
     assert [run["name"] for run in found["runs"]] == [str(run) for run in runs]
+    markdown = (tmp_path / "new" / "recall.md").read_text()
+    assert "| slice | bits/byte | difference | 95% interval | contribution |" in markdown
+    assert f"| hits | {hits['bits']:.3f} | +1.000 | +1.000 to +1.000 |" in markdown
     assert "compared with" in " ".join(capsys.readouterr().out.split())
 
 

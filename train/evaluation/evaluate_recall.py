@@ -282,7 +282,7 @@ def slice_row(
 
     Returns:
         group, name, low and high of the slice; number of `tokens` and their `share` of all tokens;
-        `bits` per token with `bits_interval`; `bits_per_byte`, bits of the slice divided by the
+        `bits` per token with `bits_interval`; `contribution`, bits of the slice divided by the
         bytes of the whole text; `difference` of the bits per token to the first run with
         `difference_interval`.
     """
@@ -304,7 +304,7 @@ def slice_row(
         "share": len(chosen) / len(bits),
         "bits": own.mean,
         "bits_interval": own[1:],
-        "bits_per_byte": float(bits[one.members].sum()) / size,
+        "contribution": float(bits[one.members].sum()) / size,
         "difference": compared.mean,
         "difference_interval": compared[1:],
     }

@@ -32,7 +32,7 @@ def _row(one: dict[str, Any], unit: str) -> Row:
         "%": f"{100 * one['share']:.1f}",
         f"bits/{unit}": f"{one['bits']:.3f}",
         "95% interval": _interval(one["bits_interval"], ".3f"),
-        "bits/byte": f"{one['bits_per_byte']:.3f}",
+        "contribution": f"{one['contribution']:.3f}",
     }
 
 
@@ -42,7 +42,7 @@ def _compared(one: dict[str, Any], unit: str) -> Row:
         f"bits/{unit}": f"{one['bits']:.3f}",
         "difference": f"{one['difference']:+.3f}",
         "95% interval": _interval(one["difference_interval"], "+.3f"),
-        "bits/byte": f"{one['bits_per_byte']:.3f}",
+        "contribution": f"{one['contribution']:.3f}",
     }
 
 
@@ -62,7 +62,7 @@ def _notes(report: "RecallReport") -> list[str]:
         f"distance: of hits, {unit}s to the last occurrence; count: of hits, occurrences of the "
         f"{n} {unit}s in the {report.training_tokens:,} {unit}s of the training text; rare: hits "
         f"with a count below {RARE}, by distance",
-        "bits/byte: bits of the slice, divided by the bytes of the whole text",
+        "contribution: bits of the slice, divided by the bytes of the whole text",
         f"95% intervals: bootstrap over windows, {report.samples:,} samples, seed {report.seed}",
     ]
     if len(report.runs) > 1:

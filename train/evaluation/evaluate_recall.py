@@ -34,8 +34,8 @@ from train.step import split
 
 # Tokens per n-gram, by unit. Bigrams are those of Zoology. A subword of source code has 3 to 4
 # bytes, so the context of a byte, 4 bytes, is about as long as that of a subword. Contexts of 1 or
-# 2 bytes recur by chance: 66% of the bytes of the standard library complete a pair of bytes that
-# occurred in the last 512, and 36% complete 5 bytes that did.
+# 2 bytes recur by chance: of the held-out bytes of the standard library, in windows of 512, 66%
+# complete a pair that occurred before, and 36% complete 5 bytes that did.
 NGRAM = {"byte": 5, "token": 2}
 OPTIONS = ("task", "corpus", "seed")
 FOLDER = "recall"

@@ -14,7 +14,7 @@ over the earlier n-grams of the same window, n - 1 <= j - m w and j < i, token i
     other     otherwise.
 
 Occurrences may overlap. A hit can be predicted by recall from the window, as in the analysis of
-Zoology (arXiv:2312.04927, section 3, "AR hits"); a miss is a context whose recalled continuation
+Zoology (arXiv:2312.04927, "AR hits"); a miss is a context whose recalled continuation
 is wrong. The count of an n-gram is the number of its occurrences in the training text. Rare n-grams
 must be recalled; frequent ones can also be known from training.
 """

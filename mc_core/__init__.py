@@ -2,12 +2,20 @@
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
 from mc_core.memories import MemoryConfig, register_memory
-from mc_core.memory_kinds import DLAConfig, LinearConfig, MLPConfig, SWLAConfig, TitansConfig
+from mc_core.memory_kinds import (
+    DeltaConfig,
+    DLAConfig,
+    LinearConfig,
+    MLPConfig,
+    SWLAConfig,
+    TitansConfig,
+)
 from mc_core.segmentation import Plan, make_plan, segment_lengths
 
 __all__ = [
     "AttentionConfig",
     "DLAConfig",
+    "DeltaConfig",
     "LinearConfig",
     "MCConfig",
     "MLPConfig",

@@ -31,7 +31,7 @@ class Footprint(NamedTuple):
 def memory_size(config: MCConfig) -> int:
     """Return the number of weights of one memory, summed over heads."""
     memory, width = config.memory, config.head_dim
-    weights = sum(memory.sizes(width, width)) + memory.normalizer_rows * width
+    weights = memory.state_size(width, width) + memory.normalizer_rows * width
     return config.num_heads * weights
 
 
@@ -109,6 +109,8 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
       gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
       within the chunk `2 C` times the input and output widths of its layers; momentum another
       `4 P`;
+    - MLP memory of which only the last layer is written: the other layers only in forward passes;
+    - delta rule: similarities, inverse and maps of the errors, within the chunk;
     - cached memories `2 P n` (n = 1 if reads use their sum); gates `2 d (n + 1)`, with scores of
       all cached memories also under `ssc`;
     - feed-forward `6 d f` per block; output head `2 d` times the vocabulary.
@@ -158,11 +160,30 @@ def _write_and_read(config: MCConfig, tokens: int) -> float:
     memory, h, width = config.memory, config.num_heads, config.head_dim
     longest = max(segment_lengths(tokens, config.segmentation, config.segment_size))
     chunk = min(config.chunk_size, longest)
-    widths = memory.widths(width, width)
+    layers = list(pairwise(memory.widths(width, width)))[memory.fixed_layers :]
     size = memory_size(config)
-    within = 2 * chunk * h * sum(a + b for a, b in pairwise(widths))
-    flops = 4 * size + within + h * memory.gradient_flops(width, width)
+    within = 2 * chunk * h * sum(a + b for a, b in layers)
+    flops = 2 * size + _read_flops(config) + within + h * memory.gradient_flops(width, width)
+    if memory.delta_rule:
+        flops += h * _delta_rule_flops(config, chunk)
     return flops + 4 * size * memory.has_momentum + 2 * size * memory.decays_to_initial
+
+
+def _read_flops(config: MCConfig) -> int:
+    """Return the FLOPs per token of the reads of one memory by all heads, with its fixed layers."""
+    memory, width = config.memory, config.head_dim
+    fixed = sum(memory.sizes(width, width)[: memory.fixed_layers])
+    return 2 * (memory_size(config) + config.num_heads * fixed)
+
+
+def _delta_rule_flops(config: MCConfig, chunk: int) -> int:
+    """Return the FLOPs per token and head of the exact errors of a chunk."""
+    memory, width = config.memory, config.head_dim
+    a, b = list(pairwise(memory.widths(width, width)))[-1]
+    maps = 1 + memory.has_momentum
+    inverse = 2 * sum((chunk >> i) ** 2 for i in range(1, chunk.bit_length())) // chunk
+    target = 2 * a * b * memory.decays_to_initial
+    return 2 * chunk * a + 2 * chunk * (b + maps * a) + 2 * maps * a * b + 2 * inverse + target
 
 
 def _cached_reads(config: MCConfig, tokens: int) -> float:
@@ -178,7 +199,9 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
     limit = config.ssc_top_k if config.rule.sparse else len(lengths)
     reads = mean_count(1 if config.reads_sum else limit)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
-    return 2 * memory_size(config) * reads + scores
+    # A mixture of weights is read once, so the fixed layers are too.
+    read = 2 * memory_size(config) if config.mixes_layers else _read_flops(config)
+    return read * reads + scores
 
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:

@@ -31,8 +31,8 @@ class MemoryConfig(Serializable):
         ranges: (low, high) of each coefficient field; a learned coefficient is a sigmoid scaled to
             this range.
         coefficient_fields: name of the field for each coefficient of `memory_caching`.
-        gradient_uses_weights: True if the inner gradient depends on the weights. It is then taken
-            at the weights at the start of the chunk.
+        gradient_uses_weights: True if the inner gradient is taken at the weights at the start of
+            the chunk, and depends on them.
         uses_previous_token: True if the write of a token uses the previous token's key and value.
         normalizes_qk: True if q and k are L2-normalized by default.
     """
@@ -77,6 +77,14 @@ class MemoryConfig(Serializable):
         return False
 
     @property
+    def delta_rule(self) -> bool:
+        """True if errors depend on the memory before their token, for every chunk size.
+
+        The backend then defines `error_slope`: the error of token t is `c_t W_{t-1} a_t + e_t`.
+        """
+        return False
+
+    @property
     def adds_input(self) -> bool:
         """True if reads have a residual connection, which requires equal key and value widths."""
         return False
@@ -110,9 +118,18 @@ class MemoryConfig(Serializable):
         """Return the layer widths of a head's memory, from `key` to `value`."""
         return key, value
 
+    @property
+    def fixed_layers(self) -> int:
+        """Number of first layers that are parameters only, not part of the state."""
+        return 0
+
     def sizes(self, key: int, value: int) -> list[int]:
         """Return the number of weights per layer of a head's memory, excluding normalizers."""
         return [a * b for a, b in pairwise(self.widths(key, value))]
+
+    def state_size(self, key: int, value: int) -> int:
+        """Return the number of weights of a head's state, excluding normalizers and momentum."""
+        return sum(self.sizes(key, value)[self.fixed_layers :])
 
     def gradient_flops(self, key: int, value: int) -> int:
         """Return the FLOPs per token and head of the inner gradient's matrix products."""
@@ -168,9 +185,10 @@ def register_memory(cls: type[M]) -> type[M]:
             f"register_memory: {cls.__name__} sets gradient_uses_weights and uses_previous_token: "
             "a memory may have only one of them"
         )
-    if "momentum" in cls.coefficient_fields and not cls.gradient_uses_weights:
+    if "momentum" in cls.coefficient_fields and not (cls.gradient_uses_weights or cls.delta_rule):
         raise ValueError(
-            f"register_memory: {cls.__name__} uses momentum: gradient_uses_weights must be True"
+            f"register_memory: {cls.__name__} uses momentum: gradient_uses_weights or delta_rule "
+            "must be True"
         )
     known = MEMORIES.get(cls.kind)
     if known is not None and (known.__module__, known.__qualname__) != (

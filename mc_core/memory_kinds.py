@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from mc_core.checks import check_choice, check_range, check_types
+from mc_core.checks import check_choice, check_range, check_types, raise_config_error
 from mc_core.memories import MemoryConfig, register_memory
 
 
@@ -94,6 +94,40 @@ class SWLAConfig(MemoryConfig):
         )
 
 
+@register_memory
+@dataclass(frozen=True)
+class DeltaConfig(MemoryConfig):
+    """Matrix memory of the gated delta rule (arXiv:2412.06464).
+
+    `W_t = α_t W_{t-1} (I - β_t k_t k_tᵀ) + β_t v_t k_tᵀ`; `step` is β and `retention` α. Exact for
+    every chunk size.
+    """
+
+    kind: ClassVar[str] = "delta"
+    description: ClassVar[str] = "matrix, one exact step per token on the L2 loss: gated delta rule"
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "step": (0.0, 1.0),
+        "retention": (0.0, 1.0),
+    }
+    normalizes_qk: ClassVar[bool] = True
+    delta_rule: ClassVar[bool] = True
+    has_l2_loss: ClassVar[bool] = True
+
+    coefficients: str = "token"
+    step: float = 0.5
+    retention: float = 1.0
+    learn_initial: bool = False
+
+    @classmethod
+    def variants(cls) -> Sequence[Self]:
+        """Return small configurations that together cover the options of this kind."""
+        return (
+            cls(),
+            cls(coefficients="head", learn_initial=True),
+            cls(coefficients="constant", retention=0.9),
+        )
+
+
 @dataclass(frozen=True)
 class MLPConfig(MemoryConfig):
     """Base class of MLP memories trained by gradient steps.
@@ -101,12 +135,14 @@ class MLPConfig(MemoryConfig):
     `inner_clip` bounds the Frobenius norm of each token's gradient in each layer; None is the
     papers' recurrence. With `norm="layer"` a read is `x + LN(z)`, regardless of `residual`. With
     `retention_target="initial"` the retained memory is `W_0 + α_t (W_{t-1} - W_0)` in place of
-    `α_t W_{t-1}`, which decays to zero weights, where all gradients of an MLP vanish. The default
+    `α_t W_{t-1}`, which decays to zero weights, where all gradients of an MLP vanish. With
+    `written_layers="last"` only the last layer is a memory; the others are parameters, whose output
+    is standardized and scaled to norm 1. The gradient is then taken at the memory before each
+    token, exactly for every chunk size; `inner_clip` must be None and `norm` "none". The default
     steps are tuned for chunks of 64. Writes of a chunk are summed, so short chunks need
     larger steps, especially for narrow memories (`expansion=1`).
     """
 
-    gradient_uses_weights: ClassVar[bool] = True
     normalizes_qk: ClassVar[bool] = True
 
     depth: int = 2
@@ -116,6 +152,7 @@ class MLPConfig(MemoryConfig):
     objective: str = "dot"  # dot | l2
     inner_clip: float | None = 1.0
     retention_target: str = "zero"  # zero | initial
+    written_layers: str = "all"  # all | last
     coefficients: str = "token"
 
     def __post_init__(self) -> None:
@@ -125,13 +162,38 @@ class MLPConfig(MemoryConfig):
         check_choice(self, "norm", ("none", "layer"))
         check_choice(self, "objective", ("dot", "l2"))
         check_choice(self, "retention_target", ("zero", "initial"))
+        check_choice(self, "written_layers", ("all", "last"))
         check_range(self, "inner_clip", 0.0, open_low=True)
+        if self.written_layers == "last":
+            # A clipped or normalized error is not affine in the weights.
+            for field, allowed in (("inner_clip", None), ("norm", "none")):
+                if (value := getattr(self, field)) != allowed:
+                    reason = f"{allowed!r} if written_layers = 'last'"
+                    raise_config_error(type(self).__name__, field, value, reason)
         self._check_coefficients()
 
     @property
     def linear_in_weights(self) -> bool:
-        """False, also for depth 1, which is treated as an MLP."""
-        return False
+        """True if only the last layer is written, and the input is not added.
+
+        False for all other memories of depth 1, which are treated as MLPs.
+        """
+        return self.written_layers == "last" and not self.adds_input
+
+    @property
+    def gradient_uses_weights(self) -> bool:
+        """True if all layers are written."""
+        return self.written_layers == "all"
+
+    @property
+    def delta_rule(self) -> bool:
+        """True if only the last layer is written, in which an error is affine."""
+        return self.written_layers == "last" and (self.has_l2_loss or self.has_momentum)
+
+    @property
+    def fixed_layers(self) -> int:
+        """All layers but the last if only that one is written."""
+        return self.depth - 1 if self.written_layers == "last" else 0
 
     @property
     def has_layer_norm(self) -> bool:
@@ -168,6 +230,8 @@ class MLPConfig(MemoryConfig):
         With the dot loss and no norm, the gradient does not need the output of the last layer.
         """
         sizes = self.sizes(key, value)
+        if self.written_layers == "last":
+            return 2 * sum(sizes[:-1])
         needs_output = self.objective == "l2" or self.has_layer_norm
         return 2 * (sum(sizes) - (not needs_output) * sizes[-1]) + 2 * (sum(sizes) - sizes[0])
 
@@ -196,6 +260,7 @@ class DLAConfig(MLPConfig):
             cls(depth=3, expansion=1, objective="l2", residual=False),
             cls(expansion=1, norm="layer", inner_clip=0.5, coefficients="constant"),
             cls(expansion=1, retention=0.9, retention_target="initial"),
+            cls(expansion=2, written_layers="last", inner_clip=None, residual=False),
         )
 
 
@@ -235,4 +300,5 @@ class TitansConfig(MLPConfig):
             cls(expansion=1, norm="layer", inner_clip=0.5, coefficients="head"),
             cls(depth=3, expansion=1, objective="dot"),
             cls(expansion=1, retention_target="initial"),
+            cls(expansion=2, written_layers="last", inner_clip=None),
         )

@@ -12,9 +12,10 @@ import numpy as np
 
 from mc_core.segmentation import Plan
 from mc_jax.backends import ChunkDecay, Coefficients, Memory, MemoryState, RankOneUpdates, Weights
-from mc_jax.backends.base import Apply
+from mc_jax.backends.base import Apply, mask_coefficients, sum_updates
 from mc_jax.cache import start_state, tree_where
 from mc_jax.chunk_layout import to_chunks
+from mc_jax.delta_rule import ErrorMaps, chunk_errors, solve_chunks
 from mc_jax.numerics import SAVE_POLICY, Array, einsum_f32, save_for_backward, scale_rows
 
 
@@ -143,7 +144,11 @@ def scan_chunks(
     if memory.config.gradient_uses_weights:
         return _scan_with_weights(memory, chunks._replace(k=k, v=v), decay, state, start)
     updates = memory.rank_one_updates((), k, v)
-    carried, final = _scan_sums(updates, decay, state, start, restarts, k.dtype)
+    if memory.config.delta_rule:
+        slope = memory.error_slope(mask_coefficients(chunks.coefficients, chunks.write_mask))
+        maps = solve_chunks(updates, decay, slope, memory.target, k.dtype)
+        return _scan_delta_rule(memory, maps, decay, state, start, restarts, k.dtype)
+    carried, final = _scan_sums(memory, updates, decay, state, start, restarts, k.dtype)
     return ScanResult(carried, (), updates, decay, final._replace(previous=previous))
 
 
@@ -201,9 +206,7 @@ def write_chunk(
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
-    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token; with
-       a target T of the retention, `(1 - P_c) T` is added.
-    4. Update the momentum: `S_c = momentum_retention S_0 - Σ_i momentum_updates[i] G_i`.
+    3. Update weights and momentum by the sums of the gradients.
 
     Args:
         memory: the memory kind.
@@ -220,21 +223,8 @@ def write_chunk(
         online = OnlineMemory(state.weights, state.momentum, updates, decay, memory.target)
         read = memory.read(online_apply(online, k.dtype), q)
 
-    gradients = _outer(updates, decay.updates[..., -1, :], k.dtype)  # 3
-    retained = memory.retain(state.weights, decay.state[..., -1])
-    weights = tuple(w - g for w, g in zip(retained, gradients, strict=True))
-    momentum = state.momentum
-    if decay.momentum is not None:
-        momentum_weight = decay.momentum[..., -1, None, None]
-        weights = tuple(w + momentum_weight * s for w, s in zip(weights, momentum, strict=True))
-
-        assert decay.momentum_updates is not None  # 4
-        assert decay.momentum_retention is not None
-        gradients = _outer(updates, decay.momentum_updates, k.dtype)
-        retention = decay.momentum_retention[..., None, None]
-        momentum = tuple(retention * s - g for s, g in zip(momentum, gradients, strict=True))
-
-    return ChunkResult(weights, momentum, updates if q is None else None, read)
+    after = memory.apply_updates(state, updates, decay, k.dtype)  # 3
+    return ChunkResult(after.weights, after.momentum, updates if q is None else None, read)
 
 
 def _scan_with_weights(
@@ -265,7 +255,30 @@ def _scan_with_weights(
     return ScanResult(before, momentum, updates, decay, final, read)
 
 
+def _scan_delta_rule(
+    memory: Memory,
+    maps: ErrorMaps,
+    decay: ChunkDecay,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: Array | None,
+    dtype: jnp.dtype,
+) -> ScanResult:
+    def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
+        maps, decay, restart = chunk
+        state = carry if restart is None else tree_where(restart, start, carry)
+        errors = chunk_errors(maps, state, dtype)
+        updates = RankOneUpdates((maps.activations,), (errors,))
+        after = memory.apply_updates(state, updates, decay, dtype)
+        return after, (carry.weights, carry.momentum, errors)
+
+    final, (before, momentum, errors) = jax.lax.scan(step, state, (maps, decay, restarts))
+    updates = RankOneUpdates((maps.activations,), (errors,))
+    return ScanResult(before, momentum, updates, decay, final)
+
+
 def _scan_sums(
+    memory: Memory,
     updates: RankOneUpdates,
     decay: ChunkDecay,
     state: MemoryState,
@@ -274,26 +287,17 @@ def _scan_sums(
     dtype: jnp.dtype,
 ) -> tuple[Weights, MemoryState]:
     # No gradient depends on the memory, so all products are batched and the scan only accumulates.
-    (add,) = _outer(updates, decay.updates[..., -1, :], dtype)
-    retention = decay.state[..., -1, None, None]
+    (add,) = sum_updates(updates, decay.updates[..., -1, :], dtype)
+    retention = decay.state[..., -1]
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
         retention, add, restart = chunk
         state = carry if restart is None else tree_where(restart, start, carry)
-        after = state._replace(weights=(retention * state.weights[0] - add,))
-        return after, carry.weights
+        (retained,) = memory.retain(state.weights, retention)
+        return state._replace(weights=(retained - add,)), carry.weights
 
     final, before = jax.lax.scan(step, state, (retention, add, restarts))
     return before, final
-
-
-def _outer(updates: RankOneUpdates, scale: Array, dtype: jnp.dtype) -> Weights:
-    """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
-
-    def layer_sum(a: Array, delta: Array) -> Array:
-        return einsum_f32("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
-
-    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:

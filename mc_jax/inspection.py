@@ -15,7 +15,12 @@ import numpy as np
 from mc_core.config import DEAD_NORM
 from mc_core.segmentation import Plan
 from mc_jax.backends import ChunkDecay, Coefficients, Memory, Weights
-from mc_jax.backends.base import apply_weights, decay_products, mask_coefficients
+from mc_jax.backends.base import (
+    apply_weights,
+    decay_products,
+    mask_coefficients,
+    previous_token,
+)
 from mc_jax.cache import Segments
 from mc_jax.chunk_layout import from_chunks, to_chunks, to_segments
 from mc_jax.chunked import OnlineMemory, WriteResult, online_apply
@@ -145,7 +150,7 @@ def measure_writes(
     coefficients = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     write_mask = to_chunks(mask[:, :, None].astype(coefficients.step.dtype), plan)
     coefficients = mask_coefficients(coefficients, write_mask)
-    after, before = online.decay, _previous_token(online.decay)
+    after, before = online.decay, previous_token(online.decay)
     difference = _difference(after, before, coefficients.retention)
     gram = _inner_products(online)
 
@@ -234,17 +239,6 @@ def _dead_heads(update_norm: Array, mask: Array, initial_norm: Array) -> Array:
     late = mask & (2 * rank > rank[:, -1:])
     updates = jnp.where(late[..., None], update_norm, jnp.zeros_like(update_norm))
     return jnp.max(updates, axis=1) <= DEAD_NORM * initial_norm
-
-
-def _previous_token(decay: ChunkDecay) -> ChunkDecay:
-    """Return the decay weights of W_{t-1} from those of W_t."""
-    state, updates, momentum = decay.state, decay.updates, decay.momentum
-    state = jnp.concatenate([jnp.ones_like(state[..., :1]), state[..., :-1]], axis=-1)
-    updates = jnp.concatenate([jnp.zeros_like(updates[..., :1, :]), updates[..., :-1, :]], axis=-2)
-    if momentum is not None:
-        first = jnp.zeros_like(momentum[..., :1])
-        momentum = jnp.concatenate([first, momentum[..., :-1]], axis=-1)
-    return decay._replace(state=state, updates=updates, momentum=momentum)
 
 
 def _difference(after: ChunkDecay, before: ChunkDecay, retention: Array) -> ChunkDecay:

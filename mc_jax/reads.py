@@ -73,9 +73,9 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
     """
     earlier = jax.tree.map(lambda w: jnp.cumsum(w, axis=1) - w, cached)
-    earlier = jax.tree.map(lambda w: w.swapaxes(1, 2), earlier)  # [b, h, n, o, i]
-    apply = apply_weights(earlier, q.dtype)
-    return from_segments(memory.read(apply, to_segments(q, plan)), plan)
+    queries = to_segments(q, plan).swapaxes(1, 2)  # [b, n, h, c, k]
+    read = memory.read(apply_weights(earlier, q.dtype), queries)
+    return from_segments(read.swapaxes(1, 2), plan)
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mc_torch.backends import ChunkDecay, Coefficients, Memory, MemoryState, RankOneUpdates, Weights
-from mc_torch.backends.base import Apply
+from mc_torch.backends.base import Apply, mask_coefficients, sum_updates
 from mc_torch.cache import start_state, tree_where
 from mc_torch.chunk_layout import TensorPlan, to_chunks
+from mc_torch.delta_rule import ErrorMaps, chunk_errors, solve_chunks
 from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map, unstack
 
 # bool [g, b or 1, r], or a tuple [g] of Python bools if equal for all rows; None = no restarts.
@@ -142,7 +143,11 @@ def scan_chunks(
     if memory.config.gradient_uses_weights:
         return _loop_with_weights(memory, chunks._replace(k=k, v=v), decay, state, start)
     updates = memory.rank_one_updates((), k, v)
-    carried, final = _loop_sums(updates, decay, state, start, restarts, k.dtype)
+    if memory.config.delta_rule:
+        slope = memory.error_slope(mask_coefficients(chunks.coefficients, chunks.write_mask))
+        maps = solve_chunks(updates, decay, slope, memory.target, k.dtype)
+        return _loop_delta_rule(memory, maps, decay, state, start, restarts, k.dtype)
+    carried, final = _loop_sums(memory, updates, decay, state, start, restarts, k.dtype)
     return ScanResult(carried, (), updates, decay, final._replace(previous=previous))
 
 
@@ -199,9 +204,7 @@ def write_chunk(
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
-    3. Update the weights: `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token; with
-       a target T of the retention, `(1 - P_c) T` is added.
-    4. Update the momentum: `S_c = momentum_retention S_0 - Σ_i momentum_updates[i] G_i`.
+    3. Update weights and momentum by the sums of the gradients.
 
     Args:
         memory: the memory kind.
@@ -218,21 +221,8 @@ def write_chunk(
         online = OnlineMemory(state.weights, state.momentum, updates, decay, memory.target)
         read = memory.read(online_apply(online, k.dtype), q)
 
-    gradients = _outer(updates, decay.updates[..., -1, :], k.dtype)  # 3
-    retained = memory.retain(state.weights, decay.state[..., -1])
-    weights = tuple(w - g for w, g in zip(retained, gradients, strict=True))
-    momentum = state.momentum
-    if decay.momentum is not None:
-        momentum_weight = decay.momentum[..., -1, None, None]
-        weights = tuple(w + momentum_weight * s for w, s in zip(weights, momentum, strict=True))
-
-        assert decay.momentum_updates is not None  # 4
-        assert decay.momentum_retention is not None
-        gradients = _outer(updates, decay.momentum_updates, k.dtype)
-        retention = decay.momentum_retention[..., None, None]
-        momentum = tuple(retention * s - g for s, g in zip(momentum, gradients, strict=True))
-
-    return ChunkResult(weights, momentum, updates if q is None else None, read)
+    after = memory.apply_updates(state, updates, decay, k.dtype)  # 3
+    return ChunkResult(after.weights, after.momentum, updates if q is None else None, read)
 
 
 def _loop_with_weights(
@@ -265,7 +255,30 @@ def _loop_with_weights(
     return ScanResult(carried, momentum, updates, decay, state, read)
 
 
+def _loop_delta_rule(
+    memory: Memory,
+    maps: ErrorMaps,
+    decay: ChunkDecay,
+    state: MemoryState,
+    start: MemoryState,
+    restarts: _Restarts,
+    dtype: torch.dtype,
+) -> ScanResult:
+    results, chunks = [], unstack((maps, decay))
+    for (chunk, weights), restart in zip(chunks, _each(restarts, len(chunks)), strict=True):
+        before = state.weights, state.momentum
+        state = _restarted(restart, start, state)
+        errors = chunk_errors(chunk, state, dtype)
+        updates = RankOneUpdates((chunk.activations,), (errors,))
+        state = memory.apply_updates(state, updates, weights, dtype)
+        results.append((*before, errors))
+    carried, momentum, errors = _stack(results)
+    updates = RankOneUpdates((maps.activations,), (errors,))
+    return ScanResult(carried, momentum, updates, decay, state)
+
+
 def _loop_sums(
+    memory: Memory,
     updates: RankOneUpdates,
     decay: ChunkDecay,
     state: MemoryState,
@@ -274,25 +287,17 @@ def _loop_sums(
     dtype: torch.dtype,
 ) -> tuple[Weights, MemoryState]:
     # No gradient depends on the memory, so all products are batched and the loop only accumulates.
-    (add,) = _outer(updates, decay.updates[..., -1, :], dtype)
-    retention = decay.state[..., -1, None, None]
+    (add,) = sum_updates(updates, decay.updates[..., -1, :], dtype)
+    retention = decay.state[..., -1]
     carried = []
     for factor, added, restart in zip(
         retention.unbind(0), add.unbind(0), _each(restarts, len(add)), strict=True
     ):
         carried.append(state.weights)
         state = _restarted(restart, start, state)
-        state = state._replace(weights=(factor * state.weights[0] - added,))
+        (retained,) = memory.retain(state.weights, factor)
+        state = state._replace(weights=(retained - added,))
     return _stack(carried), state
-
-
-def _outer(updates: RankOneUpdates, scale: Array, dtype: torch.dtype) -> Weights:
-    """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
-
-    def layer_sum(a: Array, delta: Array) -> Array:
-        return einsum_f32("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
-
-    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def _stack(trees: list[Any]) -> Any:

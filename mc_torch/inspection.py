@@ -12,7 +12,12 @@ import torch
 
 from mc_core.config import DEAD_NORM
 from mc_torch.backends import ChunkDecay, Coefficients, Memory, Weights
-from mc_torch.backends.base import apply_weights, decay_products, mask_coefficients
+from mc_torch.backends.base import (
+    apply_weights,
+    decay_products,
+    mask_coefficients,
+    previous_token,
+)
 from mc_torch.cache import Segments
 from mc_torch.chunk_layout import TensorPlan, from_chunks, to_chunks, to_segments
 from mc_torch.chunked import OnlineMemory, WriteResult, online_apply
@@ -142,7 +147,7 @@ def measure_writes(
     coefficients = tree_map(lambda x: to_chunks(x, plan), coefficients)
     write_mask = to_chunks(mask[:, :, None].to(coefficients.step.dtype), plan)
     coefficients = mask_coefficients(coefficients, write_mask)
-    after, before = online.decay, _previous_token(online.decay)
+    after, before = online.decay, previous_token(online.decay)
     difference = _difference(after, before, coefficients.retention)
     gram = _inner_products(online)
 
@@ -227,17 +232,6 @@ def _dead_heads(update_norm: Array, mask: Array, initial_norm: Array) -> Array:
     late = mask & (2 * rank > rank[:, -1:])
     updates = torch.where(late[..., None], update_norm, torch.zeros_like(update_norm))
     return updates.amax(dim=1) <= DEAD_NORM * initial_norm
-
-
-def _previous_token(decay: ChunkDecay) -> ChunkDecay:
-    """Return the decay weights of W_{t-1} from those of W_t."""
-    state, updates, momentum = decay.state, decay.updates, decay.momentum
-    state = torch.cat([torch.ones_like(state[..., :1]), state[..., :-1]], dim=-1)
-    updates = torch.cat([torch.zeros_like(updates[..., :1, :]), updates[..., :-1, :]], dim=-2)
-    if momentum is not None:
-        first = torch.zeros_like(momentum[..., :1])
-        momentum = torch.cat([first, momentum[..., :-1]], dim=-1)
-    return decay._replace(state=state, updates=updates, momentum=momentum)
 
 
 def _difference(after: ChunkDecay, before: ChunkDecay, retention: Array) -> ChunkDecay:

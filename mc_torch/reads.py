@@ -69,9 +69,9 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: TensorPlan) -> Arr
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
     """
     earlier = tree_map(lambda w: torch.cumsum(w, dim=1) - w, cached)
-    earlier = tree_map(lambda w: w.transpose(1, 2), earlier)  # [b, h, n, o, i]
-    apply = apply_weights(earlier, q.dtype)
-    return from_segments(memory.read(apply, to_segments(q, plan)), plan)
+    queries = to_segments(q, plan).transpose(1, 2)  # [b, n, h, c, k]
+    read = memory.read(apply_weights(earlier, q.dtype), queries)
+    return from_segments(read.transpose(1, 2), plan)
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: TensorPlan) -> Array:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from helpers.oracle_gates import gates_of, pooled
+from helpers.oracle_mlp import clipped, inner_gradient, mlp
 from mc_core import MCConfig, MemoryConfig
-from mc_core.config import CLIP_EPS, NORM_EPS, NORMALIZER_FLOOR
+from mc_core.config import NORMALIZER_FLOOR
 
 Array = np.ndarray
 Layers = tuple[Array, ...]  # weights, first layer first, each [out, in]
@@ -56,20 +57,6 @@ class Write(NamedTuple):
     previous: float = 0.0  # β of swla
 
 
-def gelu(z: Array) -> Array:
-    """Return the exact GELU, `z Φ(z)`."""
-    return z * _normal_cdf(z)
-
-
-def gelu_slope(z: Array) -> Array:
-    """Return GELU's derivative, `Φ(z) + z Φ'(z)`."""
-    return _normal_cdf(z) + z * np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi)
-
-
-def _normal_cdf(z: Array) -> Array:
-    return np.array([0.5 * (1.0 + math.erf(x / math.sqrt(2.0))) for x in z])
-
-
 def feature(x: Array, memory: MemoryConfig) -> Array:
     """Return φ(x): the identity, or `elu(x) + 1`, of x [k]."""
     if memory.feature_map == "identity":
@@ -77,79 +64,12 @@ def feature(x: Array, memory: MemoryConfig) -> Array:
     return np.array([x_i + 1.0 if x_i > 0.0 else math.exp(x_i) for x_i in x])
 
 
-def layer_norm(z: Array, gain: Array, bias: Array) -> Array:
-    """Return `(z - mean) / sqrt(var + eps) * gain + bias` of z [v]."""
-    return (z - z.mean()) / math.sqrt(z.var() + NORM_EPS) * gain + bias
-
-
-def layer_norm_backward(gradient: Array, z: Array, gain: Array) -> Array:
-    """Return the gradient at z [v] from the one at the layer norm's output [v]."""
-    spread = math.sqrt(z.var() + NORM_EPS)
-    unit = (z - z.mean()) / spread
-    at_unit = gradient * gain
-    # The mean and the spread move with z, which takes out the two directions they follow.
-    return (at_unit - at_unit.mean() - unit * (at_unit * unit).mean()) / spread
-
-
-def mlp(
-    weights: Sequence[Array], x: Array, memory: MemoryConfig, norm: Norm = None
-) -> tuple[Array, list[Array], list[Array]]:
-    """Run the MLP memory on x [k].
-
-    Returns M(x) [v], the activations `a_0 = x, a_1, ...` that enter each layer, and each `z_l`.
-    """
-    entering, outgoing = [x], []
-    for weight in weights:
-        outgoing.append(weight @ entering[-1])
-        entering.append(gelu(outgoing[-1]))
-    z = outgoing[-1]
-    if memory.norm == "layer":
-        return x + layer_norm(z, *norm), entering[:-1], outgoing
-    return (x + z if memory.residual else z), entering[:-1], outgoing
-
-
-def inner_loss(
-    weights: Sequence[Array], k: Array, v: Array, memory: MemoryConfig, norm: Norm = None
-) -> float:
-    """Return `-<M(k), v>` (dot) or `||M(k) - v||²` (l2) for key k [k] and value v [v]."""
-    y = mlp(weights, k, memory, norm)[0]
-    return float(-(y @ v) if memory.objective == "dot" else (y - v) @ (y - v))
-
-
-def inner_gradient(
-    weights: Sequence[Array], k: Array, v: Array, memory: MemoryConfig, norm: Norm = None
-) -> list[tuple[Array, Array]]:
-    """Return the inner loss's gradient as one pair (δ [out], a [in]) a layer, first layer first.
-
-    Layer l's gradient is `δ_l a_{l-1}ᵀ`. Nothing is clipped here: the δ handed to the layer below
-    is the unscaled one.
-    """
-    y, entering, outgoing = mlp(weights, k, memory, norm)
-    delta = -v if memory.objective == "dot" else 2.0 * (y - v)
-    if memory.norm == "layer":
-        delta = layer_norm_backward(delta, outgoing[-1], norm[0])
-    pairs = [(delta, entering[-1])]
-    for layer in range(len(weights) - 1, 0, -1):
-        delta = (weights[layer].T @ delta) * gelu_slope(outgoing[layer - 1])
-        pairs.insert(0, (delta, entering[layer - 1]))
-    return pairs
-
-
-def clipped(delta: Array, activation: Array, clip: float | None) -> Array:
-    """Return `δ aᵀ` [out, in], scaled down to a Frobenius norm of at most `clip`."""
-    gradient = np.outer(delta, activation)
-    if clip is None:
-        return gradient
-    size = math.sqrt((delta @ delta) * (activation @ activation) + CLIP_EPS)
-    return gradient * (clip / max(clip, size))
-
-
 def read(memory: Memory, q: Array, config: MemoryConfig, norm: Norm = None) -> Array:
     """Return M(q) [v] for q [k]."""
     if config.kind in ("dla", "titans"):
         return mlp(memory.weights, q, config, norm)[0]
     (weight,) = memory.weights
-    if config.kind == "swla":
+    if config.kind in ("swla", "delta"):
         return weight @ q
     phi = feature(q, config)
     if not config.normalize:
@@ -190,6 +110,11 @@ def write(
             k_before, v_before = state.previous
             new = new + by.previous * np.outer(v_before, k_before)
         weights = (new,)
+    elif config.kind == "delta":  # arXiv:2412.06464
+        kept = weights[0] @ (np.eye(len(k)) - by.step * np.outer(k, k))
+        weights = (by.retention * kept + by.step * np.outer(v, k),)
+    elif config.written_layers == "last":
+        weights, momentum = write_last_layer(state, k, v, by, config)
     else:
         pairs = inner_gradient(anchor, k, v, config, norm)
         steps = [by.step * clipped(delta, a, config.inner_clip) for delta, a in pairs]
@@ -203,6 +128,23 @@ def write(
             for target, w, x in zip(state.target, weights, changes, strict=True)
         )
     return State(Memory(weights, normalizer), momentum, (k, v), state.target)
+
+
+def write_last_layer(
+    state: State, k: Array, v: Array, by: Write, config: MemoryConfig
+) -> tuple[Layers, Layers | None]:
+    """Return the weights and the momentum after a write to the last layer.
+
+    The gradient is taken at the memory before the token, whatever the chunk.
+    """
+    weights, momentum = state.memory.weights, state.momentum
+    delta, a = inner_gradient(weights, k, v, config)[-1]
+    change = -by.step * np.outer(delta, a)
+    if config.kind == "titans":
+        change = by.momentum * momentum[-1] + change
+        momentum = (*momentum[:-1], change)
+    last = state.target[-1] + by.retention * (weights[-1] - state.target[-1]) + change
+    return (*weights[:-1], last), momentum
 
 
 def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = None) -> list[int]:
@@ -374,7 +316,9 @@ def memory_caching(
     def states(layer: int) -> Array:
         return stack(lambda head: [m.weights[layer] for m in head.cached]).swapaxes(1, 2)
 
-    memory, layers = config.memory, range(len(initial))
+    memory = config.memory
+    last_only = getattr(memory, "written_layers", "all") == "last"
+    layers = range(len(initial) - 1 if last_only else 0, len(initial))
     normalized = memory.kind == "linear" and memory.normalize
     normalizers = stack(lambda head: [m.normalizer for m in head.cached])
     return OracleResult(

@@ -13,6 +13,7 @@ from mc_jax.backends.base import (
     make_memory,
     register_backend,
 )
+from mc_jax.backends.delta import DeltaMemory
 from mc_jax.backends.dla import DLA
 from mc_jax.backends.linear import LinearMemory
 from mc_jax.backends.swla import SWLA
@@ -23,6 +24,7 @@ __all__ = [
     "SWLA",
     "ChunkDecay",
     "Coefficients",
+    "DeltaMemory",
     "LinearMemory",
     "MatrixMemory",
     "Memory",

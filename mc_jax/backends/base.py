@@ -72,12 +72,17 @@ class Memory:
     Attributes:
         config: the memory's configuration.
         norm: (gain, bias) of the layer norm, or None.
-        target: weights [h, o, i] to which retention decays the memory; empty = zero.
+        initial: weights W_0 per layer, each [h, o, i].
     """
 
     config: Any  # the MemoryConfig subclass of the registered kind
     norm: Norm = None
-    target: Weights = ()
+    initial: Weights = ()
+
+    @property
+    def target(self) -> Weights:
+        """Weights [h, o, i] to which retention decays the memory; empty = zero."""
+        return self.prepare(self.initial) if self.config.decays_to_initial else ()
 
     def prepare(self, initial: Weights) -> Weights:
         """Convert initial weights [h, o, i] to the weights of the state."""
@@ -102,12 +107,24 @@ class Memory:
 
         The default is `W_t = α_t W_{t-1} - η_t G_t`.
         """
-        updates = self.rank_one_updates(state.anchor or state.weights, k, v)
         step = coefficients.step[..., None, None]
-        gradient = outer_products(updates, state.weights[0].dtype)
+        gradient = self.gradient(state, k, v, coefficients)
         retained = self.retain(state.weights, coefficients.retention)
         new = tuple(w - step * g for w, g in zip(retained, gradient, strict=True))
         return state._replace(weights=new)
+
+    def gradient(
+        self, state: MemoryState, k: Array, v: Array, coefficients: Coefficients
+    ) -> Weights:
+        """Return the inner gradients [..., h, o, i] of one token; arguments as in `update`."""
+        weights = state.anchor or state.weights
+        updates = self.rank_one_updates(weights, k, v)
+        if self.config.delta_rule:
+            (a,), (errors,) = updates
+            slope = self.error_slope(coefficients)[..., None]
+            read = apply_weights(weights, k.dtype)(0, a)
+            updates = RankOneUpdates((a,), (errors + scale_rows(slope, read),))
+        return outer_products(updates, weights[0].dtype)
 
     def read(self, apply: Apply, q: Array) -> Array:
         """Read queries [..., h, c, k]; `apply` computes the memory's linear maps."""
@@ -126,8 +143,38 @@ class Memory:
         raise TypeError(f"{type(self).__name__} must define loss")
 
     def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
-        """Return the inner gradients of k [..., h, c, k] and v [..., h, c, v] at `weights`."""
+        """Return the inner gradients of k [..., h, c, k] and v [..., h, c, v] at `weights`.
+
+        With the delta rule, return those at the zero memory.
+        """
         raise TypeError(f"{type(self).__name__} must define rank_one_updates")
+
+    def error_slope(self, coefficients: Coefficients) -> Array:
+        """Return c_t [..., h, c] of the delta rule: the error is `c_t W_{t-1} a_t + e_t`."""
+        raise TypeError(f"{type(self).__name__} must define error_slope")
+
+    def apply_updates(
+        self, state: MemoryState, updates: RankOneUpdates, decay: ChunkDecay, dtype: jnp.dtype
+    ) -> MemoryState:
+        """Return the state after a chunk, from the state [..., h, o, i] before it (section 6).
+
+        `W_c = P_c W_0 + Q_c S_0 - Σ_i C[c, i] G_i`, with c the last token; with a target T of the
+        retention, `(1 - P_c) T` is added. `S_c = momentum_retention S_0 - Σ_i momentum_updates[i]
+        G_i`.
+        """
+        retained = self.retain(state.weights, decay.state[..., -1])
+        gradients = sum_updates(updates, decay.updates[..., -1, :], dtype)
+        weights = tuple(w - g for w, g in zip(retained, gradients, strict=True))
+        if decay.momentum is None:
+            return state._replace(weights=weights)
+        assert decay.momentum_updates is not None
+        assert decay.momentum_retention is not None
+        share = decay.momentum[..., -1, None, None]
+        weights = tuple(w + share * s for w, s in zip(weights, state.momentum, strict=True))
+        retention = decay.momentum_retention[..., None, None]
+        gradients = sum_updates(updates, decay.momentum_updates, dtype)
+        momentum = tuple(retention * s - g for s, g in zip(state.momentum, gradients, strict=True))
+        return state._replace(weights=weights, momentum=momentum)
 
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
         """Return the decay weights of a chunk; `write_mask` [..., h, c] is 0 at masked tokens.
@@ -192,8 +239,7 @@ def make_memory(config: MemoryConfig, norm: Norm = None, initial: Weights = ()) 
     Raises:
         ValueError: the kind has no backend in this framework.
     """
-    target = initial if config.decays_to_initial else ()
-    return find_backend(BACKENDS, config.kind, "mc_jax")(config, norm, target)
+    return find_backend(BACKENDS, config.kind, "mc_jax")(config, norm, initial)
 
 
 def outer_products(updates: RankOneUpdates, dtype: jnp.dtype) -> Weights:
@@ -202,6 +248,15 @@ def outer_products(updates: RankOneUpdates, dtype: jnp.dtype) -> Weights:
         delta[..., 0, :, None].astype(dtype) * a[..., 0, None, :].astype(dtype)
         for a, delta in zip(updates.activations, updates.errors, strict=True)
     )
+
+
+def sum_updates(updates: RankOneUpdates, scale: Array, dtype: jnp.dtype) -> Weights:
+    """Return `Σ_i scale_i δ_i a_iᵀ` of each layer; `scale` is [..., h, e]."""
+
+    def layer_sum(a: Array, delta: Array) -> Array:
+        return einsum_f32("...eo,...ei->...oi", scale_rows(scale, delta), a, dtype=dtype)
+
+    return tuple(map(layer_sum, updates.activations, updates.errors))
 
 
 def apply_weights(weights: Weights, dtype: jnp.dtype) -> Apply:
@@ -225,6 +280,17 @@ def decay_products(x: Array) -> Array:
     total = running_sum(jnp.where(after, logs[..., None], 0))
     causal = jnp.tril(jnp.ones((c, c + 1), bool), k=1)
     return jnp.exp(jnp.where(causal, total, -jnp.inf))
+
+
+def previous_token(decay: ChunkDecay) -> ChunkDecay:
+    """Return the decay weights of W_{t-1} from those of W_t."""
+    state, updates, momentum = decay.state, decay.updates, decay.momentum
+    state = jnp.concatenate([jnp.ones_like(state[..., :1]), state[..., :-1]], axis=-1)
+    updates = jnp.concatenate([jnp.zeros_like(updates[..., :1, :]), updates[..., :-1, :]], axis=-2)
+    if momentum is not None:
+        first = jnp.zeros_like(momentum[..., :1])
+        momentum = jnp.concatenate([first, momentum[..., :-1]], axis=-1)
+    return decay._replace(state=state, updates=updates, momentum=momentum)
 
 
 def mask_coefficients(coefficients: Coefficients, write_mask: Array) -> Coefficients:

@@ -7,7 +7,14 @@ Losses: `dot`, `-<M(k), v>`, with output gradient -v; `l2`, `||M(k) - v||²`, wi
 import jax.numpy as jnp
 
 from mc_core.config import CLIP_EPS
-from mc_jax.backends.base import Apply, Memory, RankOneUpdates, Weights
+from mc_jax.backends.base import (
+    Apply,
+    Coefficients,
+    Memory,
+    RankOneUpdates,
+    Weights,
+    apply_weights,
+)
 from mc_jax.numerics import (
     Array,
     einsum_f32,
@@ -17,6 +24,7 @@ from mc_jax.numerics import (
     save_for_backward,
     scale_rows,
     standardize,
+    state_dtype,
 )
 
 
@@ -24,12 +32,12 @@ class MLPMemory(Memory):
     """Base class of `dla` and `titans`, which differ only in the write."""
 
     def read(self, apply: Apply, q: Array) -> Array:
-        return self._output(apply(self.config.depth - 1, self._hidden(apply, q)), q)
+        return self._output(apply(self._last, self._hidden(apply, q)), q)
 
     def read_weighted(self, apply: Apply, q: Array, weight: Array) -> Array:
         if self.norm is not None:
             return scale_rows(weight, self.read(apply, q))
-        y = apply(self.config.depth - 1, scale_rows(weight, self._hidden(apply, q)))
+        y = apply(self._last, scale_rows(weight, self._hidden(apply, q)))
         return y + scale_rows(weight, q) if self.config.residual else y
 
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
@@ -39,7 +47,16 @@ class MLPMemory(Memory):
             return jnp.sum((y - target) * (y - target), axis=-1)
         return -jnp.sum(y * target, axis=-1)
 
+    def prepare(self, initial: Weights) -> Weights:
+        return initial[self.config.fixed_layers :]
+
+    def error_slope(self, coefficients: Coefficients) -> Array:
+        return jnp.full_like(coefficients.step, 2.0 * self.config.has_l2_loss)
+
     def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
+        if self.config.written_layers == "last":
+            errors = self._output_gradient(jnp.zeros_like(v, dtype=state_dtype(v.dtype)), k, v)
+            return RankOneUpdates((self._features(k),), (errors,))
         dtype, last = k.dtype, self.config.depth - 1
         activations, outputs = [k], []
         for layer, weight in enumerate(weights):
@@ -56,11 +73,29 @@ class MLPMemory(Memory):
             errors = [_clip_errors(d, a, clip) for d, a in zip(errors, activations, strict=True)]
         return RankOneUpdates(tuple(activations), tuple(errors))
 
+    @property
+    def _last(self) -> int:
+        """Index of the last layer among those of the state."""
+        return self.config.depth - 1 - self.config.fixed_layers
+
     def _hidden(self, apply: Apply, q: Array) -> Array:
         """Return the input of the last layer."""
+        if self.config.written_layers == "last":
+            return self._features(q)
         for layer in range(self.config.depth - 1):
             q = gelu(apply(layer, q))
         return q
+
+    def _features(self, x: Array) -> Array:
+        """Return the input [..., h, c, i] of the last layer from the fixed layers, normalized.
+
+        Standardized over its units and scaled to norm 1, so that a step of 1/2 stores a token.
+        """
+        fixed = apply_weights(self.initial[: self.config.fixed_layers], x.dtype)
+        z = x
+        for layer in range(self.config.fixed_layers):
+            z = gelu(save_for_backward(fixed(layer, z)))
+        return standardize(z)[0] * z.shape[-1] ** -0.5 if self.config.fixed_layers else x
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:

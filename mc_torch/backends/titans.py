@@ -11,7 +11,6 @@ from mc_torch.backends.base import (
     MemoryState,
     decay_products,
     mask_coefficients,
-    outer_products,
     register_backend,
 )
 from mc_torch.backends.mlp import MLPMemory
@@ -26,7 +25,7 @@ class Titans(MLPMemory):
         self, state: MemoryState, k: Array, v: Array, coefficients: Coefficients
     ) -> MemoryState:
         assert coefficients.momentum is not None
-        gradient = outer_products(self.rank_one_updates(state.anchor, k, v), state.weights[0].dtype)
+        gradient = self.gradient(state, k, v, coefficients)
         step, momentum = coefficients.step[..., None, None], coefficients.momentum[..., None, None]
         surprise = tree_map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
         retained = self.retain(state.weights, coefficients.retention)

@@ -134,8 +134,8 @@ def test_configurations_are_frozen_with_derived_values():
     gated = {a: MCConfig(**LAYER, aggregation=a).gated for a in AGGREGATIONS}
     assert [a for a, is_gated in gated.items() if is_gated] == ["grm", "soup", "ssc"]
     for name, memory in MEMORIES.items():
-        deep = name.startswith(("dla", "titans"))
-        assert MCConfig(**LAYER, memory=memory).normalizes_qk == deep
+        unit_keys = name.startswith(("delta", "dla", "titans"))
+        assert MCConfig(**LAYER, memory=memory).normalizes_qk == unit_keys
         assert MCConfig(**LAYER, memory=memory, qk_norm="l2").normalizes_qk
         assert not MCConfig(**LAYER, memory=memory, qk_norm="none").normalizes_qk
     assert ModelConfig(**{**MODEL, "layer": MCConfig(48, 2)}).ffn_dim == 128

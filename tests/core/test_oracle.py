@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from helpers.oracle_cases import Array, Coefficients, OracleCase, close, make_case
+from helpers.oracle_mlp import inner_gradient, mlp
 from mc_core import DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
-from oracle import OracleResult, inner_gradient, lengths_of, mlp
+from oracle import OracleResult, lengths_of
 
 MEMORIES = {
     "linear": LinearConfig(),

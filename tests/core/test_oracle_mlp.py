@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from helpers.oracle_cases import close, make_case
+from helpers.oracle_mlp import clipped, gelu, inner_gradient, inner_loss, mlp
 from mc_core import DLAConfig
-from oracle import clipped, gelu, inner_gradient, inner_loss, mlp
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

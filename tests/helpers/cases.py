@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mc_core import DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
+from mc_core import DeltaConfig, DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
 
 Array = np.ndarray
 
@@ -24,8 +24,14 @@ MEMORIES: dict[str, Any] = {
     "titans-flat": TitansConfig(depth=1, inner_clip=None),
     "titans-norm": TitansConfig(expansion=1, norm="layer", inner_clip=0.5),
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
+    "delta": DeltaConfig(),
+    "titans-last": TitansConfig(expansion=2, written_layers="last", inner_clip=None),
+    "titans-last-initial": TitansConfig(
+        depth=3, expansion=1, written_layers="last", retention_target="initial", inner_clip=None
+    ),
+    "dla-last": DLAConfig(expansion=2, written_layers="last", residual=False, inner_clip=None),
 }
-MATRICES = ("linear", "linear-elu", "swla")  # reads are linear in the weights
+MATRICES = ("linear", "linear-elu", "swla", "delta", "dla-last")  # reads are linear in the weights
 KINDS = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")
@@ -126,15 +132,13 @@ def make_case(
     """
     memory = MEMORIES[memory] if isinstance(memory, str) else memory
     rng = np.random.default_rng(seed)
-    mlp = memory.kind in ("dla", "titans")
-    adds_input = mlp and (memory.residual or memory.norm == "layer")
-    value_width = value_width or (width if adds_input else width - 1)
+    value_width = value_width or (width if memory.adds_input else width - 1)
     config = MCConfig(
         heads * width, heads, memory, aggregation, **{"segment_size": 4, "chunk_size": 3, **options}
     )
     q, k, u = rng.standard_normal((3, batch, tokens, heads, width))
     v = rng.standard_normal((batch, tokens, heads, value_width))
-    if mlp:  # as in the layer: otherwise the unclipped inner loop diverges
+    if memory.normalizes_qk:  # as in the layer: otherwise the unclipped inner loop diverges
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     depth = getattr(memory, "depth", 1)
     dims = [width, *[width * getattr(memory, "expansion", 1)] * (depth - 1), value_width]
@@ -142,14 +146,16 @@ def make_case(
         rng.standard_normal((heads, out, into)) / np.sqrt(into) for into, out in pairwise(dims)
     )
     shape = (batch, tokens, heads)
+    largest = 0.3 if memory.gradient_uses_weights else 0.9 if memory.delta_rule else 1.5
     coefficients = Coefficients(
-        step=rng.uniform(0.05, 0.3 if mlp else 1.5, shape),
+        step=rng.uniform(0.05, largest, shape),
         retention=rng.uniform(0.7, 1.0, shape),
-        momentum=rng.uniform(0.2, 0.9, shape) if memory.kind == "titans" else None,
-        previous=rng.uniform(-1.0, 1.0, shape) if memory.kind == "swla" else None,
+        momentum=rng.uniform(0.2, 0.9, shape) if memory.has_momentum else None,
+        previous=rng.uniform(-1.0, 1.0, shape) if memory.uses_previous_token else None,
     )
-    has_norm = getattr(memory, "norm", "none") == "layer"
-    norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width))) if has_norm else None
+    norm = None
+    if memory.has_layer_norm:
+        norm = tuple(rng.uniform(-1.5, 1.5, (2, heads, value_width)))
     return FunctionCase(
         q,
         k,

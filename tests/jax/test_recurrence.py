@@ -112,6 +112,8 @@ def test_both_methods_match_oracle_on_large_grid(case):
         ("segments-of-one", "swla", "checkpoint"),
         ("uneven", "titans", "restart"),
         ("masked-segment", "swla", "restart"),
+        ("uneven", "delta", "checkpoint"),
+        ("uneven", "titans-last-initial", "checkpoint"),
     ],
 )
 def test_segment_edges_match_oracle(edge, memory, mode):
@@ -176,7 +178,7 @@ def test_chunked_matches_recurrent_with_zero_retention(memory):
 
 
 # All pairs are slow tests; PyTorch compares each kind and aggregation quickly.
-QUICK = (("titans-norm", "residual"), ("linear", "none"))
+QUICK = (("titans-norm", "residual"), ("linear", "none"), ("titans-last-initial", "soup"))
 
 
 def check_gradients(memory: str, aggregation: str, options: dict[str, Any]) -> None:

@@ -113,6 +113,17 @@ def test_split_stream_matches_full_pass(number):
         assert_same_stream(case, expected, splits)
 
 
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode"),
+    [("delta", "grm", "checkpoint"), ("titans-last-initial", "soup", "restart")],
+)
+def test_delta_rule_stream_matches_full_pass(memory, aggregation, mode):
+    case = make_case(memory, aggregation, tokens=TOKENS, mask="some", state_init_mode=mode)
+    expected = torch_calls.run(case)
+    for splits in (SPLITS[0], SPLITS[2]):
+        assert_same_stream(case, expected, splits)
+
+
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(

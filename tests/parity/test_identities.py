@@ -11,11 +11,11 @@ import pytest
 
 from helpers import jax_calls, torch_calls
 from helpers.cases import AGGREGATIONS, GATED, FunctionCase, assert_close, expand_mask, make_case
-from mc_core import DLAConfig, LinearConfig, TitansConfig
+from mc_core import DeltaConfig, DLAConfig, LinearConfig, TitansConfig
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 EXACT = 1e-10
-DEEP = ("dla", "dla-deep", "titans", "titans-norm")
+DEEP = ("dla", "dla-deep", "dla-last", "titans", "titans-norm", "titans-last")
 
 
 PACKAGES = {"jax": jax_calls, "torch": torch_calls}
@@ -138,9 +138,12 @@ def test_checkpoint_state_is_independent_of_segments(package):
         )
 
 
-@pytest.mark.parametrize("memory", ["linear", "linear-normalized", "swla"])
-def test_matrix_memories_are_independent_of_chunk_size(package, memory):
-    """Their gradient does not depend on the memory (section 2, chunks)."""
+@pytest.mark.parametrize(
+    "memory",
+    ["linear", "linear-normalized", "swla", "delta", "titans-last", "titans-last-initial"],
+)
+def test_memory_is_independent_of_chunk_size(package, memory):
+    """The gradient does not depend on the memory, or is exact for every chunk (section 2)."""
     case = make_case(memory, "grm", chunk_size=1)
     assert_same_results(package, case, case.with_config(chunk_size=4))
 
@@ -167,10 +170,32 @@ def test_depth_one_mlp_with_l2_loss_is_delta_rule_with_momentum(package):
     assert_close(np.asarray(result.cache.state.momentum[0])[0, 0], s, EXACT)
 
 
+def test_delta_rule_is_depth_one_titans_without_momentum_and_decay(package):
+    """Section 2: with chunks of one token, and half the step, because the L2 loss has no half."""
+    memory = TitansConfig(depth=1, residual=False, inner_clip=None)
+    case = make_case(memory, "grm", chunk_size=1, mask="some")
+    ones = np.ones_like(case.coefficients.step)
+    coefficients = case.coefficients._replace(retention=ones, momentum=0 * ones)
+    delta = coefficients._replace(step=2 * coefficients.step, momentum=None)
+    other = case.with_config(memory=DeltaConfig(), chunk_size=4)
+    case, other = case._replace(coefficients=coefficients), other._replace(coefficients=delta)
+    assert_close(package.run(case, "recurrent").output, package.run(other).output, EXACT)
+
+
+def test_written_last_layer_of_depth_one_is_chunks_of_one_token(package):
+    memory = TitansConfig(depth=1, inner_clip=None)
+    case = make_case(memory, "ssc", chunk_size=1, mask="some")
+    exact = TitansConfig(depth=1, inner_clip=None, written_layers="last")
+    other = case.with_config(memory=exact, chunk_size=4)
+    assert_close(package.run(case, "recurrent").output, package.run(other).output, EXACT)
+
+
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"),
     [
         ("linear", "ssc", "restart"),
+        ("delta", "soup", "checkpoint"),
+        ("titans-last", "residual", "restart"),
         ("swla", "grm", "checkpoint"),
         ("dla", "soup", "restart"),
         ("titans", "residual", "restart"),

@@ -27,6 +27,7 @@ from helpers.cases import (
     make_mask,
 )
 from helpers.layer_oracle import CONFIGS, layer_oracle, make_layer, parameters
+from helpers.oracle_mlp import inner_loss
 from mc_core import LinearConfig, MCConfig
 from mc_core.segmentation import make_plan as jax_plan
 from mc_torch.chunk_layout import make_plan as torch_plan
@@ -45,7 +46,8 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
 
     def tensors(state: oracle.State) -> list[Array]:
         normalizer = state.memory.normalizer
-        return [*state.memory.weights, *([] if normalizer is None else [normalizer])]
+        weights = state.memory.weights[memory.fixed_layers :]
+        return [*weights, *([] if normalizer is None else [normalizer])]
 
     def norm(arrays: Any) -> float:
         return float(np.sqrt(sum((x**2).sum() for x in arrays)))
@@ -55,9 +57,10 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
 
         def loss(state: oracle.State, k: Array, v: Array, gain: Any = gain) -> float:
             if memory.kind in ("dla", "titans"):
-                return oracle.inner_loss(state.memory.weights, k, v, memory, gain)
+                return inner_loss(state.memory.weights, k, v, memory, gain)
             x = oracle.feature(k, memory) if memory.kind == "linear" else k
-            return float(-(state.memory.weights[0] @ x) @ v)
+            y = state.memory.weights[0] @ x
+            return float((y - v) @ (y - v) if memory.has_l2_loss else -y @ v)
 
         start = oracle.start(tuple(w[head] for w in case.initial), memory)
         state, token = start, 0
@@ -89,8 +92,7 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
             ]
             if tokens:
                 means = [np.mean([loss(at, k, v) for k, v in tokens]) for at in (first, state)]
-                l2 = getattr(memory, "objective", "dot") == "l2"
-                scale = means[0] if l2 else np.mean([v @ v for _, v in tokens])
+                scale = means[0] if memory.has_l2_loss else np.mean([v @ v for _, v in tokens])
                 segments[:, row, segment, head] = *means, scale
         written = np.flatnonzero(np.ones(t) if case.mask is None else case.mask[row])
         late = statistics[2, row, written[len(written) // 2 :], head]

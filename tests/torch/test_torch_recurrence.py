@@ -61,7 +61,14 @@ def test_both_methods_match_oracle_on_large_grid(case):
 
 
 @pytest.mark.parametrize(
-    ("memory", "mode"), [("swla", "checkpoint"), ("swla", "restart"), ("titans", "restart")]
+    ("memory", "mode"),
+    [
+        ("swla", "checkpoint"),
+        ("swla", "restart"),
+        ("titans", "restart"),
+        ("delta", "checkpoint"),
+        ("titans-last-initial", "checkpoint"),
+    ],
 )
 @pytest.mark.parametrize("edge", EDGES)
 def test_segment_edges_match_oracle(edge, memory, mode):

@@ -1,0 +1,105 @@
+"""Exact chunks of the delta rule: all errors of a chunk from one triangular system.
+
+The error of token i depends on the memory before it, which contains the updates of the earlier
+tokens of the chunk (section 6):
+
+    δ_i = c_i W_{i-1} a_i + e_i
+    W_{i-1} = P_{i-1} W_0 + Q_{i-1} S_0 - Σ_{j<i} C[i-1, j] δ_j a_jᵀ
+
+so that `(I + L) δ = e + c P (W_0 a) + c Q (S_0 a)`, with `L[i, j] = c_i C[i-1, j] <a_i, a_j>`
+strictly lower triangular. The solution is affine in W_0 and S_0. Its maps are computed for all
+chunks in parallel; only their products with W_0 and S_0 are sequential.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mc_jax.backends.base import ChunkDecay, MemoryState, RankOneUpdates, Weights, previous_token
+from mc_jax.numerics import Array, einsum_f32, scale_rows
+
+
+class ErrorMaps(NamedTuple):
+    """Errors of a chunk as an affine map of the state: `δ = errors + weights W_0ᵀ + momentum S_0ᵀ`.
+
+    Leading axes [..., h], the chunk's tokens c.
+    """
+
+    activations: Array  # a [..., c, i]
+    errors: Array  # [..., c, o]
+    weights: Array  # [..., c, i]
+    momentum: Array | None  # [..., c, i]; None without momentum
+
+
+def solve_chunks(
+    updates: RankOneUpdates,
+    decay: ChunkDecay,
+    slope: Array,
+    target: Weights,
+    dtype: jnp.dtype,
+) -> ErrorMaps:
+    """Solve the triangular systems of chunks.
+
+    Args:
+        updates: activations a [..., h, c, i], and the errors e [..., h, c, o] at the zero memory.
+        decay: decay weights of the chunks.
+        slope: c [..., h, c].
+        target: weights [h, o, i] to which retention decays the memory; empty = zero.
+        dtype: compute dtype of the products.
+    """
+    (a,), (errors,) = updates
+    before = previous_token(decay)
+    scale = slope * before.state
+    gram = einsum_f32("...ci,...ei->...ce", a, a, dtype=dtype)
+    lower = slope[..., None] * before.updates * gram
+    errors = errors.astype(lower.dtype)
+    if target:
+        rest = scale_rows(slope - scale, a)
+        errors += einsum_f32("...oi,...ci->...co", target[0], rest, dtype=dtype)
+    columns = [errors, scale_rows(scale, a)]
+    if before.momentum is not None:
+        columns.append(scale_rows(slope * before.momentum, a))
+    inverse = unit_lower_inverse(lower)
+    columns = jnp.concatenate(columns, axis=-1)
+    solution = einsum_f32("...ce,...ei->...ci", inverse, columns, exact=True)
+    o, i = errors.shape[-1], a.shape[-1]
+    return ErrorMaps(
+        activations=a,
+        errors=solution[..., :o],
+        weights=solution[..., o : o + i],
+        momentum=None if before.momentum is None else solution[..., o + i :],
+    )
+
+
+def chunk_errors(maps: ErrorMaps, state: MemoryState, dtype: jnp.dtype) -> Array:
+    """Return the errors [..., h, c, o] of a chunk that starts at `state`."""
+    errors = maps.errors
+    errors += einsum_f32("...oi,...ci->...co", state.weights[0], maps.weights, dtype=dtype)
+    if maps.momentum is not None:
+        errors += einsum_f32("...oi,...ci->...co", state.momentum[0], maps.momentum, dtype=dtype)
+    return errors
+
+
+def unit_lower_inverse(lower: Array) -> Array:
+    """Return the inverse of `I + lower` for strictly lower triangular `lower` [..., c, c].
+
+    Block forward substitution: from the inverses A and D of two neighbouring diagonal blocks
+    with B below A, that of the block of twice the size is `[[A, 0], [-D B A, D]]`. Matrix products
+    only: on CPU, `jax.scipy.linalg.solve_triangular` can deadlock.
+    """
+    *lead, c, _ = lower.shape
+    padded = 1 << (c - 1).bit_length()
+    lower = jnp.pad(lower, [(0, 0)] * len(lead) + [(0, padded - c)] * 2)
+    inverse = jnp.ones_like(lower[..., 0]).reshape(*lead, padded, 1, 1)  # diagonal blocks
+    size = 1
+    while size < padded:
+        pairs = padded // (2 * size)
+        blocks = lower.reshape(*lead, pairs, 2 * size, pairs, 2 * size)
+        below = jnp.diagonal(blocks[..., size:, :, :size], axis1=-4, axis2=-2)
+        below = jnp.moveaxis(below, -1, -3)  # [..., pairs, size, size]
+        first, second = jnp.moveaxis(inverse.reshape(*lead, pairs, 2, size, size), -3, 0)
+        low = -einsum_f32("...ab,...bc,...cd->...ad", second, below, first, exact=True)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([low, second], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[..., 0, :c, :c]

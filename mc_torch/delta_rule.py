@@ -1,0 +1,80 @@
+"""Exact chunks of the delta rule: all errors of a chunk from one triangular system.
+
+The error of token i depends on the memory before it, which contains the updates of the earlier
+tokens of the chunk (section 6):
+
+    δ_i = c_i W_{i-1} a_i + e_i
+    W_{i-1} = P_{i-1} W_0 + Q_{i-1} S_0 - Σ_{j<i} C[i-1, j] δ_j a_jᵀ
+
+so that `(I + L) δ = e + c P (W_0 a) + c Q (S_0 a)`, with `L[i, j] = c_i C[i-1, j] <a_i, a_j>`
+strictly lower triangular. The solution is affine in W_0 and S_0. Its maps are computed for all
+chunks in parallel; only their products with W_0 and S_0 are sequential.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from mc_torch.backends.base import ChunkDecay, MemoryState, RankOneUpdates, Weights, previous_token
+from mc_torch.numerics import Array, einsum_f32, scale_rows
+
+
+class ErrorMaps(NamedTuple):
+    """Errors of a chunk as an affine map of the state: `δ = errors + weights W_0ᵀ + momentum S_0ᵀ`.
+
+    Leading axes [..., h], the chunk's tokens c.
+    """
+
+    activations: Array  # a [..., c, i]
+    errors: Array  # [..., c, o]
+    weights: Array  # [..., c, i]
+    momentum: Array | None  # [..., c, i]; None without momentum
+
+
+def solve_chunks(
+    updates: RankOneUpdates,
+    decay: ChunkDecay,
+    slope: Array,
+    target: Weights,
+    dtype: torch.dtype,
+) -> ErrorMaps:
+    """Solve the triangular systems of chunks.
+
+    Args:
+        updates: activations a [..., h, c, i], and the errors e [..., h, c, o] at the zero memory.
+        decay: decay weights of the chunks.
+        slope: c [..., h, c].
+        target: weights [h, o, i] to which retention decays the memory; empty = zero.
+        dtype: compute dtype of the products.
+    """
+    (a,), (errors,) = updates
+    before = previous_token(decay)
+    scale = slope * before.state
+    gram = einsum_f32("...ci,...ei->...ce", a, a, dtype=dtype)
+    lower = slope[..., None] * before.updates * gram
+    errors = errors.to(lower.dtype)
+    if target:
+        rest = scale_rows(slope - scale, a)
+        errors = errors + einsum_f32("...oi,...ci->...co", target[0], rest, dtype=dtype)
+    columns = [errors, scale_rows(scale, a)]
+    if before.momentum is not None:
+        columns.append(scale_rows(slope * before.momentum, a))
+    solution = torch.linalg.solve_triangular(
+        lower, torch.cat(columns, dim=-1), upper=False, unitriangular=True
+    )
+    o, i = errors.shape[-1], a.shape[-1]
+    return ErrorMaps(
+        activations=a,
+        errors=solution[..., :o],
+        weights=solution[..., o : o + i],
+        momentum=None if before.momentum is None else solution[..., o + i :],
+    )
+
+
+def chunk_errors(maps: ErrorMaps, state: MemoryState, dtype: torch.dtype) -> Array:
+    """Return the errors [..., h, c, o] of a chunk that starts at `state`."""
+    read = einsum_f32("...oi,...ci->...co", state.weights[0], maps.weights, dtype=dtype)
+    errors = maps.errors + read
+    if maps.momentum is None:
+        return errors
+    return errors + einsum_f32("...oi,...ci->...co", state.momentum[0], maps.momentum, dtype=dtype)

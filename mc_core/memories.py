@@ -33,6 +33,8 @@ class MemoryConfig(Serializable):
         coefficient_fields: name of the field for each coefficient of `memory_caching`.
         gradient_uses_weights: True if the inner gradient is taken at the weights at the start of
             the chunk, and depends on them.
+        delta_rule: True if the error of token t is `c_t W_{t-1} a_t + e_t`, for every chunk size.
+            The backend then defines `error_slope`, and chunks solve for the errors.
         uses_previous_token: True if the write of a token uses the previous token's key and value.
         normalizes_qk: True if q and k are L2-normalized by default.
     """
@@ -44,6 +46,7 @@ class MemoryConfig(Serializable):
     ranges: ClassVar[dict[str, tuple[float, float]]]
     coefficient_fields: ClassVar[dict[str, str]] = {"step": "step", "retention": "retention"}
     gradient_uses_weights: ClassVar[bool] = False
+    delta_rule: ClassVar[bool] = False
     uses_previous_token: ClassVar[bool] = False
     normalizes_qk: ClassVar[bool] = False
 
@@ -74,14 +77,6 @@ class MemoryConfig(Serializable):
     @property
     def has_l2_loss(self) -> bool:
         """True if the inner loss is a squared distance to v, False if it is `-<M(k), v>`."""
-        return False
-
-    @property
-    def delta_rule(self) -> bool:
-        """True if errors depend on the memory before their token, for every chunk size.
-
-        The backend then defines `error_slope`: the error of token t is `c_t W_{t-1} a_t + e_t`.
-        """
         return False
 
     @property

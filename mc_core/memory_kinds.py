@@ -181,12 +181,12 @@ class MLPConfig(MemoryConfig):
         return self.written_layers == "last" and not self.adds_input
 
     @property
-    def gradient_uses_weights(self) -> bool:
+    def gradient_uses_weights(self) -> bool:  # type: ignore[override]
         """True if all layers are written."""
         return self.written_layers == "all"
 
     @property
-    def delta_rule(self) -> bool:
+    def delta_rule(self) -> bool:  # type: ignore[override]
         """True if only the last layer is written, in which an error is affine."""
         return self.written_layers == "last" and (self.has_l2_loss or self.has_momentum)
 

@@ -60,8 +60,8 @@ def solve_chunks(
     if before.momentum is not None:
         columns.append(scale_rows(slope * before.momentum, a))
     inverse = unit_lower_inverse(lower)
-    columns = jnp.concatenate(columns, axis=-1)
-    solution = einsum_f32("...ce,...ei->...ci", inverse, columns, exact=True)
+    right = jnp.concatenate(columns, axis=-1)
+    solution = einsum_f32("...ce,...ei->...ci", inverse, right, exact=True)
     o, i = errors.shape[-1], a.shape[-1]
     return ErrorMaps(
         activations=a,

@@ -55,8 +55,8 @@ class MLPMemory(Memory):
 
     def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
         if self.config.written_layers == "last":
-            errors = self._output_gradient(torch.zeros_like(v, dtype=state_dtype(v.dtype)), k, v)
-            return RankOneUpdates((self._features(k),), (errors,))
+            error = self._output_gradient(torch.zeros_like(v, dtype=state_dtype(v.dtype)), k, v)
+            return RankOneUpdates((self._features(k),), (error,))
         dtype, last = k.dtype, self.config.depth - 1
         activations, outputs = [k], []
         for layer, weight in enumerate(weights):

@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from mc_core import (
+    DeltaConfig,
     DLAConfig,
     LinearConfig,
     MCConfig,
@@ -78,6 +79,7 @@ def case(
 
 _LINEAR, _SWLA = LinearConfig(), SWLAConfig()
 _DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
+_TITANS_LAST = TitansConfig(expansion=2, written_layers="last", inner_clip=None)
 
 # Every pair of kind and aggregation once; other options are distributed over the pairs.
 QUICK = (
@@ -163,6 +165,18 @@ QUICK = (
         mixers=("attention", "window"),
         conv_width=3,
         splits=(6, 7),
+    ),
+    case(DeltaConfig(), "none", level="layer", mask="some"),
+    case(DeltaConfig(), "residual", "restart", mask="segment", chunk_size=5),
+    case(DeltaConfig(), "grm", mask="padded", splits=(5, 8)),
+    case(DeltaConfig(coefficients="head", learn_initial=True), "soup", "restart", level="layer"),
+    case(DeltaConfig(), "ssc", method="recurrent", tokens=11),
+    case(DeltaConfig(coefficients="constant"), "mean", level="layer", dtype="bfloat16"),
+    case(_TITANS_LAST, "grm", level="model", conv_width=4, splits=(5, 8), mask="some"),
+    case(
+        DLAConfig(expansion=2, written_layers="last", inner_clip=None, residual=False),
+        "residual",
+        level="layer",
     ),
 )
 

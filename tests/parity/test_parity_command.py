@@ -123,6 +123,7 @@ def test_quick_grid_covers_every_choice():
     assert {layer.normalizes_qk for layer in layers} == {True, False}
     assert {layer.value_norm for layer in layers} == set(VALUE_NORMS)
     assert {layer.memory.decays_to_initial for layer in layers} == {True, False}
+    assert {bool(layer.memory.fixed_layers) for layer in layers} == {True, False}
     assert any(getattr(layer.memory, "normalize", False) for layer in layers)
     assert any(layer.conv_width for layer in layers)
     assert any(layer.detach_cached_states for layer in layers)

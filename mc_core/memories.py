@@ -33,8 +33,8 @@ class MemoryConfig(Serializable):
         coefficient_fields: name of the field for each coefficient of `memory_caching`.
         gradient_uses_weights: True if the inner gradient is taken at the weights at the start of
             the chunk, and depends on them.
-        delta_rule: True if the error of token t is `c_t W_{t-1} a_t + e_t`, for every chunk size.
-            The backend then defines `error_slope`, and chunks solve for the errors.
+        delta_rule: True if the error of token t is `α_t W_{t-1} a_t + e_t`, for every chunk size.
+            The backend's `rank_one_updates` then returns a_t and e_t, those of the zero memory.
         uses_previous_token: True if the write of a token uses the previous token's key and value.
         normalizes_qk: True if q and k are L2-normalized by default.
     """

@@ -137,8 +137,10 @@ class MLPConfig(MemoryConfig):
     `retention_target="initial"` the retained memory is `W_0 + α_t (W_{t-1} - W_0)` in place of
     `α_t W_{t-1}`, which decays to zero weights, where all gradients of an MLP vanish. With
     `written_layers="last"` only the last layer is a memory; the others are parameters, whose output
-    is standardized and scaled to norm 1. The gradient is then taken at the memory before each
-    token, exactly for every chunk size; `inner_clip` must be None and `norm` "none". The default
+    is standardized and scaled to norm 1. With the L2 loss, writes then follow the delta rule,
+    exactly for every chunk size: the gradient of half the loss is taken at the memory before each
+    token, after its decay, and the step is `η_t (1 - β_t)`, so that no step in (0, 1) overshoots.
+    `inner_clip` must be None and `norm` "none". The default
     steps are tuned for chunks of 64. Writes of a chunk are summed, so short chunks need
     larger steps, especially for narrow memories (`expansion=1`).
     """
@@ -166,7 +168,9 @@ class MLPConfig(MemoryConfig):
         check_range(self, "inner_clip", 0.0, open_low=True)
         if self.written_layers == "last":
             # A clipped or normalized error is not affine in the weights.
-            for field, allowed in (("inner_clip", None), ("norm", "none")):
+            needed = [("inner_clip", None), ("norm", "none")]
+            needed += [("objective", "l2")] * self.has_momentum
+            for field, allowed in needed:
                 if (value := getattr(self, field)) != allowed:
                     reason = f"{allowed!r} if written_layers = 'last'"
                     raise_config_error(type(self).__name__, field, value, reason)
@@ -188,7 +192,7 @@ class MLPConfig(MemoryConfig):
     @property
     def delta_rule(self) -> bool:  # type: ignore[override]
         """True if only the last layer is written, in which an error is affine."""
-        return self.written_layers == "last" and (self.has_l2_loss or self.has_momentum)
+        return self.written_layers == "last" and self.has_l2_loss
 
     @property
     def fixed_layers(self) -> int:

@@ -1,14 +1,15 @@
 """Exact chunks of the delta rule: all errors of a chunk from one triangular system.
 
-The error of token i depends on the memory before it, which contains the updates of the earlier
-tokens of the chunk (section 6):
+The error of token i is taken at the memory before it, after its decay. This memory contains the
+updates of the earlier tokens of the chunk (section 6):
 
-    δ_i = c_i W_{i-1} a_i + e_i
+    δ_i = α_i W_{i-1} a_i + e_i
     W_{i-1} = P_{i-1} W_0 + Q_{i-1} S_0 - Σ_{j<i} C[i-1, j] δ_j a_jᵀ
 
-so that `(I + L) δ = e + c P (W_0 a) + c Q (S_0 a)`, with `L[i, j] = c_i C[i-1, j] <a_i, a_j>`
-strictly lower triangular. The solution is affine in W_0 and S_0. Its maps are computed for all
-chunks in parallel; only their products with W_0 and S_0 are sequential.
+so that `(I + L) δ = e + P_i (W_0 a_i) + α_i Q_{i-1} (S_0 a_i)`, with the strictly lower triangular
+`L[i, j] = α_i C[i-1, j] <a_i, a_j>`. The solution is affine in W_0 and S_0. Its maps are computed
+for all chunks in parallel; only their products with W_0 and S_0 are sequential. With a target T of
+the retention, e has another term `(1 - P_i) (T a_i)`.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class ErrorMaps(NamedTuple):
 def solve_chunks(
     updates: RankOneUpdates,
     decay: ChunkDecay,
-    slope: Array,
+    retention: Array,
     target: Weights,
     dtype: jnp.dtype,
 ) -> ErrorMaps:
@@ -43,22 +44,21 @@ def solve_chunks(
     Args:
         updates: activations a [..., h, c, i], and the errors e [..., h, c, o] at the zero memory.
         decay: decay weights of the chunks.
-        slope: c [..., h, c].
+        retention: α [..., h, c], 1 at masked tokens.
         target: weights [h, o, i] to which retention decays the memory; empty = zero.
         dtype: compute dtype of the products.
     """
     (a,), (errors,) = updates
     before = previous_token(decay)
-    scale = slope * before.state
     gram = einsum_f32("...ci,...ei->...ce", a, a, dtype=dtype)
-    lower = slope[..., None] * before.updates * gram
+    lower = retention[..., None] * before.updates * gram
     errors = errors.astype(lower.dtype)
     if target:
-        rest = scale_rows(slope - scale, a)
+        rest = scale_rows(1 - decay.state, a)
         errors += einsum_f32("...oi,...ci->...co", target[0], rest, dtype=dtype)
-    columns = [errors, scale_rows(scale, a)]
+    columns = [errors, scale_rows(decay.state, a)]
     if before.momentum is not None:
-        columns.append(scale_rows(slope * before.momentum, a))
+        columns.append(scale_rows(retention * before.momentum, a))
     inverse = unit_lower_inverse(lower)
     right = jnp.concatenate(columns, axis=-1)
     solution = einsum_f32("...ce,...ei->...ci", inverse, right, exact=True)

@@ -144,8 +144,8 @@ def scan_chunks(
         return _loop_with_weights(memory, chunks._replace(k=k, v=v), decay, state, start)
     updates = memory.rank_one_updates((), k, v)
     if memory.config.delta_rule:
-        slope = memory.error_slope(mask_coefficients(chunks.coefficients, chunks.write_mask))
-        maps = solve_chunks(updates, decay, slope, memory.target, k.dtype)
+        retention = mask_coefficients(chunks.coefficients, chunks.write_mask).retention
+        maps = solve_chunks(updates, decay, retention, memory.target, k.dtype)
         return _loop_delta_rule(memory, maps, decay, state, start, restarts, k.dtype)
     carried, final = _loop_sums(memory, updates, decay, state, start, restarts, k.dtype)
     return ScanResult(carried, (), updates, decay, final._replace(previous=previous))

@@ -133,18 +133,18 @@ def write(
 def write_last_layer(
     state: State, k: Array, v: Array, by: Write, config: MemoryConfig
 ) -> tuple[Layers, Layers | None]:
-    """Return the weights and the momentum after a write to the last layer.
+    """Return the weights and the momentum after a write to the last layer, for every chunk size.
 
-    The gradient is taken at the memory before the token, whatever the chunk.
+    With the L2 loss, the gradient of half the loss is taken at the memory after its decay.
     """
     weights, momentum = state.memory.weights, state.momentum
-    delta, a = inner_gradient(weights, k, v, config)[-1]
-    change = -by.step * np.outer(delta, a)
+    decayed = state.target[-1] + by.retention * (weights[-1] - state.target[-1])
+    delta, a = inner_gradient((*weights[:-1], decayed), k, v, config)[-1]
+    change = -by.step * np.outer(delta / (2 if config.objective == "l2" else 1), a)
     if config.kind == "titans":
-        change = by.momentum * momentum[-1] + change
+        change = by.momentum * momentum[-1] + (1 - by.momentum) * change
         momentum = (*momentum[:-1], change)
-    last = state.target[-1] + by.retention * (weights[-1] - state.target[-1]) + change
-    return (*weights[:-1], last), momentum
+    return (*weights[:-1], decayed + change), momentum
 
 
 def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = None) -> list[int]:

@@ -121,9 +121,9 @@ class Memory:
         updates = self.rank_one_updates(weights, k, v)
         if self.config.delta_rule:
             (a,), (errors,) = updates
-            slope = self.error_slope(coefficients)[..., None]
-            read = apply_weights(weights, k.dtype)(0, a)
-            updates = RankOneUpdates((a,), (errors + scale_rows(slope, read),))
+            retained = self.retain(weights, coefficients.retention)
+            errors = errors + apply_weights(retained, k.dtype)(0, a)
+            updates = RankOneUpdates((a,), (errors,))
         return outer_products(updates, weights[0].dtype)
 
     def read(self, apply: Apply, q: Array) -> Array:
@@ -148,10 +148,6 @@ class Memory:
         With the delta rule, return those at the zero memory.
         """
         raise TypeError(f"{type(self).__name__} must define rank_one_updates")
-
-    def error_slope(self, coefficients: Coefficients) -> Array:
-        """Return c_t [..., h, c] of the delta rule: the error is `c_t W_{t-1} a_t + e_t`."""
-        raise TypeError(f"{type(self).__name__} must define error_slope")
 
     def apply_updates(
         self, state: MemoryState, updates: RankOneUpdates, decay: ChunkDecay, dtype: jnp.dtype

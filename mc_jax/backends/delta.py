@@ -6,7 +6,7 @@ W_t = α_t W_{t-1} - β_t (α_t W_{t-1} k_t - v_t) k_tᵀ        y = W_t q
 import jax.numpy as jnp
 
 from mc_core.memory_kinds import DeltaConfig
-from mc_jax.backends.base import Apply, Coefficients, MatrixMemory, register_backend
+from mc_jax.backends.base import Apply, MatrixMemory, register_backend
 from mc_jax.numerics import Array
 
 
@@ -17,6 +17,3 @@ class DeltaMemory(MatrixMemory):
     def loss(self, apply: Apply, k: Array, v: Array) -> Array:
         y = apply(0, k)
         return jnp.sum((y - v.astype(y.dtype)) ** 2, axis=-1)
-
-    def error_slope(self, coefficients: Coefficients) -> Array:
-        return coefficients.retention

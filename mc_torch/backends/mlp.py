@@ -9,7 +9,6 @@ import torch
 from mc_core.config import CLIP_EPS
 from mc_torch.backends.base import (
     Apply,
-    Coefficients,
     Memory,
     RankOneUpdates,
     Weights,
@@ -50,12 +49,11 @@ class MLPMemory(Memory):
     def prepare(self, initial: Weights) -> Weights:
         return initial[self.config.fixed_layers :]
 
-    def error_slope(self, coefficients: Coefficients) -> Array:
-        return torch.full_like(coefficients.step, 2.0 * self.config.has_l2_loss)
-
     def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
         if self.config.written_layers == "last":
-            error = self._output_gradient(torch.zeros_like(v, dtype=state_dtype(v.dtype)), k, v)
+            error = -v.to(state_dtype(v.dtype))
+            if self.config.residual and self.config.has_l2_loss:
+                error = error + k.to(error.dtype)
             return RankOneUpdates((self._features(k),), (error,))
         dtype, last = k.dtype, self.config.depth - 1
         activations, outputs = [k], []

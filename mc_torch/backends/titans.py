@@ -26,7 +26,8 @@ class Titans(MLPMemory):
     ) -> MemoryState:
         assert coefficients.momentum is not None
         gradient = self.gradient(state, k, v, coefficients)
-        step, momentum = coefficients.step[..., None, None], coefficients.momentum[..., None, None]
+        momentum = coefficients.momentum[..., None, None]
+        step = self._step(coefficients)[..., None, None]
         surprise = tree_map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
         retained = self.retain(state.weights, coefficients.retention)
         weights = tree_map(lambda w, s: w + s, retained, surprise)
@@ -35,6 +36,7 @@ class Titans(MLPMemory):
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
         coefficients = mask_coefficients(coefficients, write_mask)
         assert coefficients.momentum is not None
+        step = self._step(coefficients)
         decay = decay_products(coefficients.retention)
         momentum_decay = decay_products(coefficients.momentum)
         # A masked token keeps the momentum but does not add it to the weights.
@@ -42,8 +44,15 @@ class Titans(MLPMemory):
         updates = einsum_f32("...tj,...ji->...ti", masked_decay, momentum_decay, exact=True)
         return ChunkDecay(
             state=decay[..., 0],
-            updates=updates[..., 1:] * coefficients.step[..., None, :],
+            updates=updates[..., 1:] * step[..., None, :],
             momentum=updates[..., 0],
             momentum_retention=momentum_decay[..., -1, 0],
-            momentum_updates=momentum_decay[..., -1, 1:] * coefficients.step,
+            momentum_updates=momentum_decay[..., -1, 1:] * step,
         )
+
+    def _step(self, coefficients: Coefficients) -> Array:
+        """Return the step [..., h, c]: η, or η (1 - β) if only the last layer is written."""
+        if not self.config.delta_rule:
+            return coefficients.step
+        assert coefficients.momentum is not None
+        return coefficients.step * (1 - coefficients.momentum)

@@ -182,11 +182,13 @@ def test_delta_rule_is_depth_one_titans_without_momentum_and_decay(package):
     assert_close(package.run(case, "recurrent").output, package.run(other).output, EXACT)
 
 
-def test_written_last_layer_of_depth_one_is_chunks_of_one_token(package):
-    memory = TitansConfig(depth=1, inner_clip=None)
-    case = make_case(memory, "ssc", chunk_size=1, mask="some")
-    exact = TitansConfig(depth=1, inner_clip=None, written_layers="last")
-    other = case.with_config(memory=exact, chunk_size=4)
+def test_written_last_layer_of_depth_one_without_momentum_is_delta_rule(package):
+    memory = TitansConfig(depth=1, written_layers="last", inner_clip=None, residual=False)
+    case = make_case(memory, "ssc", mask="some")
+    coefficients = case.coefficients._replace(momentum=0 * case.coefficients.momentum)
+    other = case.with_config(memory=DeltaConfig(), chunk_size=4)
+    other = other._replace(coefficients=coefficients._replace(momentum=None))
+    case = case._replace(coefficients=coefficients)
     assert_close(package.run(case, "recurrent").output, package.run(other).output, EXACT)
 
 

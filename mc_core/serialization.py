@@ -52,6 +52,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out | {field.name: _to_plain(getattr(config, field.name)) for field in fields}
 
 
+def non_defaults(config: Any) -> dict[str, Any]:
+    """Return `to_dict` without the fields that are equal to their defaults, at every level.
+
+    A new field does not change the result for configurations that do not use it.
+    """
+    out = to_dict(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or (
+            field.default_factory is not dataclasses.MISSING and value == field.default_factory()
+        ):
+            del out[field.name]
+        elif dataclasses.is_dataclass(value):
+            out[field.name] = non_defaults(value)
+    return out
+
+
 def _to_plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]

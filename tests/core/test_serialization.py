@@ -14,7 +14,7 @@ from mc_core import MCConfig, MemoryConfig, ModelConfig, register_memory
 from mc_core.checks import check_range
 from mc_core.memories import MEMORIES
 from mc_core.optimizer import OptimizerConfig
-from mc_core.serialization import Tag, from_dict, to_dict
+from mc_core.serialization import Tag, from_dict, non_defaults, to_dict
 from train.config import MQARConfig, NIAHConfig, RunConfig, TextConfig, TrainConfig
 from train.sweeps.sweep_config import SweepConfig
 
@@ -99,6 +99,15 @@ def test_to_dict_gives_plain_values():
     assert plain["pairs"] == [[1, 2]]
     assert plain["nested"] == {"count": 2, "figure": {"shape": "circle", "radius": 4}}
     assert to_dict(Nested())["figure"] == {"side": 1.0}  # the omitted tag
+
+
+def test_non_defaults_omits_fields_at_their_defaults():
+    assert non_defaults(Everything(3)) == {"size": 3}
+    config = Everything(3, nested=Nested(2, Circle(4)))
+    nested = {"count": 2, "figure": {"shape": "circle", "radius": 4}}
+    assert non_defaults(config) == {"size": 3, "nested": nested}
+    assert from_dict(Everything, non_defaults(config)) == config
+    assert non_defaults(Nested(2)) == {"count": 2}
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any
 
 from mc_core.checks import ConfigError, check_range, raise_config_error
 from mc_core.errors import UserError
-from mc_core.serialization import from_dict
+from mc_core.serialization import from_dict, non_defaults
 from mc_core.tree_utils import flatten
-from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config, to_dict
+from train.config import FREE_KEYS, TextConfig, TrainConfig, load_config
 from train.config.yaml_files import read_yaml, to_plain
 
 # Keys set by the sweep, which rows must not set.
@@ -121,8 +121,8 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the settings that determine the result."""
-        settings = {k: v for k, v in flatten(to_dict(self.config)) if k not in FREE_KEYS}
+        """SHA-256 of the settings that determine the result, without those at their defaults."""
+        settings = {k: v for k, v in flatten(non_defaults(self.config)) if k not in FREE_KEYS}
         text = json.dumps([settings, self.examples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -109,7 +109,7 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
       gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
       within the chunk `2 C` times the input and output widths of its layers; momentum another
       `4 P`;
-    - MLP memory of which only the last layer is written: the other layers only in forward passes;
+    - layers that are not written: `2` times their weights for each query and key;
     - delta rule: similarities, inverse and maps of the errors, within the chunk;
     - cached memories `2 P n` (n = 1 if reads use their sum); gates `2 d (n + 1)`, with scores of
       all cached memories also under `ssc`;
@@ -163,17 +163,11 @@ def _write_and_read(config: MCConfig, tokens: int) -> float:
     layers = list(pairwise(memory.widths(width, width)))[memory.fixed_layers :]
     size = memory_size(config)
     within = 2 * chunk * h * sum(a + b for a, b in layers)
-    flops = 2 * size + _read_flops(config) + within + h * memory.gradient_flops(width, width)
+    flops = 4 * size + within + h * memory.gradient_flops(width, width)
+    flops += 4 * h * sum(memory.sizes(width, width)[: memory.fixed_layers])
     if memory.delta_rule:
         flops += h * _delta_rule_flops(config, chunk)
     return flops + 4 * size * memory.has_momentum + 2 * size * memory.decays_to_initial
-
-
-def _read_flops(config: MCConfig) -> int:
-    """Return the FLOPs per token of the reads of one memory by all heads, with its fixed layers."""
-    memory, width = config.memory, config.head_dim
-    fixed = sum(memory.sizes(width, width)[: memory.fixed_layers])
-    return 2 * (memory_size(config) + config.num_heads * fixed)
 
 
 def _delta_rule_flops(config: MCConfig, chunk: int) -> int:
@@ -199,9 +193,7 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
     limit = config.ssc_top_k if config.rule.sparse else len(lengths)
     reads = mean_count(1 if config.reads_sum else limit)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
-    # A mixture of weights is read once, so the fixed layers are too.
-    read = 2 * memory_size(config) if config.mixes_layers else _read_flops(config)
-    return read * reads + scores
+    return 2 * memory_size(config) * reads + scores
 
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:

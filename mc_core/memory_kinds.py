@@ -140,7 +140,7 @@ class MLPConfig(MemoryConfig):
     is standardized and scaled to norm 1. With the L2 loss, writes then follow the delta rule,
     exactly for every chunk size: the gradient of half the loss is taken at the memory before each
     token, after its decay, and the step is `η_t (1 - β_t)`, so that no step in (0, 1) overshoots.
-    `inner_clip` must be None and `norm` "none". The default
+    `inner_clip` must be None, `norm` "none" and `residual` False. The default
     steps are tuned for chunks of 64. Writes of a chunk are summed, so short chunks need
     larger steps, especially for narrow memories (`expansion=1`).
     """
@@ -168,7 +168,7 @@ class MLPConfig(MemoryConfig):
         check_range(self, "inner_clip", 0.0, open_low=True)
         if self.written_layers == "last":
             # A clipped or normalized error is not affine in the weights.
-            needed = [("inner_clip", None), ("norm", "none")]
+            needed = [("inner_clip", None), ("norm", "none"), ("residual", False)]
             needed += [("objective", "l2")] * self.has_momentum
             for field, allowed in needed:
                 if (value := getattr(self, field)) != allowed:
@@ -178,11 +178,11 @@ class MLPConfig(MemoryConfig):
 
     @property
     def linear_in_weights(self) -> bool:
-        """True if only the last layer is written, and the input is not added.
+        """True if only the last layer is written.
 
         False for all other memories of depth 1, which are treated as MLPs.
         """
-        return self.written_layers == "last" and not self.adds_input
+        return self.written_layers == "last"
 
     @property
     def gradient_uses_weights(self) -> bool:  # type: ignore[override]
@@ -235,7 +235,7 @@ class MLPConfig(MemoryConfig):
         """
         sizes = self.sizes(key, value)
         if self.written_layers == "last":
-            return 2 * sum(sizes[:-1])
+            return 0
         needs_output = self.objective == "l2" or self.has_layer_norm
         return 2 * (sum(sizes) - (not needs_output) * sizes[-1]) + 2 * (sum(sizes) - sizes[0])
 
@@ -304,5 +304,5 @@ class TitansConfig(MLPConfig):
             cls(expansion=1, norm="layer", inner_clip=0.5, coefficients="head"),
             cls(depth=3, expansion=1, objective="dot"),
             cls(expansion=1, retention_target="initial"),
-            cls(expansion=2, written_layers="last", inner_clip=None),
+            cls(expansion=2, written_layers="last", inner_clip=None, residual=False),
         )

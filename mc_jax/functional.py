@@ -191,12 +191,13 @@ def _run_chunks(
     q, k, v, u, coefficients, mask = tokens
     # Under `soup`, a read mixes all cached memories, so it must follow the write.
     read_after_write = inspect or (config.mixes_layers and plan.segments > 1)
-    queries = q if config.memory.gradient_uses_weights and not read_after_write else None
-    writes = write_chunks(memory, k, v, initial, coefficients, mask, plan, q=queries)
+    inputs, keys = memory.encode_tokens(q), memory.encode_tokens(k)
+    queries = inputs if config.memory.gradient_uses_weights and not read_after_write else None
+    writes = write_chunks(memory, keys, v, initial, coefficients, mask, plan, q=queries)
     pools = pool_keys(k, mask, plan, config)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
     weights, selected = compute_gates(u, pools.segment, pools.running, segment, config, gate_bias)
-    output = read_all(memory, config, writes, q, weights, selected, plan)
+    output = read_all(memory, config, writes, inputs, weights, selected, plan)
     gates = scatter_gates(weights, selected, plan.segments)
     length = pools.length[:, -1]
     cache = Cache(
@@ -212,7 +213,7 @@ def _run_chunks(
     )
     inner = None
     if inspect:
-        inner = measure_writes(memory, writes, k, v, coefficients, mask, plan)
+        inner = measure_writes(memory, writes, keys, v, coefficients, mask, plan)
     return output, cache, gates, inner
 
 

@@ -100,7 +100,8 @@ def run_token(
     if memory.config.gradient_uses_weights:
         anchored = state._replace(anchor=state.weights)
         state = _where(token.starts_chunk, anchored, state)
-    updated = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
+    q, k = (memory.encode(x[..., None, :]) for x in (token.q, token.k))
+    updated = memory.update(state, k, token.v[..., None, :], token.coefficients)
     state = tree_where(token.mask, updated, state)
 
     pool_sum = _where(token.starts_segment, jnp.zeros_like(cache.pool_sum), cache.pool_sum)
@@ -113,7 +114,7 @@ def run_token(
     u, pools = token.u[:, None], cache.stored.pool
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
-    output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
+    output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
     online = Segments(state.weights, running, count)
     slot = jnp.full_like(cache.slot, token.segment)
     cache = cache._replace(

@@ -97,7 +97,8 @@ def run_token(
         state = start
     if memory.config.gradient_uses_weights and token.starts_chunk:
         state = state._replace(anchor=state.weights)
-    updated = memory.update(state, token.k[..., None, :], token.v[..., None, :], token.coefficients)
+    q, k = (memory.encode(x[..., None, :]) for x in (token.q, token.k))
+    updated = memory.update(state, k, token.v[..., None, :], token.coefficients)
     state = tree_where(token.mask, updated, state)
 
     pool_sum, count = cache.pool_sum, cache.length
@@ -111,7 +112,7 @@ def run_token(
     u, pools = token.u[:, None], cache.stored.pool
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
-    output = read_token(memory, config, state.weights, cache.stored.weights, token.q, gates)
+    output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
     online = Segments(state.weights, running, count)
     slot = torch.full_like(cache.slot, token.segment)
     cache = cache._replace(

@@ -54,9 +54,10 @@ def extend_chunks(
     Returns:
         output [b, t, h, v], the new cache, and gates [b, t, h, n + 1] over the cache's n slots.
     """
-    q = tokens.q
+    q, keys = memory.encode_tokens(tokens.q), memory.encode_tokens(tokens.k)
     layout = make_call_layout(cache.position, count, q.shape[1], config)
-    scanned, writes = _write(memory, config, tokens, initial, layout, cache)
+    encoded = tokens._replace(q=q, k=keys)
+    scanned, writes = _write(memory, config, encoded, initial, layout, cache)
     pools = _pool(tokens.k, tokens.mask, layout, cache, config)
     stored, total, totals = _complete(scanned, pools, layout, cache, config)
     if config.detach_cached_states:

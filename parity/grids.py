@@ -79,7 +79,7 @@ def case(
 
 _LINEAR, _SWLA = LinearConfig(), SWLAConfig()
 _DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
-_TITANS_LAST = TitansConfig(expansion=2, written_layers="last", inner_clip=None)
+_TITANS_LAST = TitansConfig(expansion=2, written_layers="last", inner_clip=None, residual=False)
 
 # Every pair of kind and aggregation once; other options are distributed over the pairs.
 QUICK = (

@@ -67,7 +67,8 @@ class Memory:
     """Base class of memory backends. Tokens are [..., h, c, k], coefficients [..., h, c].
 
     A subclass defines `read`, `loss` and `rank_one_updates`. By default, the other methods
-    implement gradient steps with retention and without momentum.
+    implement gradient steps with retention and without momentum. All methods take encoded queries
+    and keys.
 
     Attributes:
         config: the memory's configuration.
@@ -87,6 +88,17 @@ class Memory:
     def prepare(self, initial: Weights) -> Weights:
         """Convert initial weights [h, o, i] to the weights of the state."""
         return initial
+
+    def encode(self, x: Array) -> Array:
+        """Convert queries or keys [..., h, c, k] to the inputs [..., h, c, i] of the memory.
+
+        Zero for masked tokens, which are zero.
+        """
+        return x
+
+    def encode_tokens(self, x: Array) -> Array:
+        """Apply `encode` to [b, t, h, k]."""
+        return self.encode(x.swapaxes(1, 2)).swapaxes(1, 2)
 
     def retain(self, weights: Weights, retention: Array) -> Weights:
         """Return `α W`, or `W_0 + α (W - W_0)` with a target; `retention` α is [..., h]."""

@@ -49,12 +49,18 @@ class MLPMemory(Memory):
     def prepare(self, initial: Weights) -> Weights:
         return initial[self.config.fixed_layers :]
 
+    def encode(self, x: Array) -> Array:
+        if not self.config.fixed_layers:
+            return x
+        fixed, z = apply_weights(self.initial, x.dtype), x
+        for layer in range(self.config.fixed_layers):
+            z = gelu(save_for_backward(fixed(layer, z)))
+        return (standardize(z)[0] * z.shape[-1] ** -0.5).astype(x.dtype)  # of norm 1
+
     def rank_one_updates(self, weights: Weights, k: Array, v: Array) -> RankOneUpdates:
         if self.config.written_layers == "last":
             error = -v.astype(state_dtype(v.dtype))
-            if self.config.residual and self.config.has_l2_loss:
-                error = error + k.astype(error.dtype)
-            return RankOneUpdates((self._features(k),), (error,))
+            return RankOneUpdates((k,), (error,))
         dtype, last = k.dtype, self.config.depth - 1
         activations, outputs = [k], []
         for layer, weight in enumerate(weights):
@@ -79,21 +85,10 @@ class MLPMemory(Memory):
     def _hidden(self, apply: Apply, q: Array) -> Array:
         """Return the input of the last layer."""
         if self.config.written_layers == "last":
-            return self._features(q)
+            return q
         for layer in range(self.config.depth - 1):
             q = gelu(apply(layer, q))
         return q
-
-    def _features(self, x: Array) -> Array:
-        """Return the input [..., h, c, i] of the last layer from the fixed layers, normalized.
-
-        Standardized over its units and scaled to norm 1, so that a step of 1/2 stores a token.
-        """
-        fixed = apply_weights(self.initial[: self.config.fixed_layers], x.dtype)
-        z = x
-        for layer in range(self.config.fixed_layers):
-            z = gelu(save_for_backward(fixed(layer, z)))
-        return standardize(z)[0] * z.shape[-1] ** -0.5 if self.config.fixed_layers else x
 
     def _output(self, z: Array, x: Array) -> Array:
         if self.norm is not None:

@@ -10,6 +10,7 @@ from mc_core import DeltaConfig, DLAConfig, LinearConfig, MCConfig, SWLAConfig, 
 
 Array = np.ndarray
 
+LAST: dict[str, Any] = {"written_layers": "last", "residual": False, "inner_clip": None}
 MEMORIES: dict[str, Any] = {
     "linear": LinearConfig(),
     "linear-elu": LinearConfig(feature_map="elu+1"),
@@ -25,13 +26,12 @@ MEMORIES: dict[str, Any] = {
     "titans-norm": TitansConfig(expansion=1, norm="layer", inner_clip=0.5),
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
     "delta": DeltaConfig(),
-    "titans-last": TitansConfig(expansion=2, written_layers="last", inner_clip=None),
-    "titans-last-initial": TitansConfig(
-        depth=3, expansion=1, written_layers="last", retention_target="initial", inner_clip=None
-    ),
-    "dla-last": DLAConfig(expansion=2, written_layers="last", residual=False, inner_clip=None),
+    "titans-last": TitansConfig(expansion=2, **LAST),
+    "titans-last-initial": TitansConfig(3, 1, retention_target="initial", **LAST),
+    "dla-last": DLAConfig(expansion=2, **LAST),
 }
-MATRICES = ("linear", "linear-elu", "swla", "delta", "dla-last")  # reads are linear in the weights
+# Reads are linear in the weights.
+MATRICES = ("linear", "linear-elu", "swla", "delta", "titans-last", "dla-last")
 KINDS = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("none", "residual", "grm", "soup", "ssc", "mean")
 GATED = ("grm", "soup", "ssc")

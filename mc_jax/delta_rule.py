@@ -59,8 +59,7 @@ def solve_chunks(
     columns = [errors, scale_rows(decay.state, a)]
     if before.momentum is not None:
         columns.append(scale_rows(retention * before.momentum, a))
-    inverse = unit_lower_inverse(lower)
-    right = jnp.concatenate(columns, axis=-1)
+    inverse, right = unit_lower_inverse(lower), jnp.concatenate(columns, axis=-1)
     solution = einsum_f32("...ce,...ei->...ci", inverse, right, exact=True)
     o, i = errors.shape[-1], a.shape[-1]
     return ErrorMaps(
@@ -85,7 +84,8 @@ def unit_lower_inverse(lower: Array) -> Array:
 
     Block forward substitution: from the inverses A and D of two neighbouring diagonal blocks
     with B below A, that of the block of twice the size is `[[A, 0], [-D B A, D]]`. Matrix products
-    only: on CPU, `jax.scipy.linalg.solve_triangular` can deadlock.
+    only, so that row i is bit-identical for every later row; on CPU,
+    `jax.scipy.linalg.solve_triangular` can deadlock.
     """
     *lead, c, _ = lower.shape
     padded = 1 << (c - 1).bit_length()

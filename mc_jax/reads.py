@@ -72,10 +72,17 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
 
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
     """
-    earlier = jax.tree.map(lambda w: jnp.cumsum(w, axis=1) - w, cached)
+    earlier = jax.tree.map(_sums_before, cached)
     queries = to_segments(q, plan).swapaxes(1, 2)  # [b, n, h, c, k]
     read = memory.read(apply_weights(earlier, q.dtype), queries)
     return from_segments(read.swapaxes(1, 2), plan)
+
+
+def _sums_before(weight: Array) -> Array:
+    """Return the sum of all earlier memories for each of [b, n, h, o, i]."""
+    # A difference `cumsum(w) - w` would lose precision where a later memory is large.
+    sums = jnp.cumsum(weight[:, :-1], axis=1)
+    return jnp.concatenate([jnp.zeros_like(weight[:, :1]), sums], axis=1)
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:

@@ -150,7 +150,9 @@ def _complete(
             lambda x, t: t[None, :, None] + jnp.cumsum(x, axis=0), completed, cache.total
         )
         total = jax.tree.map(lambda x: x[-1, :, 0], sums)
-        totals = jax.tree.map(jnp.subtract, sums, completed)
+        totals = jax.tree.map(
+            lambda x, t: jnp.concatenate([t[None, :, None], x[:-1]]), sums, cache.total
+        )
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
     chunk = layout.completing_chunk

@@ -15,6 +15,7 @@ the retention, e has another term `(1 - P_i) (T a_i)`.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from mc_torch.backends.base import ChunkDecay, MemoryState, RankOneUpdates, Weights, previous_token
 from mc_torch.numerics import Array, einsum_f32, scale_rows
@@ -59,9 +60,8 @@ def solve_chunks(
     columns = [errors, scale_rows(decay.state, a)]
     if before.momentum is not None:
         columns.append(scale_rows(retention * before.momentum, a))
-    solution = torch.linalg.solve_triangular(
-        lower, torch.cat(columns, dim=-1), upper=False, unitriangular=True
-    )
+    inverse, right = unit_lower_inverse(lower), torch.cat(columns, dim=-1)
+    solution = einsum_f32("...ce,...ei->...ci", inverse, right, exact=True)
     o, i = errors.shape[-1], a.shape[-1]
     return ErrorMaps(
         activations=a,
@@ -78,3 +78,28 @@ def chunk_errors(maps: ErrorMaps, state: MemoryState, dtype: torch.dtype) -> Arr
     if maps.momentum is None:
         return errors
     return errors + einsum_f32("...oi,...ci->...co", state.momentum[0], maps.momentum, dtype=dtype)
+
+
+def unit_lower_inverse(lower: Array) -> Array:
+    """Return the inverse of `I + lower` for strictly lower triangular `lower` [..., c, c].
+
+    Block forward substitution: from the inverses A and D of two neighbouring diagonal blocks with B
+    below A, that of the block of twice the size is `[[A, 0], [-D B A, D]]`. Matrix products only,
+    so that row i is bit-identical for every later row.
+    """
+    *lead, c, _ = lower.shape
+    padded = 1 << (c - 1).bit_length()
+    lower = F.pad(lower, (0, padded - c, 0, padded - c))
+    inverse = torch.ones_like(lower[..., 0]).reshape(*lead, padded, 1, 1)  # diagonal blocks
+    size = 1
+    while size < padded:
+        pairs = padded // (2 * size)
+        blocks = lower.reshape(*lead, pairs, 2 * size, pairs, 2 * size)
+        below = torch.diagonal(blocks[..., size:, :, :size], dim1=-4, dim2=-2)
+        below = torch.movedim(below, -1, -3)  # [..., pairs, size, size]
+        first, second = inverse.reshape(*lead, pairs, 2, size, size).unbind(-3)
+        low = -einsum_f32("...ab,...bc,...cd->...ad", second, below, first, exact=True)
+        top = torch.cat([first, torch.zeros_like(first)], dim=-1)
+        inverse = torch.cat([top, torch.cat([low, second], dim=-1)], dim=-2)
+        size *= 2
+    return inverse[..., 0, :c, :c]

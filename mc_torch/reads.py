@@ -68,10 +68,17 @@ def read_sum(memory: Memory, cached: Weights, q: Array, plan: TensorPlan) -> Arr
 
     Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
     """
-    earlier = tree_map(lambda w: torch.cumsum(w, dim=1) - w, cached)
+    earlier = tree_map(_sums_before, cached)
     queries = to_segments(q, plan).transpose(1, 2)  # [b, n, h, c, k]
     read = memory.read(apply_weights(earlier, q.dtype), queries)
     return from_segments(read.transpose(1, 2), plan)
+
+
+def _sums_before(weight: Array) -> Array:
+    """Return the sum of all earlier memories for each of [b, n, h, o, i]."""
+    # A difference `cumsum(w) - w` would lose precision where a later memory is large.
+    sums = torch.cumsum(weight[:, :-1], dim=1)
+    return torch.cat([torch.zeros_like(weight[:, :1]), sums], dim=1)
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: TensorPlan) -> Array:

@@ -154,7 +154,7 @@ def _complete(
         completed = tree_where(layout.completes_segment, after, tree_map(torch.zeros_like, after))
         sums = tree_map(lambda x, t: t[None, :, None] + torch.cumsum(x, 0), completed, cache.total)
         total = tree_map(lambda x: x[-1, :, 0], sums)
-        totals = tree_map(torch.sub, sums, completed)
+        totals = tree_map(lambda x, t: torch.cat([t[None, :, None], x[:-1]]), sums, cache.total)
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
     chunk = layout.completing_chunk

@@ -1,6 +1,6 @@
 """Memory Caching (arXiv:2602.24281) in NumPy float64: one head, one token at a time.
 
-The slow reading of the equations that the fast forms are held to. Letters: b batch, t tokens,
+The reference that all other forms are tested against. Letters: b batch, t tokens,
 h heads, k key width, v value width, n segments; a weight is `[out, in]`, so a read is `W @ q`.
 Below `memory_caching` every function sees a single head of a single sequence.
 """
@@ -22,7 +22,7 @@ Norm = tuple[Array, Array] | None  # gain and bias of the layer norm, each [v]
 
 
 class OracleResult(NamedTuple):
-    """What `memory_caching` returns; all float64."""
+    """Result of `memory_caching`, in float64."""
 
     output: Array  # [b, t, h, v], 0 at masked tokens
     gates: Array  # [b, t, h, n + 1], each cached segment's weight, the online memory's last
@@ -33,14 +33,14 @@ class OracleResult(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a read needs, and what is cached."""
+    """Weights of a memory, and its normalizer."""
 
     weights: Layers
     normalizer: Array | None  # [k]
 
 
 class State(NamedTuple):
-    """What the next write needs."""
+    """State between two writes."""
 
     memory: Memory
     momentum: Layers | None
@@ -95,7 +95,7 @@ def write(
 ) -> State:
     """Write key k [k] and value v [v] of one unmasked token.
 
-    Gradients are taken at `anchor`, the weights as they stood when the token's chunk began.
+    Gradients are taken at `anchor`, the weights at the start of the token's chunk.
     """
     weights, normalizer = state.memory
     momentum = state.momentum

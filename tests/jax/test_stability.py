@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from mc_core import DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
+from helpers.cases import LAST
+from mc_core import DeltaConfig, DLAConfig, LinearConfig, MCConfig, SWLAConfig, TitansConfig
 from mc_jax import MemoryCachingLayer
 from train.config import load_config
 from train.loop import train
@@ -22,6 +23,9 @@ MEMORIES = {
     "swla": SWLAConfig(),
     "dla": DLAConfig(),
     "titans": TitansConfig(),
+    "delta": DeltaConfig(),
+    "dla-last": DLAConfig(**LAST),
+    "titans-last": TitansConfig(**LAST),
 }
 BIAS = 10.0  # the worst case in training
 
@@ -109,6 +113,13 @@ def test_outputs_are_finite_at_4096_tokens(memory, aggregation, mode, dtype):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_outputs_are_finite_in_one_segment_of_4096_tokens(memory):
     check(config(memory, "none", "checkpoint", 4096, 256), 4096, jnp.float32)
+
+
+@pytest.mark.slow
+@dtypes
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_outputs_are_finite_at_65536_tokens(memory, dtype):
+    check(config(memory, "none", "checkpoint", 65_536, 256), 65_536, dtype)
 
 
 @pytest.mark.slow

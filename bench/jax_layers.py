@@ -10,23 +10,23 @@ from flax import nnx
 from bench.batch import batch
 from bench.count import count_flops
 from bench.timing import Subject
-from mc_core.config import MCConfig
+from mc_core.config import LayerConfig
 from mc_core.weights import Flat, to_jax
-from mc_jax import MemoryCachingLayer
+from mc_jax.model import LAYERS
 from mc_jax.pretrained import set_weights
 from mc_jax.sharding import count, local, replicate, split_rows
 
 
-def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
+def build(config: LayerConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
     """Return a float32 layer, with random weights or with weights in PyTorch's layout."""
-    layer = MemoryCachingLayer(config, rngs=nnx.Rngs(seed))
+    layer: nnx.Module = LAYERS[type(config)](config, rngs=nnx.Rngs(seed))
     if flat is not None:
         set_weights(layer, to_jax(flat))
     return layer
 
 
 def subject(
-    config: MCConfig,
+    config: LayerConfig,
     rows: int,
     tokens: int,
     *,

@@ -10,9 +10,11 @@ from typing import Any
 from bench.ceilings import Ceilings, matrix_size, measure
 from bench.devices import DEVICES_NOTE, named
 from bench.timing import WARM_CACHE_NOTE, Subject, Timing, alternate
-from mc_core import MCConfig
+from mc_core import MCConfig, ModelConfig
+from mc_core.config import LayerConfig
 from mc_core.errors import UserError
 from mc_core.files import to_png, write_atomic
+from mc_core.log_linear import level_count
 from mc_core.memories import MEMORIES
 from mc_core.tables import ResultTable, Row
 from parity.environment import result_table
@@ -32,6 +34,7 @@ class Grid:
     frameworks: Sequence[str] = ("jax",)
     passes: Sequence[str] = ("both",)  # forward | both
     devices: Sequence[int] = (1,)  # numbers of devices over which JAX splits the batch
+    mixers: Sequence[str] = ("memory",)  # others ignore kind, aggregation, segment and start
     expansion: int = 4
     batch: int = 2
     width: int = 256
@@ -59,6 +62,13 @@ def make_config(
         state_init_mode=start,
         chunk_size=chunk,
     )
+
+
+def mixer_config(mixer: str, layer: MCConfig, tokens: int) -> LayerConfig:
+    """Return the configuration of a mixer of the width of a memory layer."""
+    levels = max(level_count(tokens), ModelConfig.num_levels)
+    model = ModelConfig(1, 1, layer, mixers=(mixer,), num_levels=levels)
+    return model.block_layers[0]
 
 
 def run(grid: Grid, runs: int) -> ResultTable:
@@ -93,20 +103,26 @@ def build(grid: Grid) -> dict[str, Subject]:
     from importlib import import_module
 
     subjects = {}
-    what = (grid.frameworks, grid.kinds, grid.aggregations, grid.tokens)
+    what = (grid.frameworks, grid.mixers, grid.kinds, grid.aggregations, grid.tokens)
     how = (grid.chunks, grid.segments, grid.starts, grid.dtypes, grid.passes, grid.devices)
     combinations: Iterable[tuple[Any, ...]] = itertools.product(*what, *how)
     for values in combinations:
-        framework, kind, aggregation, tokens, chunk, segment, start, dtype, passes, devices = values
+        framework, mixer, kind, aggregation, tokens, chunk, *how_values = values
+        segment, start, dtype, passes, devices = how_values
         if framework == "torch" and devices != grid.devices[0]:
             continue
-        config = make_config(grid, kind, aggregation, chunk, segment, start)
-        words = [framework, f"{kind}+{aggregation}", f"t={tokens}", f"chunk={chunk}"]
-        words += [f"segment={segment}", *([start] if len(grid.starts) > 1 else [])]
+        layer = make_config(grid, kind, aggregation, chunk, segment, start)
+        config = mixer_config(mixer, layer, tokens)
+        words = [framework, mixer, f"t={tokens}", f"chunk={chunk}"]
+        if config == layer:
+            words[1] = f"{kind}+{aggregation}"
+            words += [f"segment={segment}", *([start] if len(grid.starts) > 1 else [])]
         name = " ".join([*words, dtype, passes])
         options = {} if framework == "torch" else {"devices": devices}
         if options:
             name = named(name, devices)
+        if name in subjects:
+            continue
         package = import_module(f"bench.{framework}_layers")
         subjects[name] = package.subject(
             config,

@@ -7,16 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.batch import batch
 from bench.timing import Subject
-from mc_core.config import MCConfig
+from mc_core.config import LayerConfig
 from mc_core.weights import Flat
-from mc_torch import MemoryCachingLayer
+from mc_torch.mixer import Mixer
+from mc_torch.model import LAYERS
 from parity.weights import load_torch
 
 
-def build(config: MCConfig, flat: Flat | None = None, seed: int = 0) -> MemoryCachingLayer:
+def build(config: LayerConfig, flat: Flat | None = None, seed: int = 0) -> Mixer:
     """Return a float32 layer, with random or given weights."""
     torch.manual_seed(seed)
-    layer = MemoryCachingLayer(config, device=device())
+    layer: Mixer = LAYERS[type(config)](config, device=device())
     if flat is not None:
         load_torch(layer, flat)
     return layer
@@ -28,7 +29,7 @@ def device() -> str:
 
 
 def subject(
-    config: MCConfig,
+    config: LayerConfig,
     rows: int,
     tokens: int,
     *,

@@ -1,6 +1,7 @@
 """Shared by both frameworks: configurations and plans of segments and chunks. NumPy only."""
 
 from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.log_linear import LogLinearConfig
 from mc_core.memories import MemoryConfig, register_memory
 from mc_core.memory_kinds import (
     DeltaConfig,
@@ -17,6 +18,7 @@ __all__ = [
     "DLAConfig",
     "DeltaConfig",
     "LinearConfig",
+    "LogLinearConfig",
     "MCConfig",
     "MLPConfig",
     "MemoryConfig",

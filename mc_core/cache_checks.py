@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mc_core.checks import check_integers, check_static
-from mc_core.config import AttentionConfig, MCConfig
+from mc_core.config import LayerConfig
 from mc_core.segmentation import NOT_STREAMABLE
 
 INVALIDATED = 2**30  # position of a stream with output NaN; larger than any capacity
@@ -87,7 +87,7 @@ def check_extend_inputs(
     x: Any,
     cache: Any,
     kind: type[Any],
-    config: MCConfig | AttentionConfig,
+    config: LayerConfig,
     is_static: Callable[[Any], bool],
 ) -> None:
     """Check the cache and the tokens that a layer is extended with.

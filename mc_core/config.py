@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
 from mc_core.checks import ConfigError, check_choice, check_range, check_types, raise_config_error
+from mc_core.log_linear import MAX_LEVELS, LogLinearConfig
 from mc_core.memories import MemoryConfig
 from mc_core.memory_kinds import LinearConfig
 from mc_core.serialization import Serializable
@@ -220,6 +221,9 @@ class AttentionConfig(Serializable):
         return tokens if self.window is None else min(self.window, tokens)
 
 
+LayerConfig = MCConfig | AttentionConfig | LogLinearConfig
+
+
 @dataclass(frozen=True)
 class ModelConfig(Serializable):
     """Language model with pre-norm blocks, each a token mixer and a SwiGLU.
@@ -227,16 +231,20 @@ class ModelConfig(Serializable):
     Attributes:
         vocab_size: number of token ids.
         num_layers: number of blocks.
-        layer: configuration of memory layers. Attention layers use the same `d_model`, `num_heads`,
-            `conv_width` and `output_norm`.
+        layer: configuration of memory layers. Other mixers use the same `d_model`, `num_heads`,
+            `conv_width` and `output_norm`; `log_linear` also `qk_norm` and `chunk_size`, rounded
+            down to a power of two.
         ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to a
             multiple of 8; 0 = no SwiGLU.
         tie_embeddings: the output head is the embedding's transpose.
         remat: recompute each block's activations in the backward pass.
         mixers: token mixers of the blocks, repeated in this order: `memory` (the layer),
-            `attention` (causal softmax attention) or `window` (sliding-window attention).
+            `attention` (causal softmax attention), `window` (sliding-window attention) or
+            `log_linear` (log-linear attention).
         attention_window: window of a `window` block, in tokens.
         rope_base: base of the rotary frequencies of `attention` and `window`.
+        num_levels: number of levels of a `log_linear` block, for at most `2 ** (num_levels - 1)`
+            tokens.
     """
 
     vocab_size: int
@@ -248,6 +256,7 @@ class ModelConfig(Serializable):
     mixers: tuple[str, ...] = ("memory",)
     attention_window: int = 256
     rope_base: float = 10000.0
+    num_levels: int = 16
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -255,6 +264,7 @@ class ModelConfig(Serializable):
             check_range(self, field, 1)
         check_range(self, "ffn_width", 0)
         check_range(self, "rope_base", 1.0)
+        check_range(self, "num_levels", 1, MAX_LEVELS)
         are_known = all(mixer in MIXERS for mixer in self.mixers)
         if not are_known or not 1 <= len(self.mixers) <= self.num_layers:
             names = ", ".join(map(repr, MIXERS))
@@ -276,7 +286,7 @@ class ModelConfig(Serializable):
         return -(-8 * self.layer.d_model // 24) * 8 if self.ffn_width is None else self.ffn_width
 
     @property
-    def block_layers(self) -> tuple[MCConfig | AttentionConfig, ...]:
+    def block_layers(self) -> tuple[LayerConfig, ...]:
         """The configuration of each block's mixer."""
         configs = {mixer: MIXERS[mixer].configure(self) for mixer in self.mixers}
         return tuple(configs[self.mixers[i % len(self.mixers)]] for i in range(self.num_layers))
@@ -286,7 +296,7 @@ class MixerKind(NamedTuple):
     """A token mixer of a model's blocks."""
 
     description: str
-    configure: Callable[[ModelConfig], MCConfig | AttentionConfig]  # returns the layer's config
+    configure: Callable[[ModelConfig], LayerConfig]  # returns the layer's config
     label: Callable[[ModelConfig], str] = lambda model: ""  # "" = the mixer's name
 
 
@@ -297,6 +307,19 @@ def _attention_config(model: ModelConfig, window: int | None) -> AttentionConfig
         layer.num_heads,
         window=window,
         rope_base=model.rope_base,
+        conv_width=layer.conv_width,
+        output_norm=layer.output_norm,
+    )
+
+
+def _log_linear_config(model: ModelConfig) -> LogLinearConfig:
+    layer = model.layer
+    return LogLinearConfig(
+        layer.d_model,
+        layer.num_heads,
+        num_levels=model.num_levels,
+        chunk_size=1 << (layer.chunk_size.bit_length() - 1),
+        qk_norm=layer.qk_norm or "l2",
         conv_width=layer.conv_width,
         output_norm=layer.output_norm,
     )
@@ -315,5 +338,9 @@ MIXERS: dict[str, MixerKind] = {
     "window": MixerKind(
         "causal softmax attention over the last model.attention_window tokens",
         lambda model: _attention_config(model, model.attention_window),
+    ),
+    "log_linear": MixerKind(
+        "log-linear attention: linear attention with a state and a learned weight per level",
+        _log_linear_config,
     ),
 }

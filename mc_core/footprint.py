@@ -1,17 +1,17 @@
 """Number of parameters, state bytes and FLOPs per token of a configuration.
 
-A layer is a memory or attention layer. A model is counted as the sum of its blocks. A multiply-add
-is two FLOPs. Only matrix products are counted, not norms, activations and softmax.
+A layer is a memory layer, or one of softmax or log-linear attention. A model is counted as the sum
+of its blocks. A multiply-add is two FLOPs. Only matrix products are counted, not norms, activations
+and softmax.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.config import AttentionConfig, LayerConfig, MCConfig, ModelConfig
+from mc_core.log_linear import LogLinearConfig, mean_reads
 from mc_core.segmentation import segment_lengths
-
-Layer = MCConfig | AttentionConfig
 
 
 class Footprint(NamedTuple):
@@ -61,11 +61,12 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
     )
 
 
-def state_bytes(config: Layer | ModelConfig, tokens: int, item: int = 4) -> int:
+def state_bytes(config: LayerConfig | ModelConfig, tokens: int, item: int = 4) -> int:
     """Return the bytes of the cache of one stream of `tokens` tokens.
 
     This is the total size of the arrays of `init_cache(1, tokens)`. Attention stores `2 d item + 1`
-    bytes per slot, and has one slot per token, or per token of the window.
+    bytes per slot, and has one slot per token, or per token of the window. Log-linear attention
+    stores a float32 state per level.
 
     Args:
         config: configuration of a layer or model, with segments of constant size.
@@ -77,8 +78,8 @@ def state_bytes(config: Layer | ModelConfig, tokens: int, item: int = 4) -> int:
     return _COSTS[type(config)].state_bytes(config, tokens, item)
 
 
-def layer_parameters(config: Layer) -> int:
-    """Return the number of parameters of a memory layer or an attention layer."""
+def layer_parameters(config: LayerConfig) -> int:
+    """Return the number of parameters of a layer."""
     d = config.d_model
     shared = 4 * d * d + 3 * config.conv_width * d + d * (config.output_norm == "rms")
     return shared + _COSTS[type(config)].parameters(config)
@@ -93,7 +94,7 @@ def model_parameters(config: ModelConfig) -> int:
     return layers + config.num_layers * block + table * (2 - config.tie_embeddings) + d
 
 
-def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
+def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     """Return the FLOPs of the forward pass per token, averaged over a sequence of `tokens` tokens.
 
     P is the number of memory weights of all heads (P_1 and P_L: first and last layer of an MLP), C
@@ -103,6 +104,8 @@ def flops_per_token(config: Layer | ModelConfig, tokens: int) -> float:
 
     - projections `8 d²`, and `2 d²` for u; convolution `6 w d`; learned coefficients `2 d h` each;
     - softmax attention: `4 d` per visible token, itself included;
+    - log-linear attention: level weights `2 d h` per level; within the chunk `4 d C`; if there are
+      several chunks, write `2 P`, and read `2 P` per state of earlier chunks;
     - matrix memory: write and read `4 P`, within the chunk `4 d C` (products include the half that
       the causal mask discards);
     - MLP memory: inner forward pass `2 P` (`2 (P - P_L)` under the dot loss without a norm, whose
@@ -208,6 +211,26 @@ def _attention_flops(config: AttentionConfig, tokens: int) -> float:
     return 4 * config.d_model * seen
 
 
+def _log_linear_state(config: LogLinearConfig, tokens: int, item: int) -> int:
+    tails = 3 * max(config.conv_width - 1, 0) * config.d_model
+    states = config.slots(tokens) * config.d_model * config.head_dim
+    return 4 * (states + tails + 2)  # position, capacity
+
+
+def _log_linear_parameters(config: LogLinearConfig) -> int:
+    d, h = config.d_model, config.num_heads
+    learned = {"constant": 0, "head": h, "token": h + d * h}[config.retention]
+    return (d + 1) * h * config.num_levels + learned
+
+
+def _log_linear_flops(config: LogLinearConfig, tokens: int) -> float:
+    d, h, size = config.d_model, config.num_heads, config.d_model * config.head_dim
+    coefficients = 2 * d * h * (config.num_levels + (config.retention == "token"))
+    chunk = min(config.chunk_size, 1 << (tokens - 1).bit_length())
+    chunks = -(-tokens // chunk)
+    return coefficients + 4 * d * chunk + 2 * size * ((chunks > 1) + mean_reads(chunks))
+
+
 class _LayerCosts(NamedTuple):
     """Cost functions of a kind of layer, excluding projections, convolutions and output norm."""
 
@@ -219,4 +242,5 @@ class _LayerCosts(NamedTuple):
 _COSTS: dict[type, _LayerCosts] = {
     MCConfig: _LayerCosts(_memory_state, _memory_parameters, _memory_flops),
     AttentionConfig: _LayerCosts(_attention_state, lambda config: 0, _attention_flops),
+    LogLinearConfig: _LayerCosts(_log_linear_state, _log_linear_parameters, _log_linear_flops),
 }

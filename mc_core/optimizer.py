@@ -8,6 +8,19 @@ from mc_core.checks import check_range
 DECAYED = ("kernel", "embedding")
 
 
+def decays(name: str, axes: int) -> bool:
+    """Return True if weight decay applies to a parameter.
+
+    Gains, biases, scales, level scales and initial memories have no weight decay; memories have a
+    retention.
+
+    Args:
+        name: name of the parameter in JAX.
+        axes: number of its axes.
+    """
+    return name.rpartition(".")[2] in DECAYED and axes >= 2
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to `final_fraction` of the peak.

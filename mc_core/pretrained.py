@@ -9,7 +9,8 @@ from os import PathLike
 from typing import Any
 
 from mc_core.checks import check_keys
-from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.config import AttentionConfig, LayerConfig, MCConfig, ModelConfig
+from mc_core.log_linear import LogLinearConfig
 from mc_core.weights import ArraySpec
 
 VERSION = 1  # version of parameter names, layouts and the description
@@ -17,11 +18,12 @@ KEY = "memory_caching"  # key of the metadata entry
 # Metadata key of a language model's tokenizer: `bytes`, or the SHA-256 of a tokenizer file.
 TOKENIZER_KEY = "memory_caching_tokenizer"
 
-Config = MCConfig | AttentionConfig | ModelConfig
+Config = LayerConfig | ModelConfig
 
 _KINDS: dict[str, type[Config]] = {
     "MemoryCachingLayer": MCConfig,
     "AttentionLayer": AttentionConfig,
+    "LogLinearAttentionLayer": LogLinearConfig,
     "LanguageModel": ModelConfig,
 }
 
@@ -37,7 +39,7 @@ def read_description(description: Any, kind: Any) -> Any:
 
     Args:
         description: from `describe`.
-        kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
+        kind: allowed class: that of a layer's configuration, `ModelConfig`, or a union of them.
 
     Raises:
         ValueError: the version or class does not match, or the configuration is invalid.

@@ -55,6 +55,8 @@ def layer_rows() -> tuple[ParameterNames, ...]:
         _same_layout("gate_bias", 1),
         _same_layout("gate_temperature", 1),
         _same_layout("initial.#", 3),
+        _linear("level_proj"),
+        _same_layout("level_scale", 2),
         _same_layout("memory_norm.scale", 2),
         _same_layout("memory_norm.bias", 2),
         _same_layout("output_norm.scale", 2),

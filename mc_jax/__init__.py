@@ -16,6 +16,9 @@ from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.generation import generate, sample
 from mc_jax.inspection import InnerLoop, Trace
 from mc_jax.layer import MemoryCachingLayer
+from mc_jax.level_cache import LevelCache
+from mc_jax.log_linear import log_linear_attention
+from mc_jax.log_linear_layer import LogLinearAttentionLayer
 from mc_jax.model import LanguageModel
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "InnerLoop",
     "KVCache",
     "LanguageModel",
+    "LevelCache",
+    "LogLinearAttentionLayer",
     "MatrixMemory",
     "Memory",
     "MemoryCachingLayer",
@@ -39,6 +44,7 @@ __all__ = [
     "grow",
     "init_cache",
     "load_cache",
+    "log_linear_attention",
     "memory_caching",
     "register_backend",
     "sample",

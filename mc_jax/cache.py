@@ -13,6 +13,7 @@ from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streaming_config
 from mc_jax.backends import Memory, MemoryState, Weights, make_memory
 from mc_jax.cache_rows import Rows, take_rows
+from mc_jax.level_cache import LevelCache
 from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.offload import move_to_host, on_host, update_in_place
 
@@ -86,7 +87,7 @@ class KVCache(NamedTuple):
         return take_rows(self, rows)
 
 
-AnyCache = Cache | KVCache
+AnyCache = Cache | KVCache | LevelCache
 
 
 def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryState:

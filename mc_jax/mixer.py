@@ -9,7 +9,7 @@ from flax import nnx
 
 from mc_core.cache_checks import block_caches
 from mc_core.checks import check_bool
-from mc_core.config import AttentionConfig, MCConfig
+from mc_core.config import LayerConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import check_capacity
 from mc_jax.chunk_layout import make_packing, pack, unpack
@@ -30,11 +30,11 @@ class Mixer(nnx.Module, Pretrained):
         param_dtype: dtype of the parameters.
     """
 
-    config: MCConfig | AttentionConfig
+    config: LayerConfig
 
     def __init__(
         self,
-        config: MCConfig | AttentionConfig,
+        config: LayerConfig,
         *,
         projects_u: bool = False,
         rngs: nnx.Rngs,

@@ -1,4 +1,4 @@
-"""Language model with pre-norm blocks, each a memory or attention and a SwiGLU."""
+"""Language model with pre-norm blocks, each a token mixer and a SwiGLU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from flax import nnx
 
 from mc_core.argument_checks import check_tokens
 from mc_core.cache_checks import INVALIDATED, check_extend_tokens
-from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.config import LayerConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
@@ -18,6 +18,7 @@ from mc_jax.chunk_layout import first_tokens
 from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
+from mc_jax.log_linear_layer import LogLinearAttentionLayer
 from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, einsum_f32, is_static
@@ -25,7 +26,8 @@ from mc_jax.pretrained import Pretrained
 
 # Token mixers by the class of their configuration; see `mc_core.config.MIXERS`.
 LAYERS: dict[type, Callable[..., Any]] = {
-    kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
+    kind.config_class: kind
+    for kind in (MemoryCachingLayer, AttentionLayer, LogLinearAttentionLayer)
 }
 
 
@@ -57,7 +59,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        layer: MCConfig | AttentionConfig,
+        layer: LayerConfig,
         *,
         rngs: nnx.Rngs,
         dtype: Dtype = None,

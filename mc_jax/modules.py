@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mc_core.config import MCConfig
+from mc_core.log_linear import LogLinearConfig
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, rms_norm, state_dtype
 
 START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
@@ -43,7 +44,14 @@ class Coefficient(nnx.Module):
         param_dtype: dtype of the parameters.
     """
 
-    def __init__(self, config: MCConfig, name: str, *, rngs: nnx.Rngs, param_dtype: Dtype):
+    def __init__(
+        self,
+        config: MCConfig | LogLinearConfig,
+        name: str,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Dtype,
+    ):
         memory = config.memory
         self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))

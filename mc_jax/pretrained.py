@@ -39,7 +39,7 @@ def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
 
     Args:
         path: a file written by `mc convert`.
-        kind: allowed class: `MCConfig`, `AttentionConfig`, `ModelConfig`, or a union of them.
+        kind: allowed class: that of a layer's configuration, `ModelConfig`, or a union of them.
 
     Raises:
         ValueError: the file is damaged, of another format or class, or its configuration is

@@ -16,6 +16,9 @@ from mc_torch.functional import Result, extend, memory_caching
 from mc_torch.generation import generate, sample
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
+from mc_torch.level_cache import LevelCache
+from mc_torch.log_linear import log_linear_attention
+from mc_torch.log_linear_layer import LogLinearAttentionLayer
 from mc_torch.model import LanguageModel
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "InnerLoop",
     "KVCache",
     "LanguageModel",
+    "LevelCache",
+    "LogLinearAttentionLayer",
     "MatrixMemory",
     "Memory",
     "MemoryCachingLayer",
@@ -39,6 +44,7 @@ __all__ = [
     "grow",
     "init_cache",
     "load_cache",
+    "log_linear_attention",
     "memory_caching",
     "register_backend",
     "sample",

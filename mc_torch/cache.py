@@ -12,6 +12,7 @@ from mc_torch.backends import Memory, MemoryState, Weights, make_memory
 from mc_torch.cache_rows import Rows, take_rows
 from mc_torch.chunk_layout import TensorPlan
 from mc_torch.gates import finish_pooling
+from mc_torch.level_cache import LevelCache
 from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
 from mc_torch.offload import move_to_host, update_in_place
 
@@ -91,7 +92,7 @@ class KVCache(NamedTuple):
         return _copy(self, memo)
 
 
-AnyCache = Cache | KVCache
+AnyCache = Cache | KVCache | LevelCache
 
 # `torch.load(..., weights_only=True)` reads a cache that `torch.save` wrote.
 torch.serialization.add_safe_globals([Cache, KVCache, MemoryState, Segments])

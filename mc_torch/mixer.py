@@ -8,7 +8,7 @@ from torch import nn
 
 from mc_core.cache_checks import block_caches
 from mc_core.checks import check_bool
-from mc_core.config import AttentionConfig, MCConfig
+from mc_core.config import LayerConfig
 from mc_torch.backends import Weights
 from mc_torch.cache import check_capacity
 from mc_torch.chunk_layout import make_packing, pack, unpack
@@ -30,11 +30,11 @@ class Mixer(nn.Module, Hooked, Pretrained):
         dtype: dtype of the parameters.
     """
 
-    config: MCConfig | AttentionConfig
+    config: LayerConfig
 
     def __init__(
         self,
-        config: MCConfig | AttentionConfig,
+        config: LayerConfig,
         *,
         projects_u: bool = False,
         device: torch.device | str | None,

@@ -1,4 +1,4 @@
-"""Language model with pre-norm blocks, each a memory or attention and a SwiGLU."""
+"""Language model with pre-norm blocks, each a token mixer and a SwiGLU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch import nn
 
 from mc_core.argument_checks import check_tokens
 from mc_core.cache_checks import INVALIDATED, check_extend_tokens
-from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.config import LayerConfig, ModelConfig
 from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
 from mc_torch.cache_rows import invalidate_rows
@@ -18,6 +18,7 @@ from mc_torch.chunk_layout import first_tokens
 from mc_torch.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
+from mc_torch.log_linear_layer import LogLinearAttentionLayer
 from mc_torch.mixer import extend_rows
 from mc_torch.modules import (
     Hooked,
@@ -32,7 +33,8 @@ from mc_torch.pretrained import Pretrained
 
 # Token mixers by the class of their configuration; see `mc_core.config.MIXERS`.
 LAYERS: dict[type, Callable[..., Any]] = {
-    kind.config_class: kind for kind in (MemoryCachingLayer, AttentionLayer)
+    kind.config_class: kind
+    for kind in (MemoryCachingLayer, AttentionLayer, LogLinearAttentionLayer)
 }
 
 
@@ -73,7 +75,7 @@ class Block(nn.Module, Hooked):
     def __init__(
         self,
         config: ModelConfig,
-        layer: MCConfig | AttentionConfig,
+        layer: LayerConfig,
         *,
         device: torch.device | str | None = None,
         dtype: Dtype = None,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mc_core.config import MCConfig
+from mc_core.log_linear import LogLinearConfig
 from mc_torch.numerics import (
     Array,
     Dtype,
@@ -166,7 +167,7 @@ class Coefficient(nn.Module):
 
     def __init__(
         self,
-        config: MCConfig,
+        config: MCConfig | LogLinearConfig,
         name: str,
         *,
         device: torch.device | str | None = None,

@@ -16,10 +16,10 @@ from flax import nnx
 import mc_jax
 import mc_torch
 from mc_core.config import MCConfig, ModelConfig
-from mc_core.pretrained import one_dtype
+from mc_core.pretrained import Config, one_dtype
 from mc_core.weights import ArraySpec, Flat, check_leaves, leaves
 from parity.environment import quick_compile
-from parity.files import Config, Format, ModuleWeights
+from parity.files import Format, ModuleWeights
 from parity.weights import jax_weights, load_jax, load_torch, torch_weights
 
 TOLERANCE = 1e-9  # relative RMS, float64
@@ -129,11 +129,13 @@ def shortened(config: Config) -> Config:
         layer = shortened(config.layer)
         assert isinstance(layer, MCConfig)
         return dataclasses.replace(config, layer=layer, remat=False)
-    return dataclasses.replace(
-        config,
-        segment_size=min(config.segment_size, SEGMENT),
-        chunk_size=min(config.chunk_size, CHUNK),
-    )
+    limits = {"segment_size": SEGMENT, "chunk_size": CHUNK}
+    lengths: dict[str, Any] = {
+        name: min(getattr(config, name), limit)
+        for name, limit in limits.items()
+        if hasattr(config, name)
+    }
+    return dataclasses.replace(config, **lengths)
 
 
 def fixed_batch(config: Config) -> np.ndarray:
@@ -146,7 +148,7 @@ def fixed_batch(config: Config) -> np.ndarray:
 
 def _jax_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        kind: Any = mc_jax.LanguageModel if _is_model(config) else mc_jax.MemoryCachingLayer
+        kind: Any = mc_jax.model.LAYERS.get(type(config), mc_jax.LanguageModel)
         module = kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
         load_jax(module, _widened(flat, leaves(jax_weights(module))))
         x = jnp.asarray(inputs)
@@ -166,7 +168,7 @@ def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: jax.Array) -> jax.Arr
 
 
 def _torch_outputs(config: Config, flat: Flat, inputs: np.ndarray) -> np.ndarray:
-    kind: Any = mc_torch.LanguageModel if _is_model(config) else mc_torch.MemoryCachingLayer
+    kind: Any = mc_torch.model.LAYERS.get(type(config), mc_torch.LanguageModel)
     module = kind(config, device="cpu", dtype=torch.float64)
     load_torch(module, _widened(flat, leaves(torch_weights(module))))
     with torch.no_grad():

@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mc_core.config import MCConfig, ModelConfig
 from mc_core.prefixes import find_state_dict, strip_prefixes
-from mc_core.pretrained import describe, read_description, to_metadata
+from mc_core.pretrained import Config, describe, read_description, to_metadata
 from mc_core.weights import Flat, to_jax, to_torch
 from mc_jax.pretrained import read_file
 from parity.weights import to_numpy, to_tensor
-
-Config = MCConfig | ModelConfig
 
 
 class ModuleWeights(NamedTuple):

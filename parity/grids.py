@@ -178,6 +178,34 @@ QUICK = (
         "residual",
         level="layer",
     ),
+    case(
+        _LINEAR,
+        "none",
+        level="model",
+        mixers=("log_linear",),
+        conv_width=3,
+        chunk_size=4,
+        mask="some",
+    ),
+    case(
+        _LINEAR,
+        "none",
+        level="model",
+        mixers=("log_linear",),
+        chunk_size=2,
+        splits=(6, 1, 6),
+        padding=True,
+        tie_embeddings=False,
+    ),
+    case(_LINEAR, "none", level="model", mixers=("log_linear",), qk_norm="none", new_tokens=9),
+    case(
+        _LINEAR,
+        "none",
+        level="model",
+        mixers=("log_linear",),
+        dtype="bfloat16",
+        output_norm="none",
+    ),
 )
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -253,6 +281,33 @@ def full() -> Iterator[Case]:
             gate_bias=pick_score((None, None, 0.5)),
             pool_norm=pick_score(("none", "none", "l2")),
             **options,
+        )
+    yield from _log_linear(random.Random(5).choice)
+
+
+def _log_linear(pick: Callable[[Any], Any]) -> Iterator[Case]:
+    """Yield models with log-linear attention, full passes and streams, in every dtype."""
+    for dtype, streams, chunk_size in product(DTYPES, (False, True), (1, 4, 16)):
+        deep, tokens = dtype == "float64", pick((11, 16, 23))
+        first = pick(((5,), (2, 3), (1, 6, 1)))
+        yield case(
+            LinearConfig(),
+            "none",
+            level="model",
+            num_layers=2 if deep else 1,
+            mixers=pick((("log_linear",), ("log_linear", "memory"))) if deep else ("log_linear",),
+            tokens=tokens,
+            splits=(*first, tokens - sum(first)) if streams else None,
+            padding=streams and pick((True, False)),
+            tie_embeddings=pick((True, False)),
+            remat=pick((True, False)),
+            mask=pick(tuple(mask for mask in MASKS if mask != "segment")),
+            dtype=dtype,
+            seed=pick(range(1000)),
+            chunk_size=chunk_size,
+            conv_width=pick((0, 4)),
+            qk_norm=pick(("l2", "none")) if deep else "l2",
+            output_norm="rms" if deep else "none",
         )
 
 

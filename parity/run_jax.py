@@ -75,7 +75,7 @@ def _draw(name: str, normal: Array) -> Array:
     *_, owner, field = ("", *name.split("."))
     if field == "bias" and owner in _BIASES:
         return _BIASES[owner] + 0.5 * normal
-    if field == "scale":
+    if field in ("scale", "level_scale"):
         return 1 + 0.2 * normal
     if field in ("bias", "embedding", "gate_bias", "gate_temperature"):
         return 0.5 * normal

@@ -21,7 +21,7 @@ from flax import nnx
 from rich.table import Table
 
 from mc_core import MCConfig, ModelConfig, TitansConfig
-from mc_core.optimizer import DECAYED, OptimizerConfig
+from mc_core.optimizer import OptimizerConfig, decays
 from parity import run_jax, run_torch
 from parity.cases import Array, Case
 from parity.compare import Difference, difference
@@ -192,7 +192,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def _decays(name: str, param: torch.Tensor) -> bool:
     ((jax_name, value),) = to_jax({name: param.detach().numpy()}).items()
-    return jax_name.rpartition(".")[2] in DECAYED and value.ndim >= 2
+    return decays(jax_name, value.ndim)
 
 
 def table(steps: tuple[StepComparison, ...]) -> Table:

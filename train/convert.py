@@ -10,11 +10,11 @@ from flax import nnx
 from rich.console import Console
 
 from mc_core.errors import UserError
-from mc_core.pretrained import read_tokenizer
+from mc_core.pretrained import Config, read_tokenizer
 from mc_core.weights import Flat
 from parity import convert as between
 from parity.community import community_format
-from parity.files import SAFETENSORS, STATE_DICT, Config, Format, ModuleWeights, write_safetensors
+from parity.files import SAFETENSORS, STATE_DICT, Format, ModuleWeights, write_safetensors
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run, run_tokenizer
 from train.config import TrainConfig, to_dict

@@ -5,16 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from mc_core.optimizer import DECAYED, OptimizerConfig
+from mc_core.optimizer import OptimizerConfig, decays
 
 
 def decay_mask(params: Any) -> Any:
-    """Return the weight decay mask: True for matrices of projections and embeddings.
-
-    Gains, biases, scales and initial memories have no weight decay; memories have a retention.
-    """
+    """Return the weight decay mask: True for matrices of projections and embeddings."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: path[-1].key in DECAYED and leaf.ndim >= 2, params
+        lambda path, leaf: decays(path[-1].key, leaf.ndim), params
     )
 
 

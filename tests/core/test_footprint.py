@@ -11,7 +11,14 @@ from flax import nnx
 from bench.count import count_flops
 from helpers.cases import AGGREGATIONS, MEMORIES
 from helpers.weight_cases import LAYERS, MODELS
-from mc_core import AttentionConfig, LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_core import (
+    AttentionConfig,
+    LinearConfig,
+    LogLinearConfig,
+    MCConfig,
+    ModelConfig,
+    TitansConfig,
+)
 from mc_core.footprint import (
     cache_footprint,
     flops_per_token,
@@ -22,18 +29,21 @@ from mc_core.footprint import (
     state_bytes,
 )
 from mc_core.tree_utils import flatten
-from mc_jax import AttentionLayer, LanguageModel, MemoryCachingLayer
+from mc_jax import LanguageModel
+from mc_jax.model import LAYERS as KINDS
 
 ATTENTION = {
     "full": AttentionConfig(64, 2, conv_width=4),
     "window": AttentionConfig(64, 2, 5, output_norm="none"),
+    "log-linear": LogLinearConfig(64, 2, conv_width=4),
+    "log-linear-head": LogLinearConfig(64, 2, 7, retention="head", output_norm="none"),
+    "log-linear-constant": LogLinearConfig(64, 2, 7, retention="constant"),
 }
 
 
 def build(config: Any) -> Any:
     """Return a module with abstract parameters."""
-    kinds = {MCConfig: MemoryCachingLayer, AttentionConfig: AttentionLayer}
-    kind = kinds.get(type(config), LanguageModel)
+    kind = KINDS.get(type(config), LanguageModel)
     return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
 
 
@@ -113,6 +123,13 @@ def compiled_flops(config: Any, tokens: int) -> float:
 def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):
     """The program needs up to 25% more, for running sums, mixtures and reads with weight 0."""
     config = MCConfig(256, 4, MEMORIES[memory], aggregation, segment_size=128, chunk_size=16)
+    flops = compiled_flops(config, tokens)
+    assert flops_per_token(config, tokens) <= flops <= 1.25 * flops_per_token(config, tokens)
+
+
+@pytest.mark.parametrize("tokens", [16, 128, 1000])
+def test_flops_of_log_linear_attention_match_compiled_program(tokens):
+    config = LogLinearConfig(256, 4, chunk_size=16)
     flops = compiled_flops(config, tokens)
     assert flops_per_token(config, tokens) <= flops <= 1.25 * flops_per_token(config, tokens)
 

@@ -8,7 +8,15 @@ from flax import nnx
 
 import mc_jax
 import mc_torch
-from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core import (
+    DLAConfig,
+    LinearConfig,
+    LogLinearConfig,
+    MCConfig,
+    ModelConfig,
+    SWLAConfig,
+    TitansConfig,
+)
 from mc_core.weights import Flat, leaves
 
 LAYERS = {
@@ -21,6 +29,7 @@ LAYERS = {
     "titans": MCConfig(
         8, 2, TitansConfig(norm="layer", expansion=2), conv_width=4, softmax_temperature="learned"
     ),
+    "log-linear": LogLinearConfig(8, 2, 7, conv_width=3),
 }
 MODELS = {
     "tied": ModelConfig(11, 2, LAYERS["linear"]),
@@ -33,18 +42,19 @@ MODELS = {
         attention_window=5,
     ),
     "free": ModelConfig(11, 1, LAYERS["titans"], ffn_width=12, tie_embeddings=False),
+    "mixed": ModelConfig(11, 2, LAYERS["linear"], mixers=("log_linear", "memory"), num_levels=7),
 }
 ALL: dict[str, Any] = {**LAYERS, **MODELS}
 
 
 def jax_module(config: Any, dtype: Any = jnp.float32, seed: int = 0) -> Any:
-    kind = mc_jax.LanguageModel if isinstance(config, ModelConfig) else mc_jax.MemoryCachingLayer
+    kind = mc_jax.model.LAYERS.get(type(config), mc_jax.LanguageModel)
     return kind(config, rngs=nnx.Rngs(seed), param_dtype=dtype)
 
 
 def torch_module(config: Any, dtype: Any = None) -> Any:
-    model = isinstance(config, ModelConfig)
-    return (mc_torch.LanguageModel if model else mc_torch.MemoryCachingLayer)(config, dtype=dtype)
+    kind = mc_torch.model.LAYERS.get(type(config), mc_torch.LanguageModel)
+    return kind(config, dtype=dtype)
 
 
 def draw(config: Any, dtype: str = "float32", seed: int = 0) -> Flat:

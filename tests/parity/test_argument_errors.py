@@ -10,7 +10,14 @@ import mc_jax
 import mc_torch
 from helpers import jax_calls, torch_calls
 from helpers.cases import assert_close, make_case
-from mc_core import AttentionConfig, LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_core import (
+    AttentionConfig,
+    LinearConfig,
+    LogLinearConfig,
+    MCConfig,
+    ModelConfig,
+    TitansConfig,
+)
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
@@ -29,11 +36,12 @@ def make(framework, name, config):
 
 @pytest.fixture(params=FRAMEWORKS)
 def fixtures(request):
-    """Return a layer, attention, a model and another layer, with tokens and ids."""
+    """Return layers of three kinds, a model and another layer, with tokens and ids."""
     made = {}
     for key, name, config in (
         ("layer", "MemoryCachingLayer", LAYER),
         ("attention", "AttentionLayer", ATTENTION),
+        ("log-linear", "LogLinearAttentionLayer", LogLinearConfig(8, 2)),
         ("model", "LanguageModel", MODEL),
         ("other", "MemoryCachingLayer", MCConfig(8, 4, LinearConfig())),
     ):
@@ -43,7 +51,7 @@ def fixtures(request):
     return made
 
 
-@pytest.mark.parametrize("name", ["layer", "attention", "model"])
+@pytest.mark.parametrize("name", ["layer", "attention", "log-linear", "model"])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -76,7 +84,7 @@ def test_memory_caching_requires_bool_masks(framework):
         side.run(case)
 
 
-@pytest.mark.parametrize("name", ["layer", "attention", "model"])
+@pytest.mark.parametrize("name", ["layer", "attention", "log-linear", "model"])
 def test_extend_requires_at_least_one_token(fixtures, name):
     module, x = fixtures[name], fixtures["ids" if name == "model" else "x"]
     with pytest.raises(ValueError, match=r"shape \(2, 0.*t >= 1"):
@@ -91,6 +99,8 @@ def test_extend_rejects_caches_of_other_layers(fixtures):
         layer.extend(x, attention.init_cache(2, 20))
     with pytest.raises(ValueError, match="cache is a Cache: must be the layer's KVCache"):
         attention.extend(x, layer.init_cache(2, 20))
+    with pytest.raises(ValueError, match="cache is a Cache: must be the layer's LevelCache"):
+        fixtures["log-linear"].extend(x, layer.init_cache(2, 20))
     with pytest.raises(
         ValueError, match="cache has 4 heads of width 2: must have 2 heads of width 4"
     ):

@@ -16,6 +16,7 @@ from mc_core import (
     AttentionConfig,
     DLAConfig,
     LinearConfig,
+    LogLinearConfig,
     MCConfig,
     ModelConfig,
     SWLAConfig,
@@ -30,17 +31,16 @@ LAYERS = {
     "titans-soup": MCConfig(8, 2, TitansConfig(expansion=1), "soup", segment_size=3, chunk_size=2),
     "dla-residual": MCConfig(8, 2, DLAConfig(expansion=1), "residual", segment_size=3),
     "attention": AttentionConfig(8, 2, window=3, conv_width=2),
+    "log-linear": LogLinearConfig(8, 2, 4, chunk_size=2),
 }
-SLOW = ("linear-grm", "swla-ssc", "titans-soup", "dla-residual")
+SLOW = ("linear-grm", "swla-ssc", "titans-soup", "dla-residual", "log-linear")
 MODEL = ModelConfig(11, 1, LAYERS["linear-grm"], ffn_width=8)
 TOKENS = np.random.default_rng(0).integers(11, size=(2, 6))
 
 
 def torch_layer(name: str) -> torch.nn.Module:
     config = LAYERS[name]
-    attends = isinstance(config, AttentionConfig)
-    kind = mc_torch.AttentionLayer if attends else mc_torch.MemoryCachingLayer
-    return kind(config, dtype=torch.float64)
+    return mc_torch.model.LAYERS[type(config)](config, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_pytorch_exports_dynamic_batch(name):
     assert_close(program.module()(x).detach(), layer(x).detach(), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["titans-soup", "attention"])
+@pytest.mark.parametrize("name", ["titans-soup", "attention", "log-linear"])
 def test_pytorch_rejects_dynamic_token_count(name):
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=FIXED):

@@ -23,18 +23,14 @@ from mc_core import (
     AttentionConfig,
     DLAConfig,
     LinearConfig,
+    LogLinearConfig,
     MCConfig,
     ModelConfig,
     SWLAConfig,
     TitansConfig,
 )
-from mc_torch import (
-    AttentionLayer,
-    LanguageModel,
-    MemoryCachingLayer,
-    chunked,
-    memory_caching,
-)
+from mc_torch import LanguageModel, chunked, memory_caching
+from mc_torch.model import LAYERS as MIXERS
 from mc_torch.numerics import tree_map
 
 EXACT = 1e-9
@@ -165,14 +161,14 @@ LAYERS: dict[str, Any] = {
     "dla": MCConfig(8, 2, DLAConfig(2, 1), "mean", segment_size=3, state_init_mode="restart"),
     "attention": AttentionConfig(8, 2, conv_width=2),
     "window": AttentionConfig(8, 2, window=2),
+    "log-linear": LogLinearConfig(8, 2, 4, chunk_size=2, conv_width=2),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def build(config: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    kinds = {MCConfig: MemoryCachingLayer, AttentionConfig: AttentionLayer}
-    module: Any = kinds.get(type(config), LanguageModel)(config, dtype=torch.float64)
+    module: Any = MIXERS.get(type(config), LanguageModel)(config, dtype=torch.float64)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

@@ -16,7 +16,14 @@ import mc_torch
 from helpers.cases import assert_close
 from helpers.generation_cases import PROMPTS, generate_by_full_passes, generate_tokens
 from helpers.weight_cases import draw, jax_module, torch_module
-from mc_core import AttentionConfig, LinearConfig, MCConfig, ModelConfig, TitansConfig
+from mc_core import (
+    AttentionConfig,
+    LinearConfig,
+    LogLinearConfig,
+    MCConfig,
+    ModelConfig,
+    TitansConfig,
+)
 from parity.weights import load_jax, load_torch, to_jax
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")
@@ -157,6 +164,7 @@ LAYERS = {
     ),
     "without u": MCConfig(8, 2, use_q_as_u=True),
     "attention": AttentionConfig(8, 2, conv_width=3),
+    "log-linear": LogLinearConfig(8, 2, conv_width=3),
 }
 
 
@@ -164,15 +172,15 @@ LAYERS = {
 def test_parameter_draws_follow_a_fixed_order(name):
     """Published results identify their initial parameters by the seed alone."""
     config = LAYERS[name]
-    attends = isinstance(config, AttentionConfig)
-    kind = "AttentionLayer" if attends else "MemoryCachingLayer"
-    ours = getattr(mc_jax, kind)(config, rngs=nnx.Rngs(3), param_dtype=jnp.float64)
+    kind = type(config)
+    ours = mc_jax.model.LAYERS[kind](config, rngs=nnx.Rngs(3), param_dtype=jnp.float64)
     torch.manual_seed(3)
-    theirs = getattr(mc_torch, kind)(config, dtype=torch.float64)
+    theirs = mc_torch.model.LAYERS[kind](config, dtype=torch.float64)
     names = ["q_proj", "k_proj", "v_proj", "u_proj", "out_proj"]
     if name != "memory":
         names.remove("u_proj")
-    assert [x for x in dict(theirs.named_children()) if x.endswith("_proj")] == names
+    children = [x for x in dict(theirs.named_children()) if x.endswith("_proj")]
+    assert children == names + ["level_proj"] * (name == "log-linear")
     rngs, _ = nnx.Rngs(3), torch.manual_seed(3)
     for each in names:
         linear = nnx.Linear(8, 8, use_bias=False, param_dtype=jnp.float64, rngs=rngs)

@@ -111,13 +111,14 @@ def test_only_matrices_of_projections_and_embeddings_decay():
     memory = {"kind": "titans", "expansion": 1}
     layer = TINY["model"]["layer"] | {"memory": memory, "conv_width": 2}
     layer |= {"gate_bias": 1.0, "softmax_temperature": "learned"}
-    config = from_dict(to_dict(config) | {"model": TINY["model"] | {"layer": layer}})
+    model = {"layer": layer, "num_layers": 2, "mixers": ["memory", "log_linear"]}
+    config = from_dict(to_dict(config) | {"model": TINY["model"] | model})
     _, state, _ = build(config)
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(state.params))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): on for path, on in mask}
     assert {name.rpartition("/")[2] for name, on in names.items() if on} == {"kernel", "embedding"}
     assert not any(on for name, on in names.items() if "initial" in name or "norm" in name)
-    for name in ("initial", "gate_bias", "gate_temperature"):
+    for name in ("initial", "gate_bias", "gate_temperature", "level_scale"):
         assert any(name in path for path in names)
 
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
@@ -235,7 +236,7 @@ def test_config_of_mixers(tmp_path):
     # A checkpoint of a version without `mixers` resumes with the former model.
     now = Meta(to_dict(load_config(path)), "text", 0.0)
     old = json.loads(json.dumps(now.config))
-    for key in ("mixers", "attention_window", "rope_base"):
+    for key in ("mixers", "attention_window", "rope_base", "num_levels"):
         del old["model"][key]
     check_same_run(tmp_path, now._replace(config=old), now)
     with pytest.raises(UserError, match=r"another version .*unknown key 'depth'"):

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import START_MODES
+from mc_core.config import MIXERS, START_MODES
 from mc_core.errors import UserError
 from train.cli.options import Aggregation, Kind, output_file
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 Start = StrEnum("Start", list(START_MODES))  # type: ignore[misc]
+Mixer = StrEnum("Mixer", list(MIXERS))  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Framework = StrEnum("Framework", ["jax", "torch"])
 Passes = StrEnum("Passes", ["forward", "both"])
@@ -28,6 +29,7 @@ Json = Annotated[Path | None, output_file("output file of all numbers, as JSON")
 Markdown = Annotated[Path | None, output_file("output file of the table, as Markdown")]
 Positive = Annotated[int, typer.Option(min=1)]
 Seed = Annotated[int, typer.Option(min=0, help="random seed of parameters and batch")]
+MIXER = "token mixer; only `memory` has a kind, an aggregation, segments and a start"
 DEVICES = "number of devices over which JAX splits the batch"
 
 WIDTH = 200  # of tables, if stdout is not a terminal
@@ -45,6 +47,7 @@ def layer(
     framework: Annotated[list[Framework], typer.Option()] = [Framework.jax],  # noqa: B006
     passes: Annotated[list[Passes], typer.Option()] = [Passes.both],  # noqa: B006
     devices: Annotated[list[int], typer.Option(min=1, help=DEVICES)] = [1],  # noqa: B006
+    mixer: Annotated[list[Mixer], typer.Option(help=MIXER)] = [Mixer("memory")],  # noqa: B006
     expansion: Annotated[
         int, typer.Option(min=1, help="hidden width of an MLP memory, in head widths")
     ] = 4,
@@ -229,6 +232,7 @@ def _grid(options: dict[str, Any]) -> Any:
         "tokens": "tokens",
         "passes": "passes",
         "devices": "devices",
+        "mixer": "mixers",
     }
     values: dict[str, Any] = {
         many: tuple(options[one]) if isinstance(options[one], list) else (options[one],)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mc_core import ModelConfig
+from mc_core import MCConfig, ModelConfig
 from mc_core.errors import UserError
+from mc_core.pretrained import Config
 from parity.cases import Case, rounded, state_dtype
-from parity.files import SAFETENSORS, STATE_DICT, Config, ModuleWeights
+from parity.files import SAFETENSORS, STATE_DICT, ModuleWeights
 from parity.weights import Flat
 from train.config import load_config
 from train.convert import read_run
@@ -37,6 +38,10 @@ def own_case(
         model = loaded.config
     if model is None:
         raise UserError(f"{checkpoint} has no configuration: give --config")
+    if not isinstance(model, MCConfig | ModelConfig):
+        raise UserError(
+            f"{checkpoint} contains a layer without memory: must be a model or a memory"
+        )
     level = "model" if isinstance(model, ModelConfig) else "layer"
     layer = model.layer if isinstance(model, ModelConfig) else model
     tokens = tokens or 2 * layer.segment_size + 5

@@ -212,8 +212,8 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
     constant = segment_lengths(tokens, "constant", config.segment_size)
     if lengths is not None and config.has_buckets:
         raise ValueError(
-            f"segment_lengths = {list(lengths)}: must be None for segmentation = '{FENWICK}', which "
-            "has segments of segment_size tokens"
+            f"segment_lengths = {list(lengths)}: must be None for segmentation = '{FENWICK}', "
+            "which has segments of segment_size tokens"
         )
     if lengths is None and config.has_buckets:
         lengths = constant

@@ -160,4 +160,3 @@ def mix_buckets(
     weight = to_call_chunks(gates[..., :-1], layout)
     weights = (buckets.weights[layer],)
     return sum_indexed_reads(one_layer, a, weight, weights, buckets.chunk_index)
-

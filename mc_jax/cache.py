@@ -17,6 +17,7 @@ from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.offload import move_to_host, on_host, update_in_place
 
 Tree = Any  # nested tuples of arrays
+MaybeArray = Any  # an array; () if unused
 
 
 class Segments(NamedTuple):
@@ -29,9 +30,9 @@ class Segments(NamedTuple):
     weights: Weights  # per layer, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
     length: Array  # number of unmasked tokens of the segment, int32 [b, n]
-    pool_sum: Array | tuple[()] = ()  # sum of the keys [b, n, h, k]
+    pool_sum: MaybeArray = ()  # sum of the keys [b, n, h, k]
     # Product of the retention of all tokens [b, n, h]; () if no states are summed.
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
 
 
 class Cache(NamedTuple):
@@ -49,7 +50,7 @@ class Cache(NamedTuple):
     capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
     conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
     # Product of the online segment's retention [b, h]; () unless buckets sum states.
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
 
     @property
     def segments(self) -> Segments:
@@ -305,7 +306,7 @@ def sum_complete(config: MCConfig, weights: Weights, plan: Plan) -> Weights:
     return tuple(jnp.sum(w[:, : plan.complete], axis=1) for w in weights)
 
 
-def write_slots(stored: Segments, new: Segments, slots: Array) -> Segments:
+def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
     """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
     row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
 

@@ -20,7 +20,7 @@ from mc_jax.buckets import (
     merge_segments,
     segment_retention,
 )
-from mc_jax.cache import Cache, Segments, cast_cache, nan_past_capacity, sum_complete
+from mc_jax.cache import Cache, MaybeArray, Segments, cast_cache, nan_past_capacity, sum_complete
 from mc_jax.cache_rows import add_row, drop_rows, map_rows
 from mc_jax.chunk_layout import first_tokens
 from mc_jax.chunked import write_chunks
@@ -205,7 +205,7 @@ def _run_chunks(
     pools = pool_keys(k, mask, plan, config)
     segment = jnp.asarray(plan.segment_of, jnp.int32)
     cached = stored = Segments(writes.ends, pools.segment, pools.length)
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
     if config.sums_states:
         retention = segment_retention(coefficients.retention, plan)
     if config.has_buckets:

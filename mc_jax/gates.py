@@ -110,9 +110,8 @@ def append_online_score(
 
     Takes u and running [b, t, h, k] and bias [h] as in `gate_scores`; returns [b, t, h, n + 1].
     """
-    if config.gate == "token":
-        online = u[..., :1]
-    else:
+    online = u[..., :1]
+    if config.gate == "context":
         online = jnp.sum(u * running, axis=-1, keepdims=True)
     return jnp.concatenate([cached, _add_bias(online, bias)], axis=-1) / config.score_divisor
 

@@ -16,6 +16,7 @@ from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
 from mc_torch.offload import move_to_host, update_in_place
 
 Tree = Any  # nested tuples of tensors
+MaybeArray = Any  # a tensor; () if unused
 
 
 class Segments(NamedTuple):
@@ -28,9 +29,9 @@ class Segments(NamedTuple):
     weights: Weights  # per layer, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
     length: Array  # number of unmasked tokens of the segment, int32 [b, n]
-    pool_sum: Array | tuple[()] = ()  # sum of the keys [b, n, h, k]
+    pool_sum: MaybeArray = ()  # sum of the keys [b, n, h, k]
     # Product of the retention of all tokens [b, n, h]; () if no states are summed.
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
 
 
 class Cache(NamedTuple):
@@ -48,7 +49,7 @@ class Cache(NamedTuple):
     capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
     conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
     # Product of the online segment's retention [b, h]; () unless buckets sum states.
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
 
     @property
     def segments(self) -> Segments:
@@ -314,9 +315,9 @@ def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weight
     return tuple(torch.sum(w[:, : plan.complete], dim=1) for w in weights)
 
 
-def write_slots(stored: Segments, new: Segments, slots: Array) -> Segments:
+def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
     """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
-    number = torch.arange(stored.length.shape[1], dtype=slots.dtype, device=slots.device)
+    number = torch.arange(stored[1].shape[1], dtype=slots.dtype, device=slots.device)
     matches = slots[:, None, :] == number[:, None]  # [b, n, s]
     # A write copies all slots, because the caller may still use the old cache: skip empty writes.
     if not is_traced(slots) and not matches.any():

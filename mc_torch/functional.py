@@ -18,7 +18,7 @@ from mc_torch.buckets import (
     merge_segments,
     segment_retention,
 )
-from mc_torch.cache import Cache, Segments, cast_cache, nan_past_capacity, sum_complete
+from mc_torch.cache import Cache, MaybeArray, Segments, cast_cache, nan_past_capacity, sum_complete
 from mc_torch.cache_rows import add_row, drop_rows, map_rows
 from mc_torch.chunk_layout import TensorPlan, first_tokens, make_plan
 from mc_torch.chunked import write_chunks
@@ -202,7 +202,7 @@ def _run_chunks(
     pools = pool_keys(k, mask, plan, config)
     segment = torch.tensor(plan.segment_of, device=q.device)
     cached = stored = Segments(writes.ends, pools.segment, pools.length)
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
     if config.sums_states:
         retention = segment_retention(coefficients.retention, plan)
     if config.has_buckets:

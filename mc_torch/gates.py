@@ -107,9 +107,8 @@ def append_online_score(
 
     Takes u and running [b, t, h, k] and bias [h] as in `gate_scores`; returns [b, t, h, n + 1].
     """
-    if config.gate == "token":
-        online = u[..., :1]
-    else:
+    online = u[..., :1]
+    if config.gate == "context":
         online = torch.sum(u * running, dim=-1, keepdim=True)
     return torch.cat([cached, _add_bias(online, bias)], dim=-1) / config.score_divisor
 

@@ -5,9 +5,9 @@ import torch
 from mc_core.config import MCConfig
 from mc_torch.backends import Memory, Weights
 from mc_torch.backends.base import apply_weights
+from mc_torch.buckets import selected_ends
 from mc_torch.chunk_layout import TensorPlan, from_chunks, from_segments, to_chunks, to_segments
 from mc_torch.chunked import OnlineMemory, WriteResult, online_apply
-from mc_torch.buckets import selected_ends
 from mc_torch.dense_reads import sum_bucket_reads, sum_earlier_reads
 from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map
 from mc_torch.sparse_reads import read_selected

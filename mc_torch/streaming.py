@@ -15,7 +15,7 @@ from mc_torch.bucket_streaming import (
     read_buckets,
     scan_retention,
 )
-from mc_torch.cache import Cache, Segments, start_state, tree_where, write_slots
+from mc_torch.cache import Cache, MaybeArray, Segments, start_state, tree_where, write_slots
 from mc_torch.cached_reads import CachedRead, sum_cached_reads
 from mc_torch.chunk_layout import CallLayout, from_call_chunks, make_call_layout, to_call_chunks
 from mc_torch.chunked import (
@@ -38,7 +38,7 @@ class StreamPools(NamedTuple):
     sums: Array  # sum of the segment's keys after each chunk [g, b, h, k]
     counts: Array  # number of its unmasked tokens after each chunk, int32 [g, b]
     # Product of its retention after each chunk [g, b, h]; () unless buckets sum states.
-    retention: Array | tuple[()] = ()
+    retention: MaybeArray = ()
 
 
 def extend_chunks(
@@ -72,7 +72,9 @@ def extend_chunks(
         retention = scan_retention(tokens.coefficients.retention, layout, cache.retention)
         pools = pools._replace(retention=retention)
     position = cache.position + count
-    stored, total, totals, buckets = cache.stored, cache.total, (), None
+    stored, total = cache.stored, cache.total
+    totals: Weights = ()
+    buckets: CallBuckets | None = None
     if config.has_buckets and config.rule.reads_cache:
         completed = _completed_segments(_after_chunks(scanned), pools, layout, config)
         stored, buckets = complete_buckets(memory, config, completed, cache, position, layout)
@@ -99,7 +101,7 @@ def extend_chunks(
             )
         else:
             call_gates = gate_call(tokens.u, buckets, pools.running, layout, config, gate_bias)
-        cached = stored.weights if buckets is None else buckets
+        cached = buckets or stored.weights
         output = _read(memory, config, writes, cached, q, call_gates, layout)
         gates = scatter_gates(*call_gates, stored.length.shape[1])
 

@@ -31,9 +31,9 @@ class OracleResult(NamedTuple):
     pools: Array  # [b, n, h, k], the pooled key of each segment
     # Under `fenwick` index i of these three is the bucket of 2^i blocks: of each token, and after
     # the last whole block; 0 where there is none.
+    lengths: Array  # [b, n], number of unmasked tokens of each segment or bucket
     normalizers: Array | None  # [b, n, h, k], normalised linear memories only
     momentum: Layers | None  # per layer [b, h, out, in], after the last token; titans only
-    lengths: Array  # [b, n], number of unmasked tokens of each segment or bucket
 
 
 class Memory(NamedTuple):

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import strategies as st
 
 import oracle
-from helpers.cases import AGGREGATIONS, GATES, MASKS, MEMORIES, FunctionCase, assert_close, make_case
+from helpers.cases import (
+    AGGREGATIONS,
+    GATES,
+    MASKS,
+    MEMORIES,
+    FunctionCase,
+    assert_close,
+    make_case,
+)
 from helpers.recurrence_cases import EXACT
 from mc_core.cache_checks import NO_SLOT
 

@@ -5,18 +5,20 @@ Compilation dominates the run time: full grids are slow tests here, and quick on
 """
 
 from functools import partial
-from itertools import product
 
 import jax
 import numpy as np
 import pytest
 
 from helpers import torch_calls
-from helpers.cases import AGGREGATIONS, assert_close
-from helpers.fenwick_cases import LAYOUTS, STARTS, assert_matches_oracle, make_fenwick_case
-from helpers.fenwick_cases import with_options
-from helpers.jax_calls import arrays, run, run_with_gradients
-from helpers.recurrence_cases import EXACT, GRADIENT, METHODS
+from helpers.cases import assert_close
+from helpers.fenwick_cases import (
+    assert_matches_oracle,
+    make_fenwick_case,
+    with_options,
+)
+from helpers.jax_calls import arrays, run
+from helpers.recurrence_cases import EXACT, METHODS
 from mc_jax import Coefficients, extend, init_cache
 
 pytestmark = pytest.mark.usefixtures("float64", "strict")

@@ -21,6 +21,7 @@ SEGMENTATIONS = {
     FENWICK: "per token, the powers of two that sum to its number of complete segments of "
     "segment_size tokens, largest first; at most log2 + 1 cached memories",
 }
+PRESETS = {"log_linear_pp": "Log-Linear++, the paper's baseline: grm over fenwick segments"}
 START_MODES = ("checkpoint", "restart")
 OUTPUT_NORMS = ("rms", "none")
 VALUE_NORMS = ("none", "l2", "rms")

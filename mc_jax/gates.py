@@ -113,7 +113,8 @@ def append_online_score(
     online = u[..., :1]
     if config.gate == "context":
         online = jnp.sum(u * running, axis=-1, keepdims=True)
-    return jnp.concatenate([cached, _add_bias(online, bias)], axis=-1) / config.score_divisor
+    online = _add_bias(online, bias)
+    return jnp.concatenate([cached, online], axis=-1) / config.score_divisor
 
 
 def segment_ages(segment: Array, n: int) -> Array:

@@ -110,7 +110,8 @@ def append_online_score(
     online = u[..., :1]
     if config.gate == "context":
         online = torch.sum(u * running, dim=-1, keepdim=True)
-    return torch.cat([cached, _add_bias(online, bias)], dim=-1) / config.score_divisor
+    online = _add_bias(online, bias)
+    return torch.cat([cached, online], dim=-1) / config.score_divisor
 
 
 def segment_ages(segment: Array, n: int) -> Array:

@@ -134,6 +134,20 @@ class Plan:
         return np.sum(self.bucket_ends < self.segments, axis=1)[self.segment_of]
 
     @cached_property
+    def readers(self) -> np.ndarray:
+        """[slots] number of tokens that may read each cached memory."""
+        if not self.has_buckets:
+            return self.tokens - self.ends
+        return np.asarray(self.lengths) @ (self.bucket_ends < self.segments)
+
+    @property
+    def memory_names(self) -> tuple[str, ...]:
+        """[slots] name of each cached memory, for plots."""
+        if not self.has_buckets:
+            return tuple(f"segment {i}" for i in range(self.segments))
+        return tuple(f"bucket of {2**i}" for i in range(self.slots))
+
+    @cached_property
     def completes_segment(self) -> np.ndarray:
         """[t] True at the last token of a complete segment."""
         full = np.asarray(self.lengths)[self.segment_of] == self.full_length

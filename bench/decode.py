@@ -11,9 +11,11 @@ from flax import nnx
 
 from bench.timing import WARM_CACHE_NOTE, Timing, alternate, ratio
 from mc_core import MCConfig
+from mc_core.cache_checks import NO_SLOT
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint, kv_bytes
 from mc_core.memories import MEMORIES
+from mc_core.segmentation import check_streaming_config
 from mc_core.tables import ResultTable, Row
 from mc_core.tree_utils import flatten
 from mc_jax import Cache, MemoryCachingLayer
@@ -187,21 +189,31 @@ def compare_storage(config: MCConfig, tokens: int, seed: int) -> list[Row]:
 
 
 def layer(
-    kind: str, aggregation: str, *, width: int, heads: int, segment_size: int, chunk_size: int
+    kind: str,
+    aggregation: str,
+    *,
+    width: int,
+    heads: int,
+    segment_size: int,
+    chunk_size: int,
+    segmentation: str = "constant",
 ) -> MCConfig:
     """Return a layer with the defaults of its kind.
 
     Raises:
         ValueError: a value is not allowed; the message has field, value and allowed values.
     """
-    return MCConfig(
+    config = MCConfig(
         width,
         heads,
         MEMORIES[kind](),
         aggregation,
+        segmentation=segmentation,
         segment_size=segment_size,
         chunk_size=chunk_size,
     )
+    check_streaming_config(config)
+    return config
 
 
 def _row(context: int, one: Decoder, timing: Timing, base: Timing) -> Row:
@@ -219,7 +231,8 @@ def _row(context: int, one: Decoder, timing: Timing, base: Timing) -> Row:
 
 
 def _name(config: MCConfig) -> str:
-    return f"{config.memory.kind} + {config.aggregation}"
+    name = f"{config.memory.kind} + {config.aggregation}"
+    return f"{name}, {config.segmentation}" if config.has_buckets else name
 
 
 def _build(config: MCConfig, seed: int) -> tuple[MemoryCachingLayer, Any, Any]:
@@ -235,10 +248,11 @@ def _layer(config: MCConfig, context: int, seed: int) -> Decoder:
         0.1 * jax.random.normal(jax.random.key(seed), w.shape) for w in cache.stored.weights
     )
     pool = jax.random.normal(jax.random.key(seed), cache.stored.pool.shape)
+    slot = NO_SLOT if config.has_buckets else (context - 1) // config.segment_size
     cache = cache._replace(
         stored=cache.stored._replace(weights=weights, pool=pool),
         position=jnp.full_like(cache.position, context),
-        slot=jnp.full_like(cache.slot, (context - 1) // config.segment_size),
+        slot=jnp.full_like(cache.slot, slot),
     )
 
     @partial(jax.jit, donate_argnums=2)

@@ -41,8 +41,8 @@ def run(model: ModelConfig, tokens: Sequence[int], cache_dtype: str) -> ResultTa
             }
         )
     about = (
-        f"{layers} layers of {model.name}, {layer.num_heads} heads of "
-        f"{layer.head_dim}, segment_size {layer.segment_size}; cached memories, keys and values "
+        f"{layers} layers of {model.name}, {layer.num_heads} heads of {layer.head_dim}, "
+        f"{layer.segmentation} segments of {layer.segment_size}; cached memories, keys and values "
         f"{cache_dtype}, the online memory float32"
     )
     return result_table(

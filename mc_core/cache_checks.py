@@ -9,6 +9,7 @@ from mc_core.checks import check_integers, check_static
 from mc_core.config import LayerConfig
 from mc_core.segmentation import NOT_STREAMABLE
 
+NO_SLOT = 2**31 - 1  # slot of the online segment if it has none
 INVALIDATED = 2**30  # position of a stream with output NaN; larger than any capacity
 
 
@@ -37,7 +38,7 @@ def check_streamable(capacity: int) -> None:
     if capacity == NOT_STREAMABLE:
         raise ValueError(
             "cache cannot be extended: its segments are not those of a stream: use segmentation = "
-            "'constant' without segment_lengths"
+            "'constant' or 'fenwick' without segment_lengths"
         )
 
 

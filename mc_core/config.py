@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mc_core.aggregations import AGGREGATIONS, Aggregation
 from mc_core.checks import ConfigError, check_choice, check_range, check_types, raise_config_error
@@ -15,7 +15,14 @@ GATES = {
     "context": "grm, soup, ssc: scores are inner products of the connector u and pooled keys",
     "token": "grm, soup, ssc: scores are components of the connector u, by the age of the memory",
 }
-SEGMENTATIONS = ("constant", "logarithmic")
+FENWICK = "fenwick"
+SEGMENTATIONS = {
+    "constant": "segments of segment_size tokens; the last one may be shorter",
+    "logarithmic": "the powers of two that sum to the length, largest first; cannot stream",
+    FENWICK: "per token, the powers of two that sum to its number of complete segments of "
+    "segment_size tokens, largest first; at most log2 + 1 cached memories",
+}
+PRESETS = {"log_linear_pp": "Log-Linear++, the paper's baseline: grm over fenwick segments"}
 START_MODES = ("checkpoint", "restart")
 OUTPUT_NORMS = ("rms", "none")
 VALUE_NORMS = ("none", "l2", "rms")
@@ -35,10 +42,14 @@ class MCConfig(Serializable):
         num_heads: number of heads h; the key and value width is d / h.
         memory: configuration of the memory.
         aggregation: combination of online and cached memories (equations 7, 9, 15, 17).
-        segmentation: rule for the segment lengths (section 4.2).
-        segment_size: number of tokens per segment under `constant`.
+        segmentation: rule for the segment lengths (section 4.2). Under `fenwick`, the cached
+            memories of a token are buckets of 1, 2, 4, ... complete segments.
+        segment_size: number of tokens per segment under `constant` and `fenwick`.
         state_init_mode: a segment starts from the previous state (`checkpoint`) or from the initial
-            memory (`restart`; section 3.4).
+            memory (`restart`; section 3.4). A bucket's memory is the running state at its last
+            token (`checkpoint`), or the sum of its segments' states, each decayed by the later
+            segments of the bucket (`restart`). A state is all that retention decays: weights, with
+            the initial memory of every segment, and normalizer. No segment has a previous token.
         ssc_top_k: number of cached memories that each token reads under `ssc`.
         use_q_as_u: use q as the connector u, without a separate projection.
         softmax_temperature: divisor of the scores before the softmax, or `learned`: a parameter per
@@ -53,7 +64,8 @@ class MCConfig(Serializable):
         detach_cached_context: stop gradients at cached pooled keys.
         gate: score of a memory: the inner product of u and its pooled key (`context`, equation 10),
             or the component of u at the memory's level (`token`, arXiv:2506.04761). The level is
-            1 + floor(log2(age)), with the age in segments, and 0 for the online memory.
+            1 + floor(log2(age)), with the age in segments, and 0 for the online memory. The level
+            of a bucket of 2^e segments is 1 + e.
         gate_bias: initial value of a learned bias per head that is added to the score of the online
             memory, before the division by the temperature; None = no bias.
         pool_norm: L2 norm of pooled keys (`l2`), or `none`.
@@ -84,6 +96,21 @@ class MCConfig(Serializable):
     gate_bias: float | None = None
     pool_norm: str = "none"
 
+    @classmethod
+    def log_linear_pp(
+        cls, d_model: int, num_heads: int, memory: MemoryConfig = LinearConfig(), **fields: Any
+    ) -> Self:
+        """Return Log-Linear++, the paper's baseline: `grm` over `fenwick` segments.
+
+        Args:
+            d_model: model width d.
+            num_heads: number of heads h.
+            memory: configuration of the memory.
+            fields: other fields.
+        """
+        fields = {"aggregation": "grm", "segmentation": FENWICK} | fields
+        return cls(d_model, num_heads, memory, **fields)
+
     def __post_init__(self) -> None:
         check_types(self)
         for field in ("d_model", "num_heads", "segment_size", "ssc_top_k", "chunk_size"):
@@ -96,6 +123,9 @@ class MCConfig(Serializable):
         check_choice(self, "aggregation", AGGREGATIONS)
         check_choice(self, "segmentation", SEGMENTATIONS)
         check_choice(self, "state_init_mode", START_MODES)
+        if self.sums_states and not self.memory.decay_only_transition:
+            allowed = f"'checkpoint' for {FENWICK} segments of a {self.memory.kind} memory"
+            raise_config_error("MCConfig", "state_init_mode", self.state_init_mode, allowed)
         check_choice(self, "pooling", ("mean", "sum"))
         check_choice(self, "output_norm", OUTPUT_NORMS)
         check_choice(self, "gate", GATES)
@@ -149,10 +179,24 @@ class MCConfig(Serializable):
         return 1.0 if isinstance(temperature, str) else temperature
 
     @property
+    def has_buckets(self) -> bool:
+        """True if the cached memories of a token are buckets of segments."""
+        return self.segmentation == FENWICK
+
+    @property
+    def sums_states(self) -> bool:
+        """True if a bucket's memory is the decayed sum of its segments' states."""
+        return self.has_buckets and self.state_init_mode == "restart"
+
+    @property
     def reads_sum(self) -> bool:
-        """True if all cached memories are read as one sum of weights (equation 7)."""
+        """True if all cached memories are read as one sum of weights (equation 7).
+
+        False for buckets, because a stream cannot accumulate their sum.
+        """
         rule = self.rule
-        return rule.reads_cache and not rule.gated and self.memory.linear_in_weights
+        linear = self.memory.linear_in_weights and not self.has_buckets
+        return rule.reads_cache and not rule.gated and linear
 
     @property
     def mixes_layers(self) -> bool:
@@ -167,7 +211,8 @@ class MCConfig(Serializable):
         """Return the number of slots for cached memories in a stream of `tokens` tokens."""
         if not self.rule.reads_cache or self.reads_sum:
             return 0
-        return -(-tokens // self.segment_size)
+        segments = -(-tokens // self.segment_size)
+        return segments.bit_length() if self.has_buckets else segments
 
     @property
     def normalizes_qk(self) -> bool:

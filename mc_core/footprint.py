@@ -39,7 +39,7 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
     """Return the bytes of a layer's cache for one stream of `tokens` tokens.
 
     Args:
-        config: the layer's configuration, with segments of constant size.
+        config: the layer's configuration, with segments of constant size or `fenwick`.
         tokens: length of the stream.
         item: bytes per cached weight; the online memory has 4 bytes per weight.
     """
@@ -50,13 +50,16 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
     state += 4 * 2 * h * width * config.memory.uses_previous_token
     state += 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
     state += 4 * 4  # length, slot, position, capacity
+    state += 4 * h * config.sums_states  # retention of the online segment
     slots = config.slots(tokens)
-    complete = min(slots, tokens // config.segment_size)
-    reads = min(complete, config.ssc_top_k) if config.rule.sparse else complete
+    cached = min(slots, _cached_count(config, tokens // config.segment_size))
+    reads = min(cached, config.ssc_top_k) if config.rule.sparse else cached
+    # With buckets, also the sums of their keys, and their retention if states are summed.
+    pool = h * width * (1 + config.has_buckets) + h * config.sums_states
     return Footprint(
         state=state,
         memories=slots * size * item,
-        pools=slots * 4 * (h * width + 1),
+        pools=slots * 4 * (pool + 1),
         read=state + reads * size * item,
     )
 
@@ -69,7 +72,7 @@ def state_bytes(config: LayerConfig | ModelConfig, tokens: int, item: int = 4) -
     stores a float32 state per level.
 
     Args:
-        config: configuration of a layer or model, with segments of constant size.
+        config: configuration of a layer or model, with segments of constant size or `fenwick`.
         tokens: length of the stream.
         item: bytes per cached weight, key or value; all other arrays have 4 bytes per element.
     """
@@ -100,7 +103,7 @@ def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     P is the number of memory weights of all heads (P_1 and P_L: first and last layer of an MLP), C
     the chunk size, w the width of the convolution, f the width of the feed-forward, and n the
     average number of cached memories that a token reads (0 in the first segment, 1 in the second,
-    and so on; at most `top_k` under `ssc`):
+    and so on; under `fenwick`, the set bits of this number; at most `top_k` under `ssc`):
 
     - projections `8 d²`, and `2 d²` for u; convolution `6 w d`; learned coefficients `2 d h` each;
     - softmax attention: `4 d` per visible token, itself included;
@@ -136,8 +139,13 @@ def kv_bytes(config: MCConfig, tokens: int, item: int = 4) -> int:
 
 
 def outgrows_kv(config: MCConfig) -> bool:
-    """Return True if a cached memory is larger than the keys and values of its segment."""
-    return bool(config.slots(1)) and memory_size(config) >= 2 * config.d_model * config.segment_size
+    """Return True if a cached memory is larger than the keys and values of its segment.
+
+    False for buckets, which have a memory per power of two, not per segment.
+    """
+    if config.has_buckets or not config.slots(1):
+        return False
+    return memory_size(config) >= 2 * config.d_model * config.segment_size
 
 
 def _memory_state(config: MCConfig, tokens: int, item: int) -> int:
@@ -161,8 +169,7 @@ def _memory_flops(config: MCConfig, tokens: int) -> float:
 
 def _write_and_read(config: MCConfig, tokens: int) -> float:
     memory, h, width = config.memory, config.num_heads, config.head_dim
-    longest = max(segment_lengths(tokens, config.segmentation, config.segment_size))
-    chunk = min(config.chunk_size, longest)
+    chunk = min(config.chunk_size, max(_segment_lengths(config, tokens)))
     layers = list(pairwise(memory.widths(width, width)))[memory.fixed_layers :]
     size = memory_size(config)
     within = 2 * chunk * h * sum(a + b for a, b in layers)
@@ -187,16 +194,28 @@ def _cached_reads(config: MCConfig, tokens: int) -> float:
     """Return the FLOPs per token of reading and scoring cached memories."""
     if not config.rule.reads_cache:
         return 0.0
-    lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
+    lengths = _segment_lengths(config, tokens)
 
     def mean_count(limit: float) -> float:
-        return sum(min(i, limit) * length for i, length in enumerate(lengths)) / tokens
+        counts = (min(_cached_count(config, i), limit) for i in range(len(lengths)))
+        return sum(i * length for i, length in zip(counts, lengths, strict=True)) / tokens
 
     cached = mean_count(len(lengths))
     limit = config.ssc_top_k if config.rule.sparse else len(lengths)
     reads = mean_count(1 if config.reads_sum else limit)
     scores = 2 * config.d_model * (cached + 1) * (config.gated and config.gate == "context")
     return 2 * memory_size(config) * reads + scores
+
+
+def _segment_lengths(config: MCConfig, tokens: int) -> tuple[int, ...]:
+    """Return the lengths of the segments that are written, also those inside of buckets."""
+    segmentation = "constant" if config.has_buckets else config.segmentation
+    return segment_lengths(tokens, segmentation, config.segment_size)
+
+
+def _cached_count(config: MCConfig, complete: int) -> int:
+    """Return the number of cached memories after a number of complete segments."""
+    return complete.bit_count() if config.has_buckets else complete
 
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:

@@ -37,6 +37,8 @@ class MemoryConfig(Serializable):
             The backend's `rank_one_updates` then returns a_t and e_t, those of the zero memory.
         uses_previous_token: True if the write of a token uses the previous token's key and value.
         normalizes_qk: True if q and k are L2-normalized by default.
+        decay_only_transition: True if a write is `W_t = α_t W_{t-1} + U_t`, with α_t the retention
+            and U_t independent of the memory, so that states of segments can be added.
     """
 
     tag: ClassVar[Tag] = Tag("kind", MEMORIES)
@@ -49,6 +51,7 @@ class MemoryConfig(Serializable):
     delta_rule: ClassVar[bool] = False
     uses_previous_token: ClassVar[bool] = False
     normalizes_qk: ClassVar[bool] = False
+    decay_only_transition: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)

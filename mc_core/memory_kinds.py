@@ -20,6 +20,7 @@ class LinearConfig(MemoryConfig):
     kind: ClassVar[str] = "linear"
     description: ClassVar[str] = "matrix, dot loss: linear attention"
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"step": (0.0, 2.0), "retention": (0.0, 1.0)}
+    decay_only_transition: ClassVar[bool] = True
 
     feature_map: str = "identity"  # identity | elu+1
     normalize: bool = False
@@ -77,6 +78,7 @@ class SWLAConfig(MemoryConfig):
         "previous": "previous",
     }
     uses_previous_token: ClassVar[bool] = True
+    decay_only_transition: ClassVar[bool] = True
 
     coefficients: str = "token"
     retention: float = 1.0

@@ -1,12 +1,13 @@
 """Static plans of the segments and chunks of a sequence (section 4.2)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mc_core.config import MCConfig
+from mc_core.config import FENWICK, SEGMENTATIONS, MCConfig
 
 NOT_STREAMABLE = -1  # capacity of a cache that cannot be extended
 
@@ -16,9 +17,10 @@ def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> 
 
     Args:
         tokens: number of tokens, at least 1.
-        segmentation: `constant` (the last segment may be shorter) or `logarithmic` (the powers of
-            two that sum to `tokens`, in descending order).
-        segment_size: number of tokens per segment under `constant`.
+        segmentation: `constant` (the last segment may be shorter), `logarithmic` (the powers of two
+            that sum to `tokens`, in descending order), or `fenwick` (the segments that the last
+            token reads: its buckets, largest first, and its own segment).
+        segment_size: number of tokens per segment under `constant` and `fenwick`.
 
     Raises:
         ValueError: `tokens` or `segment_size` is not positive, or `segmentation` is unknown.
@@ -31,9 +33,31 @@ def segment_lengths(tokens: int, segmentation: str, segment_size: int = 256) -> 
         full, rest = divmod(tokens, segment_size)
         return (segment_size,) * full + ((rest,) if rest else ())
     if segmentation == "logarithmic":
-        bits = range(tokens.bit_length() - 1, -1, -1)
-        return tuple(1 << bit for bit in bits if tokens >> bit & 1)
-    raise ValueError(f"segmentation = {segmentation!r}: must be one of 'constant', 'logarithmic'")
+        return _binary_digits(tokens)
+    if segmentation == FENWICK:
+        complete = (tokens - 1) // segment_size
+        buckets = tuple(segment_size * count for count in _binary_digits(complete))
+        return *buckets, tokens - complete * segment_size
+    names = ", ".join(map(repr, SEGMENTATIONS))
+    raise ValueError(f"segmentation = {segmentation!r}: must be one of {names}")
+
+
+def bucket_ends(segments: int, complete: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the last segment of each bucket of 2^e segments, e = 0, 1, ... (section 7).
+
+    Bucket e of a token after c complete segments ends with segment `(c >> e << e) - 1`, if bit e of
+    c is set. Example: after 6 segments, bucket 2 has segments 0 to 3 and bucket 1 segments 4 and 5.
+
+    Args:
+        segments: number of segments n.
+        complete: numbers of complete segments c.
+
+    Returns:
+        [len(complete), bit_length(n)]; n where there is no bucket.
+    """
+    count = np.asarray(complete)[:, None]
+    exponent = np.arange(segments.bit_length())
+    return np.where(count >> exponent & 1, (count >> exponent << exponent) - 1, segments)
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,7 @@ class Plan:
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
         full_length: number of tokens of the last segment when complete.
         streams: True if the sequence can be extended, because its segments are those of a stream.
+        has_buckets: True if cached memories are buckets of segments.
     """
 
     lengths: tuple[int, ...]
@@ -64,6 +89,7 @@ class Plan:
     restarts: np.ndarray
     full_length: int
     streams: bool
+    has_buckets: bool = False
 
     @property
     def capacity(self) -> int:
@@ -79,6 +105,53 @@ class Plan:
     def segments(self) -> int:
         """Number of segments n."""
         return len(self.lengths)
+
+    @property
+    def complete(self) -> int:
+        """Number of complete segments."""
+        return self.segments - (self.lengths[-1] < self.full_length)
+
+    @property
+    def slots(self) -> int:
+        """Number of cached memories, including the online one if it is not a bucket."""
+        return self.segments.bit_length() if self.has_buckets else self.segments
+
+    @cached_property
+    def bucket_ends(self) -> np.ndarray:
+        """[n, slots] last segment of each bucket that the tokens of a segment read; n = none."""
+        return bucket_ends(self.segments, range(self.segments))
+
+    @cached_property
+    def final_buckets(self) -> np.ndarray:
+        """[slots] last segment of each bucket after all tokens; n = none."""
+        return bucket_ends(self.segments, [self.complete])[0]
+
+    @cached_property
+    def cached_count(self) -> np.ndarray:
+        """[t] number of cached memories that each token may read."""
+        if not self.has_buckets:
+            return self.segment_of
+        return np.sum(self.bucket_ends < self.segments, axis=1)[self.segment_of]
+
+    @cached_property
+    def readers(self) -> np.ndarray:
+        """[slots] number of tokens that may read each cached memory."""
+        if not self.has_buckets:
+            return self.tokens - self.ends
+        return np.asarray(self.lengths) @ (self.bucket_ends < self.segments)
+
+    @property
+    def memory_names(self) -> tuple[str, ...]:
+        """[slots] name of each cached memory, for plots."""
+        if not self.has_buckets:
+            return tuple(f"segment {i}" for i in range(self.segments))
+        return tuple(f"bucket of {2**i}" for i in range(self.slots))
+
+    @cached_property
+    def completes_segment(self) -> np.ndarray:
+        """[t] True at the last token of a complete segment."""
+        full = np.asarray(self.lengths)[self.segment_of] == self.full_length
+        return full & (self.offset_of == self.full_length - 1)
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -147,18 +220,27 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         lengths: explicit segment lengths, which override the configuration.
 
     Raises:
-        ValueError: the lengths are not positive or do not add up to `tokens`.
+        ValueError: the lengths are not positive or do not add up to `tokens`, or the configuration
+            does not allow explicit lengths.
     """
     constant = segment_lengths(tokens, "constant", config.segment_size)
-    if lengths is None:
+    if lengths is not None and config.has_buckets:
+        raise ValueError(
+            f"segment_lengths = {list(lengths)}: must be None for segmentation = '{FENWICK}', "
+            "which has segments of segment_size tokens"
+        )
+    if lengths is None and config.has_buckets:
+        lengths = constant
+    elif lengths is None:
         lengths = segment_lengths(tokens, config.segmentation, config.segment_size)
+        _warn_single_segment(tokens, config, lengths)
     lengths = tuple(int(length) for length in lengths)
     if not lengths or min(lengths) < 1 or sum(lengths) != tokens:
         raise ValueError(
             f"segment_lengths = {list(lengths)}: must be positive and add up to {tokens} tokens"
         )
     # Streams require segments of constant size.
-    streams = config.segmentation == "constant" and lengths == constant
+    streams = config.segmentation in ("constant", FENWICK) and lengths == constant
     size = min(config.chunk_size, max(lengths))
     counts = [-(-length // size) for length in lengths]
     restart = config.state_init_mode == "restart"
@@ -183,7 +265,24 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         restarts=restarts.reshape(rows, chunks),
         full_length=config.segment_size if streams else lengths[-1],
         streams=streams,
+        has_buckets=config.has_buckets,
     )
+
+
+def _binary_digits(number: int) -> tuple[int, ...]:
+    """Return the powers of two that sum to a number, in descending order."""
+    bits = range(number.bit_length() - 1, -1, -1)
+    return tuple(1 << bit for bit in bits if number >> bit & 1)
+
+
+def _warn_single_segment(tokens: int, config: MCConfig, lengths: Sequence[int]) -> None:
+    single = len(lengths) == 1 and tokens > 1
+    if config.segmentation == "logarithmic" and config.rule.reads_cache and single:
+        warnings.warn(
+            f"segmentation = 'logarithmic': {tokens} tokens are one segment, so that no memory is "
+            f"cached: use '{FENWICK}', which caches at every length and can stream",
+            stacklevel=3,
+        )
 
 
 def check_streaming_config(config: MCConfig) -> None:
@@ -194,6 +293,6 @@ def check_streaming_config(config: MCConfig) -> None:
     """
     if config.segmentation == "logarithmic":
         raise ValueError(
-            "segmentation = 'logarithmic': must be 'constant' for streaming, because logarithmic "
-            "segments depend on the length of the sequence"
+            f"segmentation = 'logarithmic': must be 'constant' or '{FENWICK}' for streaming, "
+            "because logarithmic segments depend on the length of the sequence"
         )

@@ -49,6 +49,46 @@ def sum_cached_reads(
     return jnp.moveaxis(sums, 0, 2).reshape(b, h, -1, sums.shape[-1])[:, :, :c]
 
 
+def sum_indexed_reads(
+    read: CachedRead, x: Array, gates: Array, weights: Weights, index: Array
+) -> Array:
+    """Return `Σ_e gates_e read(x, weights[index_e])` for chunks of tokens that read the same slots.
+
+    Args:
+        read: function that reads one memory per chunk: tokens [g, b, 1, h, c, i] and weights
+            [g, b, 1, h, o, i].
+        x: tokens [g, b, 1, h, c, i].
+        gates: [g, b, 1, h, c, n], 0 where nothing is read.
+        weights: memories, each [b, m, h, o, i].
+        index: memories of each chunk, int32 [g, b, n]; m = none.
+
+    Returns:
+        [g, b, 1, h, c, o] in the gates' dtype.
+    """
+    row = jnp.arange(index.shape[1], dtype=index.dtype)[None]
+
+    def gather(w: Array, which: Array, row: Array) -> Array:
+        return w[row, jnp.minimum(which, w.shape[1] - 1)]
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def weighted(x: Array, gate: Array, weights: Weights) -> Array:
+        return gate[..., None] * read(x, tuple(w[:, :, None] for w in weights))
+
+    def add(total: Array, which: Array, gate: Array) -> Array:
+        memories = tuple(read_from_host(gather, w, which, row) for w in weights)
+        return total + weighted(x, gate, memories)
+
+    def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        which, gate = inputs
+        is_read = jnp.any(which < weights[0].shape[1])
+        return jax.lax.cond(is_read, add, lambda total, *_: total, total, which, gate), None
+
+    by_exponent = jnp.moveaxis(index, -1, 0), jnp.moveaxis(gates, -1, 0)
+    zero = jnp.zeros_like(gates[..., 0])
+    shape = jax.eval_shape(add, zero[..., None], index[..., 0], gates[..., 0]).shape
+    return jax.lax.scan(step, jnp.zeros_like(gates, shape=shape), by_exponent)[0]
+
+
 def _sum_block(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:
     """Compute `sum_cached_reads` for one block of tokens, over the first `filled` slots.
 

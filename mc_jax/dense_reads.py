@@ -34,24 +34,60 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
     Returns:
         [b, h, n, c, o] in the gates' dtype.
     """
-    b, h, n, c, _ = x.shape
     total = None
-    for tiles in tile_pairs(n):
-        rows = tiles.segments
-        part = _read_tiles(
-            read,
-            x[:, :, rows.clip(max=n - 1)],
-            _tile_gates(gates, tiles),
-            tuple(w[:, tiles.memories] for w in weights),
-        )
-        part = part.reshape(b, h, rows.size, c, -1)
-        if total is None:
-            total = jnp.zeros_like(part, shape=(b, h, n, c, part.shape[-1]))
-        inside = rows.reshape(-1) < n
-        valid = part if inside.all() else part[:, :, np.flatnonzero(inside)]
-        total = total.at[:, :, rows.reshape(-1)[inside]].add(valid)
+    for tiles in tile_pairs(x.shape[2]):
+        memories = tuple(w[:, tiles.memories] for w in weights)
+        total = _add_tiles(read, x, _tile_gates(gates, tiles), memories, tiles, total)
     assert total is not None
     return total
+
+
+def sum_bucket_reads(read: TileRead, x: Array, gates: Array, weights: Weights) -> Array:
+    """Return the sum over each segment's buckets of `read(x, gates, weights)`.
+
+    The bucket of 2^e segments that a segment reads is the last memory of its tile of size 2^e.
+
+    Args:
+        read: function that reads one memory, weighted by the gates.
+        x: tokens of each segment [b, h, n, c, i], n >= 2.
+        gates: [b, h, n, c, slots]; the last axis is the exponent e.
+        weights: bucket that ends with each segment, each [b, n, h, o, i].
+
+    Returns:
+        [b, h, n, c, o] in the gates' dtype.
+    """
+    total = None
+    for exponent, tiles in enumerate(tile_pairs(x.shape[2])):
+        gate = gates[..., exponent][:, :, tiles.segments.clip(max=x.shape[2] - 1)]
+        gate = gate.transpose(2, 0, 1, 3, 4)  # [a, b, h, rows, c]
+        gate = gate.reshape(1, *gate.shape[:3], -1)
+        last = tuple(w[:, tiles.memories[:, -1:]] for w in weights)
+        total = _add_tiles(read, x, gate, last, tiles, total)
+    assert total is not None
+    return total
+
+
+def _add_tiles(
+    read: TileRead,
+    x: Array,
+    gates: Array,
+    memories: Weights,
+    tiles: PairTiles,
+    total: Array | None,
+) -> Array:
+    """Add the reads of tiles to a sum [b, h, n, c, o]; None = zero.
+
+    Takes x [b, h, n, c, i], gates [m, a, b, h, rows * c] and memories [b, a, m, h, o, i].
+    """
+    b, h, n, c, _ = x.shape
+    rows = tiles.segments
+    part = _read_tiles(read, x[:, :, rows.clip(max=n - 1)], gates, memories)
+    part = part.reshape(b, h, rows.size, c, -1)
+    if total is None:
+        total = jnp.zeros_like(part, shape=(b, h, n, c, part.shape[-1]))
+    inside = rows.reshape(-1) < n
+    valid = part if inside.all() else part[:, :, np.flatnonzero(inside)]
+    return total.at[:, :, rows.reshape(-1)[inside]].add(valid)
 
 
 def _tile_gates(gates: Array, tiles: PairTiles) -> Array:

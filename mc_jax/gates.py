@@ -94,12 +94,24 @@ def gate_scores(
     """
     u = u.astype(running.dtype)
     if config.gate == "token":
-        age = segment_ages(expand_leading_dims(segment, 2), pools.shape[1])[:, :, None]
-        cached, online = level_score(u, age), u[..., :1]
+        age = memory_ages(expand_leading_dims(segment, 2), pools.shape[1], config)[:, :, None]
+        cached = level_score(u, age)
     else:
         if config.detach_cached_context:
             pools = jax.lax.stop_gradient(pools)
         cached = einsum_f32("bthk,bnhk->bthn", u, pools, exact=True)
+    return append_online_score(cached, u, running, config, bias)
+
+
+def append_online_score(
+    cached: Array, u: Array, running: Array, config: MCConfig, bias: Array | None
+) -> Array:
+    """Append the online memory's score to scores [b, t, h, n], and divide by the temperature.
+
+    Takes u and running [b, t, h, k] and bias [h] as in `gate_scores`; returns [b, t, h, n + 1].
+    """
+    online = u[..., :1]
+    if config.gate == "context":
         online = jnp.sum(u * running, axis=-1, keepdims=True)
     online = _add_bias(online, bias)
     return jnp.concatenate([cached, online], axis=-1) / config.score_divisor
@@ -110,6 +122,17 @@ def segment_ages(segment: Array, n: int) -> Array:
     return segment[..., None] - expand_leading_dims(
         jnp.arange(n, dtype=segment.dtype), segment.ndim + 1
     )
+
+
+def memory_ages(segment: Array, n: int, config: MCConfig) -> Array:
+    """Return the ages [..., n] by which `level_score` finds the levels of n cached memories.
+
+    Buckets have fixed levels, so that the age of the bucket of 2^e segments is 2^e.
+    """
+    if not config.has_buckets:
+        return segment_ages(segment, n)
+    sizes = 2 ** jnp.arange(n, dtype=segment.dtype)
+    return jnp.broadcast_to(expand_leading_dims(sizes, segment.ndim + 1), (*segment.shape, n))
 
 
 def level_score(u: Array, age: Array) -> Array:
@@ -156,6 +179,18 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     return jnp.concatenate(selected, axis=-1)
 
 
+def select_memories(score: Array, allowed: Array, config: MCConfig) -> Array:
+    """Select `ssc_top_k` of n memories as in `select_top_k`, by scores [..., n]: [..., m].
+
+    Of equal scores, the earlier memory is selected; of buckets, this is the larger one.
+    """
+    if not config.has_buckets:
+        return select_top_k(score, allowed, config.ssc_top_k)
+    n = score.shape[-1]
+    selected = select_top_k(score[..., ::-1], allowed[..., ::-1], config.ssc_top_k)
+    return jnp.where(selected < n, n - 1 - selected, n)
+
+
 def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
     """Convert scores to the weights of a read (equations 7, 10, 17).
 
@@ -174,7 +209,11 @@ def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
 
 def readable_mask(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens in segments [...] may read."""
-    cached = segment_ages(segment, n) > 0
+    if config.has_buckets:
+        bits = expand_leading_dims(jnp.arange(n, dtype=segment.dtype), segment.ndim + 1)
+        cached = (segment[..., None] >> bits & 1) == 1
+    else:
+        cached = segment_ages(segment, n) > 0
     if not config.rule.reads_cache:
         cached = jnp.zeros_like(cached)
     return jnp.concatenate([cached, jnp.ones_like(cached, shape=(*segment.shape, 1))], axis=-1)
@@ -302,7 +341,7 @@ def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
     n = score.shape[-1] - 1
     read_mask = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
     if config.rule.sparse:
-        selected = select_top_k(score[..., :n], read_mask[..., :n], config.ssc_top_k)
+        selected = select_memories(score[..., :n], read_mask[..., :n], config)
         slots = selected[..., :, None] == expand_leading_dims(
             jnp.arange(n, dtype=selected.dtype), selected.ndim + 1
         )

@@ -113,7 +113,7 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: Plan) -
         entropy=-jnp.sum(probabilities * logs, axis=-1),
         token_index=jnp.arange(plan.tokens, dtype=jnp.int32),
         segment_index=jnp.asarray(plan.segment_of, jnp.int32),
-        cached_count=jnp.asarray(plan.segment_of, jnp.int32),
+        cached_count=jnp.asarray(plan.cached_count, jnp.int32),
         segment_norm=_weights_norm(weights),
         segment_length=segments.length,
         read_count=reads.swapaxes(1, 2),

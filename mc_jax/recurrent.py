@@ -9,6 +9,7 @@ import numpy as np
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan
 from mc_jax.backends import Coefficients, Memory, MemoryState, Tokens, Weights
+from mc_jax.buckets import carry_segment
 from mc_jax.cache import (
     Cache,
     Segments,
@@ -36,6 +37,7 @@ class Token(NamedTuple):
     segment: Array  # int32 []
     starts_segment: Array  # bool []
     starts_chunk: Array  # bool []
+    completes_segment: Array  # bool []
 
 
 def run_tokens(
@@ -61,13 +63,18 @@ def run_tokens(
     """
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
-    token_indices = (plan.segment_of.astype(np.int32), plan.starts_segment, plan.starts_chunk)
+    token_indices = (
+        plan.segment_of.astype(np.int32),
+        plan.starts_segment,
+        plan.starts_chunk,
+        plan.completes_segment,
+    )
     by_step = Token(*(*by_token, *map(jnp.asarray, token_indices)))
 
     def step(cache: Cache, token: Token) -> tuple[Cache, tuple[Array, Array]]:
         return run_token(memory, config, start, cache, token, gate_bias)
 
-    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
+    cache = empty_cache(start, tokens.k[:, 0], config, plan.slots, plan.capacity, total=False)
     cache, (output, gates) = jax.lax.scan(step, cache, by_step)
     cache = cache._replace(total=sum_complete(config, cache.stored.weights, plan))
     return output.swapaxes(0, 1), cache, gates.swapaxes(0, 1)
@@ -115,16 +122,27 @@ def run_token(
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
-    online = Segments(state.weights, running, count)
-    slot = jnp.full_like(cache.slot, token.segment)
+    online, stored, slot = Segments(state.weights, running, count), cache.stored, cache.slot
+    retention = cache.retention
+    if config.sums_states:
+        before = _where(token.starts_segment, jnp.ones_like(retention), retention)
+        retention = before * token.coefficients.retention
+    if not config.has_buckets:
+        slot = jnp.full_like(slot, token.segment)
+        stored = write_slots(stored, add_axis(online), slot[:, None])
+    else:
+        block = online._replace(pool_sum=pool_sum, retention=retention)
+        carried = carry_segment(memory, config, block, stored, token.segment)
+        stored = _where(token.completes_segment, carried, stored)
     cache = cache._replace(
-        stored=write_slots(cache.stored, add_axis(online), slot[:, None]),
+        stored=stored,
         state=state,
         pool_sum=pool_sum,
         pool=running,
         length=count,
         slot=slot,
         position=cache.position + 1,
+        retention=retention,
     )
     return cache, (output, gates)
 

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from mc_core.config import MCConfig
 from mc_jax.backends import Memory, Tokens, Weights
 from mc_jax.backends.base import apply_weights
-from mc_jax.cache import Cache, Segments, start_state, tree_where, write_slots
+from mc_jax.bucket_streaming import (
+    CallBuckets,
+    complete_buckets,
+    gate_call,
+    mix_buckets,
+    read_buckets,
+    scan_retention,
+)
+from mc_jax.cache import Cache, MaybeArray, Segments, start_state, tree_where, write_slots
 from mc_jax.cached_reads import CachedRead, sum_cached_reads
 from mc_jax.chunk_layout import CallLayout, from_call_chunks, make_call_layout, to_call_chunks
 from mc_jax.chunked import Chunks, ScanResult, WriteResult, online_apply, online_memory, scan_chunks
@@ -23,6 +31,8 @@ class StreamPools(NamedTuple):
     running: Array  # [b, t, h, k] of the token's segment, up to and including the token
     sums: Array  # sum of the segment's keys after each chunk [g, b, h, k]
     counts: Array  # number of its unmasked tokens after each chunk, int32 [g, b]
+    # Product of its retention after each chunk [g, b, h]; () unless buckets sum states.
+    retention: MaybeArray = ()
 
 
 def extend_chunks(
@@ -53,7 +63,18 @@ def extend_chunks(
     encoded = tokens._replace(q=q, k=keys)
     scanned, writes = _write(memory, config, encoded, initial, layout, cache)
     pools = _pool(tokens.k, tokens.mask, layout, cache, config)
-    stored, total, totals = _complete(scanned, pools, layout, cache, config)
+    if config.sums_states:
+        retention = scan_retention(tokens.coefficients.retention, layout, cache.retention)
+        pools = pools._replace(retention=retention)
+    position = cache.position + count
+    stored, total = cache.stored, cache.total
+    totals: Weights = ()
+    buckets: CallBuckets | None = None
+    if config.has_buckets and config.rule.reads_cache:
+        completed = _completed_segments(_after_chunks(scanned), pools, layout, config)
+        stored, buckets = complete_buckets(memory, config, completed, cache, position, layout)
+    elif not config.has_buckets:
+        stored, total, totals = _complete(scanned, pools, layout, cache, config)
     if config.detach_cached_states:
         totals = jax.lax.stop_gradient(totals)
 
@@ -68,10 +89,14 @@ def extend_chunks(
         output = from_call_chunks(read, layout) * weight
         gates = read_mask.astype(weight.dtype) * weight
     else:
-        call_gates = compute_gates(
-            tokens.u, stored.pool, pools.running, layout.segment, config, gate_bias
-        )
-        output = _read(memory, config, writes, stored.weights, q, call_gates, layout)
+        if buckets is None:
+            call_gates = compute_gates(
+                tokens.u, stored.pool, pools.running, layout.segment, config, gate_bias
+            )
+        else:
+            call_gates = gate_call(tokens.u, buckets, pools.running, layout, config, gate_bias)
+        cached = buckets or stored.weights
+        output = _read(memory, config, writes, cached, q, call_gates, layout)
         gates = scatter_gates(*call_gates, stored.length.shape[1])
 
     new = cache._replace(
@@ -81,8 +106,9 @@ def extend_chunks(
         pool_sum=pools.sums[-1],
         pool=finish_pooling(pools.sums[-1], pools.counts[-1][:, None], config),
         length=pools.counts[-1],
-        slot=layout.slot,
-        position=cache.position + count,
+        slot=cache.slot if config.has_buckets else layout.slot,
+        position=position,
+        retention=jax.tree.map(lambda x: x[-1], pools.retention),
     )
     return output, new, gates
 
@@ -139,10 +165,7 @@ def _complete(
         the slots, the sum of the weights of all complete segments, and this sum before each chunk
         [g, b, 1, h, o, i]. The sums are () if reads do not use them.
     """
-    after = tuple(
-        jnp.concatenate([before[1:], final[None]])
-        for before, final in zip(scanned.before, scanned.final.weights, strict=True)
-    )
+    after = _after_chunks(scanned)
     total, totals = cache.total, ()
     if config.reads_sum:
         completed = tree_where(layout.completes_segment, after, jax.tree.map(jnp.zeros_like, after))
@@ -155,31 +178,52 @@ def _complete(
         )
     if not cache.stored.length.shape[1]:
         return cache.stored, total, totals
+    completed_segments = _completed_segments(after, pools, layout, config)
+    return write_slots(cache.stored, completed_segments, layout.completed_slots), total, totals
+
+
+def _after_chunks(scanned: ScanResult) -> Weights:
+    """Return the memory after each chunk [g, b, 1, h, o, i]."""
+    return tuple(
+        jnp.concatenate([before[1:], final[None]])
+        for before, final in zip(scanned.before, scanned.final.weights, strict=True)
+    )
+
+
+def _completed_segments(
+    after: Weights, pools: StreamPools, layout: CallLayout, config: MCConfig
+) -> Segments:
+    """Return the segments [b, s, ...] that the call may complete, from memories after chunks."""
     chunk = layout.completing_chunk
     row = jnp.arange(chunk.shape[0], dtype=chunk.dtype)[:, None]
     sums, counts = pools.sums[chunk, row], pools.counts[chunk, row]
-    completed_segments = Segments(
+    segments = Segments(
         weights=tuple(x[chunk, row, 0] for x in after),
         pool=finish_pooling(sums, counts[..., None], config),
         length=counts,
     )
-    return write_slots(cache.stored, completed_segments, layout.completed_slots), total, totals
+    if not config.has_buckets:
+        return segments
+    retention = jax.tree.map(lambda x: x[chunk, row], pools.retention)
+    return segments._replace(pool_sum=sums, retention=retention)
 
 
 def _read(
     memory: Memory,
     config: MCConfig,
     writes: WriteResult,
-    cached: Weights,
+    cached: Weights | CallBuckets,
     q: Array,
     gates: Gates,
     layout: CallLayout,
 ) -> Array:
     """Read the online memory and the cached memories, weighted by gates: [b, t, h, v].
 
-    Takes cached weights [b, n, h, o, i] in slots and q [b, t, h, k].
+    Takes cached weights [b, n, h, o, i] in slots, or buckets, and q [b, t, h, k].
     """
-    if config.detach_cached_states:
+    if config.detach_cached_states and isinstance(cached, CallBuckets):
+        cached = cached._replace(weights=jax.lax.stop_gradient(cached.weights))
+    elif config.detach_cached_states:
         cached = jax.lax.stop_gradient(cached)
     if config.mixes_layers:
         return _read_soup(memory, writes, cached, q, gates.weights, layout)
@@ -187,6 +231,8 @@ def _read(
     online = online * gates.weights[..., -1:]
     if not config.rule.reads_cache:
         return online
+    if isinstance(cached, CallBuckets):
+        return online + read_buckets(memory, config, cached, q, gates, layout)
     if config.rule.sparse:
         assert gates.selected is not None
         return online + read_sparse(memory, cached, q, gates.weights[..., :-1], gates.selected)
@@ -198,7 +244,12 @@ def _read(
 
 
 def _read_soup(
-    memory: Memory, writes: WriteResult, cached: Weights, q: Array, gates: Array, layout: CallLayout
+    memory: Memory,
+    writes: WriteResult,
+    cached: Weights | CallBuckets,
+    q: Array,
+    gates: Array,
+    layout: CallLayout,
 ) -> Array:
     """Read the gate-weighted mixture of all memories, layer by layer; gates [b, t, h, n + 1]."""
     assert writes.online is not None
@@ -210,6 +261,9 @@ def _read_soup(
 
     def apply(layer: int, a: Array) -> Array:
         a = a.astype(q.dtype)
+        if isinstance(cached, CallBuckets):
+            mixed = mix_buckets(cached, layer, a, gates, layout)
+            return online_gate * online(layer, a) + mixed
         mixed = _sum_cached(one_layer, from_call_chunks(a, layout), gates, (cached[layer],), layout)
         return online_gate * online(layer, a) + to_call_chunks(mixed, layout)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mc_core import cache_checks
-from mc_core.cache_checks import INVALIDATED, check_cache_options
+from mc_core.cache_checks import INVALIDATED, NO_SLOT, check_cache_options
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streaming_config
 from mc_torch.backends import Memory, MemoryState, Weights, make_memory
@@ -17,38 +17,49 @@ from mc_torch.numerics import Array, Dtype, is_batched, state_dtype, tree_map
 from mc_torch.offload import move_to_host, update_in_place
 
 Tree = Any  # nested tuples of tensors
+MaybeArray = Any  # a tensor; () if unused
 
 
 class Segments(NamedTuple):
-    """Memories after the latest token of each segment (section 4)."""
+    """Memories after the latest token of each segment (section 4), or of each bucket (section 7).
+
+    In a cache with buckets, index i is the bucket of 2^i segments; all its values are 0 if there is
+    none. The last two fields are () without buckets.
+    """
 
     weights: Weights  # per layer, each [b, n, h, o, i]
     pool: Array  # pooled keys m [b, n, h, k]
     length: Array  # number of unmasked tokens of the segment, int32 [b, n]
+    pool_sum: MaybeArray = ()  # sum of the keys [b, n, h, k]
+    # Product of the retention of all tokens [b, n, h]; () if no states are summed.
+    retention: MaybeArray = ()
 
 
 class Cache(NamedTuple):
     """State of the streams of a memory layer. Rows are independent."""
 
-    stored: Segments  # complete segments, one per slot; `segments` also includes the online one
+    # Complete segments, one per slot; `segments` also includes the online one. Or buckets.
+    stored: Segments
     total: Weights  # sum of the weights of complete segments; () if reads do not use it
     state: MemoryState  # the online memory
     pool_sum: Array  # sum of the online segment's keys [b, h, k]
     pool: Array  # pooled key of the online segment [b, h, k]
     length: Array  # number of unmasked tokens of the online segment, int32 [b]
-    slot: Array  # index of the online segment, int32 [b]
+    slot: Array  # index of the online segment, int32 [b]; NO_SLOT with buckets
     position: Array  # number of processed tokens, including masked ones, int32 [b]
     capacity: Array  # maximum number of tokens, int32 []; NOT_STREAMABLE if it cannot be extended
     conv: Weights = ()  # last inputs of the convolutions of q, k and v, each [b, width - 1, d]
+    # Product of the online segment's retention [b, h]; () unless buckets sum states.
+    retention: MaybeArray = ()
 
     @property
     def segments(self) -> Segments:
-        """Memory, pooled key and length of all segments, including the online one.
+        """Memory, pooled key and length of all segments, including the online one; or of buckets.
 
         Unused slots are zero. A cache from `init_cache` has no slots if reads do not use them:
         under `none`, and under `residual` and `mean` if reads are linear in the weights.
         """
-        if not self.stored.length.shape[1]:
+        if not self.stored.length.shape[1] or len(self.stored.pool_sum):
             return self.stored
         online = Segments(self.state.weights, self.pool, self.length)
         return write_slots(self.stored, add_axis(online), self.slot[:, None])
@@ -155,7 +166,7 @@ def init_cache(
     v = torch.zeros(batch, h, initial[-1].shape[-2], dtype=dtype, device=device)
     start = start_state(memory, initial, k[..., None, :], v[..., None, :])
     slots = config.slots(max_tokens)
-    cache = empty_cache(start, k, slots, max_tokens, config.reads_sum, cache_dtype)
+    cache = empty_cache(start, k, config, slots, max_tokens, config.reads_sum, cache_dtype)
     # With `pooling="sum"`, `pool` and `pool_sum` are the same tensor, as after every step.
     pool = finish_pooling(cache.pool_sum, cache.length[:, None], config)
     cache = cache._replace(pool=pool)
@@ -193,11 +204,16 @@ def cast_cache(cache: Cache, dtype: Dtype) -> Cache:
         return tree_map(lambda x: x.to(dtype), tree)
 
     return cache._replace(
-        stored=cache.stored._replace(pool=cast(cache.stored.pool)),
+        stored=cache.stored._replace(
+            pool=cast(cache.stored.pool),
+            pool_sum=cast(cache.stored.pool_sum),
+            retention=cast(cache.stored.retention),
+        ),
         total=cast(cache.total),
         state=cast(cache.state),
         pool_sum=cast(cache.pool_sum),
         pool=cast(cache.pool),
+        retention=cast(cache.retention),
     )
 
 
@@ -240,13 +256,20 @@ def is_traced(x: Any) -> bool:
 
 
 def empty_cache(
-    start: MemoryState, k: Array, slots: int, capacity: int, total: bool, dtype: Dtype = None
+    start: MemoryState,
+    k: Array,
+    config: MCConfig,
+    slots: int,
+    capacity: int,
+    total: bool,
+    dtype: Dtype = None,
 ) -> Cache:
     """Return the cache before the first token.
 
     Args:
         start: the state before the first token [b, h, ...].
         k: keys [b, h, k]; they determine the shape of the pooled keys.
+        config: the layer's configuration.
         slots: number of slots for cached memories.
         capacity: maximum number of tokens per stream.
         total: if True, the cache has the sum of the complete segments' weights.
@@ -258,21 +281,25 @@ def empty_cache(
     def stack(x: Array) -> Array:
         return x.new_zeros(x.shape[0], slots, *x.shape[1:])
 
+    one_per_head = zero[..., 0]
     # No two leaves share a tensor: a step compiled for shared leaves would be compiled again.
     return Cache(
         stored=Segments(
             weights=tuple(stack(w.to(dtype or w.dtype)) for w in start.weights),
             pool=stack(zero),
             length=stack(count),
+            pool_sum=stack(zero) if config.has_buckets else (),
+            retention=stack(one_per_head) if config.sums_states else (),
         ),
         total=tree_map(torch.zeros_like, start.weights) if total else (),
         state=start._replace(anchor=tree_map(torch.clone, start.anchor)),
         pool_sum=zero,
         pool=zero.clone(),
         length=count,
-        slot=count.clone(),
+        slot=torch.full_like(count, NO_SLOT) if config.has_buckets else count.clone(),
         position=count.clone(),
         capacity=torch.full((), capacity, dtype=torch.int32, device=k.device),
+        retention=torch.ones_like(one_per_head) if config.sums_states else (),
     )
 
 
@@ -286,13 +313,12 @@ def sum_complete(config: MCConfig, weights: Weights, plan: TensorPlan) -> Weight
     """
     if not config.reads_sum:
         return ()
-    complete = plan.segments - (plan.lengths[-1] < plan.full_length)
-    return tuple(torch.sum(w[:, :complete], dim=1) for w in weights)
+    return tuple(torch.sum(w[:, : plan.complete], dim=1) for w in weights)
 
 
 def write_slots(stored: Tree, new: Tree, slots: Array) -> Tree:
     """Write `new` [b, s, ...] to slots [b, s] of `stored` [b, n, ...]; slots >= n are dropped."""
-    number = torch.arange(stored[-1].shape[1], dtype=slots.dtype, device=slots.device)
+    number = torch.arange(stored[1].shape[1], dtype=slots.dtype, device=slots.device)
     matches = slots[:, None, :] == number[:, None]  # [b, n, s]
     # A write copies all slots, because the caller may still use the old cache: skip empty writes.
     if not is_traced(slots) and not matches.any():

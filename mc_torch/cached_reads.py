@@ -7,6 +7,7 @@ import torch
 from mc_torch.backends import Weights
 from mc_torch.cache import is_traced
 from mc_torch.numerics import Array, remat
+from mc_torch.offload import read_from_host
 
 MAX_READS = 64  # maximum number of (token, slot) pairs per step
 BLOCK = 256  # tokens per block; a block reads the slots that at least one of its tokens reads
@@ -36,6 +37,43 @@ def sum_cached_reads(
         x.split(BLOCK, dim=2), gates.split(BLOCK, dim=2), segment.split(BLOCK, dim=1), strict=True
     )
     return torch.cat([_sum_block(read, x, g, weights, torch.amax(s)) for x, g, s in blocks], dim=2)
+
+
+def sum_indexed_reads(
+    read: CachedRead, x: Array, gates: Array, weights: Weights, index: Array
+) -> Array:
+    """Return `Σ_e gates_e read(x, weights[index_e])` for chunks of tokens that read the same slots.
+
+    Args:
+        read: function that reads one memory per chunk: tokens [g, b, 1, h, c, i] and weights
+            [g, b, 1, h, o, i].
+        x: tokens [g, b, 1, h, c, i].
+        gates: [g, b, 1, h, c, n], 0 where nothing is read.
+        weights: memories, each [b, m, h, o, i].
+        index: memories of each chunk, int64 [g, b, n]; m = none.
+
+    Returns:
+        [g, b, 1, h, c, o] in the gates' dtype.
+    """
+    row = torch.arange(index.shape[1], device=index.device)
+
+    def gather(w: Array, which: Array, row: Array) -> Array:
+        return w[row, which.clamp(max=w.shape[1] - 1)]
+
+    @remat
+    def weighted(x: Array, gate: Array, weights: Weights) -> Array:
+        return gate[..., None] * read(x, tuple(w[:, :, None] for w in weights))
+
+    total = None
+    for which, gate in zip(index.unbind(-1), gates.unbind(-1), strict=True):
+        is_read = (which < weights[0].shape[1]).any()
+        if total is not None and not is_traced(is_read) and not is_read:
+            continue
+        memories = tuple(read_from_host(gather, w, which, row) for w in weights)
+        part = weighted(x, gate, memories)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def _sum_block(read: CachedRead, x: Array, gates: Array, weights: Weights, filled: Array) -> Array:

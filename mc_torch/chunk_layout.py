@@ -35,8 +35,10 @@ class TensorPlan:
 
     tokens: int
     segments: int
+    complete: int  # number of complete segments
+    slots: int  # number of cached memories
+    has_buckets: bool
     lengths: tuple[int, ...]  # number of tokens of each segment
-    full_length: int  # number of tokens of the last segment when complete
     capacity: int  # capacity of the cache after all tokens
     rows: int
     chunk_size: int
@@ -53,6 +55,10 @@ class TensorPlan:
     segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
+    completes_segment: tuple[bool, ...]  # [t]
+    cached_count: tuple[int, ...]  # [t] number of cached memories that each token may read
+    bucket_ends: Array  # [n, slots] last segment of each bucket of a segment's tokens, int64
+    final_buckets: Array  # [slots] last segment of each bucket after all tokens, int64
 
 
 def make_plan(
@@ -90,8 +96,10 @@ def _make_plan(
     return TensorPlan(
         tokens=tokens,
         segments=plan.segments,
+        complete=plan.complete,
+        slots=plan.slots,
+        has_buckets=plan.has_buckets,
         lengths=plan.lengths,
-        full_length=plan.full_length,
         capacity=plan.capacity,
         rows=plan.rows,
         chunk_size=plan.chunk_size,
@@ -106,6 +114,10 @@ def _make_plan(
         segment_of=tuple(plan.segment_of.tolist()),
         starts_segment=tuple(plan.starts_segment.tolist()),
         starts_chunk=tuple(plan.starts_chunk.tolist()),
+        completes_segment=tuple(plan.completes_segment.tolist()),
+        cached_count=tuple(plan.cached_count.tolist()),
+        bucket_ends=tensor(plan.bucket_ends),
+        final_buckets=tensor(plan.final_buckets),
     )
 
 

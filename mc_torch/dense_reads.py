@@ -30,21 +30,51 @@ def sum_earlier_reads(read: TileRead, x: Array, gates: Array, weights: Weights) 
     Returns:
         [b, h, n, c, o] in the gates' dtype.
     """
-    n = x.shape[2]
     total = None
-    for tiles in tile_pairs(n):
-        half, _, rows = tiles
-        part = _read_tiles(
-            read,
-            _rows(x, tiles),
-            _tile_gates(gates, tiles),
-            tuple(_memories(w, tiles) for w in weights),
-        )  # [b, h, a, rows, c, o]
-        part = F.pad(part, (0, 0, 0, 0, 0, 2 * half - rows)).flatten(2, 3)
-        part = F.pad(part, (0, 0, 0, 0, half, n - half - part.shape[2]))
+    for tiles in tile_pairs(x.shape[2]):
+        memories = tuple(_memories(w, tiles) for w in weights)
+        part = _sum_tiles(read, x, _tile_gates(gates, tiles), memories, tiles)
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def sum_bucket_reads(read: TileRead, x: Array, gates: Array, weights: Weights) -> Array:
+    """Return the sum over each segment's buckets of `read(x, gates, weights)`.
+
+    The bucket of 2^e segments that a segment reads is the last memory of its tile of size 2^e.
+
+    Args:
+        read: function that reads one memory, weighted by the gates.
+        x: tokens of each segment [b, h, n, c, i], n >= 2.
+        gates: [b, h, n, c, slots]; the last axis is the exponent e.
+        weights: bucket that ends with each segment, each [b, n, h, o, i].
+
+    Returns:
+        [b, h, n, c, o] in the gates' dtype.
+    """
+    total = None
+    for exponent, tiles in enumerate(tile_pairs(x.shape[2])):
+        gate = _rows(gates[..., exponent], tiles)  # [b, h, a, c, rows]
+        gate = gate.permute(2, 0, 1, 4, 3).flatten(3)[None]
+        last = tuple(_memories(w, tiles)[-1:] for w in weights)
+        part = _sum_tiles(read, x, gate, last, tiles)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _sum_tiles(
+    read: TileRead, x: Array, gates: Array, memories: Weights, tiles: PairTiles
+) -> Array:
+    """Sum the reads of tiles: [b, h, n, c, o], 0 at segments in no tile.
+
+    Takes x [b, h, n, c, i], gates [m, a, b, h, rows * c] and memories [m, a, b, h, o, i].
+    """
+    (half, _, rows), n = tiles, x.shape[2]
+    part = _read_tiles(read, _rows(x, tiles), gates, memories)  # [b, h, a, rows, c, o]
+    part = F.pad(part, (0, 0, 0, 0, 0, 2 * half - rows)).flatten(2, 3)
+    return F.pad(part, (0, 0, 0, 0, half, n - half - part.shape[2]))
 
 
 def _tile_gates(gates: Array, tiles: PairTiles) -> Array:

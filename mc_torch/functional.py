@@ -6,10 +6,19 @@ from typing import NamedTuple
 import torch
 
 from mc_core.argument_checks import check_arguments, check_method
+from mc_core.cache_checks import NO_SLOT
 from mc_core.config import MCConfig
 from mc_core.segmentation import check_streaming_config
 from mc_torch.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
-from mc_torch.cache import Cache, Segments, cast_cache, nan_past_capacity, sum_complete
+from mc_torch.buckets import (
+    bucket_scores,
+    compute_bucket_gates,
+    empty_buckets,
+    gather_buckets,
+    merge_segments,
+    segment_retention,
+)
+from mc_torch.cache import Cache, MaybeArray, Segments, cast_cache, nan_past_capacity, sum_complete
 from mc_torch.cache_rows import add_row, drop_rows, map_rows
 from mc_torch.chunk_layout import TensorPlan, first_tokens, make_plan
 from mc_torch.chunked import write_chunks
@@ -193,20 +202,36 @@ def _run_chunks(
     writes = write_chunks(memory, keys, v, initial, coefficients, mask, plan, q=queries)
     pools = pool_keys(k, mask, plan, config)
     segment = torch.tensor(plan.segment_of, device=q.device)
-    weights, selected = compute_gates(u, pools.segment, pools.running, segment, config, gate_bias)
-    output = read_all(memory, config, writes, inputs, weights, selected, plan)
-    gates = scatter_gates(weights, selected, plan.segments)
+    cached = stored = Segments(writes.ends, pools.segment, pools.length)
+    retention: MaybeArray = ()
+    if config.sums_states:
+        retention = segment_retention(coefficients.retention, plan)
+    if config.has_buckets:
+        cached = cached._replace(pool_sum=pools.total, retention=retention)
+        empty, zero = empty_buckets(cached, plan.slots), torch.zeros_like(pools.length[0, :1])
+        cached = merge_segments(memory, config, cached, empty, zero)
+        stored = gather_buckets(cached, plan.final_buckets[None])
+        scores = bucket_scores(u, cached.pool, plan, config)
+        read_gates = compute_bucket_gates(u, scores, pools.running, segment, config, gate_bias)
+    else:
+        read_gates = compute_gates(u, cached.pool, pools.running, segment, config, gate_bias)
+    output = read_all(
+        memory, config, writes._replace(ends=cached.weights), inputs, *read_gates, plan
+    )
+    gates = scatter_gates(*read_gates, plan.slots)
     length = pools.length[:, -1]
+    slot = NO_SLOT if config.has_buckets else plan.segments - 1
     cache = Cache(
-        stored=Segments(writes.ends, pools.segment, pools.length),
+        stored=stored,
         total=sum_complete(config, writes.ends, plan),
         state=writes.final,
         pool_sum=pools.total[:, -1],
         pool=pools.segment[:, -1],
         length=length,
-        slot=torch.full_like(length, plan.segments - 1),
+        slot=torch.full_like(length, slot),
         position=torch.full_like(length, plan.tokens),
         capacity=torch.full((), plan.capacity, dtype=torch.int32, device=q.device),
+        retention=tree_map(lambda x: x[:, -1], retention),
     )
     inner = None
     if inspect:

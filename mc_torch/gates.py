@@ -91,12 +91,24 @@ def gate_scores(
     """
     u = u.to(running.dtype)
     if config.gate == "token":
-        age = segment_ages(expand_leading_dims(segment, 2), pools.shape[1])[:, :, None]
-        cached, online = level_score(u, age), u[..., :1]
+        age = memory_ages(expand_leading_dims(segment, 2), pools.shape[1], config)[:, :, None]
+        cached = level_score(u, age)
     else:
         if config.detach_cached_context:
             pools = pools.detach()
         cached = einsum_f32("bthk,bnhk->bthn", u, pools, exact=True)
+    return append_online_score(cached, u, running, config, bias)
+
+
+def append_online_score(
+    cached: Array, u: Array, running: Array, config: MCConfig, bias: Array | None
+) -> Array:
+    """Append the online memory's score to scores [b, t, h, n], and divide by the temperature.
+
+    Takes u and running [b, t, h, k] and bias [h] as in `gate_scores`; returns [b, t, h, n + 1].
+    """
+    online = u[..., :1]
+    if config.gate == "context":
         online = torch.sum(u * running, dim=-1, keepdim=True)
     online = _add_bias(online, bias)
     return torch.cat([cached, online], dim=-1) / config.score_divisor
@@ -107,6 +119,17 @@ def segment_ages(segment: Array, n: int) -> Array:
     return segment[..., None] - expand_leading_dims(
         torch.arange(n, device=segment.device), segment.ndim + 1
     )
+
+
+def memory_ages(segment: Array, n: int, config: MCConfig) -> Array:
+    """Return the ages [..., n] by which `level_score` finds the levels of n cached memories.
+
+    Buckets have fixed levels, so that the age of the bucket of 2^e segments is 2^e.
+    """
+    if not config.has_buckets:
+        return segment_ages(segment, n)
+    sizes = 2 ** torch.arange(n, device=segment.device)
+    return expand_leading_dims(sizes, segment.ndim + 1).expand(*segment.shape, n)
 
 
 def level_score(u: Array, age: Array) -> Array:
@@ -146,6 +169,18 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     return torch.where(best == -torch.inf, n, index)[..., :top_k]
 
 
+def select_memories(score: Array, allowed: Array, config: MCConfig) -> Array:
+    """Select `ssc_top_k` of n memories as in `select_top_k`, by scores [..., n]: [..., m].
+
+    Of equal scores, the earlier memory is selected; of buckets, this is the larger one.
+    """
+    if not config.has_buckets:
+        return select_top_k(score, allowed, config.ssc_top_k)
+    n = score.shape[-1]
+    selected = select_top_k(score.flip(-1), allowed.flip(-1), config.ssc_top_k)
+    return torch.where(selected < n, n - 1 - selected, n)
+
+
 def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
     """Convert scores to the weights of a read (equations 7, 10, 17).
 
@@ -164,7 +199,11 @@ def normalize_scores(score: Array, read_mask: Array, config: MCConfig) -> Array:
 
 def readable_mask(segment: Array, n: int, config: MCConfig) -> Array:
     """Return bool [..., n + 1]: the memories that tokens in segments [...] may read."""
-    cached = segment_ages(segment, n) > 0
+    if config.has_buckets:
+        bits = expand_leading_dims(torch.arange(n, device=segment.device), segment.ndim + 1)
+        cached = (segment[..., None] >> bits & 1) == 1
+    else:
+        cached = segment_ages(segment, n) > 0
     if not config.rule.reads_cache:
         cached = torch.zeros_like(cached)
     return torch.cat([cached, torch.ones_like(segment, dtype=torch.bool)[..., None]], dim=-1)
@@ -282,7 +321,7 @@ def dense_gates(score: Array, segment: Array, config: MCConfig) -> Array:
     n = score.shape[-1] - 1
     read_mask = readable_mask(expand_leading_dims(segment, 2), n, config)[:, :, None]
     if config.rule.sparse:
-        selected = select_top_k(score[..., :n], read_mask[..., :n], config.ssc_top_k)
+        selected = select_memories(score[..., :n], read_mask[..., :n], config)
         number = torch.arange(n, device=selected.device)
         slots = selected[..., :, None] == expand_leading_dims(number, selected.ndim + 1)
         online = torch.ones_like(score[..., n:], dtype=torch.bool)

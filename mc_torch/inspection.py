@@ -106,12 +106,13 @@ def make_trace(gates: Array, segments: Segments, inner: InnerLoop, plan: TensorP
     weights = tuple(w.detach() for w in segments.weights)
     reads = torch.sum(gates[..., :-1] > 0, dim=1, dtype=torch.int32)
     segment_of = torch.tensor(plan.segment_of, dtype=torch.int32, device=gates.device)
+    cached_count = torch.tensor(plan.cached_count, dtype=torch.int32, device=gates.device)
     return Trace(
         gates=gates,
         entropy=-torch.sum(probabilities * logs, dim=-1),
         token_index=torch.arange(plan.tokens, dtype=torch.int32, device=gates.device),
         segment_index=segment_of,
-        cached_count=segment_of,
+        cached_count=cached_count,
         segment_norm=_weights_norm(weights),
         segment_length=segments.length,
         read_count=reads.transpose(1, 2),

@@ -5,9 +5,10 @@ import torch
 from mc_core.config import MCConfig
 from mc_torch.backends import Memory, Weights
 from mc_torch.backends.base import apply_weights
+from mc_torch.buckets import selected_ends
 from mc_torch.chunk_layout import TensorPlan, from_chunks, from_segments, to_chunks, to_segments
 from mc_torch.chunked import OnlineMemory, WriteResult, online_apply
-from mc_torch.dense_reads import sum_earlier_reads
+from mc_torch.dense_reads import sum_bucket_reads, sum_earlier_reads
 from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map
 from mc_torch.sparse_reads import read_selected
 
@@ -44,6 +45,7 @@ def read_all(
     online = read_online(memory, writes, q, plan) * gates[..., -1:]
     if config.rule.sparse:
         assert selected is not None
+        selected = selected_ends(selected, plan) if plan.has_buckets else selected
         return online + read_sparse(memory, cached, q, gates[..., :-1], selected)
     if config.reads_sum:
         return online + read_sum(memory, cached, q, plan) * gates[..., :1]
@@ -82,9 +84,9 @@ def _sums_before(weight: Array) -> Array:
 
 
 def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: TensorPlan) -> Array:
-    """Read every earlier memory, weighted by its gate (equations 7 and 9).
+    """Read every earlier memory or every bucket, weighted by its gate (equations 7 and 9).
 
-    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
+    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, slots + 1]; returns
     [b, t, h, v].
     """
 
@@ -92,7 +94,8 @@ def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Te
         return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
 
     x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
-    return from_segments(sum_earlier_reads(read, x, weight, cached), plan)
+    sum_reads = sum_bucket_reads if plan.has_buckets else sum_earlier_reads
+    return from_segments(sum_reads(read, x, weight, cached), plan)
 
 
 def read_soup(
@@ -100,9 +103,10 @@ def read_soup(
 ) -> Array:
     """Read the gate-weighted mixture of all memories (equation 15), mixed layer by layer.
 
-    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, n + 1]; returns
+    Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, slots + 1]; returns
     [b, t, h, v].
     """
+    sum_reads = sum_bucket_reads if plan.has_buckets else sum_earlier_reads
     weight = to_segments(gates[..., :-1], plan)
     online_gate = to_chunks(gates[..., -1], plan)[..., None]
 
@@ -119,7 +123,7 @@ def read_soup(
     def apply(layer: int, a: Array) -> Array:
         a = a.to(q.dtype)
         tokens = to_segments(from_chunks(a, plan), plan)
-        mixed = sum_earlier_reads(one_layer, tokens, weight, (cached[layer],))
+        mixed = sum_reads(one_layer, tokens, weight, (cached[layer],))
         return layer_online(layer, a, online) + to_chunks(from_segments(mixed, plan), plan)
 
     return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)

@@ -6,6 +6,7 @@ import torch
 
 from mc_core.config import MCConfig
 from mc_torch.backends import Coefficients, Memory, MemoryState, Tokens, Weights
+from mc_torch.buckets import carry_segment
 from mc_torch.cache import (
     Cache,
     Segments,
@@ -34,6 +35,7 @@ class Token(NamedTuple):
     segment: int  # its segment
     starts_segment: bool
     starts_chunk: bool
+    completes_segment: bool
 
 
 def run_tokens(
@@ -59,8 +61,14 @@ def run_tokens(
     """
     start = start_state(memory, initial, tokens.k[:, 0, :, None], tokens.v[:, 0, :, None])
     by_token = unstack(tokens, dim=1)
-    token_indices = zip(plan.segment_of, plan.starts_segment, plan.starts_chunk, strict=True)
-    cache = empty_cache(start, tokens.k[:, 0], plan.segments, plan.capacity, total=False)
+    token_indices = zip(
+        plan.segment_of,
+        plan.starts_segment,
+        plan.starts_chunk,
+        plan.completes_segment,
+        strict=True,
+    )
+    cache = empty_cache(start, tokens.k[:, 0], config, plan.slots, plan.capacity, total=False)
     reads = []
     for inputs, indices in zip(by_token, token_indices, strict=True):
         token = Token._make((*inputs, *indices))
@@ -113,15 +121,25 @@ def run_token(
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
-    online = Segments(state.weights, running, count)
-    slot = torch.full_like(cache.slot, token.segment)
+    online, stored, slot = Segments(state.weights, running, count), cache.stored, cache.slot
+    retention = cache.retention
+    if config.sums_states:
+        before = torch.ones_like(retention) if token.starts_segment else retention
+        retention = before * token.coefficients.retention
+    if not config.has_buckets:
+        slot = torch.full_like(slot, token.segment)
+        stored = write_slots(stored, add_axis(online), slot[:, None])
+    elif token.completes_segment:
+        block = online._replace(pool_sum=pool_sum, retention=retention)
+        stored = carry_segment(memory, config, block, stored, token.segment)
     cache = cache._replace(
-        stored=write_slots(cache.stored, add_axis(online), slot[:, None]),
+        stored=stored,
         state=state,
         pool_sum=pool_sum,
         pool=running,
         length=count,
         slot=slot,
         position=cache.position + 1,
+        retention=retention,
     )
     return cache, (output, gates)

@@ -81,6 +81,51 @@ _LINEAR, _SWLA = LinearConfig(), SWLAConfig()
 _DLA, _TITANS = DLAConfig(expansion=2), TitansConfig(expansion=2)
 _TITANS_LAST = TitansConfig(expansion=2, written_layers="last", inner_clip=None, residual=False)
 
+# Buckets of segments: every form of read, and both start modes.
+FENWICK = (
+    case(
+        LinearConfig("elu+1", normalize=True, coefficients="token"),
+        "grm",
+        "restart",
+        segmentation="fenwick",
+        tokens=23,
+        mask="some",
+        gate_bias=0.5,
+        pool_norm="l2",
+    ),
+    case(
+        _SWLA,
+        "ssc",
+        "restart",
+        segmentation="fenwick",
+        tokens=23,
+        mask="padded",
+        splits=(6, 1, 16),
+        gate="token",
+    ),
+    case(
+        LinearConfig(coefficients="token", learn_initial=True),
+        "residual",
+        "restart",
+        level="layer",
+        segmentation="fenwick",
+        tokens=19,
+        conv_width=3,
+        mask="segment",
+    ),
+    case(_DLA, "soup", segmentation="fenwick", tokens=21, splits=(9, 12), pooling="sum"),
+    case(
+        _TITANS,
+        "grm",
+        level="model",
+        segmentation="fenwick",
+        tokens=19,
+        splits=(5, 14),
+        padding=True,
+    ),
+    case(_TITANS, "mean", segmentation="fenwick", tokens=16, method="recurrent", mask="some"),
+)
+
 # Every pair of kind and aggregation once; other options are distributed over the pairs.
 QUICK = (
     case(_LINEAR, "none", "restart", level="model", num_layers=2, qk_norm="l2"),
@@ -206,6 +251,7 @@ QUICK = (
         dtype="bfloat16",
         output_norm="none",
     ),
+    *FENWICK,
 )
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -283,6 +329,7 @@ def full() -> Iterator[Case]:
             **options,
         )
     yield from _log_linear(random.Random(5).choice)
+    yield from _fenwick()
 
 
 def _log_linear(pick: Callable[[Any], Any]) -> Iterator[Case]:
@@ -308,6 +355,36 @@ def _log_linear(pick: Callable[[Any], Any]) -> Iterator[Case]:
             conv_width=pick((0, 4)),
             qk_norm=pick(("l2", "none")) if deep else "l2",
             output_norm="rms" if deep else "none",
+        )
+
+
+def _fenwick() -> Iterator[Case]:
+    """Yield every kind, aggregation and allowed start mode with `fenwick`, in every dtype."""
+    pick = random.Random(5).choice
+    for kind, aggregation, start, dtype in product(MEMORIES, AGGREGATIONS, START_MODES, DTYPES):
+        if start == "restart" and not MEMORIES[kind].decay_only_transition:
+            continue
+        memory: Any = pick(MEMORIES[kind].variants()) if dtype == "float64" else MEMORIES[kind]()
+        if dtype != "float64" and hasattr(memory, "depth"):
+            memory = dataclasses.replace(memory, depth=1)
+        tokens = pick((16, 19, 23))
+        first, streams = pick(((5,), (2, 9))), pick((True, False))
+        yield case(
+            memory,
+            aggregation,
+            start,
+            level="function" if dtype != "float64" else pick(("function", "layer")),
+            tokens=tokens,
+            splits=(*first, tokens - sum(first)) if streams else None,
+            mask=pick(MASKS),
+            segmentation="fenwick",
+            segment_size=pick((2, 3, 4)),
+            chunk_size=pick((1, 3, 5)),
+            dtype=dtype,
+            seed=pick(range(1000)),
+            gate=pick(tuple(GATES)),
+            pooling=pick(("mean", "sum")),
+            gate_bias=pick((None, None, 0.5)),
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from helpers.oracle_buckets import Block, Bucket, buckets_of
 from helpers.oracle_gates import gates_of, pooled
 from helpers.oracle_mlp import clipped, inner_gradient, mlp
 from mc_core import MCConfig, MemoryConfig
@@ -28,6 +29,9 @@ class OracleResult(NamedTuple):
     gates: Array  # [b, t, h, n + 1], each cached segment's weight, the online memory's last
     states: Layers  # per layer [b, n, h, out, in], after each segment's last token
     pools: Array  # [b, n, h, k], the pooled key of each segment
+    # Under `fenwick` index i of these three is the bucket of 2^i blocks: of each token, and after
+    # the last whole block; 0 where there is none.
+    lengths: Array  # [b, n], number of unmasked tokens of each segment or bucket
     normalizers: Array | None  # [b, n, h, k], normalised linear memories only
     momentum: Layers | None  # per layer [b, h, out, in], after the last token; titans only
 
@@ -155,7 +159,7 @@ def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = N
         return [int(length) for length in explicit]
     lengths: list[int] = []
     while (left := tokens - sum(lengths)) > 0:
-        if config.segmentation == "constant":
+        if config.segmentation in ("constant", "fenwick"):
             lengths.append(min(config.segment_size, left))
         else:  # logarithmic: the largest power of two that fits
             power = 1
@@ -192,6 +196,7 @@ class _Head(NamedTuple):
     cached: list[Memory]  # n
     pools: list[Array]  # n, each [k]
     final: State
+    lengths: list[int]  # n
 
 
 class _Tokens(NamedTuple):
@@ -213,31 +218,52 @@ def _run_head(
 ) -> _Head:
     """Run one head of one sequence; `score` is the gate bias and the temperature."""
     q, k, v, u, mask, writes = tokens
-    output, gates = np.zeros_like(v), np.zeros((len(v), len(lengths) + 1))
-    cached: list[Memory] = []
-    pools: list[Array] = []
+    width, fenwick = k.shape[1], config.segmentation == "fenwick"
+    slots = len(lengths).bit_length() if fenwick else len(lengths)
+    output, gates = np.zeros_like(v), np.zeros((len(v), slots + 1))
+    blocks: list[Block] = []
     state = start(initial, config.memory)
     t = 0
     for length in lengths:
         if config.state_init_mode == "restart":
             state = start(initial, config.memory)
-        keys: list[Array] = []
+        cached = _cached(blocks, width, config)
+        block = Block(state.memory, [], 1.0)
         for place in range(length):
             if place % config.chunk_size == 0:
                 anchor = state.memory.weights
             if mask[t]:
                 state = write(state, anchor, k[t], v[t], writes[t], config.memory, norm)
-                keys.append(k[t])
-                running = pooled(keys, k.shape[1], config)
-                connector = None if u is None else u[t]
-                weight = gates_of(connector, [*pools, running], config, *score)
-                memories = [*cached, state.memory]
+                keys = [*block.keys, k[t]]
+                block = Block(state.memory, keys, block.decay * writes[t].retention)
+                pools = [*(bucket.pool for bucket in cached), pooled(keys, width, config)]
+                levels = [*(1 + bucket.exponent for bucket in cached), 0] if fenwick else None
+                weight = gates_of(None if u is None else u[t], pools, config, *score, levels)
+                memories = [*(bucket.memory for bucket in cached), state.memory]
                 output[t] = aggregate(memories, weight, q[t], config, norm)
-                gates[t, : len(cached)], gates[t, -1] = weight[:-1], weight[-1]
+                gates[t, [*(bucket.exponent for bucket in cached), -1]] = weight
             t += 1
-        cached.append(state.memory)
-        pools.append(pooled(keys, k.shape[1], config))
-    return _Head(output, gates, cached, pools, state)
+        blocks.append(block)
+    if fenwick and lengths[-1] < config.segment_size:
+        blocks.pop()  # a bucket has whole blocks only
+    zeros = tuple(np.zeros_like(w) for w in state.memory.weights)
+    empty = Memory(zeros, None if state.memory.normalizer is None else np.zeros(width))
+    found = {bucket.exponent: bucket for bucket in _cached(blocks, width, config)}
+    after = [found.get(i, Bucket(i, empty, np.zeros(width), 0)) for i in range(slots)]
+    return _Head(
+        output, gates, [x.memory for x in after], [x.pool for x in after], state,
+        [x.length for x in after],
+    )  # fmt: skip
+
+
+def _cached(blocks: Sequence[Block], width: int, config: MCConfig) -> list[Bucket]:
+    """Return what a token after these segments reads; `exponent` is the index of its gate."""
+    if config.segmentation == "fenwick":
+        return buckets_of(blocks, width, config)
+    return [
+        Bucket(i, block.memory, pooled(block.keys, width, config), len(block.keys))
+        for i, block in enumerate(blocks)
+    ]
 
 
 def memory_caching(
@@ -330,4 +356,5 @@ def memory_caching(
         momentum=tuple(stack(lambda head, i=i: head.final.momentum[i]) for i in layers)
         if memory.kind == "titans"
         else None,
+        lengths=stack(lambda head: head.lengths)[:, 0],
     )

@@ -278,13 +278,21 @@ def test_segments_command(monkeypatch, capsys):
     assert capsys.readouterr().out == "32, 4, 1\n16, 16, 5\n"
 
 
+def test_segments_command_prints_buckets(monkeypatch, capsys):
+    """The buckets that the last token reads, largest and oldest first, and its own segment."""
+    for length in (37, 64, 4):
+        options = ("--segmentation", "fenwick", "--segment-size", 4)
+        assert mc(monkeypatch, "segments", "--length", length, *options) == 0
+    assert capsys.readouterr().out == "32, 4, 1\n32, 16, 8, 4, 4\n4\n"
+
+
 def test_variants_command(monkeypatch, capsys):
     from mc_core.aggregations import AGGREGATIONS
-    from mc_core.config import GATES, MIXERS
+    from mc_core.config import GATES, MIXERS, PRESETS, SEGMENTATIONS
     from mc_core.memories import MEMORIES
 
     assert mc(monkeypatch, "variants") == 0
     out = capsys.readouterr().out
-    for name in (*MEMORIES, *AGGREGATIONS, *GATES, *MIXERS):
+    for name in (*MEMORIES, *AGGREGATIONS, *SEGMENTATIONS, *GATES, *MIXERS, *PRESETS):
         assert f" {name} " in out
-    assert "24 variants" in out
+    assert f"{len(MEMORIES) * 6} variants" in out

@@ -271,5 +271,5 @@ def test_nonfinite_model_can_be_inspected(found):
     numbers = json.loads(json.dumps(to_json(found), allow_nan=False))
     assert numbers["layers"][0]["entropy"][-1] == [None, None]
     assert numbers["layers"][0]["entropy"][0] == layer["entropy"][0].tolist()
-    assert draw_layer(layer, found.lengths, "layer 0", "ssc").startswith(b"\x89PNG")
+    assert draw_layer(layer, found.plan, "layer 0", "ssc").startswith(b"\x89PNG")
     assert "nan" in make_page(found, [])

@@ -251,8 +251,8 @@ def test_plans_reject_lengths_that_do_not_sum_to_tokens():
         make_plan(0, config)
     with pytest.raises(ValueError, match="segment_size = 0: must be >= 1"):
         segment_lengths(8, "constant", 0)
-    with pytest.raises(ValueError, match="segmentation = 'fenwick': must be one of 'constant'"):
-        segment_lengths(8, "fenwick")
+    with pytest.raises(ValueError, match="segmentation = 'fibonacci': must be one of 'constant'"):
+        segment_lengths(8, "fibonacci")
 
 
 def _coefficient(name: str, value: Any) -> Any:

@@ -48,6 +48,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return make_plan(sum(lengths), config, draw(st.sampled_from([None, lengths])))
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:segmentation = .logarithmic.")
 every_plan = given(plans())
 many = settings(derandomize=True, deadline=None, max_examples=200)
 

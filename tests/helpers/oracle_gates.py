@@ -44,12 +44,13 @@ def gates_of(
     config: MCConfig,
     bias: float = 0.0,
     temperature: float = 1.0,
+    levels: Sequence[int] | None = None,
 ) -> Array:
     """Return the weights [s + 1] with which a token of segment s reads its memories.
 
     `pools` are the pooled keys [k] of the s cached segments, then the running one of the online
     segment; u is [k], or None where the aggregation has no scores. `bias` is added to the online
-    memory's score.
+    memory's score. `levels` are those of the memories, 0 for the online one; None = by age.
     """
     cached = len(pools) - 1
     if config.aggregation == "none":
@@ -60,7 +61,8 @@ def gates_of(
         return np.full(cached + 1, 1.0 / (cached + 1))
     scores = np.array([u @ pool for pool in pools])  # equation 10
     if config.gate == "token":
-        scores = np.array([u[min(level_of(i, cached), len(u) - 1)] for i in range(cached + 1)])
+        levels = levels or [level_of(i, cached) for i in range(cached + 1)]
+        scores = np.array([u[min(level, len(u) - 1)] for level in levels])
     chosen = list(range(cached))
     if config.aggregation == "ssc":  # equation 16; the sort is stable: ties to the earlier segment
         chosen = sorted(chosen, key=lambda i: -scores[i])[: config.ssc_top_k]

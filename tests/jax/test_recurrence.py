@@ -97,6 +97,7 @@ def test_cases_cover_all_pairs_and_variants():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:segmentation = .logarithmic.")
 @given(case=random_cases())
 @settings(examples, max_examples=150)
 def test_both_methods_match_oracle_on_large_grid(case):

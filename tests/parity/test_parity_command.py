@@ -12,7 +12,7 @@ import pytest
 
 from helpers.tiny_run import mc, write_config
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import GATES, START_MODES, VALUE_NORMS
+from mc_core.config import GATES, SEGMENTATIONS, START_MODES, VALUE_NORMS
 from mc_core.memories import COEFFICIENTS, MEMORIES
 from mc_core.optimizer import OptimizerConfig
 from mc_core.tree_utils import flatten
@@ -56,6 +56,9 @@ SLOW = (
     "dla+grm chunked 5+3",
     "swla+grm model greedy",
     "titans+grm model mask=padded",
+    "swla+ssc chunked restart fenwick",
+    "titans+grm model fenwick",
+    "linear+residual layer restart fenwick",
 )
 
 
@@ -110,7 +113,7 @@ def test_quick_grid_covers_every_choice():
     for kind in MEMORIES:
         own = [layer for layer in layers if layer.memory.kind == kind]
         assert {layer.state_init_mode for layer in own} == {"checkpoint", "restart"}
-    assert {layer.segmentation for layer in layers} == {"constant", "logarithmic"}
+    assert {layer.segmentation for layer in layers} == set(SEGMENTATIONS)
     assert {layer.memory.coefficients for layer in layers} == set(COEFFICIENTS)
     assert {layer.pooling for layer in layers} == {"mean", "sum"}
     assert {layer.gate for layer in layers if layer.gated} == set(GATES)

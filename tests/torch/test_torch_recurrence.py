@@ -46,6 +46,7 @@ def check(case):
     assert_close(*results, EXACT, name="methods")
 
 
+@pytest.mark.filterwarnings("ignore:segmentation = .logarithmic.")
 @given(case=random_cases())
 @settings(examples, max_examples=150)
 def test_both_methods_match_oracle(case):
@@ -54,6 +55,7 @@ def test_both_methods_match_oracle(case):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:segmentation = .logarithmic.")
 @given(case=random_cases())
 @settings(examples, max_examples=600)
 def test_both_methods_match_oracle_on_large_grid(case):

@@ -386,7 +386,7 @@ def test_invalid_streams_are_rejected():
     padding = torch.arange(5) < torch.tensor([[1], [2]])
     assert layer.extend(draw(2, 5, 8), cache, padding=padding)[1].position.tolist() == [4, 3]
     logarithmic = MCConfig(8, 2, segmentation="logarithmic")
-    with pytest.raises(ValueError, match="must be 'constant' for streaming"):
+    with pytest.raises(ValueError, match="must be 'constant' or 'fenwick' for streaming"):
         make_layer(logarithmic).init_cache(1, 4)
 
 

@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import MIXERS, START_MODES
 from mc_core.errors import UserError
-from train.cli.options import Aggregation, Kind, output_file
+from train.cli.options import Aggregation, Kind, Segmentation, output_file
 
 if TYPE_CHECKING:
     from mc_core.tables import ResultTable
@@ -195,6 +196,9 @@ def decode(
     prompt: Annotated[int, typer.Option(min=0, help="tokens of a prompt; 0: no prompt")] = 2048,
     chunk: Positive = 64,
     segment: Positive = 256,
+    segmentation: Annotated[
+        list[Segmentation], typer.Option(help="may be repeated; logarithmic cannot stream")
+    ] = [Segmentation("constant")],  # noqa: B006
     width: Positive = 256,
     heads: Positive = 4,
     seed: Seed = 0,
@@ -213,7 +217,8 @@ def decode(
     kinds, aggregations = map(str, kind), [str(name) for name in aggregation]
     sizes = {"width": width, "heads": heads, "segment_size": segment, "chunk_size": chunk}
     configs = [
-        _plain(partial(run.layer, one, other, **sizes)) for one in kinds for other in aggregations
+        _plain(partial(run.layer, one, other, segmentation=str(rule), **sizes))
+        for one, other, rule in product(kinds, aggregations, segmentation)
     ]
     _show(run.run(configs, context, prompt, runs, seed, devices), json, markdown)
 

@@ -1,7 +1,6 @@
 """`mc variants` and `mc segments`: the options of a layer, and its segments."""
 
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,29 +9,25 @@ from rich.table import Table
 
 from mc_core import segment_lengths
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import GATES, MIXERS
+from mc_core.config import GATES, MIXERS, PRESETS, SEGMENTATIONS
 from mc_core.errors import UserError
 from mc_core.memories import MEMORIES
-
-
-class Segmentation(StrEnum):
-    """Segmentation."""
-
-    CONSTANT = "constant"
-    LOGARITHMIC = "logarithmic"
+from train.cli.options import Segmentation
 
 
 def variants() -> None:
-    """List memories, aggregations, gates and mixers with a description."""
+    """List memories, aggregations, segmentations, gates and mixers with a description."""
     print_variants(Console())
 
 
 def segments(
     length: Annotated[int, typer.Option(help="number of tokens")],
-    segmentation: Segmentation = Segmentation.CONSTANT,
-    segment_size: Annotated[int, typer.Option(help="tokens of a constant segment")] = 256,
+    segmentation: Segmentation = Segmentation("constant"),
+    segment_size: Annotated[
+        int, typer.Option(help="tokens of a segment; unused by logarithmic")
+    ] = 256,
 ) -> None:
-    """Print the segment lengths of a sequence."""
+    """Print the segment lengths of a sequence; for fenwick, those that the last token reads."""
     try:
         lengths = segment_lengths(length, segmentation, segment_size)
     except ValueError as error:
@@ -41,12 +36,14 @@ def segments(
 
 
 def print_variants(console: Console) -> None:
-    """Print every memory kind, aggregation, gate and mixer with its description."""
+    """Print every option of these kinds with its description."""
     sections: dict[str, Mapping[str, str]] = {
         "model.layer.memory.kind": {name: memory.description for name, memory in MEMORIES.items()},
         "model.layer.aggregation": {name: rule.description for name, rule in AGGREGATIONS.items()},
+        "model.layer.segmentation": SEGMENTATIONS,
         "model.layer.gate": GATES,
         "model.mixers": {name: mixer.description for name, mixer in MIXERS.items()},
+        "MCConfig constructor": PRESETS,
     }
     for title, descriptions in sections.items():
         table = Table(title, "description")

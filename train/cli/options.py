@@ -7,11 +7,13 @@ from typing import Any
 import typer
 
 from mc_core.aggregations import AGGREGATIONS
+from mc_core.config import SEGMENTATIONS
 from mc_core.errors import UserError
 from mc_core.memories import MEMORIES
 
 Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
 Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
+Segmentation = StrEnum("Segmentation", list(SEGMENTATIONS))  # type: ignore[misc]
 
 
 def output_file(what: str) -> Any:

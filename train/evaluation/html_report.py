@@ -84,12 +84,13 @@ def _text(found: Inspection) -> str:
     share = (gates / gates.sum(-1, keepdims=True)).mean(2)  # [layers, t, n + 1]
     cached = np.nan_to_num(share[..., :-1].sum(-1).mean(0))
     most, weight = share.argmax(-1), share.max(-1)
-    online, needle = share.shape[-1] - 1, found.needle.tokens if found.needle else ()
+    names = (*found.plan.memory_names, "online")
+    needle = found.needle.tokens if found.needle else ()
     ends = dict(zip(np.cumsum(found.lengths) - 1, range(len(found.lengths)), strict=True))
     parts = []
     for token, piece in enumerate(found.text.pieces):
         words = "; ".join(
-            f"layer {layer}: {'online' if index == online else f'segment {index}'} {value:.2f}"
+            f"layer {layer}: {names[index]} {value:.2f}"
             for layer, index, value in zip(
                 found.blocks, most[:, token], weight[:, token], strict=True
             )

@@ -48,7 +48,7 @@ def inspect(
     output.mkdir(parents=True, exist_ok=True)
     framed = found.needle.segments if found.needle else ()
     pictures = [
-        draw_layer(layer, found.lengths, f"layer {number}", found.config.aggregation, framed)
+        draw_layer(layer, found.plan, f"layer {number}", found.config.aggregation, framed)
         for number, layer in zip(found.blocks, found.layers, strict=True)
     ]
     numbered = zip(found.blocks, pictures, strict=True)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from mc_core import Plan
 from mc_core.files import to_png, write_atomic
 from train.data.round_trip import RoundTrip
 from train.evaluation.heads import HeadReport, print_heads
@@ -201,13 +202,13 @@ def draw_curves(run: Path) -> None:
     write_atomic(run / "curves.png", to_png(figure))
 
 
-def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...]) -> None:
+def draw_router(run: Path, gates: dict[int, np.ndarray], plan: Plan) -> None:
     """Draw `router.png`: the weight of each memory in each token's read, one panel per block.
 
     Args:
         run: run directory.
         gates: for each block, mean over heads [t, n + 1], with the online memory last.
-        lengths: tokens of each segment.
+        plan: the segments.
     """
     tokens, memories = next(iter(gates.values())).shape
     figure = Figure(figsize=(10, 0.6 + 2.2 * len(gates)), layout="constrained")
@@ -217,10 +218,10 @@ def draw_router(run: Path, gates: dict[int, np.ndarray], lengths: tuple[int, ...
     scale = PowerNorm(0.5, vmin=0.0, vmax=max(1.0, largest))
     for axes, (number, block) in zip(panels, gates.items(), strict=True):
         image = axes.imshow(block.T, aspect="auto", norm=scale, interpolation="nearest")
-        for border in np.cumsum(lengths)[:-1]:
+        for border in plan.ends[:-1]:
             axes.axvline(border - 0.5, color="white", linewidth=0.6)
         axes.set(ylabel=f"block {number}")
-        axes.set_yticks(range(memories), [*(f"segment {i}" for i in range(memories - 1)), "online"])
+        axes.set_yticks(range(memories), [*plan.memory_names, "online"])
     panels[0].set_title("gate weights of each token (mean over heads)")
     panels[-1].set_xlabel(f"token of a validation text of {tokens} tokens")
     figure.colorbar(image, ax=list(panels))

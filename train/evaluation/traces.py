@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mc_core import make_plan
+from mc_core import Plan, make_plan
 from mc_core.config import MCConfig
 from mc_core.errors import UserError
 from train.checkpoint import load_run
@@ -29,10 +29,15 @@ class Inspection(NamedTuple):
     step: int
     config: MCConfig
     text: Text
-    lengths: tuple[int, ...]  # tokens of each segment
+    plan: Plan  # its segments
     layers: list[LayerTrace]  # of the blocks that have a memory
     needle: Needle | None
     blocks: tuple[int, ...]  # block index of each layer
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each segment."""
+        return self.plan.lengths
 
     @property
     def summary(self) -> str:
@@ -74,7 +79,13 @@ def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = No
         mixers = list(config.model.mixers)
         raise UserError(f"{directory}: model.mixers = {mixers}: must have a 'memory' to inspect")
     text = read_text(path, config).first(tokens)
-    segment = make_plan(len(text.tokens), layer).segment_of
+    plan = make_plan(len(text.tokens), layer)
+    segment = plan.segment_of
+    if needle is not None and plan.has_buckets:
+        raise UserError(
+            f"--needle: segmentation = {layer.segmentation!r}: must be 'constant' or "
+            "'logarithmic', because the segments of a bucket share one gate"
+        )
     place = None if needle is None else find_needle(text, needle, segment, layer.aggregation)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(text.tokens[None])
     blocks = tuple(block for block, trace in enumerate(traces) if trace is not None)
@@ -86,8 +97,7 @@ def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = No
     if needle is not None and place is not None:
         gates = np.stack([found["gates"] for found in layers])
         point = weigh_needle(needle, place, gates, segment, layer.aggregation, blocks)
-    lengths = tuple(np.bincount(segment).tolist())
-    return Inspection(directory.resolve().name, step, layer, text, lengths, layers, point, blocks)
+    return Inspection(directory.resolve().name, step, layer, text, plan, layers, point, blocks)
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

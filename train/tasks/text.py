@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mc_core import segment_lengths
+from mc_core import make_plan
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer_copy import prefer_copy
@@ -136,7 +136,5 @@ def draw_gates(
         for block, trace in enumerate(traces)
         if trace is not None
     }
-    draw_router(
-        directory, gates, segment_lengths(tokens.shape[1], layer.segmentation, layer.segment_size)
-    )
+    draw_router(directory, gates, make_plan(tokens.shape[1], layer))
     return summarize_heads(traces)

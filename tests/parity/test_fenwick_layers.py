@@ -39,11 +39,22 @@ RESTART = MCConfig(
     8, 2, SWLAConfig(learn_initial=True), "grm", state_init_mode="restart", conv_width=3, **OPTIONS
 )
 SPARSE = MCConfig(8, 2, TitansConfig(expansion=1), "ssc", ssc_top_k=1, **LEARNED, **OPTIONS)
-SUM = MCConfig(
+MEAN = MCConfig(
     8, 2, LinearConfig(coefficients="token"), "mean", state_init_mode="restart", **OPTIONS
 )
-CONFIGS = pytest.mark.parametrize("config", [RESTART, SPARSE, SUM], ids=["swla", "titans", "sum"])
-PACKAGES = pytest.mark.parametrize("package", [mc_jax, mc_torch], ids=["jax", "torch"])
+# JAX compiles every operation of a layer that is not compiled as a whole: mostly slow tests.
+CONFIGS = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(RESTART, marks=pytest.mark.slow),
+        pytest.param(SPARSE, marks=pytest.mark.slow),
+        MEAN,
+    ],
+    ids=["swla", "titans", "mean"],
+)
+PACKAGES = pytest.mark.parametrize(
+    "package", [pytest.param(mc_jax, marks=pytest.mark.slow), mc_torch], ids=["jax", "torch"]
+)
 
 
 def build(package: Any, config: Any) -> Any:

@@ -39,7 +39,7 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
     """Return the bytes of a layer's cache for one stream of `tokens` tokens.
 
     Args:
-        config: the layer's configuration, with segments of constant size or `fenwick`.
+        config: the layer's configuration, with `constant` or `fenwick` segments.
         tokens: length of the stream.
         item: bytes per cached weight; the online memory has 4 bytes per weight.
     """
@@ -72,7 +72,7 @@ def state_bytes(config: LayerConfig | ModelConfig, tokens: int, item: int = 4) -
     stores a float32 state per level.
 
     Args:
-        config: configuration of a layer or model, with segments of constant size or `fenwick`.
+        config: configuration of a layer or model, with `constant` or `fenwick` segments.
         tokens: length of the stream.
         item: bytes per cached weight, key or value; all other arrays have 4 bytes per element.
     """

@@ -183,6 +183,11 @@ def register_memory(cls: type[M]) -> type[M]:
             f"register_memory: {cls.__name__} sets gradient_uses_weights and uses_previous_token: "
             "a memory may have only one of them"
         )
+    if cls.decay_only_transition and (cls.gradient_uses_weights or cls.delta_rule is True):
+        raise ValueError(
+            f"register_memory: {cls.__name__} sets decay_only_transition: gradient_uses_weights "
+            "and delta_rule must be False, because writes must not depend on the memory"
+        )
     if "momentum" in cls.coefficient_fields and not (cls.gradient_uses_weights or cls.delta_rule):
         raise ValueError(
             f"register_memory: {cls.__name__} uses momentum: gradient_uses_weights or delta_rule "

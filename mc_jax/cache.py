@@ -140,7 +140,7 @@ def init_cache(
 
     Args:
         initial: weights W_0 per layer, each [h, out, in].
-        config: the layer's configuration, with segments of constant size.
+        config: the layer's configuration, with `constant` or `fenwick` segments.
         batch: number of streams, 0 or more.
         max_tokens: capacity, the maximum number of tokens per stream.
         dtype: dtype of q, k and v; None = that of `initial`.

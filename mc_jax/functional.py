@@ -37,7 +37,9 @@ class Result(NamedTuple):
 
     output: Array  # [b, t, h, v], in the dtype of v
     cache: Cache  # state after the last token
-    gates: Array  # [b, t, h, n + 1]: cached memories, then the online memory; 0 if not read
+    # [b, t, h, n + 1]: cached memories (segments, or index i for the bucket of 2^i segments), then
+    # the online memory; 0 if not read.
+    gates: Array
     inner: InnerLoop | None = None  # statistics of the writes, if inspected
 
 
@@ -72,7 +74,7 @@ def memory_caching(
         config: the layer's configuration.
         mask: [b, t] bool, False at masked tokens, which are not written and have output 0.
         segment_lengths: explicit segment lengths with sum t. The cache can be extended only if they
-            equal the lengths of the configuration.
+            equal the lengths of the configuration. None under `fenwick`.
         norm: (gain, bias), each [h, v], for a memory with `norm="layer"`.
         gate_bias: [h], added to the online memory's score before the division by the temperature;
             unused if the aggregation has no gates.
@@ -141,7 +143,7 @@ def extend(
         initial: as in `memory_caching`.
         coefficients: as in `memory_caching`.
         cache: state of the stream before these tokens.
-        config: the layer's configuration, with segments of constant size.
+        config: the layer's configuration, with `constant` or `fenwick` segments.
         mask: as in `memory_caching`.
         count: number of tokens per row, int32 [b]; later tokens are padding, which does not advance
             the position and has output 0. None = no padding.

@@ -83,7 +83,7 @@ def generate(
     capacity (rounded up to a power of two). The next step is dispatched before a token is yielded.
 
     Args:
-        model: the language model, with segments of constant size.
+        model: the language model, with `constant` or `fenwick` segments.
         prompts: ids of each row, at least one per row.
         max_new_tokens: number of tokens to generate per row; the caller may stop earlier.
         temperature: as in `sample`.

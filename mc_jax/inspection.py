@@ -52,17 +52,20 @@ class InnerLoop(NamedTuple):
 class Trace(NamedTuple):
     """Statistics of a layer on a sequence, computed with its output.
 
+    With buckets, the m cached memories are those after the last token, and index i is the bucket of
+    2^i segments. Otherwise they are the memories of the n segments.
+
     Only the gates and their entropy have gradients.
     """
 
-    gates: Array  # [b, t, h, n + 1]: cached memories, then the online memory; 0 if not read
+    gates: Array  # [b, t, h, m + 1]: cached memories, then the online memory; 0 if not read
     entropy: Array  # entropy of the normalized gates, in nats [b, t, h]
     token_index: Array  # [t]
     segment_index: Array  # [t] segment of each token
-    cached_count: Array  # [t] number of memories cached before that segment
-    segment_norm: Array  # Frobenius norm of each cached memory over all layers [b, n, h]
-    segment_length: Array  # number of unmasked tokens per segment [b, n]
-    read_count: Array  # number of tokens that read each cached memory, int32 [b, n, h]
+    cached_count: Array  # [t] number of cached memories that a token may read
+    segment_norm: Array  # Frobenius norm of each cached memory over all layers [b, m, h]
+    segment_length: Array  # number of unmasked tokens per cached memory [b, m]
+    read_count: Array  # number of tokens that read each cached memory, int32 [b, m, h]
     memory_norm: Array  # [b, t, h], as in `InnerLoop`
     momentum_norm: Array | None  # [b, t, h], as in `InnerLoop`
     update_norm: Array  # [b, t, h], as in `InnerLoop`

@@ -77,7 +77,7 @@ def generate(
     """Continue prompts. The result of a row does not depend on the other rows.
 
     Args:
-        model: the language model, with segments of constant size.
+        model: the language model, with `constant` or `fenwick` segments.
         prompts: ids of each row, at least one per row.
         max_new_tokens: number of tokens to generate per row; the caller may stop earlier.
         temperature: as in `sample`.

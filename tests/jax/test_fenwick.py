@@ -68,7 +68,7 @@ def check_gradients(memory, aggregation, options, method):
 @pytest.mark.parametrize(
     ("memory", "aggregation", "options", "method"),
     [
-        pytest.param("swla", "grm", LONG | {"state_init_mode": "restart"}, "chunked"),
+        ("swla", "grm", LONG | {"state_init_mode": "restart"}, "chunked"),
         pytest.param("titans", "residual", LONG, "chunked", marks=pytest.mark.slow),
         pytest.param("dla", "soup", LONG, "chunked", marks=pytest.mark.slow),
         pytest.param("linear", "ssc", LONG | {"gate": "token"}, "recurrent"),

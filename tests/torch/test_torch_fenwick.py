@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.cases import AGGREGATIONS, assert_close
+from helpers.cases import AGGREGATIONS, MEMORIES, assert_close
 from helpers.fenwick_cases import (
     LAYOUTS,
     STARTS,
@@ -23,6 +23,8 @@ from helpers.fenwick_cases import (
 )
 from helpers.recurrence_cases import EXACT, GRADIENT, METHODS, examples
 from helpers.torch_calls import arrays, call, gradients, leaves, projected, run
+from helpers.torch_layers import draw, make_layer
+from mc_core import MCConfig
 from mc_torch import extend, grow, init_cache, memory_caching
 from mc_torch.numerics import tree_map
 
@@ -253,3 +255,42 @@ def test_work_grows_with_the_logarithm_of_the_length():
         result = run(case)
     assert result.gates.shape[-1] == 1 + (256).bit_length()
     assert max(largest) < 512 * 256
+
+
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "mode", "size"),
+    [
+        ("linear", "grm", "restart", 1),
+        pytest.param("swla", "ssc", "restart", 3, marks=pytest.mark.slow),
+        pytest.param("titans", "soup", "checkpoint", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_extend_compiles_once(memory, aggregation, mode, size):
+    """One Dynamo graph serves every position of a stream."""
+    options = {"segmentation": "fenwick", "segment_size": 2, "chunk_size": 2}
+    config = MCConfig(8, 2, MEMORIES[memory], aggregation, state_init_mode=mode, **options)
+    layer, x = make_layer(config), draw(2, 12, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.extend, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected, final = layer.forward_with_cache(x)
+        first, cache = compiled(x[:, :size], layer.init_cache(2, 12))
+        outputs = [first]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for start in range(size, 12, size):
+                y, cache = compiled(x[:, start : start + size], cache)
+                outputs.append(y)
+    assert_close(torch.cat(outputs, dim=1), expected, EXACT)
+    assert_close(cache, final, EXACT)
+
+
+def test_stored_buckets_are_copied_only_when_a_segment_completes():
+    case = make_fenwick_case("linear", "grm", tokens=9, segment_size=4, state_init_mode="restart")
+    layer, x = make_layer(case.config), draw(1, 9, 8)
+    cache, copied = layer.init_cache(1, 9), []
+    with torch.no_grad():
+        for token in x.split(1, dim=1):
+            pointer = cache.stored.weights[0].data_ptr()
+            cache = layer.extend(token, cache)[1]
+            copied.append(cache.stored.weights[0].data_ptr() != pointer)
+    assert copied == [False, False, False, True] * 2 + [False]

@@ -312,7 +312,7 @@ def _by_level(level_weights: Array, levels: Any) -> Array:
         level_weights: [..., c, l].
         levels: integers [c, s], or int32 [b, 1, c, s].
     """
-    # perf(cpu): XLA fuses the selections; a gather has a scatter as its gradient.
+    # XLA fuses the selections; the gradient of a gather would be a scatter.
     dims, used = level_weights.ndim, level_weights.shape[-1]
     if isinstance(levels, np.ndarray):
         used = int(levels.max()) + 1

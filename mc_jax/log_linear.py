@@ -160,7 +160,8 @@ def _dense(tokens: LevelTokens) -> Array:
     q, k, v, level_weights, retention = tokens
     scores = einsum_f32("...ck,...sk->...cs", q, k)
     decay = decay_products(retention)[..., 1:]
-    weights = scores * decay * _by_level(level_weights, pair_levels(q.shape[2]))
+    levels = jnp.asarray(pair_levels(q.shape[2]))
+    weights = scores * decay * _by_level(level_weights, levels)
     return einsum_f32("...cs,...sv->...cv", weights, v, dtype=q.dtype)
 
 
@@ -202,7 +203,7 @@ def _chunked(tokens: LevelTokens, chunk_size: int) -> Array:
     weights = weights * _by_level(level_weights, pair_levels(c))
     y = einsum_f32("...cs,...sv->...cv", weights, v, dtype=q.dtype)
 
-    to_end = scale_rows(decay[..., -1, 1:], v)
+    to_end = _scale(decay[..., -1, 1:], v)
     nodes = einsum_f32("...cv,...ck->...vk", to_end, k, dtype=q.dtype)  # [b, h, g, v, k]
     products = decay[..., -1, 0]  # retention over all tokens of a node [b, h, g]
     since = decay[..., 0]  # decay since the first token of the token's node [b, h, g, c]
@@ -237,14 +238,14 @@ def _read_siblings(scale: Array, q: Array, nodes: Array, size: int) -> Array:
             x = x[:, :, : 2 * pairs * size]
             return x.reshape(b, h, pairs, 2, size * c, *x.shape[4:])[:, :, :, 1]
 
-        scaled = scale_rows(below_right(scale), below_right(q))
+        scaled = _scale(below_right(scale), below_right(q))
         read = einsum_f32("...ck,...vk->...cv", scaled, nodes[:, :, : 2 * pairs : 2], dtype=q.dtype)
         read = jnp.stack([jnp.zeros_like(read), read], axis=3)
         parts.append(read.reshape(b, h, 2 * pairs * size, c, read.shape[-1]))
     if between := chunks - 2 * pairs * size - last:
         parts.append(jnp.zeros((b, h, between, c, nodes.shape[3]), scale.dtype))
     if last:
-        scaled = scale_rows(scale[:, :, -last:], q[:, :, -last:])
+        scaled = _scale(scale[:, :, -last:], q[:, :, -last:])
         node = nodes[:, :, 2 * pairs]
         parts.append(einsum_f32("bhgck,bhvk->bhgcv", scaled, node, dtype=q.dtype))
     return jnp.concatenate(parts, axis=2)
@@ -310,15 +311,23 @@ def _by_level(level_weights: Array, levels: Any) -> Array:
 
     Args:
         level_weights: [..., c, l].
-        levels: integers [c, s], or int32 [b, 1, c, s].
+        levels: int32 [c, s] or [b, 1, c, s]; a NumPy array if known and small.
     """
-    # perf(cpu): XLA fuses the selections; a gather has a scatter as its gradient.
-    dims, used = level_weights.ndim, level_weights.shape[-1]
+    # The gradient of a gather would be a scatter, and that of selections would sum over rows.
     if isinstance(levels, np.ndarray):
         used = int(levels.max()) + 1
-    levels = expand_leading_dims(jnp.asarray(levels), dims)
-    parts = [jnp.where(levels == i, level_weights[..., i, None], 0) for i in range(used)]
+        one_hot = jnp.asarray(levels[..., None] == np.arange(used), level_weights.dtype)
+        return einsum_f32("...cl,csl->...cs", level_weights[..., :used], one_hot, exact=True)
+    levels = expand_leading_dims(levels, level_weights.ndim)
+    every = enumerate(jnp.moveaxis(level_weights, -1, 0))
+    parts = [jnp.where(levels == i, weights[..., None], 0) for i, weights in every]
     return sum(parts[1:], parts[0])
+
+
+def _scale(scale: Array, x: Array) -> Array:
+    """Return `scale[..., None] * x` in the dtype of `scale` [..., c]; x is [..., c, i]."""
+    # XLA is slow at the row sums of its gradient, unless they are a product.
+    return einsum_f32("...c,...ci->...ci", scale, x.astype(scale.dtype), exact=True)
 
 
 def _log(retention: Array) -> Array:

@@ -116,11 +116,13 @@ def test_packages_have_the_same_einsums(file):
 
     renamed = {"btd,dh->bth": "btd,hd->bth"}  # a weight is [out, in]
     # JAX only: PyTorch has built-in functions for the head, running sums and attention (that of JAX
-    # computes in float32). The elementwise product is an einsum because XLA is faster.
+    # computes in float32). The elementwise product and the selection of level weights are einsums
+    # because XLA is faster.
     jax_only = {
         "btd,ds->bts",
         "ij,...jk->...ik",
         "...c,...ci->...ci",
+        "...cl,csl->...cs",
         "bthk,bshk->bhts",
         "bhts,bshv->bthv",
     }

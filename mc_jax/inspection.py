@@ -192,7 +192,7 @@ def measure_writes(
         momentum_decay = decay_products(coefficients.momentum)
         retention, updates = (
             momentum_decay[..., 0],
-            momentum_decay[..., 1:] * coefficients.step[..., None, :],
+            momentum_decay[..., 1:] * memory.step(coefficients)[..., None, :],
         )
         momentum_norm = by_token(norm(ChunkDecay(jnp.zeros_like(retention), updates, retention)))
     starts = jax.tree.map(lambda w: _segment_starts(w, plan), online.weights)

@@ -188,7 +188,7 @@ def measure_writes(
         momentum_decay = decay_products(coefficients.momentum)
         retention, updates = (
             momentum_decay[..., 0],
-            momentum_decay[..., 1:] * coefficients.step[..., None, :],
+            momentum_decay[..., 1:] * memory.step(coefficients)[..., None, :],
         )
         momentum_norm = by_token(norm(ChunkDecay(torch.zeros_like(retention), updates, retention)))
     starts = tree_map(lambda w: _segment_starts(w, plan), online.weights)

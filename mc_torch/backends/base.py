@@ -119,7 +119,7 @@ class Memory:
 
         The default is `W_t = α_t W_{t-1} - η_t G_t`.
         """
-        step = coefficients.step[..., None, None]
+        step = self.step(coefficients)[..., None, None]
         gradient = self.gradient(state, k, v, coefficients)
         retained = self.retain(state.weights, coefficients.retention)
         new = tuple(w - step * g for w, g in zip(retained, gradient, strict=True))
@@ -137,6 +137,10 @@ class Memory:
             errors = errors + apply_weights(retained, k.dtype)(0, a)
             updates = RankOneUpdates((a,), (errors,))
         return outer_products(updates, weights[0].dtype)
+
+    def step(self, coefficients: Coefficients) -> Array:
+        """Return the factor [..., h, c] of a token's gradient in its write: η."""
+        return coefficients.step
 
     def read(self, apply: Apply, q: Array) -> Array:
         """Read queries [..., h, c, k]; `apply` computes the memory's linear maps."""

@@ -27,7 +27,7 @@ class Titans(MLPMemory):
         assert coefficients.momentum is not None
         gradient = self.gradient(state, k, v, coefficients)
         momentum = coefficients.momentum[..., None, None]
-        step = self._step(coefficients)[..., None, None]
+        step = self.step(coefficients)[..., None, None]
         surprise = tree_map(lambda s, g: momentum * s - step * g, state.momentum, gradient)
         retained = self.retain(state.weights, coefficients.retention)
         weights = tree_map(lambda w, s: w + s, retained, surprise)
@@ -36,7 +36,7 @@ class Titans(MLPMemory):
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
         coefficients = mask_coefficients(coefficients, write_mask)
         assert coefficients.momentum is not None
-        step = self._step(coefficients)
+        step = self.step(coefficients)
         decay = decay_products(coefficients.retention)
         momentum_decay = decay_products(coefficients.momentum)
         # A masked token keeps the momentum but does not add it to the weights.
@@ -50,8 +50,8 @@ class Titans(MLPMemory):
             momentum_updates=momentum_decay[..., -1, 1:] * step,
         )
 
-    def _step(self, coefficients: Coefficients) -> Array:
-        """Return the step [..., h, c]: η, or η (1 - β) if only the last layer is written."""
+    def step(self, coefficients: Coefficients) -> Array:
+        """Return η [..., h, c], or η (1 - β) if only the last layer is written."""
         if not self.config.delta_rule:
             return coefficients.step
         assert coefficients.momentum is not None

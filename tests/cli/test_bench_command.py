@@ -9,6 +9,7 @@ from flax import nnx
 
 from bench import decode
 from helpers.tiny_run import TINY, mc, write_config
+from mc_core.footprint import cache_footprint
 from mc_jax.sharding import shard_heads
 
 
@@ -104,3 +105,33 @@ def test_cost_of_bfloat16_cache():
 def test_invalid_decode_options_are_refused(monkeypatch, capsys, word):
     assert mc(monkeypatch, "bench", "decode", *word.split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_decode_of_buckets_after_a_context(monkeypatch, tmp_path):
+    """The cache has one slot per power of two, and a token reads one bucket per set bit."""
+    path = tmp_path / "d.json"
+    words = "--kind linear --aggregation grm --segmentation fenwick --width 8 --heads 2 --segment 4"
+    words += f" --context 28 --runs 1 --prompt 0 --json {path}"
+    assert mc(monkeypatch, "bench", "decode", *words.split()) == 0
+    (row,) = [row for row in json.loads(path.read_text())["rows"] if row["layer"] != "attention"]
+    assert row["layer"] == "linear + grm, fenwick"
+    config = decode.layer(
+        "linear",
+        "grm",
+        width=8,
+        heads=2,
+        segment_size=4,
+        chunk_size=64,
+        segmentation="fenwick",
+    )
+    assert row["read KiB"] == cache_footprint(config, 28).read / 2**10
+    with pytest.raises(ValueError, match="'logarithmic': must be 'constant' or 'fenwick'"):
+        decode.layer(
+            "linear",
+            "grm",
+            width=8,
+            heads=2,
+            segment_size=4,
+            chunk_size=4,
+            segmentation="logarithmic",
+        )

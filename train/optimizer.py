@@ -11,7 +11,7 @@ from mc_core.optimizer import OptimizerConfig, decays
 def decay_mask(params: Any) -> Any:
     """Return the weight decay mask: True for matrices of projections and embeddings."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: decays(path[-1].key, leaf.ndim), params
+        lambda path, leaf: decays(str(path[-1].key), leaf.ndim), params
     )
 
 

@@ -89,6 +89,7 @@ def stream(module: Any, x: Any, parts: Any, cache: Any) -> tuple[np.ndarray, Any
     return np.concatenate(outputs, axis=1), cache
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_layers_agree_and_stream(config):
     """A full pass, and a stream that grows from 5 to 21 tokens."""

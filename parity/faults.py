@@ -259,7 +259,12 @@ FAULTS = (
         STATE,
         {"mc_torch.chunked._segment_ends": _stale_segment_ends},
     ),
-    Fault("float32 in a float64 path", LINEAR, STATE, {"mc_torch.chunked.einsum_f32": _in_float32}),
+    Fault(
+        "float32 in a float64 path",
+        LINEAR,
+        STATE,
+        {"mc_torch.backends.base.einsum_f32": _in_float32},
+    ),
     Fault(
         "pool off by one token",
         LINEAR,
@@ -317,7 +322,7 @@ FAULTS = (
         "memory after a write instead of before it",
         LAYER,
         "trace.update_norm",
-        {"mc_torch.inspection._previous_token": lambda _: lambda decay: decay},
+        {"mc_torch.inspection.previous_token": lambda _: lambda decay: decay},
     ),
     Fault("wrong norm eps", LAYER, "output", {"mc_torch.modules.rms_norm": _large_eps}),
     Fault(

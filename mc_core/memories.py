@@ -178,11 +178,12 @@ def register_memory(cls: type[M]) -> type[M]:
     needed = {"coefficients", *cls.ranges, *cls.coefficient_fields.values()}
     if absent := sorted(needed - fields):
         raise ValueError(f"register_memory: {cls.__name__} must have fields {', '.join(absent)}")
-    if cls.gradient_uses_weights and cls.uses_previous_token:
-        raise ValueError(
-            f"register_memory: {cls.__name__} sets gradient_uses_weights and uses_previous_token: "
-            "a memory may have only one of them"
-        )
+    for flag in ("gradient_uses_weights", "delta_rule"):
+        if getattr(cls, flag) and cls.uses_previous_token:
+            raise ValueError(
+                f"register_memory: {cls.__name__} sets {flag} and uses_previous_token: "
+                "a memory may have only one of them"
+            )
     if cls.decay_only_transition and (cls.gradient_uses_weights or cls.delta_rule is True):
         raise ValueError(
             f"register_memory: {cls.__name__} sets decay_only_transition: gradient_uses_weights "

@@ -103,6 +103,15 @@ def test_custom_memory_passes_parity_check():
     assert b"all equal: " in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["gradient_uses_weights", "delta_rule"])
+def test_previous_token_excludes_gradients_of_the_memory(flag):
+    """Their updates would have one row more than their errors."""
+    fields = {"kind": "both", "description": "", "uses_previous_token": True, flag: True}
+    wrong = type("Wrong", (LinearConfig,), fields)
+    with pytest.raises(ValueError, match=f"Wrong sets {flag} and uses_previous_token"):
+        register_memory(dataclass(frozen=True)(wrong))
+
+
 @pytest.mark.usefixtures("float64")
 def test_custom_memory_passes_full_parity_grid(example):
     cases = [c for c in full() if c.layer.memory.kind == "decayed_delta" and c.dtype == "float64"]

@@ -32,11 +32,12 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Peers of `mc bench peers`; memory-caching is installed with the environment.
+# Peers of `mc bench peers`, and of the tests that compare with flash-linear-attention, which needs
+# triton also on a CPU; memory-caching is installed with the environment.
 bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check titans-pytorch==0.5.5
-	@! command -v nvidia-smi > /dev/null || \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check flash-linear-attention
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  flash-linear-attention==0.6.0 fla-core==0.6.0 triton einops
 
 # On a machine with a GPU, in an environment with CUDA builds of jax and torch and the extra
 # `train`. GPU_REPORT=--tiny tests the report on a CPU.

@@ -13,7 +13,7 @@ import torch
 from bench import jax_layers, rivals, torch_layers
 from bench.devices import DEVICES_NOTE, named
 from bench.timing import WARM_CACHE_NOTE, Subject, alternate, ratio
-from mc_core import LinearConfig, MCConfig, TitansConfig
+from mc_core import DeltaConfig, LinearConfig, MCConfig, MemoryConfig, TitansConfig
 from mc_core.errors import UserError
 from mc_core.tables import ResultTable, Row
 from mc_core.weights import Flat
@@ -52,6 +52,7 @@ def comparisons() -> dict[str, Comparison]:
     result["titans-1024"] = Comparison(partial(_published, "titans", 1024, (1, 16)))
     for chunk in (16, 64):
         result[f"base-titans-{chunk}"] = Comparison(partial(_titans_pytorch, chunk))
+    result["delta-1024"] = Comparison(partial(_delta, 1024))
     for kind in ("linear", "titans"):
         result[f"ssc-{kind}"] = Comparison(
             partial(_against_none, kind, "ssc", 4096), relative_time=True
@@ -60,7 +61,7 @@ def comparisons() -> dict[str, Comparison]:
     for tokens in (1024, 4096):
         result[f"attention-{tokens}"] = Comparison(partial(_attention, tokens))
     if torch.cuda.is_available():
-        for kind in ("linear", "gla"):
+        for kind in ("linear", "gla", "delta"):
             result[f"fla-{kind}"] = Comparison(partial(_flash_linear, kind))
         for tokens in (4096, 32768):
             result[f"flash-attention-{tokens}"] = Comparison(partial(_flash_attention, tokens))
@@ -177,6 +178,16 @@ def _titans_pytorch(chunk: int, devices: Sequence[int]) -> list[Subject]:
     ]
 
 
+def _delta(tokens: int, devices: Sequence[int]) -> list[Subject]:
+    delta, linear = (_config(memory, "none", 64) for memory in (DeltaConfig(), LinearConfig()))
+    return [
+        rivals.flash_delta_naive(HEADS, ROWS, tokens),
+        *_jax(delta, tokens, "mc_jax", devices),
+        torch_layers.subject(delta, ROWS, tokens, name="mc_torch"),
+        *_jax(linear, tokens, "mc_jax linear", devices),
+    ]
+
+
 def _small_config(kind: str, aggregation: str) -> MCConfig:
     if kind == "linear":
         return _config(LinearConfig(), aggregation, 64)
@@ -223,7 +234,9 @@ def _jax(
 def _flash_linear(kind: str, _: Sequence[int]) -> list[Subject]:
     # One sequence, which cannot be split over devices.
     heads, tokens = 32, 8192
-    memory = LinearConfig(coefficients="constant", retention=1.0 if kind == "linear" else 0.99)
+    memory: MemoryConfig = DeltaConfig(coefficients="constant", retention=0.99)
+    if kind != "delta":
+        memory = LinearConfig(coefficients="constant", retention=1.0 if kind == "linear" else 0.99)
     config = MCConfig(128 * heads, heads, memory=memory, aggregation="none", output_norm="none")
     return [
         rivals.flash_linear(kind, heads, tokens),
@@ -256,7 +269,7 @@ def _flash_attention(tokens: int, _: Sequence[int]) -> list[Subject]:
     return [*rivals.attention(width, heads, 1, tokens, dtype="bfloat16"), *ours]
 
 
-def _config(memory: LinearConfig | TitansConfig, aggregation: str, chunk: int) -> MCConfig:
+def _config(memory: MemoryConfig, aggregation: str, chunk: int) -> MCConfig:
     return MCConfig(
         WIDTH,
         HEADS,

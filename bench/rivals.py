@@ -1,11 +1,13 @@
 """Alternative packages as subjects on the same batch; packages are imported lazily."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor as Array
 
 from bench.batch import batch
 from bench.timing import Subject
@@ -173,30 +175,69 @@ def _jax_attention(
 
 
 def flash_linear(kind: str, heads: int, tokens: int, seed: int = 0) -> Subject:
-    """Return a layer of flash-linear-attention's `chunk_linear_attn` or `chunk_simple_gla`.
+    """Return a layer of flash-linear-attention's kernels.
 
     Requires a GPU. One sequence, bfloat16, heads of width 128.
+
+    Args:
+        kind: `linear` (`chunk_linear_attn`), `gla` (`chunk_simple_gla`) or `delta`
+            (`chunk_gated_delta_rule`).
+        heads: number of heads.
+        tokens: number of tokens.
+        seed: random seed of parameters and batch.
     """
     require("flash-linear-attention")
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 
+    def mix(q: Array, k: Array, v: Array, step: Array, decay: Array) -> Array:
+        if kind == "linear":
+            return chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
+        if kind == "gla":
+            return chunk_simple_gla(q, k, v, decay, scale=1.0)[0]
+        return chunk_gated_delta_rule(q, k, v, decay, step, scale=1.0)[0]
+
+    return _flash_layer(mix, (1, tokens, heads, 128), torch.bfloat16, seed)
+
+
+def flash_delta_naive(heads: int, rows: int, tokens: int, seed: int = 0) -> Subject:
+    """Return a layer of flash-linear-attention's chunked gated delta rule in plain PyTorch.
+
+    Width 256 and float32, as for the other subjects on a CPU; chunks of 64.
+    """
+    require("flash-linear-attention")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a GPU, its import warns
+        from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
+
+    def mix(q: Array, k: Array, v: Array, step: Array, decay: Array) -> Array:
+        return naive_chunk_gated_delta_rule(q, k, v, decay, step, scale=1.0)[0]
+
+    return _flash_layer(mix, (rows, tokens, heads, 256 // heads), torch.float32, seed)
+
+
+def _flash_layer(
+    mix: Callable[..., Array], shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int
+) -> Subject:
+    """Return projections around a function of q, k, v [b, t, h, k], steps and log decay [b, t, h].
+
+    Keys are normalised for the delta rule; coefficients are constants.
+    """
+    rows, tokens, heads, head_width = shape
     torch.manual_seed(seed)
-    width = 128 * heads
-    arrays = batch(width, 1, tokens, seed)
-    x, cotangent = (torch.from_numpy(a).to(device(), torch.bfloat16) for a in arrays)
+    width = head_width * heads
+    x, cotangent = (torch.from_numpy(a).to(device(), dtype) for a in batch(width, rows, tokens))
     kernels = [
-        torch.nn.Parameter(torch.randn(width, width, device=device()).bfloat16() / width**0.5)
+        torch.nn.Parameter((torch.randn(width, width) / width**0.5).to(device(), dtype))
         for _ in range(4)
     ]
-    decay = torch.full((1, tokens, heads), float(np.log(0.99)), device=device())
+    decay = torch.full(shape[:3], float(np.log(0.99)), device=device())
+    step = torch.full(shape[:3], 0.5, device=device())
 
-    def mix(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = ((x @ w).unflatten(-1, (heads, 128)) for w in kernels[:3])
-        if kind == "linear":
-            y, _ = chunk_linear_attn(q, k, v, scale=1.0, normalize=False)
-        else:
-            y, _ = chunk_simple_gla(q, k, v, decay, scale=1.0)
-        return y.flatten(2) @ kernels[3]
+    def layer(x: Array) -> Array:
+        q, k, v = ((x @ w).unflatten(-1, (heads, head_width)) for w in kernels[:3])
+        q, k = (torch.nn.functional.normalize(y, dim=-1) for y in (q, k))
+        return mix(q, k, v, step, decay).to(dtype).flatten(2) @ kernels[3]
 
-    return module_subject("flash-linear-attention", mix, kernels, x, cotangent, count=False)
+    return module_subject("flash-linear-attention", layer, kernels, x, cotangent, count=False)

@@ -1,0 +1,137 @@
+"""Tables of recorded runs, described in `docs/evidence/tables.yaml`.
+
+A table has rows and columns. Both select runs by their overrides: a cell shows the runs whose
+overrides are exactly those of its row and column. Keys are the last part of a dotted key.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from mc_core.errors import UserError
+from train.sweeps.results import RunResult, read_file
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIDENCE = ROOT / "docs" / "evidence"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Selection = Mapping[str, Any]
+
+
+def render(page: str, specs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a page with the content of its marked tables generated.
+
+    Raises:
+        UserError: a table is unknown, or a cell has no run.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        if name not in specs:
+            raise UserError(f"table {name!r} is not in tables.yaml; it has {', '.join(specs)}")
+        return start + "\n".join(["", *table_lines(name, specs[name]), "", ""]) + end
+
+    return MARKED.sub(replace, page)
+
+
+def read_specs() -> dict[str, dict[str, Any]]:
+    """Return the descriptions of all tables by name."""
+    return yaml.safe_load((EVIDENCE / "tables.yaml").read_text(encoding="utf-8"))
+
+
+def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
+    """Return the Markdown lines of a table.
+
+    Args:
+        name: name of the table.
+        spec: `record` (a file or list of files), `rows` and `columns` (label -> overrides), `value`
+            (`accuracy`, `bits` or `test <tokens>`), and `cost` (true: state and operations of the
+            row, with the overrides of the last column).
+    """
+    records = [spec["record"]] if isinstance(spec["record"], str) else spec["record"]
+    runs = [run for record in records for run in recorded(record)]
+    columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
+    values = [spec["value"]] if isinstance(spec["value"], str) else spec["value"]
+    head = [
+        ", ".join(filter(None, [c, title(v) if len(values) > 1 or not c else ""]))
+        for c in columns
+        for v in values
+    ]
+    head += ["state", "kFLOP per token"] * bool(spec.get("cost"))
+    lines = [_line([spec.get("corner", ""), *head]), _line(["---", *["---:"] * len(head)])]
+    for label, row in spec["rows"].items():
+        cells = []
+        own: list[RunResult] = []
+        for column in columns.values():
+            wanted = spec.get("common", {}) | row | column
+            own = select(runs, wanted)
+            if not own and not spec.get("sparse"):
+                raise UserError(f"table {name!r}: no run of {label!r} with {dict(column)}")
+            cells += [shown(own, value) for value in values]
+        if spec.get("cost"):
+            cells += [shown(own, "state"), f"{own[0]['flops_per_token'] / 1000:,.0f}"]
+        lines.append(_line([label, *cells]))
+    return lines
+
+
+@cache
+def recorded(record: str) -> tuple[RunResult, ...]:
+    """Return the successful runs of a recorded sweep, at the best of the tried rates."""
+    runs = [run for run in read_file(EVIDENCE / record) if not run.get("error")]
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        rates.setdefault(run["row"], set()).add(run["rate"])
+    chosen = {row: _best_rate(row, tried, runs) for row, tried in rates.items()}
+    return tuple(run for run in runs if run["rate"] == chosen[run["row"]])
+
+
+def _best_rate(row: str, rates: set[float], runs: Sequence[RunResult]) -> float:
+    if len(rates) == 1:
+        return next(iter(rates))
+    first = [run for run in runs if run["row"] == row and run["seed"] == 0]
+    return min(first, key=lambda run: (-run["accuracy"], run["loss"], run["rate"]))["rate"]
+
+
+def select(runs: Sequence[RunResult], wanted: Selection) -> list[RunResult]:
+    """Return the runs with exactly these overrides, in the order of their seeds."""
+    found = [run for run in runs if _short(run["overrides"]) == dict(wanted)]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def _short(overrides: Selection) -> dict[str, Any]:
+    return {key.rpartition(".")[2]: value for key, value in overrides.items()}
+
+
+def title(value: str) -> str:
+    """Return the title of a column of values."""
+    names = {"bits": "bits per byte", "state": "state", "accuracy": "accuracy, %"}
+    return names.get(value) or value.removeprefix("test ") + " tokens, %"
+
+
+def shown(runs: Sequence[RunResult], value: str) -> str:
+    """Return the mean over the seeds, with the range of several ones."""
+    if not runs:
+        return ""
+    if value == "state":
+        return f"{runs[0]['state_bytes'] / 1000:,.0f} kB"
+    each = [_number(run, value) for run in runs]
+    digits = 3 if value == "bits" else 1
+    text = f"{mean(each):.{digits}f}"
+    return text if len(each) == 1 else f"{text} ({min(each):.{digits}f}–{max(each):.{digits}f})"
+
+
+def _number(run: RunResult, value: str) -> float:
+    if value == "bits":
+        return float(run["bits_per_byte"])
+    wanted = int(value.removeprefix("test ")) if value.startswith("test ") else None
+    cells = [cell for cell in run["test"] if wanted in (None, cell["tokens"])]
+    return 100 * sum(cell["right"] for cell in cells) / sum(cell["asked"] for cell in cells)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -129,12 +129,19 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", OPERATIONS, ids="+".join)
+@pytest.mark.parametrize(
+    "case",
+    [  # Every second pair of kind and aggregation is a slow test.
+        pytest.param(case, marks=pytest.mark.slow if (i + i // 3) % 2 else ())
+        for i, case in enumerate(OPERATIONS)
+    ],
+    ids="+".join,
+)
 def test_operations_do_not_increase(case):
     assert flops(*case, 64) <= OPERATIONS[case]
 
 
-@pytest.mark.parametrize("kind", ["linear", "titans"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("titans", marks=pytest.mark.slow)])
 def test_ssc_operations_are_linear_in_tokens(kind):
     """Without the scores, which are one product of width k per pair and have no gradient."""
     scores = lambda t: 2 * 2 * t * (t // 8) * 4  # noqa: E731  flops, heads, pairs, k

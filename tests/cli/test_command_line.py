@@ -75,7 +75,7 @@ def test_report_has_recall_and_dead_heads(finished, tmp_path):
     assert load_report(tmp_path) == replace(report, heads=None)
 
 
-@pytest.mark.parametrize("corpus", [False, True])
+@pytest.mark.parametrize("corpus", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_evaluation_has_the_recall_of_the_report(finished, tmp_path, monkeypatch, capsys, corpus):
     """On the first window of the validation text, or of the text of --corpus."""
     run, text = finished.parent / "runs" / "tiny", tmp_path / "text"

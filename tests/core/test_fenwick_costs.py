@@ -10,6 +10,7 @@ from flax import nnx
 
 from bench.count import count_flops
 from helpers.cases import AGGREGATIONS, MEMORIES
+from helpers.covering_arrays import thinned
 from helpers.fenwick_cases import STARTS
 from mc_core import LinearConfig, MCConfig, TitansConfig
 from mc_core.footprint import cache_footprint, flops_per_token, outgrows_kv, state_bytes
@@ -30,9 +31,9 @@ def cache_bytes(config: MCConfig, tokens: int, dtype: str) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for _, leaf in flatten(cache))
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize(("memory", "mode"), STARTS)
-def test_cache_bytes_match_footprint(memory, mode, aggregation):
+@thinned(3, start=["-".join(start) for start in STARTS], aggregation=AGGREGATIONS)
+def test_cache_bytes_match_footprint(start, aggregation):
+    memory, _, mode = start.rpartition("-")
     options = {"segmentation": "fenwick", "segment_size": 4, "conv_width": 3}
     config = MCConfig(8, 2, MEMORIES[memory], aggregation, state_init_mode=mode, **options)
     for tokens, dtype, item in ((13, "float32", 4), (64, "bfloat16", 2)):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from bench.count import count_flops
 from helpers.cases import AGGREGATIONS, MEMORIES
+from helpers.covering_arrays import thinned
 from helpers.weight_cases import LAYERS, MODELS
 from mc_core import (
     AttentionConfig,
@@ -56,8 +57,7 @@ def cache_bytes(config: Any, tokens: int, dtype: str = "float32") -> int:
     return sum(leaf.size * leaf.dtype.itemsize for _, leaf in flatten(cache))
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("memory", MEMORIES)
+@thinned(3, memory=list(MEMORIES), aggregation=AGGREGATIONS)
 def test_cache_bytes_match_footprint(memory, aggregation):
     config = MCConfig(8, 2, MEMORIES[memory], aggregation, segment_size=4, conv_width=3)
     for tokens, dtype, item in ((13, "float32", 4), (64, "bfloat16", 2)):
@@ -111,15 +111,7 @@ def compiled_flops(config: Any, tokens: int) -> float:
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(128, marks=pytest.mark.slow), 1024])
-@pytest.mark.parametrize(
-    ("memory", "aggregation"),
-    # Every second pair is a slow test.
-    [
-        pytest.param(memory, aggregation, marks=pytest.mark.slow if (i + j) % 2 else ())
-        for i, memory in enumerate(MEMORIES)
-        for j, aggregation in enumerate(AGGREGATIONS)
-    ],
-)
+@thinned(4, memory=list(MEMORIES), aggregation=AGGREGATIONS)
 def test_flops_of_memory_layer_match_compiled_program(memory, aggregation, tokens):
     """The program needs up to 25% more, for running sums, mixtures and reads with weight 0."""
     config = MCConfig(256, 4, MEMORIES[memory], aggregation, segment_size=128, chunk_size=16)

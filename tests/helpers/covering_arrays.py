@@ -1,6 +1,6 @@
 """Covering arrays: few configurations that contain every pair of choices."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -40,22 +40,42 @@ def pairwise(**choices: Sequence[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def numbered(rows: Sequence[dict[str, Any]], group: int) -> list[Any]:
+def numbered(rows: Sequence[dict[str, Any]], group: int, slow: Collection[int] = ()) -> list[Any]:
     """Return one parameter of pytest per row: its number; every second row is a slow test.
 
     Args:
         rows: from `pairwise`.
         group: number of values of the second name. Alternate groups keep the odd rows, so that
             every value of the first and of the second name remains among the quick tests.
+        slow: numbers of other rows that are slow tests, because the remaining ones have their
+            kinds, aggregations and masks.
     """
     return [
         pytest.param(
             number,
             id="-".join(map(str, row.values())),
-            marks=pytest.mark.slow if (number + number // group) % 2 else (),
+            marks=pytest.mark.slow if (number + number // group) % 2 or number in slow else (),
         )
         for number, row in enumerate(rows)
     ]
+
+
+def thinned(step: int, **choices: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test with all combinations; about one in `step` is a quick test.
+
+    These are the ones whose places add up to a multiple of `step`, so that every value of a name
+    occurs among them.
+    """
+    return pytest.mark.parametrize(
+        tuple(choices),
+        [
+            pytest.param(
+                *(choices[name][i] for name, i in zip(choices, places, strict=True)),
+                marks=pytest.mark.slow if sum(places) % step else (),
+            )
+            for places in product(*(range(len(values)) for values in choices.values()))
+        ],
+    )
 
 
 def _places(name: str, choices: dict[str, Sequence[Any]]) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -100,12 +101,12 @@ def distribution(
 
 SAMPLING = [
     (1.0, None, None),
-    (0.5, None, None),
+    pytest.param(0.5, None, None, marks=pytest.mark.slow),
     (2.0, 3, None),
     (1.0, None, 0.6),
     (0.7, 4, 0.8),
     (3.0, 100, 1.0),
-    (1.0, 3, 0.99),
+    pytest.param(1.0, 3, 0.99, marks=pytest.mark.slow),
     (1.0, None, 1e-9),
 ]
 LOGITS = np.array([0.3, 1.9, -1.0, 1.9, 0.3, 2.5, -4.0])  # with ties at the truncation thresholds

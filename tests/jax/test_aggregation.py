@@ -32,7 +32,9 @@ def layer(aggregation: str, **options: object) -> MCConfig:
     return MCConfig(8, 2, aggregation=aggregation, **options)
 
 
-@pytest.mark.parametrize("n", range(2, 10))
+@pytest.mark.parametrize(
+    "n", [pytest.param(n, marks=() if n in (2, 5, 8) else pytest.mark.slow) for n in range(2, 10)]
+)
 def test_tiled_reads_match_double_loop(n):
     """Section 6: every pair (segment, earlier memory) once, in values and gradients."""
     rng = np.random.default_rng(n)
@@ -142,7 +144,7 @@ def test_level_is_bit_length_of_age(width):
 
 @pytest.mark.parametrize("gated_by", GATES)
 @pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("top_k", [1, 3, 9])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 3, 9])
 def test_gates_of_selected_memories_match_dense_gates(top_k, block, gated_by, monkeypatch):
     """Sparse gates match `dense_gates`: values and gradients."""
     monkeypatch.setattr("mc_jax.gates.SCORE_BLOCK", block)

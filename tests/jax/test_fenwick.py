@@ -71,7 +71,9 @@ def check_gradients(memory, aggregation, options, method):
         ("swla", "grm", LONG | {"state_init_mode": "restart"}, "chunked"),
         pytest.param("titans", "residual", LONG, "chunked", marks=pytest.mark.slow),
         pytest.param("dla", "soup", LONG, "chunked", marks=pytest.mark.slow),
-        pytest.param("linear", "ssc", LONG | {"gate": "token"}, "recurrent"),
+        pytest.param(
+            "linear", "ssc", LONG | {"gate": "token"}, "recurrent", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_gradients_match_pytorch(memory, aggregation, options, method):
@@ -132,7 +134,13 @@ def check_streams(case, seed):
         assert_close(cache, expected.cache, EXACT, name=f"cache {splits}")
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "options"), with_options(QUICK))
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "options"),
+    [
+        pytest.param(*case.values, id=case.id, marks=pytest.mark.slow if i == 1 else ())
+        for i, case in enumerate(with_options(QUICK))
+    ],
+)
 def test_split_stream_matches_full_pass(memory, aggregation, options):
     """Outputs and the whole cache: no slot has a bucket that was merged."""
     check_streams(make_fenwick_case(memory, aggregation, **options), options["seed"])

@@ -18,7 +18,13 @@ from mc_jax import MemoryCachingLayer
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("linear", "dla-plain") else ())
+        for name in CONFIGS
+    ],
+)
 def test_layer_matches_oracle(name):
     """Section 1: output, gates and trace."""
     config = CONFIGS[name]
@@ -79,7 +85,7 @@ def test_explicit_segment_lengths():
     assert np.abs(np.asarray(other - plain)).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["swla", "titans-norm"])
+@pytest.mark.parametrize("name", ["swla", pytest.param("titans-norm", marks=pytest.mark.slow)])
 def test_values_at_masked_tokens_are_ignored(name):
     """NaN at masked tokens does not reach outputs and gradients, also with convolutions."""
     layer, config = make_layer(CONFIGS[name]), CONFIGS[name]

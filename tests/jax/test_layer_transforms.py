@@ -191,7 +191,7 @@ def test_sharded_layer_matches_single_device(name, mesh):
     [
         pytest.param("titans", "grm", "chunked", marks=pytest.mark.slow),
         ("swla", "ssc", "chunked"),
-        ("dla", "soup", "recurrent"),
+        pytest.param("dla", "soup", "recurrent", marks=pytest.mark.slow),
     ],
 )
 def test_shard_map_matches_single_device(memory, aggregation, method, mesh):

@@ -21,7 +21,10 @@ AGGREGATION = dict(zip(KINDS, ("ssc", "residual", "soup", "grm"), strict=True))
 methods = pytest.mark.parametrize(
     "method", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)]
 )
-every_memory = pytest.mark.parametrize("memory", KINDS)
+every_memory = pytest.mark.parametrize(
+    "memory",
+    [pytest.param(m, marks=pytest.mark.slow if m in ("linear", "dla") else ()) for m in KINDS],
+)
 
 
 def long_case(memory: str, **options: Any) -> FunctionCase:
@@ -58,9 +61,15 @@ def test_float32_is_close_to_float64(memory, method):
     assert_close(result.cache, expected.cache, 2e-6, name="cache")
 
 
-@every_memory
-@pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_float32_is_close_to_float64_with_zero_retention(memory, framework):
+@pytest.mark.parametrize(
+    ("framework", "memory"),
+    [
+        *(("jax", m) for m in ("linear", "dla")),
+        *(pytest.param("jax", m, marks=pytest.mark.slow) for m in ("swla", "titans")),
+        *(("torch", m) for m in KINDS),
+    ],
+)
+def test_float32_is_close_to_float64_with_zero_retention(framework, memory):
     """Small factors have large logarithms, which must not affect later tokens of the chunk."""
     case = long_case(memory, segment_size=64, chunk_size=64).with_zero_decay()
     if framework == "jax":
@@ -98,7 +107,7 @@ def test_state_is_float32_with_bfloat16_inputs(memory, method):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("memory", ["linear", "swla"])
+@pytest.mark.parametrize("memory", [pytest.param("linear", marks=pytest.mark.slow), "swla"])
 def test_recurrence_accumulates_in_float32(memory, framework):
     """A matrix memory's write is a sum of v kᵀ, which is exact in float32 for bfloat16 inputs."""
     case = long_case(memory)
@@ -146,7 +155,7 @@ def test_layer_without_dtype_computes_in_input_dtype(kind, config):
     np.testing.assert_array_equal(*(nnx.jit(lambda layer: layer(x))(layer) for layer in layers))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_layer_returns_input_dtype(dtype):
     config = MCConfig(16, 2, TitansConfig(), segment_size=16, chunk_size=8)
     layer = MemoryCachingLayer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)

@@ -30,6 +30,14 @@ CONFIGS = {
     for width, norm in ((0, "rms"), (3, "none"))
 }
 TOKENS = 13
+# The other windows stream alike.
+STREAMED = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(f"{name}-conv3", marks=pytest.mark.slow if name in ("band", "longer") else ())
+        for name in WINDOWS
+    ],
+)
 PACKAGES = ("jax", "torch")
 BOTH_PACKAGES = pytest.mark.parametrize("package", PACKAGES)
 
@@ -149,7 +157,7 @@ def test_layer_matches_softmax_attention(package, name, mask):
 
 
 @BOTH_PACKAGES
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
+@STREAMED
 def test_split_stream_matches_full_pass(package, name):
     config, (x, mask) = CONFIGS[name], draw_inputs("some")
     layer = build(package, config)
@@ -159,7 +167,7 @@ def test_split_stream_matches_full_pass(package, name):
 
 
 @BOTH_PACKAGES
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.endswith("conv3")])
+@STREAMED
 def test_padded_rows_match_single_rows(package, name):
     """Padding anywhere, also for a whole call, containing NaN."""
     config, (x, _) = CONFIGS[name], draw_inputs(rows=3)
@@ -190,7 +198,7 @@ def test_window_cache_size_is_bounded(package):
     assert cache.keys.dtype == cache.values.dtype == short
 
 
-@BOTH_PACKAGES
+@pytest.mark.parametrize("package", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -229,8 +237,17 @@ def test_invalid_arguments_are_rejected(package):
             call()
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv0", "band-conv3"])
+@pytest.mark.parametrize(
+    ("name", "streamed"),
+    [
+        ("full-conv3", False),
+        pytest.param("full-conv3", True, marks=pytest.mark.slow),
+        ("blocks-conv0", False),
+        ("blocks-conv0", True),
+        pytest.param("band-conv3", False, marks=pytest.mark.slow),
+        pytest.param("band-conv3", True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_agree_between_frameworks(name, streamed):
     """Gradients of inputs and parameters, with masked and padded tokens."""
     config, (x, mask) = CONFIGS[name], draw_inputs("some")
@@ -310,8 +327,15 @@ def test_compiled_stream_past_capacity_is_nan():
         assert np.isnan(y).all() != capacity
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("name", ["full-conv3", "blocks-conv3"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param("full-conv3", 1, marks=pytest.mark.slow),
+        ("full-conv3", 3),
+        ("blocks-conv3", 1),
+        pytest.param("blocks-conv3", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_torch_extend_compiles_once(name, size):
     layer, (x, _) = build("torch", CONFIGS[name]), draw_inputs()
     x, cache = torch.tensor(x), layer.init_cache(2, 12)

@@ -14,6 +14,7 @@ from flax import nnx
 
 import mc_jax
 import mc_torch
+from helpers.covering_arrays import thinned
 from helpers.tiny_run import mc
 from mc_core import DLAConfig, TitansConfig
 from parity import community
@@ -27,6 +28,7 @@ import memory_caching as theirs
 
 D, HEADS, TOKENS, SEGMENT = 8, 2, 13, 4
 OUTPUT, GRADIENT = {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-9, "atol": 1e-9}
+KINDS = ("linear", "swla", "dla", "titans")
 MODES = ("checkpoint", "restart")
 SEGMENTATIONS = ("constant", "logarithmic")
 AGGREGATIONS = ("residual", "grm", "soup", "ssc")
@@ -141,18 +143,19 @@ def assert_same(config, masked, **options):
         )
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("segmentation", SEGMENTATIONS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("kind", ["linear", "swla", "dla", "titans"])
-def test_outputs_and_gradients_match_community_package(
-    kind, aggregation, mode, segmentation, masked
-):
+@thinned(
+    3,
+    kind=KINDS,
+    aggregation=AGGREGATIONS,
+    mode=MODES,
+    segmentation=SEGMENTATIONS,
+    mask=("whole", "masked"),
+)
+def test_outputs_and_gradients_match_community_package(kind, aggregation, mode, segmentation, mask):
     config = configure(
         kind, aggregation=aggregation, state_init_mode=mode, segmentation=segmentation
     )
-    assert_same(config, masked)
+    assert_same(config, mask == "masked")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,10 @@ def test_explicit_segments_match_community_package(kind):
     assert_same(configure(kind), masked=True, segment_lengths=[2, 1, 6, 4])
 
 
-@pytest.mark.parametrize("kind", ["linear", "swla", "dla", "titans"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k in ("swla", "dla") else ()) for k in KINDS],
+)
 def test_jax_outputs_match_community_package(float64, kind):
     layer, initial = build(configure(kind))
     config, flat = from_community(layer.config, layer.state_dict(), initial)
@@ -312,7 +318,7 @@ def save(path, kind="linear", **changes):
     return path
 
 
-@pytest.mark.parametrize("kind", ["linear", "swla"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("swla", marks=pytest.mark.slow)])
 def test_convert_command_verifies_outputs(tmp_path, monkeypatch, capsys, kind):
     source, target = save(tmp_path / "old.pt", kind), tmp_path / "new.safetensors"
     assert mc(monkeypatch, "convert", "--from", "community", source, target) == 0

@@ -87,6 +87,7 @@ def test_custom_memory_equals_titans_of_depth_one_without_momentum(example):
         assert_close(actual.output, expected.output, 1e-12)
 
 
+@pytest.mark.slow
 def test_custom_memory_trains_and_generates_through_the_command(example, tmp_path, monkeypatch):
     layer = {**TINY["model"]["layer"], "memory": {"kind": "decayed_delta"}}
     config = write_config(tmp_path, model={**TINY["model"], "layer": layer})

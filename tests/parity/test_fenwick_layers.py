@@ -161,7 +161,11 @@ def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config
 
 
 @PACKAGES
-@pytest.mark.parametrize("config", [RESTART, SPARSE], ids=["swla", "titans"])
+@pytest.mark.parametrize(
+    "config",
+    [RESTART, pytest.param(SPARSE, marks=pytest.mark.slow)],
+    ids=["swla", "titans"],
+)
 def test_inspect_shows_buckets(package, config):
     """Gates, norms, lengths and readers by bucket; recall by segment."""
     module, x = build(package, config), tokens(package)
@@ -238,6 +242,7 @@ def custom(monkeypatch):
         del package.backends.base.BACKENDS[DecayedConfig.kind]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("custom")
 def test_custom_memory_with_decay_only_transition():
     """It equals `linear` with learned coefficients, in `restart` mode."""

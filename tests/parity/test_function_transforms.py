@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp
 import mc_jax
 from helpers import jax_calls
 from helpers.cases import AGGREGATIONS, KINDS, FunctionCase, assert_close, make_case
+from helpers.covering_arrays import thinned
 from helpers.torch_calls import arrays, leaves
 from helpers.torch_layers import Extend
 from mc_core import (
@@ -100,8 +101,7 @@ def check_per_sample(case: FunctionCase, method: str = "chunked") -> None:
     assert_close(actual, stacked(loop), EXACT)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("memory", KINDS)
+@thinned(2, memory=KINDS, aggregation=AGGREGATIONS)
 def test_per_sample_gradients_match_loop(memory, aggregation):
     check_per_sample(small_case(memory, aggregation))
 

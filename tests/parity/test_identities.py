@@ -60,7 +60,10 @@ def test_single_segment_equals_no_caching(package, memory):
 
 
 @IN_BOTH
-@pytest.mark.parametrize(("memory", "mode"), [("linear-elu", "restart"), ("swla", "checkpoint")])
+@pytest.mark.parametrize(
+    ("memory", "mode"),
+    [("linear-elu", "restart"), pytest.param("swla", "checkpoint", marks=pytest.mark.slow)],
+)
 def test_soup_equals_grm_for_matrix_memories(package, memory, mode):
     """A matrix memory's read is linear in its weights (equations 9 and 15)."""
     case = make_case(memory, "soup", state_init_mode=mode, mask="some")
@@ -116,7 +119,7 @@ def test_normalized_pools_bound_scores(package):
 
 
 @IN_BOTH
-@pytest.mark.parametrize("memory", ["linear", "linear-elu"])
+@pytest.mark.parametrize("memory", ["linear", pytest.param("linear-elu", marks=pytest.mark.slow)])
 def test_residual_with_restart_equals_undivided_linear_attention(package, memory):
     """Equation 7 without decay and with zero initial memory."""
     case = make_case(memory, "residual", state_init_mode="restart", mask="some")

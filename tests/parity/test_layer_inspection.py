@@ -147,10 +147,22 @@ FRAMEWORKS = pytest.mark.parametrize(
     ("inspect", "float32"), [(jax_inner, jnp.float32), (torch_inner, torch.float32)],
     ids=["jax", "torch"],
 )  # fmt: skip
+# Variants of the same kind repeat these, and are slow tests.
+QUICK = {
+    "linear-normalized",
+    "swla",
+    "dla-initial",
+    "dla-deep",
+    "titans-norm",
+    "delta",
+    "titans-last-initial",
+}
 TRACES = pytest.mark.parametrize("trace", [jax_trace, torch_trace], ids=["jax", "torch"])
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    "memory", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MEMORIES]
+)
 def test_torch_inspection_matches_oracle(memory):
     for mode, mask, chunk in product(MODES, MASKS, (1, 3, 5)):
         case = make_case(memory, "none", mask=mask, state_init_mode=mode, chunk_size=chunk)
@@ -163,7 +175,13 @@ def test_torch_inspection_matches_oracle(memory):
 @pytest.mark.parametrize(
     ("memory", "mode", "mask", "chunk"),
     [
-        (memory, MODES[i % 2], MASKS[1 + i % 4], (1, 3, 5)[i % 3])
+        pytest.param(
+            memory,
+            MODES[i % 2],
+            MASKS[1 + i % 4],
+            (1, 3, 5)[i % 3],
+            marks=() if memory in QUICK else pytest.mark.slow,
+        )
         for i, memory in enumerate(MEMORIES)
     ],
 )
@@ -177,7 +195,12 @@ def test_jax_inspection_matches_oracle(memory, mode, mask, chunk):
     ("memory", "mode", "options"),
     [
         ("titans-norm", "checkpoint", {"segmentation": "logarithmic"}),
-        ("linear-normalized", "restart", {"segmentation": "logarithmic"}),
+        pytest.param(
+            "linear-normalized",
+            "restart",
+            {"segmentation": "logarithmic"},
+            marks=pytest.mark.slow,
+        ),
         ("dla-deep", "restart", {"lengths": (2, 7, 1, 3)}),
     ],
 )
@@ -205,7 +228,7 @@ def test_recall_of_orthonormal_keys_is_one(trace):
 
 
 @TRACES
-@pytest.mark.parametrize("memory", ["titans", "dla-deep"])
+@pytest.mark.parametrize("memory", [pytest.param("titans", marks=pytest.mark.slow), "dla-deep"])
 def test_recall_of_an_l2_loss_is_the_share_that_is_removed(trace, memory):
     case = make_case(memory, "grm", mask="some")
     found, inner = trace(case), oracle_statistics(case)
@@ -245,7 +268,10 @@ def test_heads_without_writes_are_dead(inspect, float32):
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("memory", KINDS)
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(m, marks=() if m in ("linear", "titans") else pytest.mark.slow) for m in KINDS],
+)
 def test_small_step_decreases_inner_loss(inspect, float32, memory):
     case = make_case(memory, "none", chunk_size=1)
     ones = np.ones_like(case.coefficients.step)
@@ -285,7 +311,7 @@ def test_recurrent_method_rejects_inspect(inspect, float32):
         package.memory_caching(**arrays, config=case.config, method="recurrent", inspect=True)
 
 
-@pytest.mark.parametrize("name", ["swla", "titans-norm"])
+@pytest.mark.parametrize("name", [pytest.param("swla", marks=pytest.mark.slow), "titans-norm"])
 def test_layer_trace_matches_function(name, monkeypatch):
     """The trace matches that of the layer's function inputs, also with NaN at masked tokens."""
     config, calls = CONFIGS[name], []

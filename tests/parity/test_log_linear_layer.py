@@ -35,6 +35,9 @@ CONFIGS = {
 TOKENS = 13
 PACKAGES = {"jax": mc_jax, "torch": mc_torch}
 both_packages = pytest.mark.parametrize("package", PACKAGES)
+every_config = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "head" else ()) for n in CONFIGS]
+)
 
 
 def weights(config: LogLinearConfig) -> dict[str, np.ndarray]:
@@ -144,7 +147,7 @@ def oracle(config: LogLinearConfig, x: np.ndarray, mask: np.ndarray) -> np.ndarr
 
 
 @both_packages
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 def test_layer_matches_oracle(package, name):
     """Outputs and states; `level_proj`, softplus, norms, convolution, retention."""
     config, (x, mask) = CONFIGS[name], draw_inputs()
@@ -160,7 +163,7 @@ def test_layer_matches_oracle(package, name):
 
 
 @both_packages
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 def test_split_stream_matches_full_pass(package, name):
     config, (x, mask) = CONFIGS[name], draw_inputs()
     layer, expected = build(package, config), oracle(config, x, mask)
@@ -228,7 +231,7 @@ def test_cache_size_is_logarithmic_and_bounded(package):
         short(to_package(package, np.zeros((1, 5, 8))))
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_agree_between_frameworks(streamed):
     """Gradients of inputs and parameters, with masked and padded tokens."""
     config, (x, mask) = CONFIGS["token"], draw_inputs()

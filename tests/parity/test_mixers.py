@@ -64,7 +64,7 @@ def compiled(model: Any, method: str = "__call__") -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer", "hybrid", pytest.param("titans", marks=pytest.mark.slow)]
+    "name", [m if m == "hybrid" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
 )
 def test_logits_and_gradients_agree_between_packages(name):
     left, right = both(name)
@@ -89,7 +89,9 @@ def test_logits_and_gradients_agree_between_packages(name):
     assert all(np.abs(g).max() > 1e-9 for g in flat.values())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow if m == "titans" else ()) for m in MODELS]
+)
 def test_logits_are_causal(name):
     run, changed = compiled(both(name)[0]), TOKENS.copy()
     changed[:, 6:] = (changed[:, 6:] + 5) % 13

@@ -52,18 +52,25 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 SLOW = (
     "linear+grm chunked 2+1+10",
     "linear+grm layer coefficients=token",
-    "dla+soup chunked restart 6+5",
-    "dla+grm chunked 5+3",
-    "swla+grm model greedy",
-    "titans+grm model mask=padded",
-    "swla+ssc chunked restart fenwick",
-    "titans+grm model fenwick",
+    "linear+none model restart",
+    "linear+none model mask=some conv_width",
+    "linear+none model output_norm",
     "linear+residual layer restart fenwick",
+    "swla+grm",
+    "swla+ssc chunked",
+    "dla+soup",
+    "dla+grm",
+    "titans+residual model",
+    "titans+grm",
+    "titans+mean recurrent",
+    "titans+ssc recurrent",
+    "delta+soup",
+    "delta+mean",
 )
 
 
 def quick_params() -> list[Any]:
-    """One parameter per case; those in `SLOW` need several programs each, and are slow tests."""
+    """One parameter per case; those in `SLOW`, which others nearly repeat, are slow tests."""
     return [
         pytest.param(
             case,

@@ -210,7 +210,17 @@ def test_non_integer_ids_are_rejected(side, entry, dtype):
         ENTRIES[entry](side.model, tokens)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16", "int64", "uint8", "uint16", "uint32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "int8",
+        pytest.param("int16", marks=pytest.mark.slow),
+        "int64",
+        pytest.param("uint8", marks=pytest.mark.slow),
+        pytest.param("uint16", marks=pytest.mark.slow),
+        "uint32",
+    ],
+)
 def test_all_integer_dtypes_agree(dtype):
     models, tokens = {name: one().model for name, one in SIDES.items()}, TOKENS.astype(dtype)
     with torch.no_grad():

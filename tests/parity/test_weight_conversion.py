@@ -90,7 +90,16 @@ def test_files_follow_the_umask(saved):
         os.umask(previous)
 
 
-@pytest.mark.parametrize("name", [*sorted(LAYERS.keys() - {"titans"}), "free"])
+REPEATED = ("linear-head", "linear-learned", "linear-normalized")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in REPEATED else ())
+        for name in [*sorted(LAYERS.keys() - {"titans"}), "free"]
+    ],
+)
 def test_frameworks_agree_on_fixed_batch(name):
     given = ModuleWeights(ALL[name], draw(ALL[name]), "torch")
     ours, theirs = (outputs(ALL[name], given, framework) for framework in ("jax", "torch"))

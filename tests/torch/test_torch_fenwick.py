@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.cases import AGGREGATIONS, MEMORIES, assert_close
+from helpers.cases import AGGREGATIONS, KINDS, MEMORIES, assert_close
 from helpers.fenwick_cases import (
     LAYOUTS,
     STARTS,
@@ -30,7 +30,23 @@ from mc_torch.numerics import tree_map
 
 # Every memory with one aggregation; the other pairs are slow tests.
 PAIRS = [(start, AGGREGATIONS[i % 6]) for i, start in enumerate(STARTS)]
-QUICK = pytest.mark.parametrize(("memory", "aggregation", "options"), with_options(PAIRS))
+CASES = with_options(PAIRS)
+QUICK = pytest.mark.parametrize(("memory", "aggregation", "options"), CASES)
+# Other variants of the same kinds are slow tests.
+FEWER = pytest.mark.parametrize(
+    ("memory", "aggregation", "options"),
+    [
+        pytest.param(
+            *case.values,
+            id=case.id,
+            marks=()
+            if case.values[0]
+            in (*KINDS, "linear-normalized", "titans-norm", "delta", "titans-last-initial")
+            else pytest.mark.slow,
+        )
+        for case in CASES
+    ],
+)
 ALL = pytest.mark.parametrize(
     ("memory", "aggregation", "options"), with_options(product(STARTS, AGGREGATIONS))
 )
@@ -83,7 +99,7 @@ def check_gradients(memory, aggregation, options):
         assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
 
 
-@QUICK
+@FEWER
 def test_chunked_gradients_match_recurrent(memory, aggregation, options):
     """Gradients of all inputs, also through the stored buckets."""
     check_gradients(memory, aggregation, options)
@@ -131,7 +147,7 @@ def check_streams(case, seed=0):
                 assert_close(cache, whole.cache, EXACT, name=f"cache {parts}")
 
 
-@QUICK
+@FEWER
 def test_split_stream_matches_full_pass(memory, aggregation, options):
     """Outputs, gates, and the whole cache: no slot has a bucket that was merged."""
     check_streams(make_fenwick_case(memory, aggregation, **options), options["seed"])

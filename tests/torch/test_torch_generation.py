@@ -27,8 +27,14 @@ def torch_tokens(model: LanguageModel, prompts: Any, count: int, **options: Any)
     return torch.stack(list(generate(model, prompts, count, **options)), dim=1).numpy()
 
 
+REPEATED = ("linear-grm", "linear-soup", "swla-mean")
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in REPEATED else ()) for n in LAYERS],
+)
 def test_generation_rows_match_full_passes(name):
     """Greedy and sampled, in a batch and as single rows."""
     torch_model = convert_to_torch(make_model(name))

@@ -22,6 +22,7 @@ from helpers.cases import (
     assert_close,
     make_case,
 )
+from helpers.covering_arrays import thinned
 from helpers.recurrence_cases import (
     EDGES,
     EXACT,
@@ -101,13 +102,24 @@ def check_gradients(memory, aggregation, options):
         assert np.abs(results[0][name]).max() > 1e-3, f"no gradient reaches {name}"
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "options"), all_pairs())
+@pytest.mark.parametrize(
+    ("memory", "aggregation", "options"),
+    [
+        # Two aggregations of every memory are quick tests.
+        pytest.param(
+            *case.values,
+            id=case.id,
+            marks=pytest.mark.slow if (i - i // len(AGGREGATIONS)) % 3 else (),
+        )
+        for i, case in enumerate(all_pairs())
+    ],
+)
 def test_chunked_gradients_match_recurrent(memory, aggregation, options):
     """Section 6: gradients of q, k, v, u, coefficients, initial, norm; also through the cache."""
     check_gradients(memory, aggregation, options)
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "mode"), list(product(KINDS, GATED, MODES)))
+@thinned(2, memory=KINDS, aggregation=GATED, mode=MODES)
 def test_token_gates_match_oracle(memory, aggregation, mode):
     """Levels of log-linear attention: both methods, and their gradients."""
     options = TOKEN_GATES | {"state_init_mode": mode}
@@ -206,8 +218,16 @@ def _filled(tree, tensors):
     return tree_map(lambda _: next(tensors), tree)
 
 
-@pytest.mark.parametrize(("memory", "aggregation", "mode"), DERIVATIVES)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("order", "memory", "aggregation", "mode"),
+    [
+        pytest.param(
+            order, *row, marks=pytest.mark.slow if order == 2 and row[0] == "titans-norm" else ()
+        )
+        for order in (1, 2)
+        for row in DERIVATIVES
+    ],
+)
 def test_gradients_match_finite_differences(memory, aggregation, mode, order):
     check_derivatives(memory, aggregation, mode, order)
 

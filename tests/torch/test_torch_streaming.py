@@ -16,6 +16,7 @@ from helpers.cases import (
     assert_close,
     make_case,
 )
+from helpers.covering_arrays import thinned
 from helpers.recurrence_cases import examples
 from helpers.torch_calls import arrays, call, leaves, projected
 from helpers.torch_layers import draw, make_layer
@@ -100,8 +101,7 @@ def check(case, parts):
     assert_close(comparable(cache, case.config), expected, EXACT, name="cache")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("memory", MEMORIES)
+@thinned(2, memory=list(MEMORIES), mode=MODES)
 @given(data=st.data())
 @settings(examples, max_examples=12)
 def test_split_stream_matches_full_pass(data, memory, mode):
@@ -117,9 +117,12 @@ def test_split_stream_matches_full_pass_on_large_grid(data, memory, mode):
     check(*data.draw(streams(memory, mode)))
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("memory", ["linear-normalized", "swla", "dla", "titans-norm"])
+@thinned(
+    2,
+    memory=["linear-normalized", "swla", "dla", "titans-norm"],
+    mode=MODES,
+    aggregation=AGGREGATIONS,
+)
 def test_stream_gradients_match_full_pass(memory, mode, aggregation):
     """Gradients of all inputs, through all caches."""
     options = {"gate_bias": 0.0, "pool_norm": "l2"} if memory in ("swla", "dla") else {}

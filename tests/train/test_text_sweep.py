@@ -189,6 +189,7 @@ def test_text_sweep_trains_scores_and_plots(vary, rates, count, tmp_path, monkey
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_nan_text_run_is_a_failed_result(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, rates=[1e38], rows=[{"optimizer.weight_decay": 0.0}])
     assert mc(monkeypatch, "sweep", path) == 0

@@ -174,7 +174,9 @@ def test_random_streams_advance_between_steps(monkeypatch):
     assert int(state.rest["dropout"]["rngs"]["count"]) == before + 3
 
 
-@pytest.mark.parametrize("limit", [400, 399, 33, 2])
+@pytest.mark.parametrize(
+    "limit", [400, *(pytest.param(n, marks=pytest.mark.slow) for n in (399, 33)), 2]
+)
 def test_bits_per_byte_score_every_byte_once(tmp_path, limit):
     """Reference: windows scored one by one, without padding or batching."""
     config = load_config(write_config(tmp_path))

@@ -26,7 +26,7 @@ from train.sweeps.accuracy_plot import draw_sweep
 from train.sweeps.plan import SweepPlan
 from train.sweeps.recorded import read_recorded
 from train.sweeps.results import Results, RunResult, is_text
-from train.sweeps.sweep_config import Run, load_sweep, make_runs
+from train.sweeps.sweep_config import Run, SweepConfig, load_sweep, make_runs
 from train.sweeps.table import for_terminal, make_table
 from train.sweeps.workers import Workers, check_jobs, one_thread
 from train.tasks.recall import RecallReport
@@ -71,15 +71,7 @@ def sweep(
     directory = Path(config.directory)
     first = make_runs(config)
     recorded_rows = read_recorded(recorded, config, first) if recorded else None
-    devices = max(run.config.run.devices for runs in first.values() for run in runs)
-    request(devices)
-    results = Results(directory)
-    for runs in first.values():
-        for run in runs:
-            results.find(run)
-    with one_thread(), SweepPlan(config, first, results) as plan:
-        finish(plan, jobs, console, devices)
-        chosen = plan.table()
+    chosen = run_all(config, first, console, jobs)
     # A file name may not be valid text.
     title = os.fsencode(path.stem).decode(errors="replace")
     table = make_table(title, chosen, config, recorded=recorded_rows)
@@ -93,6 +85,31 @@ def sweep(
     write_atomic(picture, draw_sweep(title, chosen))
     console.print(f"results and plots: {directory}", soft_wrap=True, highlight=False)
     return chosen
+
+
+def run_all(
+    config: SweepConfig, first: dict[str, list[Run]], console: Console, jobs: int
+) -> list[RunResult]:
+    """Train and test the runs of a sweep that have no result, and print a line about each.
+
+    Args:
+        config: configuration of the sweep.
+        first: its runs with the first seed, by row, from `make_runs`.
+        console: receives the lines.
+        jobs: number of parallel runs.
+
+    Returns:
+        Results of every row at its best rate.
+    """
+    devices = max(run.config.run.devices for runs in first.values() for run in runs)
+    request(devices)
+    results = Results(Path(config.directory))
+    for runs in first.values():
+        for run in runs:
+            results.find(run)
+    with one_thread(), SweepPlan(config, first, results) as plan:
+        finish(plan, jobs, console, devices)
+        return plan.table()
 
 
 def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> None:

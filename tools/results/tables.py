@@ -4,6 +4,7 @@ A table has rows and columns. Both select runs by their overrides: a cell shows 
 overrides are exactly those of its row and column. Keys are the last part of a dotted key.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -53,30 +54,41 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
             (`accuracy`, `bits` or `test <tokens>`), and `cost` (true: state and operations of the
             row, with the overrides of the last column).
     """
-    records = [spec["record"]] if isinstance(spec["record"], str) else spec["record"]
-    runs = [run for record in records for run in recorded(record)]
     columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
     values = [spec["value"]] if isinstance(spec["value"], str) else spec["value"]
     head = [
-        ", ".join(filter(None, [c, title(v) if len(values) > 1 or not c else ""]))
-        for c in columns
-        for v in values
+        ", ".join(filter(None, [column, title(value) if len(values) > 1 or not column else ""]))
+        for column in columns
+        for value in values
     ]
     head += ["state", "kFLOP per token"] * bool(spec.get("cost"))
     lines = [_line([spec.get("corner", ""), *head]), _line(["---", *["---:"] * len(head)])]
-    for label, row in spec["rows"].items():
-        cells = []
-        own: list[RunResult] = []
-        for column in columns.values():
-            wanted = spec.get("common", {}) | row | column
-            own = select(runs, wanted)
-            if not own and not spec.get("sparse"):
-                raise UserError(f"table {name!r}: no run of {label!r} with {dict(column)}")
-            cells += [shown(own, value) for value in values]
+    found = column_runs(name, spec)
+    for row in spec["rows"]:
+        cells = [shown(found[row, column], value) for column in columns for value in values]
         if spec.get("cost"):
-            cells += [shown(own, "state"), f"{own[0]['flops_per_token'] / 1000:,.0f}"]
-        lines.append(_line([label, *cells]))
+            run = found[row, list(columns)[-1]][0]
+            cells += [shown([run], "state"), f"{run['flops_per_token'] / 1000:,.0f}"]
+        lines.append(_line([row, *cells]))
     return lines
+
+
+def column_runs(name: str, spec: Mapping[str, Any]) -> dict[tuple[str, str], list[RunResult]]:
+    """Return the runs of each cell of a table, by the labels of its row and column.
+
+    Raises:
+        UserError: a cell has no run, and the table is not `sparse`.
+    """
+    records = [spec["record"]] if isinstance(spec["record"], str) else spec["record"]
+    runs = [run for record in records for run in recorded(record)]
+    runs = [run for run in runs if run["seed"] in spec.get("seeds", [run["seed"]])]
+    columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
+    cells = {}
+    for (label, row), (head, column) in itertools.product(spec["rows"].items(), columns.items()):
+        cells[label, head] = select(runs, spec.get("common", {}) | row | column)
+        if not cells[label, head] and not spec.get("sparse"):
+            raise UserError(f"table {name!r}: no run of {label!r} with {dict(column)}")
+    return cells
 
 
 @cache
@@ -119,10 +131,15 @@ def shown(runs: Sequence[RunResult], value: str) -> str:
         return ""
     if value == "state":
         return f"{runs[0]['state_bytes'] / 1000:,.0f} kB"
-    each = [_number(run, value) for run in runs]
+    each = numbers(runs, value)
     digits = 3 if value == "bits" else 1
     text = f"{mean(each):.{digits}f}"
     return text if len(each) == 1 else f"{text} ({min(each):.{digits}f}–{max(each):.{digits}f})"
+
+
+def numbers(runs: Sequence[RunResult], value: str) -> list[float]:
+    """Return a value of each run."""
+    return [_number(run, value) for run in runs]
 
 
 def _number(run: RunResult, value: str) -> float:

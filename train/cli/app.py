@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from mc_core.errors import NotFiniteError, UserError
 from train.cli.bench import app as bench
 from train.cli.evaluation import evaluate, generate, inspect
-from train.cli.information import segments, variants
+from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
 from train.cli.training import sweep, tokenize, train
 from train.cli.weights import convert
@@ -64,7 +64,18 @@ app.add_typer(parity, name="parity")
 app.add_typer(bench, name="bench")
 
 
-for command in (train, sweep, tokenize, evaluate, inspect, generate, convert, variants, segments):
+for command in (
+    train,
+    sweep,
+    tokenize,
+    evaluate,
+    inspect,
+    generate,
+    convert,
+    variants,
+    segments,
+    configs,
+):
     app.command()(command)
 
 # Base class of the usage errors of Typer's own copy of click.

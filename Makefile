@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report clean
+.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report wheel release-check clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -44,6 +44,15 @@ GPU_PYTHON ?= python3
 gpu-report:
 	$(GPU_PYTHON) -m tools.gpu_report --out docs/evidence/gpu $(GPU_REPORT)
 
+# Builds of a commit are equal byte for byte.
+wheel: $(READY)
+	$(BIN)/python -m tools.distributions dist
+	$(BIN)/twine check --strict dist/*
+
+# Builds twice, and tests the wheel in fresh environments, one per extra. Installs several GB.
+release-check: $(READY)
+	$(BIN)/python -m tools.release_check
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -57,4 +66,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

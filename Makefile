@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report wheel release-check clean
+.PHONY: demo evidence test test-all mutants lint check format bench-peers gpu-report wheel release-check clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -26,11 +26,12 @@ test-all: $(READY)
 mutants: $(READY)
 	$(BIN)/python -m tools.mutants --jobs $(JOBS) $(FULL) $(ONLY)
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: lint test
 
 # Peers of `mc bench peers`; memory-caching is installed with the environment.
 bench-peers: $(READY)

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from mc_core.errors import UserError
 
-_PACKAGE = Path(__file__).parent
+_INSTALLED = Path(__file__).parent / "configs"
 # A wheel contains the folder configs/ of the repository as train/configs/.
-FOLDER = next(
-    folder for folder in (_PACKAGE / "configs", _PACKAGE.with_name("configs")) if folder.is_dir()
-)
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 SUFFIX = ".yaml"
 
 
@@ -79,7 +77,10 @@ def describe(name: str) -> ShippedConfig:
     is_sweep = not sections.intersection(map(str, read_yaml(path)))
     run = load_config(load_sweep(path).base if is_sweep else path)
     return ShippedConfig(
-        name, "sweep" if is_sweep else "train", run.data.task, first_sentence(path.read_text())
+        name,
+        "sweep" if is_sweep else "train",
+        run.data.task,
+        first_sentence(path.read_text(encoding="utf-8")),
     )
 
 

@@ -1,6 +1,7 @@
 """Configurations that are installed with the package, and the CONFIG argument of the commands."""
 
 import difflib
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -68,20 +69,25 @@ def describe(name: str) -> ShippedConfig:
     Raises:
         UserError: its file is invalid.
     """
-    from train.config import load_config
     from train.config.yaml_files import read_yaml
     from train.sweeps.sweep_config import load_sweep
 
     path = FOLDER / (name + SUFFIX)
-    sections = {"data", "model", "optimizer", "run"}
-    is_sweep = not sections.intersection(map(str, read_yaml(path)))
-    run = load_config(load_sweep(path).base if is_sweep else path)
+    is_sweep = not {"data", "model", "optimizer", "run"}.intersection(map(str, read_yaml(path)))
     return ShippedConfig(
         name,
         "sweep" if is_sweep else "train",
-        run.data.task,
+        _task(load_sweep(path).base if is_sweep else path),
         first_sentence(path.read_text(encoding="utf-8")),
     )
+
+
+@functools.cache
+def _task(path: Path) -> str:
+    """Return the task of a run's file; sweeps share their bases."""
+    from train.config import load_config
+
+    return load_config(path).data.task
 
 
 def first_sentence(text: str) -> str:

@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report clean
+.PHONY: demo evidence test test-all mutants lint check format bench-peers gpu-report wheel release-check clean
 
 demo: $(READY)
+	$(BIN)/mc demo
 	$(BIN)/mc train configs/demo.yaml
 
 # Use JOBS=1 on a machine with one core.
@@ -26,11 +27,12 @@ test-all: $(READY)
 mutants: $(READY)
 	$(BIN)/python -m tools.mutants --jobs $(JOBS) $(FULL) $(ONLY)
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: lint test
 
 # Peers of `mc bench peers`, and of the tests that compare with flash-linear-attention, which needs
 # triton also on a CPU; memory-caching is installed with the environment.
@@ -45,6 +47,15 @@ GPU_PYTHON ?= python3
 gpu-report:
 	$(GPU_PYTHON) -m tools.gpu_report --out docs/evidence/gpu $(GPU_REPORT)
 
+# Builds of a commit are equal byte for byte.
+wheel: $(READY)
+	$(BIN)/python -m tools.distributions dist
+	$(BIN)/twine check --strict dist/*
+
+# Builds twice, and tests the wheel in fresh environments, one per extra. Installs several GB.
+release-check: $(READY)
+	$(BIN)/python -m tools.release_check
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -58,4 +69,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

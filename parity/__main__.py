@@ -1,6 +1,6 @@
 """`python -m parity` is `mc parity`."""
 
-from train.__main__ import main
+from mc_core.__main__ import main
 
 if __name__ == "__main__":
     main(["parity"])

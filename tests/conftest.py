@@ -28,6 +28,9 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # a limit makes JAX l
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+# matplotlib prints a warning, and searches the fonts in every process, if it cannot write to HOME.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    os.environ.setdefault("MPLCONFIGDIR", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/matplotlib")
 
 import jax
 

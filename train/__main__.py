@@ -1,4 +1,7 @@
-"""Entry point of `mc` and `python -m train`; reports missing packages in one line."""
+"""The command line after the checks of mc_core; also `python -m train`.
+
+Reports missing packages in one line.
+"""
 
 import logging
 import sys
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from mc_core.errors import UserError
+from mc_core.installation import check_packages
 from train.user_modules import import_from_environment, import_modules, split_imports
 
 
@@ -17,6 +21,7 @@ def main(command: Sequence[str] = ()) -> None:
     """
     _log_to_stderr()
     try:
+        check_packages()
         # Import first: the options of the commands list the registered memories.
         names, words = split_imports(sys.argv[1:])
         sys.argv[1:] = [*command, *words]

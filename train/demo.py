@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mc_core import MCConfig, make_plan
 from mc_core.config import ModelConfig
+from mc_core.errors import UserError
 from mc_core.files import write_atomic
 from parity.environment import cores
 from train.checkpoint import load_run
@@ -32,25 +33,31 @@ class Demo(NamedTuple):
     router: Router  # gates of the cached model on one example
 
 
-def demo(config: Path, picture: Path, console: Console) -> Demo:
+def demo(config: Path, picture: Path | None, console: Console) -> Demo:
     """Train a model with and without a cache to find needles, and draw what they recall.
 
     Args:
         config: sweep with two rows on needles: without a cache, and with gates.
-        picture: output file, PNG.
+        picture: output file, PNG; None = `demo.png` in the sweep's directory.
         console: receives progress and the table.
 
     Raises:
         UserError: the configuration is invalid.
         OSError: a file cannot be read or written.
     """
+    plan = load_sweep(config)
+    runs = make_runs(plan)
+    models = [own[0].config.model.layer for own in runs.values()]
+    if [layer.rule.reads_cache for layer in models] != [False, True]:
+        raise UserError(f"{config}: must have two rows, without and with a cache")
+    data = next(iter(runs.values()))[0].config.data
+    if not isinstance(data, NIAHConfig):
+        raise UserError(f"{config}: data.task = {data.task!r}: must be 'niah'")
     console.print(
         "Needles in haystacks: one of many sentences has a number of 7 digits, and the last line "
         "asks for it. The same model is trained twice, without and with cached memories.",
         highlight=False,
     )
-    plan = load_sweep(config)
-    runs = make_runs(plan)
     results = run_all(plan, runs, console, jobs=min(2, len(cores())))
     configs = {row: own[0].config for row, own in runs.items()}
     scores = [score_of(result, configs[result["row"]].model) for result in results]
@@ -62,6 +69,7 @@ def demo(config: Path, picture: Path, console: Console) -> Demo:
     scores.append(Score("attention's KV cache", (), stream_bytes(attention, tokens) or 0, tokens))
     found = Demo(scores, route(Path(cached.config.run.directory)))
     print_demo(console, found)
+    picture = picture or Path(plan.directory) / "demo.png"
     write_atomic(picture, draw_demo(found.scores, found.router))
     console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
     return found

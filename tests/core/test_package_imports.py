@@ -14,8 +14,8 @@ BELOW = {
     "bench": {"mc_core", "mc_jax", "mc_torch", "parity"},
     "train": {"mc_core", "mc_jax", "parity", "bench"},
 }
-# `python -m parity` runs the command line, which lives in train.
-ENTRY_POINTS = {"parity/__main__.py"}
+# The entry point runs the command line, which is in train.
+ENTRY_POINTS = {"mc_core/__main__.py"}
 FOREIGN = {
     "mc_core": {"jax", "flax", "torch", "optax"},
     "mc_jax": {"torch", "optax"},

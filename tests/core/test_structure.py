@@ -26,8 +26,8 @@ LAYERS = {
 }
 FRAMEWORKS = {"jax", "flax", "torch"}
 MAY_IMPORT = {"mc_core": set(), "mc_jax": {"jax", "flax"}, "mc_torch": {"torch"}}
-# `python -m parity` calls the command line, which is in train.
-EXCEPTIONS = {("parity/__main__.py", "train")}
+# The entry point calls the command line, which is in train.
+EXCEPTIONS = {("mc_core/__main__.py", "train")}
 
 NAMES = {*MEMORIES, *AGGREGATIONS} - {"none", "mean"}  # these two also have other meanings
 CONFIGS = {cls.__name__ for cls in MEMORIES.values()} | {"MLPConfig"}

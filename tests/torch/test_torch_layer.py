@@ -1,6 +1,8 @@
 """`mc_torch`: layer and model, compiled, under autocast, and without jax."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +127,7 @@ def test_all_memories_and_reads_compile(memory, mode, aggregation):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch")  # inductor uses functions that torch deprecates
 @pytest.mark.parametrize("aggregation", ["grm", "soup", "ssc"])
 @pytest.mark.parametrize(

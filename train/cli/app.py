@@ -12,9 +12,9 @@ from typer.core import TyperGroup
 from mc_core.errors import NotFiniteError, UserError
 from train.cli.bench import app as bench
 from train.cli.evaluation import evaluate, generate, inspect
-from train.cli.information import segments, variants
+from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
-from train.cli.training import sweep, tokenize, train
+from train.cli.training import demo, sweep, tokenize, train
 from train.cli.weights import convert
 from train.interrupt import Terminated, sigterm_as_interrupt
 from train.stdio import replace_unencodable
@@ -64,7 +64,19 @@ app.add_typer(parity, name="parity")
 app.add_typer(bench, name="bench")
 
 
-for command in (train, sweep, tokenize, evaluate, inspect, generate, convert, variants, segments):
+for command in (
+    demo,
+    train,
+    sweep,
+    tokenize,
+    evaluate,
+    inspect,
+    generate,
+    convert,
+    variants,
+    segments,
+    configs,
+):
     app.command()(command)
 
 # Base class of the usage errors of Typer's own copy of click.

@@ -12,7 +12,7 @@ from rich.console import Console
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import MIXERS, START_MODES
 from mc_core.errors import UserError
-from train.cli.options import Aggregation, Kind, Segmentation, output_file
+from train.cli.options import Aggregation, Kind, Segmentation, config_argument, output_file
 
 if TYPE_CHECKING:
     from mc_core.tables import ResultTable
@@ -109,7 +109,7 @@ def scaling(
 
 @app.command()
 def model(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
+    config: Annotated[Path, config_argument("YAML file of a run")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="as run.devices", show_default="the file's")
@@ -163,7 +163,7 @@ def peers(
 
 @app.command()
 def memory(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file")],
+    config: Annotated[Path, config_argument("YAML file of a run")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     tokens: Annotated[list[int], typer.Option(min=1)] = [  # noqa: B006
         1024 << 2 * power for power in range(5)

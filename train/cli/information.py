@@ -1,4 +1,4 @@
-"""`mc variants` and `mc segments`: the options of a layer, and its segments."""
+"""`mc variants`, `mc segments` and `mc configs`: options, segments, shipped configurations."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -13,6 +13,9 @@ from mc_core.config import GATES, MIXERS, PRESETS, SEGMENTATIONS
 from mc_core.errors import UserError
 from mc_core.memories import MEMORIES
 from train.cli.options import Segmentation
+from train.shipped_configs import describe, shipped_names
+
+WIDTH = 160  # of the table of configurations, if stdout is not a terminal
 
 
 def variants() -> None:
@@ -33,6 +36,15 @@ def segments(
     except ValueError as error:
         raise UserError(str(error)) from error
     print(*lengths, sep=", ")
+
+
+def configs() -> None:
+    """List the shipped configurations, which every CONFIG argument takes by name."""
+    table = Table("name", "command", "task", "description")
+    for shipped in map(describe, shipped_names()):
+        table.add_row(shipped.name, f"mc {shipped.command}", shipped.task, shipped.description)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
 def print_variants(console: Console) -> None:

@@ -10,19 +10,43 @@ from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import SEGMENTATIONS
 from mc_core.errors import UserError
 from mc_core.memories import MEMORIES
+from train.shipped_configs import find_config
 
 Kind = StrEnum("Kind", list(MEMORIES))  # type: ignore[misc]
 Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 Segmentation = StrEnum("Segmentation", list(SEGMENTATIONS))  # type: ignore[misc]
 
 
-def output_file(what: str) -> Any:
+def output_file(what: str, **options: Any) -> Any:
     """Return an option for an output file; its folder is checked before the command runs.
 
     Args:
         what: help text.
+        options: further arguments of `typer.Option`.
     """
-    return typer.Option(help=what, dir_okay=False, callback=_check_folder)
+    return typer.Option(help=what, dir_okay=False, callback=_check_folder, **options)
+
+
+def config_argument(what: str, metavar: str = "CONFIG") -> Any:
+    """Return an argument that is a YAML file or the name of a shipped configuration.
+
+    Args:
+        what: help text.
+        metavar: its name in the help.
+    """
+    return typer.Argument(
+        metavar=metavar, help=f"{what}, or a name of `mc configs`", callback=_find_config
+    )
+
+
+def config_option(what: str, **options: Any) -> Any:
+    """Return an option that is a YAML file or the name of a shipped configuration.
+
+    Args:
+        what: help text.
+        options: further arguments of `typer.Option`.
+    """
+    return typer.Option(help=f"{what}, or a name of `mc configs`", callback=_find_config, **options)
 
 
 def utf8(word: str) -> str:
@@ -41,3 +65,7 @@ def _check_folder(path: Path | None) -> Path | None:
     if path is not None and not path.parent.is_dir():
         raise UserError(f"{path}: its folder does not exist")
     return path
+
+
+def _find_config(name: Path | None) -> Path | None:
+    return None if name is None else find_config(name)

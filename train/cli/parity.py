@@ -15,7 +15,7 @@ from mc_core.errors import UserError
 from mc_core.files import to_bytes, write_atomic
 from mc_core.memories import MEMORIES
 from parity.environment import MissingError, prepare
-from train.cli.options import Aggregation, Kind, output_file
+from train.cli.options import Aggregation, Kind, config_option, output_file
 
 app = typer.Typer(help="Compare mc_jax with mc_torch.", no_args_is_help=True)
 
@@ -39,7 +39,7 @@ def check(
         list[Aggregation] | None, typer.Option(help="select aggregations; may be repeated")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of a run: compare its model instead of the grid")
+        Path | None, config_option("model to compare instead of the grid: YAML file of a run")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="run directory or .safetensors file with the weights")
@@ -100,7 +100,7 @@ def check(
 @app.command()
 def train(
     config: Annotated[
-        Path | None, typer.Option(help="a run's YAML file", show_default="a small Titans model")
+        Path | None, config_option("YAML file of a run", show_default="a small Titans model")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 20,
     tokens: Annotated[int | None, typer.Option(min=1, help="length of the sequences")] = None,

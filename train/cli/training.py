@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from train.cli.options import config_argument, output_file
+
 
 def train(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run, such as configs/demo.yaml")
-    ],
+    config: Annotated[Path, config_argument("YAML file of a run")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="run.steps=100 ...")
     ] = None,
@@ -26,16 +26,32 @@ def train(
     run(loaded, Console())
 
 
-def tokenize(
+def demo(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; data.tokenizer is written")
-    ],
+        Path, config_argument("sweep with two rows on needles: without and with a cache", "[SWEEP]")
+    ] = Path("niah/quick"),
+    picture: Annotated[
+        Path | None,
+        output_file("output file of the picture, PNG", show_default="demo.png of the sweep"),
+    ] = None,
+) -> None:
+    """Train a model with and without cached memories to find needles, and draw the result."""
+    from train.demo import demo as run
+
+    run(config, picture, Console())
+
+
+def tokenize(
+    config: Annotated[Path, config_argument("YAML file of a run")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="model.vocab_size=4096 ..."),
     ] = None,
 ) -> None:
-    """Train a byte-level BPE tokenizer of model.vocab_size entries on the run's training text."""
+    """Train a byte-level BPE tokenizer of model.vocab_size entries on the run's training text.
+
+    It is written to data.tokenizer.
+    """
     from train.config import load_config
     from train.data.train_tokenizer import tokenize as run
 
@@ -43,7 +59,7 @@ def tokenize(
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file of a sweep")],
+    config: Annotated[Path, config_argument("YAML file of a sweep", metavar="SWEEP")],
     jobs: Annotated[int, typer.Option(help="number of parallel runs; each has its own cores")] = 1,
     markdown: Annotated[
         Path | None, typer.Option(help="output file of the table", dir_okay=False)

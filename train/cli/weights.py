@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from train.cli.options import config_option
+
 
 class WeightsFormat(StrEnum):
     """Format of a weight file."""
@@ -35,7 +37,9 @@ def convert(
     target_format: Annotated[
         WeightsFormat | None, typer.Option("--to", show_default="by the path")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="a run's YAML file, to write a run")] = None,
+    config: Annotated[
+        Path | None, config_option("configuration of the run to write: YAML file of a run")
+    ] = None,
 ) -> None:
     """Convert weights between a run, a safetensors file and a PyTorch state_dict."""
     from train.config import load_config

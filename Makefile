@@ -2,9 +2,11 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants check format bench-peers gpu-report clean
+.PHONY: demo evidence test test-all mutants check docs format bench-peers gpu-report clean
 
 demo: $(READY)
 	$(BIN)/mc train configs/demo.yaml
@@ -32,6 +34,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# The documentation site, in the folder `site`. The reference is read from the source, so its
+# environment needs no framework.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
 # Peers of `mc bench peers`; memory-caching is installed with the environment.
 bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check titans-pytorch==0.5.5
@@ -56,5 +63,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+$(DOCS_READY): pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

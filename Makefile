@@ -2,9 +2,11 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 PEER := "memory-caching==0.1.0; python_version < '3.13'"
 
-.PHONY: demo evidence test test-all mutants lint check format bench-peers gpu-report wheel release-check clean
+.PHONY: demo evidence results test test-all mutants lint check docs format bench-peers gpu-report wheel release-check clean
 
 demo: $(READY)
 	$(BIN)/mc demo
@@ -33,6 +35,15 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: lint test
+
+# The documentation site, in the folder `site`. The reference is read from the source, so its
+# environment needs no framework.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+# The tables and pictures of docs/results.md, from docs/evidence/.
+results: $(READY)
+	$(BIN)/python -m tools.results
 
 # Peers of `mc bench peers`, and of the tests that compare with flash-linear-attention, which needs
 # triton also on a CPU; memory-caching is installed with the environment.
@@ -68,5 +79,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+$(DOCS_READY): pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

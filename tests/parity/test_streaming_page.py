@@ -18,7 +18,7 @@ from mc_core.tree_utils import flatten
 from mc_core.weights import to_torch
 from mc_jax.pretrained import get_weights
 
-PAGE = Path(__file__).parents[2] / "docs" / "streaming.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "stream.md"
 BLOCKS = re.findall(r"^```python\n# (jax|torch)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
 LAYER = MCConfig(8, 2, TitansConfig(expansion=1), "ssc", segment_size=8, chunk_size=4, conv_width=4)
 

@@ -5,8 +5,6 @@ import functools
 import json
 import lzma
 import math
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers.documentation import PAGES, ROOT, commands
 from helpers.dropout_model import Dropping
 from helpers.tiny_run import TINY, write_config
 from mc_core import DLAConfig
@@ -27,8 +26,6 @@ from train.data.corpus import load_corpus
 from train.evaluation.validation import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.step import TrainState, build, check_finite, make_train_step, token_losses
-
-ROOT = Path(__file__).parents[2]
 
 
 def tiny(**run: object) -> TrainConfig:
@@ -257,14 +254,13 @@ def test_default_directory_is_named_after_the_file(tmp_path):
     assert load_config(tmp_path / "twin.yaml").run.directory == "runs/twin"
 
 
-def test_readme_commands_have_valid_configs(monkeypatch):
+def test_documented_commands_have_valid_configs(monkeypatch):
     """All keys exist, and runs with different settings have different directories."""
     monkeypatch.chdir(ROOT)
-    lines = re.findall(r"(?m)^.*?\bmc train ([^`|#\n]*\w)", (ROOT / "README.md").read_text())
-    commands = [shlex.split(line) for line in lines if not line.startswith("CONFIG")]
-    assert len(commands) >= 3
-    configs = [load_config(Path(path), words) for path, *words in commands]
-    assert len(set(configs)) == len({config.run.directory for config in configs}) >= 3
+    found = [words[1:] for page in PAGES for words in commands(page) if words[:1] == ["train"]]
+    found = [words for words in found if words[:1] not in ([], ["CONFIG"])]
+    configs = [load_config(Path(path), words) for path, *words in found]
+    assert len(set(configs)) == len({config.run.directory for config in configs}) >= 5
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,11 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
 
     Args:
         name: name of the table.
-        spec: `record` (a file or list of files), `rows` and `columns` (label -> overrides), `value`
-            (`accuracy`, `bits` or `test <tokens>`), and `cost` (true: state and operations of the
-            row, with the overrides of the last column).
+        spec: `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row
+            with `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
+            (default: all), `value` (one or several of `accuracy`, `bits`, `state` and
+            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
+            and `cost` (true: state and operations of the row's first run).
     """
     columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
     values = [spec["value"]] if isinstance(spec["value"], str) else spec["value"]
@@ -65,9 +67,13 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
     lines = [_line([spec.get("corner", ""), *head]), _line(["---", *["---:"] * len(head)])]
     found = column_runs(name, spec)
     for row in spec["rows"]:
-        cells = [shown(found[row, column], value) for column in columns for value in values]
+        cells = [
+            shown(found[row, column], value) or str(spec.get("empty", ""))
+            for column in columns
+            for value in values
+        ]
         if spec.get("cost"):
-            run = found[row, list(columns)[-1]][0]
+            run = next(found[row, column][0] for column in columns if found[row, column])
             cells += [shown([run], "state"), f"{run['flops_per_token'] / 1000:,.0f}"]
         lines.append(_line([row, *cells]))
     return lines
@@ -77,16 +83,20 @@ def column_runs(name: str, spec: Mapping[str, Any]) -> dict[tuple[str, str], lis
     """Return the runs of each cell of a table, by the labels of its row and column.
 
     Raises:
-        UserError: a cell has no run, and the table is not `sparse`.
+        UserError: a cell has no run, and the table has no `empty`.
     """
     records = [spec["record"]] if isinstance(spec["record"], str) else spec["record"]
     runs = [run for record in records for run in recorded(record)]
     runs = [run for run in runs if run["seed"] in spec.get("seeds", [run["seed"]])]
     columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
-    cells = {}
+    cells: dict[tuple[str, str], list[RunResult]] = {}
     for (label, row), (head, column) in itertools.product(spec["rows"].items(), columns.items()):
+        if only := row.get("only"):
+            own = {key: value for key, value in row.items() if key != "only"}
+            cells[label, head] = select(runs, own) if head == only else []
+            continue
         cells[label, head] = select(runs, spec.get("common", {}) | row | column)
-        if not cells[label, head] and not spec.get("sparse"):
+        if not cells[label, head] and "empty" not in spec:
             raise UserError(f"table {name!r}: no run of {label!r} with {dict(column)}")
     return cells
 

@@ -32,7 +32,7 @@ def check_packages(root: Path = ROOT) -> None:
         if found.resolve() != root / name:
             raise UserError(
                 f"`import {name}` finds {found}, not {root / name}: "
-                "uninstall that package, or remove its folder from PYTHONPATH"
+                "uninstall or rename it, or remove its folder from PYTHONPATH"
             )
     for file in _replaced(root):
         raise UserError(

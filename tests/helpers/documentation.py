@@ -14,6 +14,7 @@ from train.cli.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "evidence" not in page.parts]
+PLACEHOLDERS = ("CONFIG", "FILE", "...", "run.yaml")  # of a configuration, in place of a file
 SKIP = "<!-- skip:"  # "<!-- skip: reason -->" on the line before a code block
 FENCE = re.compile(r"^([^\n]*)\n```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -56,10 +57,11 @@ def parse_command(words: list[str], *, names_only: bool = False) -> None:
     """Parse the words of an `mc` command without running it.
 
     Args:
-        words: the words after `mc`.
+        words: the words after `mc`; a placeholder of a configuration is accepted.
         names_only: accept a command without arguments.
     """
     command = root_command()
+    words = ["demo" if word in PLACEHOLDERS else word for word in words]
     with typer.Context(command) as context:
         while hasattr(command, "commands") and words:
             name, *words = words

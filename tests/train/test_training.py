@@ -25,6 +25,7 @@ from train.config import TrainConfig, from_dict, load_config, to_dict
 from train.data.corpus import load_corpus
 from train.evaluation.validation import make_validation, references
 from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.shipped_configs import find_config
 from train.step import TrainState, build, check_finite, make_train_step, token_losses
 
 
@@ -259,7 +260,7 @@ def test_documented_commands_have_valid_configs(monkeypatch):
     monkeypatch.chdir(ROOT)
     found = [words[1:] for page in PAGES for words in commands(page) if words[:1] == ["train"]]
     found = [words for words in found if words[:1] not in ([], ["CONFIG"])]
-    configs = [load_config(Path(path), words) for path, *words in found]
+    configs = [load_config(find_config(Path(path)), words) for path, *words in found]
     assert len(set(configs)) == len({config.run.directory for config in configs}) >= 5
 
 

@@ -78,7 +78,7 @@ class RunConfig:
     """Length, batches, checkpoints and outputs of a run.
 
     Attributes:
-        steps: optimiser steps; may be increased when a run is resumed, even after it finished.
+        steps: optimizer steps; may be increased when a run is resumed, even after it finished.
         batch_size: windows, or examples of a recall task, per microbatch.
         accumulation: microbatches per step; gradients are averaged over them.
         devices: number of local devices that share a microbatch; parameters are replicated.

@@ -235,6 +235,9 @@ def test_recorded_results_cover_the_evidence(task):
         ("text/sweep", "text"),
         ("text/controls", "text_controls"),
         ("text/steps", "text_steps"),
+        ("text/memories", "memories"),
+        ("text/gates", "memories"),
+        ("text/recall", "code"),
     ],
 )
 def test_recorded_results_match_the_shipped_sweeps(sweep, record):

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results.md, and their pictures: `python -m tools.results`."""
+"""Write the tables and pictures of docs/results.md and README.md: `python -m tools.results`."""
 
 from mc_core.files import write_atomic
 from tools.results.plots import draw

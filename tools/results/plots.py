@@ -24,7 +24,7 @@ def draw(name: str, spec: Mapping[str, Any]) -> bytes:
     for number, column in enumerate(columns):
         seeds = [numbers(cells[row, column], value) for row in rows]
         places = np.arange(len(rows)) + (number - (len(columns) - 1) / 2) * height
-        means = [np.mean(each) if each else 0 for each in seeds]
+        means = [float(np.mean(each)) if each else 0.0 for each in seeds]
         axes.barh(places, means, 0.9 * height, label=column, color=f"C{number}", alpha=0.6)
         for place, each in zip(places, seeds, strict=True):
             axes.plot(each, [place] * len(each), "o", color=f"C{number}", markersize=3)

@@ -50,23 +50,12 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 
 
 SLOW = (
-    "linear+grm chunked 2+1+10",
-    "linear+grm layer coefficients=token",
-    "linear+none model restart",
-    "linear+none model mask=some conv_width",
-    "linear+none model output_norm",
-    "linear+residual layer restart fenwick",
-    "swla+grm",
-    "swla+ssc chunked",
-    "dla+soup",
-    "dla+grm",
-    "titans+residual model",
-    "titans+grm",
-    "titans+mean recurrent",
-    "titans+ssc recurrent",
-    "delta+soup",
-    "delta+mean",
-)
+    "linear+grm chunked 2+1+10", "linear+grm layer coefficients=token", "linear+none model restart",
+    "linear+none model mask=some conv_width", "linear+none model output_norm",
+    "linear+residual layer restart fenwick", "swla+grm", "swla+ssc chunked", "dla+soup", "dla+grm",
+    "titans+residual model", "titans+grm", "titans+mean recurrent", "titans+ssc recurrent",
+    "delta+soup", "delta+mean",
+)  # fmt: skip
 
 
 def quick_params() -> list[Any]:

@@ -6,16 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.cases import (
-    AGGREGATIONS,
-    GATES,
-    MASKS,
-    MATRICES,
-    MEMORIES,
-    MODES,
-    assert_close,
-    make_case,
-)
+from helpers import cases
+from helpers.cases import AGGREGATIONS, MASKS, MEMORIES, MODES, assert_close, make_case
 from helpers.covering_arrays import thinned
 from helpers.recurrence_cases import examples
 from helpers.torch_calls import arrays, call, leaves, projected
@@ -50,7 +42,7 @@ def streams(draw_from, memory, mode):
         segment_size=draw_from(st.integers(1, 6)),
         chunk_size=draw_from(st.integers(1, 7)),
         pooling=draw_from(st.sampled_from(("mean", "sum"))),
-        gate=draw_from(st.sampled_from(GATES)),
+        gate=draw_from(st.sampled_from(cases.GATES)),
         gate_bias=draw_from(st.sampled_from((None, 1.0))),
         pool_norm=draw_from(st.sampled_from(("none", "l2"))),
         seed=draw_from(st.integers(0, 99)),
@@ -394,7 +386,7 @@ def test_invalid_streams_are_rejected():
 
 
 def test_summed_reads_store_no_slots():
-    for memory in MATRICES:
+    for memory in cases.MATRICES:
         for aggregation in ("none", "residual", "mean"):
             case = make_case(memory, aggregation)
             cache = init_cache(arrays(case)["initial"], case.config, 2, 100)

@@ -5,6 +5,7 @@ overrides are exactly those of its row and column. Keys are the last part of a d
 """
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -50,12 +51,15 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
 
     Args:
         name: name of the table.
-        spec: `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row
-            with `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
-            (default: all), `value` (one or several of `accuracy`, `bits`, `state` and
-            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
-            and `cost` (true: state and operations of the row's first run).
+        spec: of a table of slices as in `slice_lines`, otherwise `record` (a file or list of
+            files), `rows` and `columns` (label -> overrides; a row with `only` has runs in that
+            column alone), `common` (overrides of all cells), `seeds` (default: all), `value` (one
+            or several of `accuracy`, `bits`, `state` and `test <tokens>`), `empty` (text of cells
+            without runs; without it, they are an error) and `cost` (true: state and operations of
+            the row's first run).
     """
+    if "slices" in spec:
+        return slice_lines(spec)
     columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
     values = [spec["value"]] if isinstance(spec["value"], str) else spec["value"]
     head = [
@@ -76,6 +80,25 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
             run = next(found[row, column][0] for column in columns if found[row, column])
             cells += [shown([run], "state"), f"{run['flops_per_token'] / 1000:,.0f}"]
         lines.append(_line([row, *cells]))
+    return lines
+
+
+def slice_lines(spec: Mapping[str, Any]) -> list[str]:
+    """Return the Markdown lines of a table of recall slices.
+
+    Args:
+        spec: `slices` (a file that `mc evaluate --recall` has written), `rows` (names of slices)
+            and `columns` (labels of its runs: the first shows bits per token, the others their
+            difference to the first).
+    """
+    found = json.loads((EVIDENCE / spec["slices"]).read_text(encoding="utf-8"))["runs"]
+    head = ["slice", "% of tokens", *spec["columns"]]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for name in spec["rows"]:
+        own = [next(row for row in run["slices"] if row["name"] == name) for run in found]
+        cells = [f"{100 * own[0]['share']:.1f}", f"{own[0]['bits']:.2f}"]
+        cells += [f"{row['difference']:+.2f}" for row in own[1:]]
+        lines.append(_line([name, *cells]))
     return lines
 
 

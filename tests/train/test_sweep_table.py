@@ -235,6 +235,8 @@ def test_recorded_results_cover_the_evidence(task):
         ("text/sweep", "text"),
         ("text/controls", "text_controls"),
         ("text/steps", "text_steps"),
+        ("mqar/fenwick", "fenwick"),
+        ("niah/fenwick", "niah_fenwick"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/recall", "code"),

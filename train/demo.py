@@ -21,6 +21,7 @@ from train.evaluation.evaluate import stream_bytes
 from train.sweeps.results import RunResult
 from train.sweeps.sweep import run_all
 from train.sweeps.sweep_config import load_sweep, make_runs
+from train.tasks.examples import Example
 from train.tasks.niah import Needles
 
 DEPTH = 0.25  # of the needle in the example of the picture, as a share of the haystack
@@ -86,7 +87,8 @@ def score_of(result: RunResult, model: ModelConfig) -> Score:
 def route(directory: Path) -> Router:
     """Return the gates of a run's model on a test example.
 
-    They are those of the head that gives the needle's segment the largest weight at the answer.
+    They are those of the head that gives the segments with the needle's value the largest weight
+    at the answer.
     """
     config, model, *_ = load_run(directory)
     data = config.data
@@ -98,13 +100,24 @@ def route(directory: Path) -> Router:
     layer = config.model.layer
     assert isinstance(layer, MCConfig)
     plan = make_plan(length, layer)
-    segment = int(plan.segment_of[example.origins[0]])
     asked = example.places[example.weights > 0]
+    place = find_value(example)
+    segments = np.unique(plan.segment_of[place : place + len(asked)])
     gates = np.stack([trace.gates[0] for trace in traces])  # [layers, t, h, n + 1]
-    weight = gates[:, asked, :, segment].mean(0)  # [layers, h]
+    weight = gates[:, asked][..., segments].sum(-1).mean(1)  # [layers, h]
     block, head = (int(i) for i in np.unravel_index(np.argmax(weight), weight.shape))
     best = float(weight[block, head])
-    return Router(gates[block, :, head], plan, segment, int(asked[0]), best, block, head)
+    return Router(
+        gates[block, :, head], plan, tuple(segments.tolist()), int(asked[0]), best, block, head
+    )
+
+
+def find_value(example: Example) -> int:
+    """Return the position of the needle's value, or of the needle if its tokens differ."""
+    value = example.labels[example.weights > 0]
+    windows = np.lib.stride_tricks.sliding_window_view(example.tokens, len(value))
+    found = np.flatnonzero((windows == value).all(-1))
+    return int(found[0]) if len(found) else int(example.origins[0])
 
 
 def print_demo(console: Console, found: Demo) -> None:
@@ -118,10 +131,11 @@ def print_demo(console: Console, found: Demo) -> None:
         table.add_row(score.name, *cells, f"{score.state_bytes / 1000:,.0f} kB")
     console.print(table)
     router = found.router
+    count = router.gates.shape[-1]
     console.print(
-        f"At the answer, head {router.head} of layer {router.block} gives the needle's segment "
-        f"{router.weight:.0%} of its gate weight; equal gates would give "
-        f"{1 / router.gates.shape[-1]:.0%}.",
+        f"At the answer, head {router.head} of layer {router.block} gives {router.weight:.0%} of "
+        f"its weight to the {len(router.needle)} of {count} memories that contain the needle's "
+        f"number; equal gates would give {len(router.needle) / count:.0%}.",
         highlight=False,
         soft_wrap=True,
     )

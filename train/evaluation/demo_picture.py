@@ -28,9 +28,9 @@ class Router(NamedTuple):
 
     gates: np.ndarray  # [t, n + 1], the online memory last
     plan: Plan
-    needle: int  # segment of the needle
+    needle: tuple[int, ...]  # segments that contain the needle's value
     answer: int  # first token of the answer
-    weight: float  # mean weight of the answer's tokens on the needle's segment
+    weight: float  # mean weight of the answer's tokens on these segments
     block: int
     head: int
 
@@ -68,8 +68,9 @@ def _draw_router(axes: Axes, router: Router) -> None:
     )
     for border in router.plan.ends[:-1]:
         axes.axvline(border - 0.5, color="white", linewidth=0.5)
-    start = router.plan.ends[router.needle]
-    box = Rectangle((start - 0.5, router.needle - 0.5), tokens - start, 1, fill=False)
+    first, last = router.needle[0], router.needle[-1]
+    start = router.plan.ends[first]
+    box = Rectangle((start - 0.5, first - 0.5), tokens - start, 1 + last - first, fill=False)
     box.set(edgecolor="red", linewidth=1.5)
     axes.add_patch(box)
     axes.axvline(router.answer - 0.5, color="red", linewidth=1.0, linestyle=":")
@@ -77,7 +78,7 @@ def _draw_router(axes: Axes, router: Router) -> None:
     axes.set_ylabel("cached segment")
     axes.set_xlabel("token")
     axes.set_title(
-        f"gates of layer {router.block}, head {router.head}; red: the needle's segment, the answer",
+        f"gates of layer {router.block}, head {router.head}; red: the needle's number, the answer",
         fontsize="medium",
     )
     axes.figure.colorbar(image, ax=axes, pad=0.01)

@@ -237,6 +237,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("text/steps", "text_steps"),
         ("mqar/fenwick", "fenwick"),
         ("niah/fenwick", "niah_fenwick"),
+        ("niah/delta", "niah_fenwick"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/recall", "code"),

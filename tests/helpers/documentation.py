@@ -57,7 +57,7 @@ def parse_command(words: list[str], *, names_only: bool = False) -> None:
     """Parse the words of an `mc` command without running it.
 
     Args:
-        words: the words after `mc`; a placeholder of a configuration is accepted.
+        words: the words after `mc`; `PLACEHOLDERS` are read as a shipped configuration.
         names_only: accept a command without arguments.
     """
     command = root_command()

@@ -24,6 +24,8 @@ from mc_jax.numerics import (
     state_dtype,
 )
 
+_BLOCK = 4096  # perf(cpu): tokens per block of long sequences, to fit in the CPU cache
+
 
 class LevelTokens(NamedTuple):
     """Inputs of log-linear attention; `prepare_tokens` moves heads to axis 1."""
@@ -33,6 +35,14 @@ class LevelTokens(NamedTuple):
     v: Array  # values [b, t, h, v]
     level_weights: Array  # λ [b, t, h, l]
     retention: Array  # α [b, t, h]
+
+
+class _Tree(NamedTuple):
+    """States of nodes of a binary tree over tokens."""
+
+    nodes: Array  # state after the tokens of each node [b, h, n, v, k]
+    products: Array  # retention over all tokens of each node [b, h, n]
+    since: Array  # decay since the first token of the token's node [b, h, g, c]
 
 
 def log_linear_attention(
@@ -190,33 +200,67 @@ def _recurrent(tokens: LevelTokens) -> Array:
 def _chunked(tokens: LevelTokens, chunk_size: int) -> Array:
     """Return the outputs [b, h, t, v]: dense within chunks, and a tree of states between them.
 
-    The states of chunks are the leaves of a binary tree. A node is the state after its chunks. In
-    level i of the tree, all chunks below a right node read its left sibling, with the level weight
-    `log2(c) + 1 + i`.
+    Long sequences are split into blocks of tokens. Each block is a tree of its chunks, and the
+    states of blocks are the leaves of a tree in turn.
     """
     t = tokens.q.shape[2]
     c = min(chunk_size, 1 << (t - 1).bit_length())
-    chunks = -(-t // c)
-    q, k, v, level_weights, retention = (_split(x, chunks, c) for x in tokens)
+    if t < 4 * _BLOCK or c >= _BLOCK:
+        return _chunk_tree(tokens, c)[0][:, :, :t]
+    blocks = LevelTokens(*(_split(x, -(-t // _BLOCK), _BLOCK) for x in tokens))
+
+    @jax.checkpoint
+    def run_block(block: LevelTokens) -> tuple[Array, _Tree]:
+        y, tree = _chunk_tree(block, c)
+        since = tree.since.reshape(y.shape[:3])
+        return y, _Tree(tree.nodes[:, :, 0], tree.products[:, :, 0], since)
+
+    ys, trees = jax.lax.map(run_block, LevelTokens(*(jnp.moveaxis(x, 2, 0) for x in blocks)))
+    y, tree = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), (ys, trees))
+    y, _ = _add_levels(y, blocks, tree)
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :t]
+
+
+def _chunk_tree(tokens: LevelTokens, c: int) -> tuple[Array, _Tree]:
+    """Return the outputs of tokens [b, h, t, ...], padded to chunks of c tokens, and their tree."""
+    chunks = LevelTokens(*(_split(x, -(-tokens.q.shape[2] // c), c) for x in tokens))
+    q, k, v, level_weights, retention = chunks
     decay = decay_products(retention)
     weights = einsum_f32("...ck,...sk->...cs", q, k) * decay[..., 1:]
     weights = weights * _by_level(level_weights, pair_levels(c))
     y = einsum_f32("...cs,...sv->...cv", weights, v, dtype=q.dtype)
-
     to_end = _scale(decay[..., -1, 1:], v)
-    nodes = einsum_f32("...cv,...ck->...vk", to_end, k, dtype=q.dtype)  # [b, h, g, v, k]
-    products = decay[..., -1, 0]  # retention over all tokens of a node [b, h, g]
-    since = decay[..., 0]  # decay since the first token of the token's node [b, h, g, c]
-    for i in range((chunks - 1).bit_length()):
-        scale = since * level_weights[..., c.bit_length() + i]
-        y = y + _read_siblings(scale, q, nodes, 1 << i)
-        since = since * _sibling_products(products, 1 << i, chunks)[..., None]
-        pairs = chunks >> (i + 1)
+    nodes = einsum_f32("...cv,...ck->...vk", to_end, k, dtype=q.dtype)
+    y, tree = _add_levels(y, chunks, _Tree(nodes, decay[..., -1, 0], decay[..., 0]))
+    return y.reshape(*y.shape[:2], -1, y.shape[-1]), tree
+
+
+def _add_levels(y: Array, leaves: LevelTokens, tree: _Tree) -> tuple[Array, _Tree]:
+    """Add the reads between the leaves of a tree, chunks or blocks, to the outputs of its tokens.
+
+    A node is the state after its leaves. In level i of the tree, all leaves below a right node read
+    its left sibling, with the level weight `log2(c) + 1 + i`.
+
+    Args:
+        y: outputs from the leaf of each token [b, h, g, c, v].
+        leaves: tokens [b, h, g, c, ...].
+        tree: the states of the leaves.
+
+    Returns:
+        the outputs, and the root; its states are complete if the number of leaves is a power of 2.
+    """
+    nodes, products, since = tree
+    count, c = leaves.q.shape[2:4]
+    for i in range((count - 1).bit_length()):
+        scale = since * leaves.level_weights[..., c.bit_length() + i]
+        y = y + _read_siblings(scale, leaves.q, nodes, 1 << i)
+        since = since * _sibling_products(products, 1 << i, count)[..., None]
+        pairs = count >> (i + 1)
         left, right = nodes[:, :, : 2 * pairs : 2], nodes[:, :, 1 : 2 * pairs : 2]
         decay_right = products[:, :, 1 : 2 * pairs : 2]
         nodes = right + decay_right[..., None, None] * left
         products = decay_right * products[:, :, : 2 * pairs : 2]
-    return y.reshape(*y.shape[:2], chunks * c, y.shape[-1])[:, :, :t]
+    return y, _Tree(nodes, products, since)
 
 
 def _read_siblings(scale: Array, q: Array, nodes: Array, size: int) -> Array:

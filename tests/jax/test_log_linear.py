@@ -10,7 +10,7 @@ import pytest
 from helpers import oracle_log_linear as oracle
 from helpers.cases import assert_close
 from helpers.oracle_log_linear import LogLinearCase, make_log_linear_case
-from mc_jax import log_linear_attention
+from mc_jax import log_linear, log_linear_attention
 from mc_jax.log_linear import LevelTokens, extend_levels, final_state, prepare_tokens
 
 EXACT, GRADIENT = 1e-10, 1e-9
@@ -74,6 +74,18 @@ def test_forms_match_oracle(tokens, mask):
         assert_close(y, output, EXACT, name=f"{form} output")
         for name, actual, wanted in zip(NAMES, grads, gradients, strict=True):
             assert_close(actual, wanted, GRADIENT, name=f"{form} {name}")
+
+
+@exact
+@pytest.mark.parametrize("tokens", [33, pytest.param(64, marks=pytest.mark.slow)])
+def test_blocks_of_long_sequences_match_oracle(tokens, monkeypatch):
+    """Outputs and gradients, with an incomplete last block and with complete blocks."""
+    monkeypatch.setattr(log_linear, "_BLOCK", 8)
+    case = make_log_linear_case(tokens, mask=True)
+    ((y, grads),) = run(case, [{"chunk_size": 2}])
+    assert_close(y, oracle.output(case), EXACT)
+    for name, actual, wanted in zip(NAMES, grads, oracle.gradients(case), strict=True):
+        assert_close(actual, wanted, GRADIENT, name=name)
 
 
 @exact

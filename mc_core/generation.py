@@ -19,7 +19,13 @@ class PromptBlock(NamedTuple):
     padding: Any  # bool [b, w], True at padding
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
     """Check the options of sampling.
 
     Raises:
@@ -31,6 +37,12 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         check_integer("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: must be in (0, 1]")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p = {min_p}: must be in [0, 1]")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(
+            f"repetition_penalty = {repetition_penalty}: must be finite and > 0; 1 is none"
+        )
 
 
 def check_generation(
@@ -51,8 +63,18 @@ def check_generation(
     check_integer("seed", seed, 0, SEEDS - 1)
     if len(rows) != len(prompts):
         raise ValueError(f"rows has {len(rows)} elements: must have {len(prompts)}, one per prompt")
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+    for i, row in enumerate(rows):
         check_integer(f"rows[{i}]", row, 0, SEEDS - 1)
+    check_prompts(prompts, vocab_size)
+
+
+def check_prompts(prompts: Sequence[Sequence[int] | np.ndarray], vocab_size: int) -> None:
+    """Check the ids of prompts.
+
+    Raises:
+        ValueError: a prompt has no ids, or an id is invalid; the message states its position.
+    """
+    for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
         if ids.ndim != 1 or not ids.size:
             raise ValueError(f"prompts[{i}] has shape {ids.shape}: must be [t], t >= 1")
@@ -80,6 +102,14 @@ def make_blocks(
         tokens[row, : len(prompt)], padding[row, : len(prompt)] = prompt, False
     starts = range(0, width, block)
     return [PromptBlock(tokens[:, i : i + block], padding[:, i : i + block]) for i in starts]
+
+
+def mark_prompt_ids(prompts: Sequence[Sequence[int] | np.ndarray], vocab_size: int) -> np.ndarray:
+    """Return the ids that occur in each prompt, bool [b, vocab_size]."""
+    seen = np.zeros((len(prompts), vocab_size), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[np.asarray(prompt)] = True
+    return seen
 
 
 def bucket(tokens: int, block: int = PROMPT_BLOCK) -> int:

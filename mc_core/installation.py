@@ -1,8 +1,10 @@
-"""Check that the packages with generic names are those of this distribution."""
+"""The installed packages: their names and the commit of their source."""
 
 import base64
+import functools
 import hashlib
-from importlib.metadata import distributions
+import subprocess
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +40,38 @@ def check_packages(root: Path = ROOT) -> None:
         raise UserError(
             f"{file} belongs to another package: install {DISTRIBUTION} in its own environment"
         )
+
+
+@functools.cache
+def source_commit(root: Path = ROOT) -> str:
+    """Return the commit of the source, or the version of the package if it is not a checkout.
+
+    Args:
+        root: folder that contains the packages.
+
+    Returns:
+        12 hexadecimal digits, with "-modified" if tracked files differ from the commit; otherwise
+        "version" and the version.
+    """
+    if (root / ".git").exists():
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+        if commit and changes is not None:
+            return f"{commit}-modified" if changes else commit
+    try:
+        return f"version {version(DISTRIBUTION)}"
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """Return the output of a git command, or None if it fails."""
+    command = ["git", "-C", str(root), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _find(name: str) -> Path | None:

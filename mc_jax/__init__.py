@@ -13,7 +13,7 @@ from mc_jax.cache import Cache, KVCache, Segments, check_capacity, grow, init_ca
 from mc_jax.cache_file import load_cache, save_cache
 from mc_jax.cache_rows import take_rows
 from mc_jax.functional import Result, extend, memory_caching
-from mc_jax.generation import generate, sample
+from mc_jax.generation import generate, prefill, sample
 from mc_jax.inspection import InnerLoop, Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.level_cache import LevelCache
@@ -46,6 +46,7 @@ __all__ = [
     "load_cache",
     "log_linear_attention",
     "memory_caching",
+    "prefill",
     "register_backend",
     "sample",
     "save_cache",

@@ -1,5 +1,6 @@
 """Autoregressive generation: prompts in blocks, then one compiled step per token."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -9,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mc_core.checks import check_integer
 from mc_core.generation import (
     PROMPT_BLOCK,
     PromptBlock,
     bucket,
     check_generation,
+    check_prompts,
     check_sampling,
     make_blocks,
+    mark_prompt_ids,
 )
 from mc_jax.cache import AnyCache
 from mc_jax.model import LanguageModel
@@ -29,11 +33,17 @@ def sample(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Array | None = None,
 ) -> Array:
     """Sample a token from the logits of each row.
 
-    Logits are divided by the temperature, then truncated to the `top_k` largest, then to the
-    smallest set with a total probability of at least `top_p`. Ties go to the lower id.
+    The logit of every id in `seen` is divided by `repetition_penalty` if it is positive, and
+    multiplied by it otherwise (arXiv:1909.05858, section 4.1). Logits are then divided by the
+    temperature, truncated to the `top_k` largest, to the smallest set with a total probability of
+    at least `top_p`, and to the ids with at least `min_p` times the largest probability. Ties go to
+    the lower id.
 
     Args:
         logits: [b, vocab_size].
@@ -41,26 +51,72 @@ def sample(
         temperature: 0 = greedy.
         top_k: number of logits to keep; None = all.
         top_p: total probability of the ids to keep, in (0, 1]; None = all.
+        min_p: probability of the ids to keep as a share of the largest one, in [0, 1]; None = all.
+        repetition_penalty: penalty > 0 of the ids in `seen`; 1 = none.
+        seen: ids that have occurred in each row, bool [b, vocab_size]; None with penalty 1.
 
     Returns:
         ids [b], int32; -1 if the largest logit is not finite.
 
     Raises:
-        ValueError: an option is out of range, or `rng` is missing.
+        ValueError: an option is out of range, or `rng` or `seen` is missing.
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     logits = logits.astype(state_dtype(logits.dtype))
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    logits = _penalize(logits, repetition_penalty, seen)
     if temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
     elif rng is None:
         raise ValueError(f"rng = None: must be given for temperature = {temperature}")
     else:
-        ranked, order = _truncate(logits / temperature, top_k, top_p)
+        ranked, order = _truncate(logits / temperature, top_k, top_p, min_p)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, ranked.shape[1:], ranked.dtype))(rng)
         choice = jnp.argmax(ranked + noise, axis=-1)
         tokens = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.where(finite, tokens, -1).astype(jnp.int32)
+
+
+def prefill(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_tokens: int,
+    *,
+    cache_dtype: Dtype = None,
+    cache_device: str = "device",
+    block: int = PROMPT_BLOCK,
+) -> tuple[Array, tuple[AnyCache, ...]]:
+    """Process prompts of different lengths, without padding by the caller.
+
+    Args:
+        model: the language model, with `constant` or `fenwick` segments.
+        prompts: ids of each row, at least one per row.
+        max_tokens: capacity of the cache in tokens.
+        cache_dtype: dtype of the cached memories; None = that of the online memory.
+        cache_device: storage of cached memories, `device` or `host`.
+        block: maximum number of prompt tokens per call.
+
+    Returns:
+        logits after the last token of each prompt, [b, vocab_size], and the cache, for `extend`.
+
+    Raises:
+        ValueError: an argument is out of range, or the segments cannot stream.
+    """
+    check_prompts(prompts, model.config.vocab_size)
+    check_integer("block", block, 1)
+    check_integer("number of prompts", len(prompts), 1)
+    check_integer("max_tokens", max_tokens, max(map(len, prompts)))
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    start, extend = _make_programs(graphdef)
+    stream = np.uint32(0), np.arange(len(prompts), dtype=np.uint32)
+    cache, last, _ = start(
+        params, *stream, capacity=max_tokens, cache_dtype=cache_dtype, cache_device=cache_device
+    )
+    cache, last = _place_like(params, (cache, last))
+    for tokens, padding in _place_like(params, make_blocks(prompts, block)):
+        last, cache = extend(params, tokens, padding, cache, last)
+    return last, cache
 
 
 def generate(
@@ -71,6 +127,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     rows: Sequence[int] | None = None,
     cache_dtype: Dtype = None,
@@ -89,6 +147,9 @@ def generate(
         temperature: as in `sample`.
         top_k: as in `sample`.
         top_p: as in `sample`.
+        min_p: as in `sample`.
+        repetition_penalty: penalty of the ids of the prompt and of all generated ids, as in
+            `sample`.
         seed: seed of all random streams.
         rows: index of each row's random stream; None = 0, 1, ...
         cache_dtype: dtype of the cached memories; None = that of the online memory.
@@ -104,12 +165,18 @@ def generate(
     """
     rows = range(len(prompts)) if rows is None else rows
     b, vocab_size = len(prompts), model.config.vocab_size
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_generation(prompts, vocab_size, max_new_tokens, seed, rows, block)
     if not b:
         return iter([jnp.zeros(0, jnp.int32)] * max_new_tokens)
     capacity = bucket(max(map(len, prompts)) + max_new_tokens)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
 
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
@@ -120,26 +187,30 @@ def generate(
     )
     cache, last, keys = _place_like(params, (cache, last, keys))
     blocks, no_padding = _place_like(params, (make_blocks(prompts, block), np.zeros((b, 1), bool)))
-    step = PromptBlock(_draw(last, keys=keys, step=0, **options)[1], no_padding)
+    seen = None
+    if repetition_penalty != 1:
+        seen = _place_like(params, mark_prompt_ids(prompts, vocab_size))
+    column = _draw(last, keys=keys, step=0, seen=seen, **options)[1]
+    step = PromptBlock(column, no_padding)
     for tokens, padding in {block.tokens.shape: block for block in (*blocks, step)}.values():
         extend.lower(params, tokens, padding, cache, last).compile()
     draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
-    return _run(draw, extend, blocks, no_padding, max_new_tokens, cache, last)
+    return _run(draw, extend, blocks, no_padding, max_new_tokens, (cache, last, seen))
 
 
 def _run(
-    draw: Callable[..., tuple[Array, Array]],
+    draw: Callable[..., tuple[Array, Array, Array | None]],
     extend: Callable[..., tuple[Array, tuple[AnyCache, ...]]],
     blocks: list[PromptBlock],
     no_padding: Array,
     max_new_tokens: int,
-    cache: tuple[AnyCache, ...],
-    last: Array,
+    state: tuple[tuple[AnyCache, ...], Array, Array | None],
 ) -> Iterator[Array]:
+    cache, last, seen = state
     for tokens, padding in blocks:
         last, cache = extend(tokens, padding, cache, last)
     for step in range(max_new_tokens):
-        new, column = draw(last, step=step)
+        new, column, seen = draw(last, step=step, seen=seen)
         if step + 1 < max_new_tokens:
             last, cache = extend(column, no_padding, cache, last)
         yield new
@@ -201,29 +272,47 @@ def _place_like(params: Any, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-@partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
-def _draw(logits: Array, keys: Array, step: int, **options: Any) -> tuple[Array, Array]:
-    """Return the tokens of a step [b], and the same tokens as the next input [b, 1]."""
+@partial(jax.jit, static_argnames=("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
+def _draw(
+    logits: Array, keys: Array, step: int, seen: Array | None, **options: Any
+) -> tuple[Array, Array, Array | None]:
+    """Return the tokens of a step [b], the next input [b, 1], and the ids that have occurred."""
     rng = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-    tokens = sample(logits, rng, **options)
-    return tokens, tokens[:, None]
+    tokens = sample(logits, rng, seen=seen, **options)
+    if seen is not None:
+        seen = seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
+    return tokens, tokens[:, None], seen
 
 
-def _truncate(logits: Array, top_k: int | None, top_p: float | None) -> tuple[Array, Array]:
-    """Set logits outside of the top-k or top-p set to -inf.
+def _penalize(logits: Array, penalty: float, seen: Array | None) -> Array:
+    """Reduce the logits [b, s] of the ids in `seen`, bool [b, s]; penalty 1 = none."""
+    if penalty == 1:
+        return logits
+    if seen is None:
+        raise ValueError(f"seen = None: must be given for repetition_penalty = {penalty}")
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _truncate(
+    logits: Array, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Array, Array]:
+    """Set logits outside of the top-k, top-p or min-p set to -inf.
 
     Returns:
         logits [b, s], in descending order if truncated, and the id of each, int32 [b, s].
     """
     ids = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape)
-    if top_k is None and (top_p is None or top_p == 1):
-        return logits, ids
-    order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    ranked, order = logits, ids
+    if top_k is not None or (top_p is not None and top_p < 1):
+        order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
+        ranked = jnp.take_along_axis(logits, order, axis=-1)
     if top_k is not None:
         ranked = jnp.where(ids < top_k, ranked, -jnp.inf)
     if top_p is not None and top_p < 1:
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         ranked = jnp.where(before < top_p, ranked, -jnp.inf)
+    if min_p:
+        least = jnp.max(ranked, axis=-1, keepdims=True) + math.log(min_p)
+        ranked = jnp.where(ranked >= least, ranked, -jnp.inf)
     return ranked, order

@@ -1,4 +1,4 @@
-"""Conversion of modules to and from flat arrays, and loading of safetensors files."""
+"""Conversion of modules to and from flat arrays, and loading of weights on disk."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mc_core.prefixes import strip_prefixes
-from mc_core.pretrained import from_metadata, one_dtype
+from mc_core.pretrained import one_dtype
+from mc_core.weight_sources import read_weights
 from mc_core.weights import Flat, check_leaves, leaves, to_jax, to_torch
 from mc_jax.numerics import Dtype
 
@@ -33,32 +33,15 @@ def set_weights(module: nnx.Module, flat: Flat) -> None:
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
-    """Return the configuration of a safetensors file, and its tensors in PyTorch's layouts.
+    """Return the configuration and the tensors, in PyTorch's layouts, of weights on disk.
 
-    Prefixes that wrappers add to names are removed and logged.
-
-    Args:
-        path: a file written by `mc convert`.
-        kind: allowed class: that of a layer's configuration, `ModelConfig`, or a union of them.
-
-    Raises:
-        ValueError: the file is damaged, of another format or class, or its configuration is
-            invalid.
-        OSError: the file cannot be read.
+    Arguments and errors are those of `mc_core.weight_sources.read_weights`.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            config = from_metadata(file.metadata(), kind)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return config, strip_prefixes(tensors, path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_weights(path, kind, "np")
 
 
 class Pretrained:
-    """Mixin for modules that load configuration and weights from a safetensors file."""
+    """Mixin for modules that load configuration and weights from disk."""
 
     config_class: ClassVar[Any]
 
@@ -66,11 +49,17 @@ class Pretrained:
     def from_pretrained(
         cls, path: str | PathLike[str], *, dtype: Dtype = None, param_dtype: Dtype = None
     ) -> Self:
-        """Build from a safetensors file; `param_dtype` = None uses that of the file.
+        """Build from weights on disk; `param_dtype` = None uses that of the weights.
+
+        Args:
+            path: safetensors file of `mc convert`; for a language model also a folder of
+                `mc export`, or a run directory, of which the last checkpoint is read.
+            dtype: compute dtype; None = that of the parameters.
+            param_dtype: dtype of the parameters.
 
         Raises:
-            ValueError: the file is damaged or does not match; the message lists all mismatches.
-            OSError: the file cannot be read.
+            ValueError: the weights are damaged or do not match; the message lists all mismatches.
+            OSError: a file cannot be read.
         """
         make: Any = cls
         config, tensors = read_file(path, cls.config_class)

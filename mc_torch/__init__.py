@@ -13,7 +13,7 @@ from mc_torch.cache import Cache, KVCache, Segments, check_capacity, grow, init_
 from mc_torch.cache_file import load_cache, save_cache
 from mc_torch.cache_rows import take_rows
 from mc_torch.functional import Result, extend, memory_caching
-from mc_torch.generation import generate, sample
+from mc_torch.generation import generate, prefill, sample
 from mc_torch.inspection import InnerLoop, Trace
 from mc_torch.layer import MemoryCachingLayer
 from mc_torch.level_cache import LevelCache
@@ -46,6 +46,7 @@ __all__ = [
     "load_cache",
     "log_linear_attention",
     "memory_caching",
+    "prefill",
     "register_backend",
     "sample",
     "save_cache",

@@ -1,4 +1,4 @@
-"""Conversion of modules to and from flat tensors, and loading of safetensors files."""
+"""Conversion of modules to and from flat tensors, and loading of weights on disk."""
 
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from mc_core.prefixes import plain_names, strip_prefixes
-from mc_core.pretrained import from_metadata, one_dtype
+from mc_core.prefixes import plain_names
+from mc_core.pretrained import one_dtype
+from mc_core.weight_sources import read_weights
 from mc_core.weights import check_leaves, leaves
 from mc_torch.numerics import Array, Dtype
 
@@ -37,32 +38,16 @@ def set_weights(module: nn.Module, flat: Flat) -> None:
 
 
 def read_file(path: str | PathLike[str], kind: Any) -> tuple[Any, Flat]:
-    """Return the configuration and the tensors of a safetensors file.
+    """Return the configuration and the tensors, in PyTorch's layouts, of weights on disk.
 
-    Prefixes that wrappers add to names are removed and logged.
-
-    Args:
-        path: a file written by `mc convert`.
-        kind: allowed class: that of a layer's configuration, `ModelConfig`, or a union of them.
-
-    Raises:
-        ValueError: the file is damaged, of another format or class, or its configuration is
-            invalid.
-        OSError: the file cannot be read.
+    Arguments and errors are those of `mc_core.weight_sources.read_weights`.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = from_metadata(file.metadata(), kind)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return config, strip_prefixes(tensors, path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config, tensors = read_weights(path, kind, "pt")
+    return config, {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
 
 
 class Pretrained:
-    """Mixin for modules that load configuration and weights from a safetensors file."""
+    """Mixin for modules that load configuration and weights from disk."""
 
     config_class: ClassVar[Any]
 
@@ -74,11 +59,17 @@ class Pretrained:
         device: torch.device | str | None = None,
         dtype: Dtype = None,
     ) -> Self:
-        """Build from a safetensors file; `dtype` = None uses that of the file.
+        """Build from weights on disk; `dtype` = None uses that of the weights.
+
+        Args:
+            path: safetensors file of `mc convert`; for a language model also a folder of
+                `mc export`, or a run directory, of which the last checkpoint is read.
+            device: device of the parameters.
+            dtype: dtype of the parameters.
 
         Raises:
-            ValueError: the file is damaged or does not match; the message lists all mismatches.
-            OSError: the file cannot be read.
+            ValueError: the weights are damaged or do not match; the message lists all mismatches.
+            OSError: a file cannot be read.
         """
         make: Any = cls
         config, tensors = read_file(path, cls.config_class)

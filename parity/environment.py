@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mc_core.installation import source_commit
 from mc_core.tables import ResultTable, Row
 
 PACKAGES = ("jax", "flax", "torch", "memory-caching", "titans-pytorch", "flash-linear-attention")
@@ -104,7 +105,7 @@ def result_table(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> 
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores and load, and the installed versions."""
+    """Return the processor, its cores and load, the installed versions, and the commit."""
     import jax
 
     device = jax.devices()[0]
@@ -114,6 +115,7 @@ def machine() -> dict[str, Any]:
         "device": "CPU" if device.platform == "cpu" else device.device_kind,
         "processor": _processor(),
         "Python": platform.python_version(),
+        "commit": source_commit(),
     }
     for package in PACKAGES:
         try:

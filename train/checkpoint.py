@@ -18,8 +18,10 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
+from train.config.overrides import override
 from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
 from train.step import TrainState, build
+from train.variant import make_variant
 
 
 class Meta(NamedTuple):
@@ -230,7 +232,11 @@ def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, 
 
 
 def load_run(
-    directory: Path, tokenizer: str | None = None, *, needs_text: bool = True
+    directory: Path,
+    tokenizer: str | None = None,
+    *,
+    needs_text: bool = True,
+    overrides: Sequence[str] = (),
 ) -> tuple[TrainConfig, LanguageModel, int, Meta]:
     """Return configuration, model, step and metadata of a run's last checkpoint.
 
@@ -240,15 +246,22 @@ def load_run(
         directory: run directory.
         tokenizer: path used in place of the copy; must have the same content.
         needs_text: check that the tokenizer exists and equals the one used in training.
+        overrides: `key=value` changes of the configuration that need no new parameter, such as
+            `model.layer.aggregation=mean`; see `train.config.overrides`.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read or was written by another version;
-            or the tokenizer is missing or differs.
+            the tokenizer is missing or differs; or an override is invalid or needs a parameter that
+            the run does not have.
     """
     config, graphdef, state, step, meta = load_state(directory)
     if needs_text:
         config = with_tokenizer_copy(config, directory, meta.tokenizer, tokenizer)
-    return config, nnx.merge(graphdef, state.params, state.rest), step, meta
+    model = nnx.merge(graphdef, state.params, state.rest)
+    if overrides:
+        config = override(config, overrides)
+        model = make_variant(model, config.model, overrides, config.run.dtype)
+    return config, model, step, meta
 
 
 def run_tokenizer(directory: Path) -> str | None:
@@ -257,13 +270,28 @@ def run_tokenizer(directory: Path) -> str | None:
     Raises:
         UserError: the last checkpoint cannot be read.
     """
-    with Checkpoints(directory) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            return None
-        meta = checkpoints.meta(step)
+    meta = _last_meta(directory)
+    if meta is None:
+        return None
     data = _config_of(directory, meta).data
     return "bytes" if getattr(data, "tokenizer", None) == "bytes" else meta.tokenizer
+
+
+def run_separator(directory: Path) -> str | None:
+    """Return `data.separator` of a run; None if it has none.
+
+    Raises:
+        UserError: the last checkpoint cannot be read.
+    """
+    meta = _last_meta(directory)
+    data = None if meta is None else _config_of(directory, meta).data
+    return getattr(data, "separator", None)
+
+
+def _last_meta(directory: Path) -> Meta | None:
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest()
+        return None if step is None else checkpoints.meta(step)
 
 
 def _config_of(directory: Path, meta: Meta) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Training loop: train or resume a run, and evaluate its last checkpoint."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -140,18 +141,25 @@ def _final_report(task: Task, directory: Path, steps: int) -> Any:
     return report if report and report.steps == steps else None
 
 
-def evaluate(directory: Path, console: Console) -> Any:
+def evaluate(directory: Path, console: Console, overrides: Sequence[str] = ()) -> Any:
     """Evaluate the last checkpoint of a finished or unfinished run, and print the table.
 
+    Args:
+        directory: run directory.
+        console: receives the table.
+        overrides: as in `load_run`; part of the report's name.
+
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or the data differ from the run's.
+        UserError: there is no checkpoint, it cannot be read, the data differ from the run's, or an
+            override is not allowed.
     """
-    config, model, step, saved = load_run(directory)
+    config, model, step, saved = load_run(directory, overrides=overrides)
     task = load_task(config)
     now = saved._replace(fingerprint=task.fingerprint)
     check_same_run(directory, saved, now, may_grow=True)
     graphdef, params, rest = split(model)
     scoring, state = task.scoring(graphdef), TrainState(params, (), rest)
     report = scoring.with_heads(state, scoring.report(state, step, saved.seconds))
+    report = dataclasses.replace(report, name=" ".join((report.name, *overrides)))
     task.print_report(console, directory, report)
     return report

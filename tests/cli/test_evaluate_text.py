@@ -16,7 +16,7 @@ from helpers.tiny_run import fails, mc, untrained_run, write_config
 from helpers.tokenizer_files import byte_level, words
 from mc_core.errors import UserError
 from train.config import load_config
-from train.evaluation.evaluate import EvaluationOptions
+from train.evaluation.options import EvaluationOptions
 
 TEXT = "a text that no run has seen before, é\r\n" * 5
 NIAH = {"task": "niah", "lengths": [300], "depths": 3}
@@ -170,7 +170,7 @@ def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
     "options",
     [
         {"examples": 3},
-        {"lengths": "64"},
+        {"examples": 3, "lengths": "64"},
         {"seed": 1},
         {"depths": 3, "corpus": ("x",)},
         {"haystack": "essay"},
@@ -178,7 +178,7 @@ def test_mqar_run_refuses_text(text, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_options_without_meaning_are_refused(tmp_path, options):
-    from train.evaluation.evaluate import check_text_options
+    from train.evaluation.options import check_text_options
 
     config = load_config(write_config(tmp_path))
     name = next(iter(options))

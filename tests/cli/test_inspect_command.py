@@ -18,7 +18,7 @@ from train.data.encoded_text import Text, read_text
 from train.evaluation.html_report import make_page
 from train.evaluation.inspection_plots import draw_layer
 from train.evaluation.needle import find_needle, weigh_needle
-from train.evaluation.traces import to_json, trace_text
+from train.evaluation.traces import load_trained, to_json, trace_text
 
 WORDS = "the code is 4711 — naïve <b>text</b> & more\nwhat was the code, then?\n"
 DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
@@ -50,7 +50,7 @@ def inspected(run):
 @pytest.fixture(scope="module")
 def found(run):
     """The inspection of 20 tokens."""
-    return trace_text(run, run.parents[1] / "text.txt", 20)
+    return trace_text(load_trained(run), run.parents[1] / "text.txt", 20)
 
 
 class Page(HTMLParser):

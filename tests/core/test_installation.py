@@ -1,6 +1,7 @@
 """Packages of the same names elsewhere, or in their place, stop the command."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -10,7 +11,7 @@ import pytest
 
 from mc_core import installation
 from mc_core.errors import UserError
-from mc_core.installation import DISTRIBUTION, GENERIC_NAMES, check_packages
+from mc_core.installation import DISTRIBUTION, GENERIC_NAMES, check_packages, source_commit
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +97,19 @@ def test_command_refuses_a_foreign_package(tmp_path, module, name):
     assert not done.stdout
     assert done.stderr.startswith(f"mc: `import {name}` finds {tmp_path / name}, not ")
     assert done.stderr.count("\n") == 1
+
+
+def test_source_commit_names_commit_changes_or_version(tmp_path):
+    find = source_commit.__wrapped__  # without the cache
+    assert re.fullmatch(r"version \d+\.\d+.*", find(tmp_path))
+    (tmp_path / "code.py").write_text("x = 1\n")
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for words in (["init", "-q"], ["add", "code.py"], [*identity, "commit", "-q", "-m", "m"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    head = ["git", "-C", str(tmp_path), "rev-parse", "HEAD"]
+    commit = subprocess.run(head, check=True, capture_output=True, text=True).stdout[:12]
+    assert find(tmp_path) == commit
+    (tmp_path / "new.txt").write_text("not tracked")
+    assert find(tmp_path) == commit
+    (tmp_path / "code.py").write_text("x = 2\n")
+    assert find(tmp_path) == f"{commit}-modified"

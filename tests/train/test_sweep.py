@@ -14,6 +14,7 @@ from helpers.sweeps import Trained, result, write
 from helpers.tiny_run import mc
 from mc_core.errors import UserError
 from mc_core.footprint import cache_footprint
+from mc_core.installation import source_commit
 from parity.environment import cores
 from train.config import load_config
 from train.config.yaml_files import read_yaml
@@ -151,6 +152,7 @@ def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
     assert math.isfinite(row["loss"])
     assert row["seconds"] <= row["wall_seconds"]
     assert {"jax", "flax"} <= row["versions"].keys()
+    assert row["commit"] == source_commit()
     assert row["machine"].keys() == {"device", "processor", "cores", "Python", "NPROC"}
     assert (row["machine"]["cores"], row["machine"]["NPROC"]) == (len(cores()), "1")
     assert f"| aggregation=none | {row['rate']:g} | 1 | {row['parameters']} |" in (

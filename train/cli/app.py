@@ -4,6 +4,7 @@ Commands import their dependencies when they run, because some take seconds to i
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 from mc_core.errors import NotFiniteError, UserError
 from train.cli.bench import app as bench
 from train.cli.evaluation import evaluate, generate, inspect
+from train.cli.harness import harness
 from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
 from train.cli.training import demo, sweep, tokenize, train
@@ -19,6 +21,10 @@ from train.cli.weights import convert
 from train.interrupt import Terminated, sigterm_as_interrupt
 from train.stdio import replace_unencodable
 from train.user_modules import OPTION, import_modules
+
+
+# `mc` is also Midnight Commander, and the command of the package `memory-caching`.
+PROGRAMS = ("mc", "memory-caching")
 
 
 class InterruptedCommandError(Exception):
@@ -70,6 +76,7 @@ for command in (
     sweep,
     tokenize,
     evaluate,
+    harness,
     inspect,
     generate,
     convert,
@@ -88,7 +95,7 @@ def main() -> None:
     replace_unencodable()
     try:
         with sigterm_as_interrupt():
-            code = app(standalone_mode=False, prog_name="mc")
+            code = app(standalone_mode=False, prog_name=program())
     except (UserError, OSError) as error:
         code = _fail(_describe(error), 2)
     except UsageError as error:
@@ -101,6 +108,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", 130)
     sys.exit(code)
+
+
+def program() -> str:
+    """Return the name under which the command was called, for its help."""
+    name = Path(sys.argv[0]).stem
+    return name if name in PROGRAMS else PROGRAMS[0]
 
 
 def _describe(error: Exception) -> str:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from mc_core.errors import UserError
-from train.cli.options import output_file, utf8
+from train.cli.options import OVERRIDES, config_option, one_run, output_file, utf8
 
 
 class CacheDevice(StrEnum):
@@ -34,14 +34,18 @@ class TaskName(StrEnum):
 
 
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="run directory; several with --recall")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [KEY=VALUE]...",
+            help=f"run directory, several with --recall; {OVERRIDES}",
+        ),
     ],
     task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah)",
+            help="64:4,128:8 (mqar: tokens:pairs) or 512,1024 (niah; text: tokens per window)",
             show_default="to twice the run's",
         ),
     ] = None,
@@ -66,10 +70,18 @@ def evaluate(
             "niah: its held-out share is the essay; may be repeated"
         ),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'KEY=VALUE ...'",
+            help="text with --lengths: also score the run with these changes; may be repeated",
+        ),
+    ] = None,
     json: Annotated[Path | None, output_file("output file of the numbers, as JSON")] = None,
     markdown: Annotated[Path | None, output_file("output file of the tables, as Markdown")] = None,
     plot: Annotated[
-        Path | None, output_file("mqar, niah and --recall: output file of a plot, as PNG")
+        Path | None,
+        output_file("mqar, niah, --recall and text with --lengths: output file of a plot, as PNG"),
     ] = None,
     recall: Annotated[
         bool,
@@ -101,32 +113,46 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
-    from train.evaluation.evaluate import EvaluationOptions
+    from train.config.overrides import split_words
     from train.evaluation.evaluate import evaluate as score
     from train.evaluation.evaluate_recall import RecallOptions, evaluate_recall
+    from train.evaluation.options import EvaluationOptions
 
     files = tuple(corpus) if corpus else None
-    options = EvaluationOptions(task, lengths, examples, seed, depths, haystack, value, files)
+    runs, overrides = split_words(words)
+    options = EvaluationOptions(
+        task, lengths, examples, seed, depths, haystack, value, files, tuple(compare or ())
+    )
     if recall:
         outputs = RecallOptions(ngram, window, out, json, markdown, plot)
-        evaluate_recall(runs, options, outputs, Console())
+        evaluate_recall(runs, options, outputs, Console(), overrides)
         return
     for name, given in (("ngram", ngram), ("window", window), ("out", out)):
         if given is not None:
             raise UserError(f"--{name}: needs --recall")
-    if len(runs) > 1:
+    if len(runs) != 1:
         raise UserError(f"{len(runs)} runs: give one, or compare them with --recall")
-    score(runs[0], options, Console(), json_file=json, markdown=markdown, plot=plot)
+    files_out = {"json_file": json, "markdown": markdown, "plot": plot}
+    score(runs[0], options, Console(), **files_out, overrides=overrides)
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN [KEY=VALUE]...", help=f"run directory, {OVERRIDES}"),
+    ] = None,
+    *,
     text: Annotated[Path, typer.Option(help="text file")],
+    random: Annotated[
+        Path | None,
+        config_option("in place of RUN: YAML file of a run, whose model has not been trained"),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(help="output file of the numbers, as JSON", dir_okay=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="output folder", show_default="RUN/inspect")
+        Path | None,
+        typer.Option(help="output folder", show_default="RUN/inspect, or inspect with --random"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="at most N, from the text's start", show_default="4096")
@@ -136,16 +162,33 @@ def inspect(
         typer.Option(help="words of the text; report the gate weights of their segment"),
     ] = None,
 ) -> None:
-    """Show the gates, memory norms and inner losses of a run, token by token."""
+    """Show the gates, memory norms and inner losses of a model, token by token."""
     from train.evaluation.inspect import inspect as run_inspection
+    from train.evaluation.traces import load_trained, make_untrained
 
-    words = None if needle is None else utf8(needle)
-    run_inspection(run, text, Console(), json_file=json, output=output, tokens=tokens, needle=words)
+    if random is None:
+        run, overrides = one_run(words)
+        source, folder = load_trained(run, overrides), run / "inspect"
+    else:
+        source, folder = make_untrained(random, words or ()), Path("inspect")
+    run_inspection(
+        source,
+        text,
+        Console(),
+        json_file=json,
+        output=output or folder,
+        tokens=tokens,
+        needle=None if needle is None else utf8(needle),
+    )
 
 
 def generate(
-    run: Annotated[
-        Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [KEY=VALUE]...",
+            help=f"a run's folder or a .safetensors file of mc convert, {OVERRIDES}",
+        ),
     ],
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[
@@ -162,6 +205,13 @@ def generate(
         float | None,
         typer.Option(help="sample from the most likely tokens up to this total probability"),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="sample from tokens with at least this share of the top probability"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="penalty of tokens of the prompt and the completion; 1: none")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
     stop: Annotated[
         list[str] | None,
@@ -188,17 +238,26 @@ def generate(
     from train.evaluation.prompts import read_prompts
 
     options = GenerationOptions(
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        tuple(map(utf8, stop or ())),
-        cache_dtype,
-        cache_device,
-        batch_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stops=tuple(map(utf8, stop or ())),
+        cache_dtype=cache_dtype,
+        cache_device=cache_device,
+        batch_size=batch_size,
     )
     given = read_prompts(prompt, prompt_file, prompts)
+    run, overrides = one_run(words)
     run_generation(
-        run, given, options, tokenizer=tokenizer, output=output, as_lines=prompts is not None
+        run,
+        given,
+        options,
+        tokenizer=tokenizer,
+        overrides=overrides,
+        output=output,
+        as_lines=prompts is not None,
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mc_core.errors import UserError
@@ -25,15 +25,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     defaults = OmegaConf.create({"run": {"directory": f"runs/{path.stem}"}})
     merged = merge(defaults, read_with_bases(path), path)
-    # Apply overrides that select a memory or task before those of its other keys.
-    for word in sorted(overrides, key=lambda word: not TAG.match(word)):
-        if "=" not in word:
-            raise UserError(f"{word}: must have the form key=value")
-        try:
-            merged = merge(merged, OmegaConf.from_dotlist([word]), word)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"{word}: {first_line(error)}") from error
+    merged = apply_overrides(merged, overrides)
     try:
         return from_dict(to_plain(merged, path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def apply_overrides(config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """Merge `key=value` overrides into a configuration, which may be modified.
+
+    Raises:
+        UserError: an override is not valid; the message starts with it.
+    """
+    # Apply overrides that select a memory or task before those of its other keys.
+    for word in sorted(words, key=lambda word: not TAG.match(word)):
+        if "=" not in word:
+            raise UserError(f"{word}: must have the form key=value")
+        try:
+            config = merge(config, OmegaConf.from_dotlist([word]), word)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"{word}: {first_line(error)}") from error
+    return config

@@ -21,8 +21,10 @@ from parity.environment import command, machine, result_table
 from train.checkpoint import load_run
 from train.config import TextConfig, TrainConfig
 from train.config.recall_schema import Length, MQARConfig, NIAHConfig
+from train.evaluation.evaluate_lengths import LengthReport, evaluate_lengths
 from train.evaluation.evaluate_text import LoadedRun, TextEvaluation, evaluate_text
 from train.evaluation.heads import TITLE, HeadReport, measure_heads
+from train.evaluation.options import EvaluationOptions, check_text_options
 from train.evaluation.recall_plots import draw_depths, draw_recall
 from train.evaluation.score import UNITS, Answers, join, make_answer
 from train.step import Tree, split
@@ -31,35 +33,8 @@ from train.tasks.mqar import make_draws
 from train.tasks.niah import Needles
 
 EXAMPLES = {"mqar": 500, "niah": 20}  # default number per cell
-TEXT_OPTIONS = ("task", "corpus")
 HEAD_EXAMPLES = 4  # test examples on which recall and dead heads are measured
 NIAH_OPTIONS = ("depths", "haystack", "value", "corpus")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Options of `mc evaluate`; None = the value of the run, or the task's default.
-
-    Attributes:
-        task: `text`, `mqar` or `niah`.
-        lengths: `tokens:pairs,...` (mqar) or `tokens,...` (niah).
-        examples: number of examples per length and, for niah, depth.
-        seed: random seed of the test examples, which never overlap with training examples.
-        depths: number of depths (niah).
-        haystack: `noise` or `essay` (niah).
-        value: `number` or `uuid` (niah).
-        corpus: files or folders. text: the scored text; niah: an `essay` is drawn from its held-out
-            share.
-    """
-
-    task: str | None = None
-    lengths: str | None = None
-    examples: int | None = None
-    seed: int = 0
-    depths: int | None = None
-    haystack: str | None = None
-    value: str | None = None
-    corpus: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,35 +75,45 @@ def evaluate(
     json_file: Path | None = None,
     markdown: Path | None = None,
     plot: Path | None = None,
-) -> Evaluation | TextEvaluation:
+    overrides: Sequence[str] = (),
+) -> Evaluation | TextEvaluation | LengthReport:
     """Evaluate a run's last checkpoint, and print and write the results.
 
-    The task `text` scores the run's validation text, or the text of `options.corpus`.
+    `overrides` are changes of the configuration that need no new parameter; see `load_run`. The
+    task `text` scores the run's validation text, or the text of `options.corpus`; with
+    `options.lengths`, in windows of these lengths.
 
     Raises:
         UserError: there is no checkpoint, or an option is not supported by the run or the task.
         OSError: a file cannot be read or written.
     """
     # MQAR needs no tokenizer.
-    config, model, step, _ = load_run(directory, needs_text=options.task != MQARConfig.task)
+    needs_text = options.task != MQARConfig.task
+    config, model, step, meta = load_run(directory, needs_text=needs_text, overrides=overrides)
+    run = LoadedRun(directory, config, model, step, tuple(overrides))
     task = options.task or config.data.task
     if task == TextConfig.task:
         check_text_options(directory, config, options, plot)
-        run = LoadedRun(directory, config, model, step)
+        if options.lengths:
+            files = {"json_file": json_file, "markdown": markdown, "plot": plot}
+            return evaluate_lengths(run, meta, options, console, **files)
         return evaluate_text(run, options.corpus, console, json_file=json_file, markdown=markdown)
+    if options.compare:
+        raise UserError(f"--compare: not supported by --task {task}: use text with --lengths")
     data = task_of(config, options)
     graphdef, params, rest = split(model)
     found = run_tests(graphdef, params, rest, config, data, options)
     tokens = longest_examples(data, config.model.vocab_size, options.seed)
     found = dataclasses.replace(found, heads=measure_heads(model, tokens))
-    title = f"{directory.name}, step {step}: {task}"
+    title = f"{run.name}, step {step}: {task}"
     reports = tables(found, title)
     for report in reports:
         console.print(report.table())
     for line in (*(found.heads.notes if found.heads else ()), *reports[0].footer()):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file:
-        content = {"run": str(directory), "step": step} | dataclasses.asdict(found)
+        where = {"run": str(directory), "step": step, "overrides": run.overrides}
+        content = where | dataclasses.asdict(found)
         write_atomic(json_file, to_json(content, indent=1).encode())
     if markdown:
         text = "\n".join(report.as_markdown() for report in reports)
@@ -137,35 +122,6 @@ def evaluate(
         draw = draw_recall if task == "mqar" else draw_depths
         write_atomic(plot, draw(found.cells, found.parts, f"{title}\n{size_line(found.size)}"))
     return found
-
-
-def check_text_options(
-    directory: Path, config: TrainConfig, options: EvaluationOptions, plot: Path | None
-) -> None:
-    """Check that the task `text` supports all options, and that the run has text.
-
-    Raises:
-        UserError: the run has no text, or an option is not supported.
-    """
-    if isinstance(config.data, MQARConfig):
-        raise UserError(
-            f"{directory}: --task text: data.task = 'mqar' has no text: use mqar or niah"
-        )
-    reason = "not supported by --task text: use mqar or niah"
-    refuse_options(options, TEXT_OPTIONS, reason)
-    if plot is not None:
-        raise UserError(f"--plot: {reason}")
-
-
-def refuse_options(options: EvaluationOptions, allowed: Sequence[str], reason: str) -> None:
-    """Check that only allowed options differ from their defaults.
-
-    Raises:
-        UserError: another option was given; the message has its name and the reason.
-    """
-    for option in dataclasses.fields(options):
-        if option.name not in allowed and getattr(options, option.name) != option.default:
-            raise UserError(f"--{option.name}: {reason}")
 
 
 def task_of(config: TrainConfig, options: EvaluationOptions) -> MQARConfig | NIAHConfig:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +14,11 @@ from rich.console import Console
 from mc_core.errors import UserError
 from mc_core.files import to_bytes, to_json, write_atomic
 from parity.environment import command, machine
-from train.checkpoint import Meta, check_same_run, load_run
+from train.checkpoint import Meta, load_run
 from train.config import TextConfig
-from train.data.corpus import load_corpus
 from train.evaluation.bootstrap import SAMPLES, Interval, Resampling
-from train.evaluation.evaluate import EvaluationOptions, refuse_options
-from train.evaluation.evaluate_text import LoadedRun, read_text
+from train.evaluation.evaluate_text import LoadedRun, ScoredText, read_scored_text
+from train.evaluation.options import EvaluationOptions, refuse_options
 from train.evaluation.recall_plots import draw_slices
 from train.evaluation.recall_slices import (
     Slice,
@@ -98,20 +97,12 @@ class RecallReport:
     machine: dict[str, Any] = field(default_factory=machine)
 
 
-class ScoredText(NamedTuple):
-    """Tokens of the scored text and of the training text."""
-
-    name: str | list[str]
-    size: int  # bytes
-    tokens: np.ndarray
-    training: np.ndarray
-
-
 def evaluate_recall(
     directories: Sequence[Path],
     options: EvaluationOptions,
     recall: RecallOptions,
     console: Console,
+    overrides: Sequence[str] = (),
 ) -> RecallReport:
     """Score recall slices with the last checkpoints of runs, and print and write the results.
 
@@ -126,8 +117,11 @@ def evaluate_recall(
     refuse_options(options, OPTIONS, "not supported by --recall")
     if options.task not in (None, TextConfig.task):
         raise UserError(f"--task {options.task}: not supported by --recall: use text")
-    loaded = [load_run(directory) for directory in directories]
-    runs = [LoadedRun(path, *one[:3]) for path, one in zip(directories, loaded, strict=True)]
+    loaded = [load_run(directory, overrides=overrides) for directory in directories]
+    runs = [
+        LoadedRun(path, *one[:3], tuple(overrides))
+        for path, one in zip(directories, loaded, strict=True)
+    ]
     metas = [one[3] for one in loaded]
     window = recall.window or _common_window(runs)
     _check_comparable(runs, metas, options.corpus)
@@ -136,7 +130,7 @@ def evaluate_recall(
     vocab_size = runs[0].config.model.vocab_size
     if ngram > (largest := max_ngram(vocab_size)):
         raise UserError(f"--ngram = {ngram}: must be <= {largest} for a vocabulary of {vocab_size}")
-    text = _read(runs[0], metas[0], options.corpus)
+    text = read_scored_text(runs[0], metas[0], options.corpus)
     found = find_recurrences(text.tokens, ngram, window, vocab_size)
     counts = count_hits(text.tokens, found, text.training, ngram, vocab_size)
     report = RecallReport(
@@ -208,37 +202,13 @@ def _check_comparable(
                 )
 
 
-def _read(run: LoadedRun, meta: Meta, words: tuple[str, ...] | None) -> ScoredText:
-    """Read and encode the scored text and the training text of a run.
-
-    Raises:
-        UserError: a file is missing, or the text is not that of the run.
-    """
-    data = run.config.data
-    assert isinstance(data, TextConfig)
-    corpus = load_corpus(data, run.config.model.vocab_size)
-    check_same_run(
-        run.directory, meta, meta._replace(fingerprint=corpus.fingerprint), may_grow=True
-    )
-    if words is None:
-        tokens = corpus.validation_tokens()
-        name, size = "validation", len(corpus.validation)
-        scored = ScoredText(name, size, tokens, corpus.train)
-    else:
-        other = read_text(run.config, words)
-        scored = ScoredText(list(words), len(other.joined.text), other.tokens, corpus.train)
-    if len(scored.tokens) < 2:
-        raise UserError("the text to score: needs at least 2 tokens")
-    return scored
-
-
 def _score(
     runs: Sequence[LoadedRun], text: ScoredText, slices: Sequence[Slice], window: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return the description and the slices of each run, as plain values."""
-    names = [run.directory.resolve().name for run in runs]
+    names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [str(run.directory) for run in runs]
+        names = [" ".join((str(run.directory), *run.overrides)) for run in runs]
     window_of = np.arange(len(text.tokens) - 1) // window
     resampling = Resampling(int(window_of[-1]) + 1, seed)
     first: np.ndarray | None = None

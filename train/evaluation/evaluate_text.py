@@ -16,8 +16,9 @@ from mc_core.files import to_json, write_atomic
 from mc_core.tables import ResultTable
 from mc_jax import LanguageModel
 from parity.environment import command, machine
+from train.checkpoint import Meta, check_same_run
 from train.config import TextConfig, TrainConfig
-from train.data.corpus import NAMED, encode_joined, read_documents, round_trip
+from train.data.corpus import NAMED, encode_joined, load_corpus, read_documents, round_trip
 from train.data.round_trip import RoundTrip
 from train.data.separator import Joined, Separator, choose_separator
 from train.data.tokenizer import load_tokenizer, make_encoder
@@ -35,6 +36,12 @@ class LoadedRun(NamedTuple):
     config: TrainConfig
     model: LanguageModel
     step: int
+    overrides: tuple[str, ...] = ()  # of the configuration; see `load_run`
+
+    @property
+    def name(self) -> str:
+        """Name of the run, and the overrides."""
+        return " ".join((self.directory.resolve().name, *self.overrides))
 
 
 class EncodedText(NamedTuple):
@@ -45,6 +52,15 @@ class EncodedText(NamedTuple):
     documents: int
     separator: Separator
     tokenizer: Tokenizer | None
+
+
+class ScoredText(NamedTuple):
+    """Tokens of the scored text and of the training text."""
+
+    name: str | list[str]  # "validation", or files and folders
+    size: int  # bytes
+    tokens: np.ndarray
+    training: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,14 +129,15 @@ def evaluate_text(
         OSError: a file cannot be read or written.
     """
     found = _score_validation(run, console) if corpus is None else score_text(run, corpus)
-    reports = tables(found, f"{run.directory.resolve().name}, step {run.step}: text")
+    reports = tables(found, f"{run.name}, step {run.step}: text")
     if corpus is not None:
         for report in reports:
             console.print(report.table())
         for line in (*(found.heads.notes if found.heads else ()), *reports[0].footer()):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     if json_file:
-        content = {"run": str(run.directory), "step": run.step} | to_plain(found)
+        where = {"run": str(run.directory), "step": run.step, "overrides": run.overrides}
+        content = where | to_plain(found)
         write_atomic(json_file, to_json(content, indent=1).encode())
     if markdown:
         write_atomic(markdown, "\n".join(report.as_markdown() for report in reports).encode())
@@ -174,6 +191,35 @@ def read_text(config: TrainConfig, corpus: tuple[str, ...]) -> EncodedText:
     return EncodedText(joined, tokens, len(documents), separator, tokenizer)
 
 
+def read_scored_text(run: LoadedRun, meta: Meta, words: tuple[str, ...] | None) -> ScoredText:
+    """Read and encode the scored text and the training text of a text run.
+
+    Args:
+        run: loaded run.
+        meta: metadata of its checkpoint.
+        words: files and folders to score; None = the run's validation text.
+
+    Raises:
+        UserError: a file is missing, or the text is not that of the run.
+    """
+    data = run.config.data
+    assert isinstance(data, TextConfig)
+    corpus = load_corpus(data, run.config.model.vocab_size)
+    check_same_run(
+        run.directory, meta, meta._replace(fingerprint=corpus.fingerprint), may_grow=True
+    )
+    if words is None:
+        tokens = corpus.validation_tokens()
+        name, size = "validation", len(corpus.validation)
+        scored = ScoredText(name, size, tokens, corpus.train)
+    else:
+        other = read_text(run.config, words)
+        scored = ScoredText(list(words), len(other.joined.text), other.tokens, corpus.train)
+    if len(scored.tokens) < 2:
+        raise UserError("the text to score: needs at least 2 tokens")
+    return scored
+
+
 def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
     """Score the run's validation text, and print the report of the run."""
     data = run.config.data
@@ -188,7 +234,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
                 f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "
                 "validation text: restore it, or give another text with --corpus"
             )
-    report: TextReport = evaluate_validation(run.directory, console)
+    report: TextReport = evaluate_validation(run.directory, console, run.overrides)
     assert report.validation_tokens is not None
     assert report.separator is not None
     return TextEvaluation(

@@ -18,6 +18,7 @@ from mc_core.errors import NotFiniteError, UserError
 from mc_core.generation import SEEDS, check_sampling
 from mc_jax import LanguageModel, generate
 from train.checkpoint import load_run
+from train.config.overrides import override_model
 from train.data.tokenizer import load_tokenizer, make_encoder
 from train.data.tokenizer_copy import tokenizer_of_file
 from train.evaluation.completion import Completion, make_decoder, printable
@@ -25,6 +26,7 @@ from train.evaluation.partial_output import OutputRow, Partial
 from train.evaluation.prompts import RESERVED_KEYS, Prompt
 from train.stdio import is_terminal, json_line, print_bytes
 from train.step import split
+from train.variant import make_variant
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class GenerationOptions:
         temperature: 0 is greedy.
         top_k: as in `mc_jax.sample`.
         top_p: as in `mc_jax.sample`.
+        min_p: as in `mc_jax.sample`.
+        repetition_penalty: as in `mc_jax.generate`.
         seed: random seed.
         stops: strings that end a completion; they are not part of it.
         cache_dtype: dtype of cached memories, `float32` or `bfloat16`.
@@ -50,6 +54,8 @@ class GenerationOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
     stops: tuple[str, ...] = ()
     cache_dtype: str = "float32"
@@ -58,7 +64,9 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         try:
-            check_sampling(self.temperature, self.top_k, self.top_p)
+            check_sampling(
+                self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         for name in ("max_tokens", "batch_size"):
@@ -66,7 +74,7 @@ class GenerationOptions:
                 raise UserError(f"{name} = {number}: must be >= 1")
         if not 0 <= self.seed < SEEDS:
             raise UserError(f"seed = {self.seed}: must be in 0..{SEEDS - 1}")
-        for name in ("top_k", "top_p"):
+        for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
                 raise UserError(f"{name} = {value}: needs temperature > 0; 0 is greedy")
         if "" in self.stops:
@@ -126,24 +134,69 @@ def complete(
         NotFiniteError: the model's logits are not finite.
     """
     tokens = [_encode(prompt, tokenizer) for prompt in prompts]
+    names = [prompt.name for prompt in prompts]
+    rows = range(first_row, first_row + len(prompts))
+    return complete_tokens(
+        model, tokenizer, tokens, options, speed, names=names, rows=rows, show=show, **more
+    )
+
+
+def complete_tokens(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    tokens: Sequence[np.ndarray],
+    options: GenerationOptions,
+    speed: Speed,
+    *,
+    names: Sequence[str],
+    rows: Sequence[int],
+    show: Show = lambda row, text: None,
+    fill: int = 0,
+    **more: Any,
+) -> list[Completion]:
+    """Continue one batch of prompts, given as ids; see `complete`.
+
+    Args:
+        model: language model.
+        tokenizer: tokenizer of the model; None = bytes.
+        tokens: ids of each prompt, at least one.
+        options: generation options.
+        speed: updated with the measured times.
+        names: name of each prompt in messages.
+        rows: index of the random stream of each prompt.
+        show: called with the row in the batch and its next piece of text.
+        fill: number of rows that the batch is filled up to, so that batches share their programs.
+            The capacity of the cache is then a power of two.
+        more: further arguments of `mc_jax.generate`.
+
+    Raises:
+        UserError: the model cannot stream.
+        NotFiniteError: the model's logits are not finite.
+    """
+    extra = max(0, fill - len(tokens))
+    filled = [*tokens, *[np.zeros(1, np.int32)] * extra]
+    longest = max(map(len, filled))
+    total = longest + options.max_tokens
     began = time.perf_counter()
     try:
         steps = generate(
             model,
-            tokens,
-            options.max_tokens,
+            filled,
+            (1 << (total - 1).bit_length()) - longest if fill else options.max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
             seed=options.seed,
-            rows=range(first_row, first_row + len(prompts)),
+            rows=[*rows, *[0] * extra],
             cache_dtype=options.cache_dtype,
             cache_device=options.cache_device,
             **more,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    rows = [
+    completions = [
         Completion(make_decoder(tokenizer, ids), options.max_tokens, options.stops)
         for ids in (ids.tolist() for ids in tokens)
     ]
@@ -152,28 +205,29 @@ def complete(
         new = np.asarray(step).tolist()
         if len(marks) == 2:
             marks.append(time.perf_counter())
-        for number, (row, token) in enumerate(zip(rows, new, strict=True)):
+        for number, (row, token) in enumerate(zip(completions, new, strict=False)):
             if row.finish:
                 continue
             if token < 0:
                 raise NotFiniteError(
-                    f"{prompts[number].name}: the logits after {row.tokens} new tokens "
-                    "are not finite"
+                    f"{names[number]}: the logits after {row.tokens} new tokens are not finite"
                 )
             if text := row.push(token):
                 show(number, text)
-        if all(row.finish for row in rows):
+        if all(row.finish for row in completions):
             break
     compile_s, prefill_s, decode_s = np.diff([*marks, time.perf_counter()])
     speed.compile_seconds += compile_s
     speed.prompt_tokens += sum(map(len, tokens))
     speed.prompt_seconds += prefill_s
-    speed.new_tokens += sum(row.tokens for row in rows) - len(rows)
+    speed.new_tokens += sum(row.tokens for row in completions) - len(completions)
     speed.new_seconds += decode_s
-    return rows
+    return completions
 
 
-def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tokenizer | None]:
+def load_source(
+    source: Path, tokenizer: str | None, overrides: Sequence[str] = ()
+) -> tuple[LanguageModel, Tokenizer | None]:
     """Return a model and its tokenizer, None for bytes.
 
     Args:
@@ -181,9 +235,10 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
             declare its tokenizer, a vocabulary of 256 means bytes.
         tokenizer: `bytes`, or the path of a `tokenizer.json` that equals the one used in training;
             None = from `source`.
+        overrides: as in `load_run`; of a file, only keys of the model.
 
     Raises:
-        UserError: `source` cannot be loaded, or its tokenizer is unknown.
+        UserError: `source` cannot be loaded, its tokenizer is unknown, or an override is invalid.
         OSError: a file cannot be read.
     """
     if source.suffix == ".safetensors" and not source.is_dir():
@@ -192,10 +247,12 @@ def load_source(source: Path, tokenizer: str | None) -> tuple[LanguageModel, Tok
         except ValueError as error:
             raise UserError(str(error)) from error
         size = model.config.vocab_size
+        if overrides:
+            model = make_variant(model, override_model(model.config, overrides), overrides)
         return model, load_tokenizer(tokenizer_of_file(source, size, tokenizer), size)
     if source.is_file():
         raise UserError(f"{source}: must be a run directory or a .safetensors file")
-    config, model, *_ = load_run(source, tokenizer)
+    config, model, *_ = load_run(source, tokenizer, overrides=overrides)
     return model, load_tokenizer(config.tokenizer, config.model.vocab_size)
 
 
@@ -207,6 +264,7 @@ def run(
     tokenizer: str | None,
     output: Path | None,
     as_lines: bool,
+    overrides: Sequence[str] = (),
 ) -> Speed:
     """Continue prompts; stream text to stdout, and print the speed to stderr.
 
@@ -220,6 +278,7 @@ def run(
         tokenizer: see `load_source`.
         output: output file of one JSON object per prompt; must not exist.
         as_lines: without `output`, print JSON objects instead of text.
+        overrides: see `load_source`.
 
     Raises:
         UserError: as `load_source` and `complete`, or `output` cannot be written, is being written
@@ -235,7 +294,7 @@ def run(
             lock.acquire()
         if output is not None and output.exists():
             raise UserError(f"{output}: exists: use another --output")
-        model, words = load_source(source, tokenizer)
+        model, words = load_source(source, tokenizer, overrides)
         for prompt in prompts:
             _encode(prompt, words)
         partial = None

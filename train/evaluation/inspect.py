@@ -10,41 +10,47 @@ from mc_core.errors import UserError
 from mc_core.files import to_bytes, write_atomic
 from train.evaluation.html_report import make_page
 from train.evaluation.inspection_plots import draw_layer
-from train.evaluation.traces import COLUMNS, NEEDLE_COLUMNS, Inspection, to_json, trace_text
+from train.evaluation.traces import (
+    COLUMNS,
+    NEEDLE_COLUMNS,
+    InspectedModel,
+    Inspection,
+    to_json,
+    trace_text,
+)
 
 LIMIT = 4096  # tokens by default
 ROWS = 32  # of a printed table
 
 
 def inspect(
-    directory: Path,
+    source: InspectedModel,
     path: Path,
     console: Console,
     *,
+    output: Path,
     json_file: Path | None = None,
-    output: Path | None = None,
     tokens: int | None = None,
     needle: str | None = None,
 ) -> Inspection:
-    """Run the last checkpoint of a run on a text, and write plots, an HTML page and the numbers.
+    """Run a model on a text, and write plots, an HTML page and the numbers.
 
     Args:
-        directory: run directory.
+        source: from `load_trained` or `make_untrained`.
         path: text file.
         console: receives a table and the paths of the files.
+        output: folder of `inspect.html` and `layer-<i>.png`.
         json_file: output file of the numbers, or None.
-        output: folder of `inspect.html` and `layer-<i>.png`; None = `inspect` in the run.
         tokens: maximum number of tokens, from the start of the text; None = 4,096.
         needle: words of the text; report the gate weights of the segment that contains them.
 
     Raises:
-        UserError: there is no checkpoint, or the text or the needle cannot be used.
+        UserError: the model has no memory, or the text or the needle cannot be used.
         OSError: a file cannot be read or written.
     """
     if tokens is not None and tokens < 1:
         raise UserError(f"--tokens = {tokens}: must be >= 1")
-    found = trace_text(directory, path, tokens or LIMIT, needle)
-    output = directory / "inspect" if output is None else output
+    found = trace_text(source, path, tokens or LIMIT, needle)
     output.mkdir(parents=True, exist_ok=True)
     framed = found.needle.segments if found.needle else ()
     pictures = [

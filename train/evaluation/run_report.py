@@ -45,6 +45,7 @@ class TextReport:
     validation_tokens: int | None = None
     round_trip: RoundTrip | None = None  # tokenizer losses on the validation text
     heads: HeadReport | None = None  # on the first validation window
+    commit: str | None = None  # of the source; see `source_commit`
 
     @property
     def lossy(self) -> bool:
@@ -83,16 +84,19 @@ def load_report(run: Path) -> TextReport | None:
 def siblings(run: Path, report: TextReport) -> list[TextReport]:
     """Return the reports of finished runs in the same folder that scored the same bytes.
 
-    Unreadable reports are skipped.
+    They include the run's own one if `report` is of a changed configuration. Unreadable reports are
+    skipped.
     """
     here = run.resolve()
     found = []
     for path in sorted(here.parent.iterdir()):
         try:
-            other = load_report(path) if path != here else None
+            other = load_report(path)
         except OSError:
             continue
-        if other and other.validation_sha256 == report.validation_sha256:
+        # With overrides, the run's own report has another name.
+        own = path == here and other is not None and other.name == report.name
+        if other and not own and other.validation_sha256 == report.validation_sha256:
             found.append(other)
     return found
 

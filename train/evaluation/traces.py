@@ -1,15 +1,20 @@
 """Traces of a model on a text: gates, memories, inner losses and the needle."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mc_core import Plan, make_plan
 from mc_core.config import MCConfig
 from mc_core.errors import UserError
+from mc_jax import LanguageModel
 from train.checkpoint import load_run
+from train.config import TrainConfig, load_config
 from train.data.encoded_text import Text, read_text
 from train.evaluation.heads import mean_recall
 from train.evaluation.needle import Needle, find_needle, weigh_needle
@@ -22,10 +27,29 @@ DERIVED = ("token_index", "segment_index", "cached_count", "segment_length")
 NEEDLE_COLUMNS = ("weight at the end", "rank", "mean after", "ranked first")
 
 
+class InspectedModel(NamedTuple):
+    """A model with its name in reports.
+
+    Attributes:
+        name: name of the run or configuration, and any overrides.
+        state: `step N` or `untrained`.
+        step: optimizer steps.
+        config: configuration of the run.
+        model: the model.
+    """
+
+    name: str
+    state: str
+    step: int
+    config: TrainConfig
+    model: LanguageModel
+
+
 class Inspection(NamedTuple):
-    """Traces of the model of a run on a text."""
+    """Traces of a model on a text."""
 
     run: str
+    state: str  # see `InspectedModel`
     step: int
     config: MCConfig
     text: Text
@@ -45,7 +69,7 @@ class Inspection(NamedTuple):
         count, total, layer = len(self.text.tokens), self.text.total, self.config
         part = f"the first {count:,} of {total:,} tokens" if count < total else f"{count:,} tokens"
         return (
-            f"{self.run} (step {self.step}, {layer.memory.kind} + {layer.aggregation}): {part} in "
+            f"{self.run} ({self.state}, {layer.memory.kind} + {layer.aggregation}): {part} in "
             f"{len(self.lengths)} segments"
         )
 
@@ -67,17 +91,46 @@ class Inspection(NamedTuple):
         return [needle_row(self.needle, int(place)) for place in order]
 
 
-def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = None) -> Inspection:
-    """Run the model of a run on the first tokens of a text, and return its traces.
+def load_trained(directory: Path, overrides: Sequence[str] = ()) -> InspectedModel:
+    """Return the model of a run's last checkpoint; `overrides` as in `load_run`.
 
     Raises:
-        UserError: there is no checkpoint, no block has a memory, or the text cannot be used.
+        UserError: there is no checkpoint, or an override is not allowed.
     """
-    config, model, step, _ = load_run(directory)
+    config, model, step, _ = load_run(directory, overrides=overrides)
+    words = " ".join((directory.resolve().name, *overrides))
+    return InspectedModel(words, f"step {step}", step, config, model)
+
+
+def make_untrained(path: Path, overrides: Sequence[str] = ()) -> InspectedModel:
+    """Return the model of a configuration with its initial parameters.
+
+    Args:
+        path: YAML file of a run.
+        overrides: `key=value`, as for `mc train`.
+
+    Raises:
+        UserError: the configuration is invalid.
+    """
+    config = load_config(path, overrides)
+    dtype = jnp.dtype(config.run.dtype)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.run.seed), dtype=dtype)
+    return InspectedModel(" ".join((path.stem, *overrides)), "untrained", 0, config, model)
+
+
+def trace_text(
+    source: InspectedModel, path: Path, tokens: int, needle: str | None = None
+) -> Inspection:
+    """Run a model on the first tokens of a text, and return its traces.
+
+    Raises:
+        UserError: no block has a memory, or the text cannot be used.
+    """
+    config, model = source.config, source.model
     layer = config.model.layer
     if layer not in config.model.block_layers:
         mixers = list(config.model.mixers)
-        raise UserError(f"{directory}: model.mixers = {mixers}: must have a 'memory' to inspect")
+        raise UserError(f"{source.name}: model.mixers = {mixers}: must have a 'memory' to inspect")
     text = read_text(path, config).first(tokens)
     plan = make_plan(len(text.tokens), layer)
     segment = plan.segment_of
@@ -97,7 +150,8 @@ def trace_text(directory: Path, path: Path, tokens: int, needle: str | None = No
     if needle is not None and place is not None:
         gates = np.stack([found["gates"] for found in layers])
         point = weigh_needle(needle, place, gates, segment, layer.aggregation, blocks)
-    return Inspection(directory.resolve().name, step, layer, text, plan, layers, point, blocks)
+    run = (source.name, source.state, source.step)
+    return Inspection(*run, layer, text, plan, layers, point, blocks)
 
 
 def to_json(found: Inspection) -> dict[str, Any]:

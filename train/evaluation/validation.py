@@ -42,6 +42,14 @@ Scorer = Callable[[Tree, Tree, np.ndarray, int], Validation]
 TokenScorer = Callable[[Tree, Tree, np.ndarray], np.ndarray]
 
 
+def position_edges(window: int) -> list[int]:
+    """Return the edges of buckets of positions, 0, 16, 32, 64, ..., window."""
+    edges = [0, FIRST_EDGE]
+    while edges[-1] < window:
+        edges.append(2 * edges[-1])
+    return [*edges[:-1], window]
+
+
 def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
     """Return the mean bits per token in buckets of positions: [0, 16), [16, 32), [32, 64), ...
 
@@ -55,12 +63,8 @@ def by_position(bits: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
         One dictionary per bucket of positions [start, end): `start`, `end`, the number of `tokens`
         and their mean `bits`.
     """
-    edges = [0, FIRST_EDGE]
-    while edges[-1] < len(bits):
-        edges.append(2 * edges[-1])
-    edges[-1] = len(bits)
     buckets = []
-    for start, end in pairwise(edges):
+    for start, end in pairwise(position_edges(len(bits))):
         if count := int(tokens[start:end].sum()):
             mean = float(bits[start:end].sum()) / count
             buckets.append({"start": start, "end": end, "tokens": count, "bits": mean})

@@ -55,6 +55,9 @@ def key_of(result: RunResult) -> Key:
 def made_with(results: Sequence[RunResult]) -> str:
     """Return a note on the versions and machines of runs."""
     versions = _distinct(results, "versions", " ")
+    commits = dict.fromkeys(result["commit"] for result in results if "commit" in result)
+    if commits:
+        versions = f"{versions or 'unknown versions'}, commit {', '.join(commits)}"
     machines = _distinct(results, "machine", ", ")
     made = f"made with {versions or 'unknown versions'}"
     if machines and not all("machine" in result for result in results):

@@ -13,11 +13,13 @@ from rich.console import Console
 from mc_core.errors import NotFiniteError
 from mc_core.files import to_bytes, write_atomic
 from mc_core.footprint import flops_per_token
+from mc_core.installation import source_commit
 from mc_jax.sharding import request
 from parity.environment import machine
 from train.checkpoint import load_run
 from train.config import TextConfig
-from train.evaluation.evaluate import EvaluationOptions, run_tests, stream_bytes, task_of
+from train.evaluation.evaluate import run_tests, stream_bytes, task_of
+from train.evaluation.options import EvaluationOptions
 from train.interrupt import on_interrupt
 from train.loop import train
 from train.step import split
@@ -166,6 +168,7 @@ def do(run: Run) -> RunResult:
         "state_tokens": tokens,
         "steps": config.run.steps,
         "fingerprint": run.fingerprint,
+        "commit": source_commit(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": run_machine(),
     }

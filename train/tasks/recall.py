@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mc_core.files import write_atomic
+from mc_core.installation import source_commit
 from train.config import TrainConfig
 from train.config.recall_schema import MQARConfig, NIAHConfig
 from train.evaluation.run_report import FILE, draw_curves
@@ -43,6 +44,7 @@ class RecallReport:
     seconds: float  # training time, including compilation
     score: dict[str, float]  # score of all validation examples
     lengths: list[dict[str, float]]  # for each length: tokens, pairs (mqar) and the score
+    commit: str | None = None  # of the source; see `source_commit`
 
 
 class RecallTask:
@@ -147,6 +149,7 @@ class RecallScoring:
                 sizes | part.as_dict()
                 for sizes, part in zip(self._task.lengths, parts, strict=True)
             ],
+            commit=source_commit(),
         )
 
     def with_heads(self, state: TrainState, report: RecallReport) -> RecallReport:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mc_core import make_plan
+from mc_core.installation import source_commit
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, load_corpus
 from train.data.tokenizer_copy import prefer_copy
@@ -93,6 +94,7 @@ class TextScoring:
             separator=corpus.separator.description,
             validation_tokens=found.num_tokens,
             round_trip=corpus.round_trip,
+            commit=source_commit(),
         )
 
     def with_heads(self, state: TrainState, report: TextReport) -> TextReport:

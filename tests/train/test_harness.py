@@ -1,0 +1,210 @@
+"""`mc harness`: lm-eval's task definitions on local files in the data sets' schemas."""
+
+import json
+import math
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import yaml
+
+from helpers.likelihoods import continue_greedily, likelihood
+from helpers.tiny_run import fails, mc, untrained_run
+from train.checkpoint import load_run
+from train.harness.command import TASKS, HarnessOptions, check_tasks
+
+DEFINITIONS = Path(lm_eval.tasks.__file__).parent
+PIQA = [
+    {"goal": "to read", "sol1": "open it", "sol2": "eat it all"},
+    {"goal": "to eat", "sol1": "a cup", "sol2": "bread and salt"},
+    {"goal": "to sit", "sol1": "chairs", "sol2": "air"},
+]
+LAMBADA = [{"text": "the sea is deep and blue"}, {"text": "two and two are four"}]
+WIKITEXT = [{"page": "a short page"}, {"page": "another page of words"}]
+QUESTIONS = ["who wrote it", "where is it"]
+
+
+def write_task(folder: Path, definition: str, rows: list[dict], split: str, **fields: object):
+    """Write rows as JSON lines, and a task with lm-eval's own definition that reads them."""
+    name = f"local_{Path(definition).stem}"
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "include": str(DEFINITIONS / definition),
+        "task": name,
+        "tag": [],
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(data)}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+        **({"validation_split": split} if split == "validation" else {"test_split": split}),
+        **fields,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a linear memory that has not trained."""
+    return untrained_run(tmp_path_factory.mktemp("harness"), "model.mixers=[memory]")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return load_run(run)[1]
+
+
+@pytest.fixture(scope="module")
+def results(run, model, tmp_path_factory):
+    """Expected scores by hand, and the results of one command over four tasks."""
+    folder = tmp_path_factory.mktemp("tasks")
+    expected = {}
+
+    scores = [
+        [likelihood(model, f"Question: {row['goal']}\nAnswer:".encode(), f" {row[key]}".encode())
+         for key in ("sol1", "sol2")]
+        for row in PIQA
+    ]  # fmt: skip
+    # The labels make the first two answers correct, and the third one wrong.
+    best = [int(second[0] > first[0]) for first, second in scores]
+    labels = [best[0], best[1], 1 - best[2]]
+    normed = [
+        int(second[0] / len(row["sol2"]) > first[0] / len(row["sol1"]))
+        for row, (first, second) in zip(PIQA, scores, strict=True)
+    ]
+    same = [a == b for a, b in zip(normed, labels, strict=True)]
+    expected["local_piqa"] = {"acc": 2 / 3, "acc_norm": sum(same) / 3}
+    rows = [row | {"label": label} for row, label in zip(PIQA, labels, strict=True)]
+    write_task(folder, "piqa/piqa.yaml", rows, "validation")
+
+    words = [row["text"].rpartition(" ")[::2] for row in LAMBADA]
+    scores = [likelihood(model, a.encode(), f" {b}".encode()) for a, b in words]
+    expected["local_lambada_openai"] = {
+        "perplexity": math.exp(-sum(total for total, _ in scores) / 2),
+        "acc": sum(greedy for _, greedy in scores) / 2,
+    }
+    write_task(folder, "lambada/lambada_openai.yaml", LAMBADA, "test")
+
+    # A page follows the separator of the run, a newline.
+    totals = [likelihood(model, b"\n", row["page"].encode())[0] for row in WIKITEXT]
+    size = sum(len(row["page"].encode()) for row in WIKITEXT)
+    expected["local_wikitext"] = {"bits_per_byte": -sum(totals) / size / math.log(2)}
+    write_task(folder, "wikitext/wikitext.yaml", WIKITEXT, "test")
+
+    prompts = [f"Answer these questions:\n\nQ: {words}?\nA:" for words in QUESTIONS]
+    texts = [bytes(continue_greedily(model, prompt.encode(), 6)) for prompt in prompts]
+    stop = texts[0].decode(errors="replace")[3]
+    answers = [text.decode(errors="replace").partition(stop)[0] for text in texts]
+    rows = [
+        {"question": QUESTIONS[0], "answer": [answers[0]]},
+        {"question": QUESTIONS[1], "answer": ["never that"]},
+    ]
+    expected["local_nq_open"] = {"exact_match": 0.5}
+    options = {"until": [stop], "max_gen_toks": 6, "do_sample": False}
+    write_task(
+        folder, "nq_open/nq_open.yaml", rows, "validation",
+        generation_kwargs=options, metric_list=[{"metric": "exact_match", "aggregation": "mean"}],
+    )  # fmt: skip
+
+    output, markdown = folder / "results.json", folder / "results.md"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        words = ["--tasks", ",".join(expected), "--include-path", folder, "--batch-size", 4]
+        code = mc(patch, "harness", run, *words, "--output", output, "--markdown", markdown)
+    assert code == 0
+    return expected, json.loads(output.read_text()), markdown.read_text(), folder
+
+
+def test_scores_equal_those_by_hand(results):
+    expected, found, markdown, _ = results
+    for task, metrics in expected.items():
+        for metric, value in metrics.items():
+            scores = found["results"][task]
+            (actual,) = (x for key, x in scores.items() if key.startswith(f"{metric},"))
+            assert actual == pytest.approx(value, rel=1e-4), (task, metric)
+            assert f"| {task} | {metric}" in markdown
+    assert found["n-samples"]["local_piqa"]["effective"] == 3
+    assert found["config"]["batch_size"] == "4"
+    assert "commit" in found["config"]["memory_caching"]["machine"]
+
+
+def test_limit_length_and_overrides_are_applied(run, results, monkeypatch, capsys):
+    """One question, truncated to 12 tokens in the middle, by the model without a cache."""
+    folder, output = results[3], results[3] / "limited.json"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    override = "model.layer.aggregation=none"
+    words = [override, "--tasks", "local_lambada_openai", "--include-path", folder]
+    words += ["--limit", 1, "--max-length", 12, "--output", output]
+    assert mc(monkeypatch, "harness", run, *words) == 0
+    found = json.loads(output.read_text())
+    assert found["config"]["memory_caching"]["overrides"] == [override]
+    context = b"the sea is deep and"
+    changed = load_run(run, overrides=[override])[1]
+    # " blue" has 5 tokens, so 7 of the context remain.
+    total, _ = likelihood(changed, context[:3] + context[-4:], b" blue")
+    scores = found["results"]["local_lambada_openai"]
+    assert scores["perplexity,none"] == pytest.approx(math.exp(-total), rel=1e-4)
+    assert f"run {override}: lm-eval" in capsys.readouterr().out
+
+
+def test_groups_name_only_tasks_of_lm_eval():
+    """The paper's lists; every task is defined in a file of lm-eval."""
+    known = set()
+    for file in DEFINITIONS.rglob("*.yaml"):
+        known.update(
+            line.partition(":")[2].strip()
+            for line in file.read_text().splitlines()
+            if line.startswith("task: ")
+        )
+    sizes = {}
+    for file in TASKS.glob("*.yaml"):
+        group = yaml.safe_load(file.read_text())
+        names = [x if isinstance(x, str) else x["task"] for x in group["task"]]
+        sizes[group["group"]] = len(names)
+        assert file.stem == group["group"]
+        assert known.issuperset(names), set(names) - known
+    assert sizes == {"mc-commonsense": 9, "mc-recall": 6, "mc-longbench": 14, "mc-ruler": 3}
+
+
+def test_unreachable_data_sets_name_the_folder_to_fill(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_CACHE_HOME", tmp_path / "hub")
+    task = {"include": str(DEFINITIONS / "piqa" / "piqa.yaml"), "task": "remote_piqa"}
+    (tmp_path / "remote.yaml").write_text(yaml.safe_dump(task))
+    words = ["harness", run, "--tasks", "remote_piqa", "--include-path", tmp_path]
+    assert mc(monkeypatch, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mc: a data set cannot be loaded: Couldn't reach 'baber/piqa'")
+    assert f"copy the folder {tmp_path / 'hub'} from a machine that has" in error
+
+
+def test_unknown_tasks_list_the_nearest():
+    with pytest.raises(ValueError, match=r"--tasks piqq: no such task .*; nearest names: piqa"):
+        check_tasks(["piqq"], ["piqa", "boolq"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", ","], "--tasks: give at least one task"),
+        (["--limit", "1.5"], "--limit = 1.5: must be a share below 1 or a whole number"),
+        (["--batch-size", "0"], "--batch-size = 0: must be auto or >= 1"),
+        (["--batch-size", "many"], "--batch-size = many: must be auto or >= 1"),
+        (["--max-length", "1"], "--max-length = 1: must be >= 2"),
+        (["--num-fewshot", "-1"], "--num-fewshot = -1: must be >= 0"),
+        (["--include-path", "nowhere"], "--include-path nowhere: no such folder"),
+    ],
+)
+def test_invalid_harness_options_are_refused(run, monkeypatch, capsys, words, message):
+    words = words if "--tasks" in words else ["--tasks", "piqa", *words]
+    fails(run.parent / "tiny.yaml", monkeypatch, capsys, message, "harness", run, *words)
+
+
+def test_default_options_are_valid():
+    assert HarnessOptions(("piqa",)).rows is None
+    assert HarnessOptions(("piqa",), limit=0.5, batch_size="8").rows == 8

@@ -1,0 +1,1 @@
+"""`mc harness`: tasks of lm-eval on the model of a run."""

@@ -83,7 +83,7 @@ def draw(found: dict[Group, dict[int, list[dict[str, Any]]]]) -> bytes:
 def main() -> None:
     """Print the table, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="lengths.json of each run")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON file of each run")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()

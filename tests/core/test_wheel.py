@@ -57,6 +57,8 @@ def test_wheel_has_configurations_and_type_markers(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (ROOT / "configs").rglob("*.yaml"):
         assert f"train/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
+    for file in (ROOT / "train" / "harness" / "tasks").glob("*.yaml"):
+        assert f"train/harness/tasks/{file.name}" in names
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"bench", "mc_core", "mc_jax", "mc_torch", "parity", "train"}
     assert {f"{name}/py.typed" for name in tops} <= names

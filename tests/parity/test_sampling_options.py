@@ -54,8 +54,10 @@ def shares(logits: dict[int, float]) -> np.ndarray:
         ({"temperature": 1.0, "min_p": 0.6}, {5: 2.5}),
         # exp(-2.2 / 2) = 0.333 and exp(-3.5 / 2) = 0.174: the temperature comes first.
         ({"temperature": 2.0, "min_p": 0.3}, {0: 0.15, 1: 0.95, 3: 0.95, 4: 0.15, 5: 1.25}),
-        # The three largest have 0.86 of the probability; min-p alone would keep all ids but 6.
-        ({"temperature": 1.0, "top_p": 0.8, "min_p": 0.02}, {1: 1.9, 3: 1.9, 5: 2.5}),
+        # The probabilities are 0.43, 0.23, 0.23, 0.05 and 0.05 for ids 5, 1, 3, 0 and 4.
+        ({"temperature": 1.0, "top_p": 0.95, "min_p": 0.5}, {1: 1.9, 3: 1.9, 5: 2.5}),
+        # After min-p, 5 and 1 would have 0.74, and top-p would drop 3.
+        ({"temperature": 1.0, "top_p": 0.7, "min_p": 0.5}, {1: 1.9, 3: 1.9, 5: 2.5}),
         ({"temperature": 1.0, "top_k": 2, "min_p": 0.1}, {1: 1.9, 5: 2.5}),
     ],
 )

@@ -12,15 +12,24 @@ from helpers.likelihoods import continue_greedily, likelihood
 from helpers.tiny_run import fails, mc, untrained_run
 from train.checkpoint import load_run
 from train.harness.command import TASKS, HarnessOptions, check_tasks
+from train.harness.model import HarnessModel
+from train.harness.tokenizer_folder import byte_tokenizer
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 PIQA = [
-    {"goal": "to read", "sol1": "open it", "sol2": "eat it all"},
-    {"goal": "to eat", "sol1": "a cup", "sol2": "bread and salt"},
+    {"goal": "to read", "sol1": "open it", "sol2": "eat it"},
+    {"goal": "to eat", "sol1": "a cup", "sol2": "bread"},
     {"goal": "to sit", "sol1": "chairs", "sol2": "air"},
 ]
-LAMBADA = [{"text": "the sea is deep and blue"}, {"text": "two and two are four"}]
-WIKITEXT = [{"page": "a short page"}, {"page": "another page of words"}]
+# Texts of similar lengths share compiled programs.
+LAMBADA = [
+    {"text": "the deep sea is cold and very blue"},
+    {"text": "two and two are together more, four"},
+]
+WIKITEXT = [
+    {"page": "a short page of some more words"},
+    {"page": "another page that has other words"},
+]
 QUESTIONS = ["who wrote it", "where is it"]
 
 
@@ -48,7 +57,8 @@ def write_task(folder: Path, definition: str, rows: list[dict], split: str, **fi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a linear memory that has not trained."""
-    return untrained_run(tmp_path_factory.mktemp("harness"), "model.mixers=[memory]")
+    words = ("model.mixers=[memory]", "model.layer.aggregation=none")
+    return untrained_run(tmp_path_factory.mktemp("harness"), *words)
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +142,65 @@ def test_scores_equal_those_by_hand(results):
 
 
 def test_limit_length_and_overrides_are_applied(run, results, monkeypatch, capsys):
-    """One question, truncated to 12 tokens in the middle, by the model without a cache."""
+    """One text, truncated to 12 tokens in the middle, by the model with a cache."""
     folder, output = results[3], results[3] / "limited.json"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    override = "model.layer.aggregation=none"
+    override = "model.layer.aggregation=mean"
     words = [override, "--tasks", "local_lambada_openai", "--include-path", folder]
     words += ["--limit", 1, "--max-length", 12, "--output", output]
     assert mc(monkeypatch, "harness", run, *words) == 0
     found = json.loads(output.read_text())
     assert found["config"]["memory_caching"]["overrides"] == [override]
-    context = b"the sea is deep and"
+    context = b"the deep sea is cold and very"
     changed = load_run(run, overrides=[override])[1]
     # " blue" has 5 tokens, so 7 of the context remain.
     total, _ = likelihood(changed, context[:3] + context[-4:], b" blue")
     scores = found["results"]["local_lambada_openai"]
     assert scores["perplexity,none"] == pytest.approx(math.exp(-total), rel=1e-4)
     assert f"run {override}: lm-eval" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using slow pure-python")  # of LongBench's metrics
+def test_needles_are_generated_with_the_tokenizer_of_the_model(run, tmp_path, monkeypatch):
+    """RULER sizes its texts with the model's tokenizer; LongBench scores generated answers."""
+    task = {
+        "include": str(DEFINITIONS / "ruler" / "niah_single_1.yaml"),
+        "task": "local_needles",
+        "tag": [],
+        "metadata": {"version": 1.0, "max_seq_lengths": [700]},
+        "metric_list": [{"metric": "700", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": ["never"], "max_gen_toks": 4},
+    }
+    (tmp_path / "needles.yaml").write_text(yaml.safe_dump(task))
+    rows = [{"context": "a b c", "question": "which letters", "answers": ["x y z"]}]
+    write_task(
+        tmp_path, "longbench/hotpotqa.yaml", rows, "test",
+        generation_kwargs={"until": [], "max_gen_toks": 4},
+    )  # fmt: skip
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    lengths, output = [], tmp_path / "out.json"
+    truncate = HarnessModel._truncate
+    monkeypatch.setattr(
+        HarnessModel,
+        "_truncate",
+        lambda self, ids, new: lengths.append(len(ids)) or truncate(self, ids, new),
+    )
+    words = ["--tasks", "local_needles,local_hotpotqa", "--include-path", tmp_path]
+    assert mc(monkeypatch, "harness", run, *words, "--limit", 3, "--output", output) == 0
+    found = json.loads(output.read_text())["results"]
+    # An untrained model finds nothing.
+    assert found["local_needles"]["700,none"] == 0
+    assert found["local_hotpotqa"]["qa_f1_score,none"] == 0
+    assert len(lengths) == 4
+    assert all(400 < length <= 700 for length in lengths[:3])
+
+
+def test_byte_tokenizer_of_tasks_encodes_bytes():
+    tokenizer, text = byte_tokenizer(), "a é\n\x00 漢"
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert [tokenizer.encode(chr(i)).ids for i in range(128)] == [[i] for i in range(128)]
 
 
 def test_groups_name_only_tasks_of_lm_eval():

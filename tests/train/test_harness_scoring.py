@@ -10,7 +10,7 @@ from helpers.likelihoods import continue_greedily, likelihood
 from mc_core.errors import NotFiniteError
 from train.harness.scoring import batch_rows, score, truncate_middle
 
-CONTEXTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8], [12], [3, 1, 4, 1])
+CONTEXTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8], [12, 0, 3], [3, 1, 4, 1])
 NEW = ([5], [3, 5, 8], [9, 7, 9, 3, 2, 3, 8])
 
 
@@ -46,20 +46,20 @@ def test_long_continuations_are_scored_in_blocks(model, monkeypatch):
     blocks = scoring.make_blocks
     monkeypatch.setattr(scoring, "make_blocks", lambda rows: blocks(rows, 4))
     requests = [(CONTEXTS[0], NEW[2]), (CONTEXTS[1], NEW[1])]
-    for request, one in zip(requests, score(model, requests, 2), strict=True):
+    for request, one in zip(requests, score(model, requests, 3), strict=True):
         assert one.log_probability == pytest.approx(likelihood(model, *request)[0], abs=1e-4)
 
 
 def test_empty_continuations_are_certain(model):
-    (one,) = score(model, [([3], [])], 1)
+    (one,) = score(model, [([3, 1, 4, 1], [])], 3)
     assert one == (0.0, True)
 
 
 def test_nonfinite_logits_are_reported():
-    model = make_model("linear-none", jnp.float32)
+    model = make_model("linear-grm", jnp.float32)
     model.norm.scale.set_value(jnp.full_like(model.norm.scale[...], jnp.nan))
     with pytest.raises(NotFiniteError, match="the logits of a request are not finite"):
-        score(model, [([3], [4])], 1)
+        score(model, [([3, 1, 4, 1], [4])], 3)
 
 
 def test_contexts_are_truncated_in_the_middle():

@@ -22,7 +22,6 @@ from train.interrupt import Terminated, sigterm_as_interrupt
 from train.stdio import replace_unencodable
 from train.user_modules import OPTION, import_modules
 
-
 # `mc` is also Midnight Commander, and the command of the package `memory-caching`.
 PROGRAMS = ("mc", "memory-caching")
 

@@ -32,14 +32,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def apply_overrides(config: DictConfig, words: Sequence[str]) -> DictConfig:
+def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Merge `key=value` overrides into a configuration, which may be modified.
 
     Raises:
         UserError: an override is not valid; the message starts with it.
     """
     # Apply overrides that select a memory or task before those of its other keys.
-    for word in sorted(words, key=lambda word: not TAG.match(word)):
+    for word in sorted(overrides, key=lambda word: not TAG.match(word)):
         if "=" not in word:
             raise UserError(f"{word}: must have the form key=value")
         try:

@@ -106,9 +106,9 @@ def check_extend_inputs(
     if not isinstance(cache, kind):
         raise ValueError(f"cache is a {type(cache).__name__}: must be the layer's {kind.__name__}")
     heads, width = cache.heads
-    if (heads, width) != (config.num_heads, config.head_dim):
+    if (heads, width) != (config.kv_heads, config.head_dim):
         raise ValueError(
-            f"cache has {heads} heads of width {width}: must have {config.num_heads} heads of "
+            f"cache has {heads} heads of width {width}: must have {config.kv_heads} heads of "
             f"width {config.head_dim}, like the layer"
         )
     batch = cache.position.shape[0]

@@ -144,6 +144,11 @@ class MCConfig(Serializable):
         return self.d_model // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_heads
+
+    @property
     def rule(self) -> Aggregation:
         """The properties of the aggregation."""
         return AGGREGATIONS[self.aggregation]
@@ -233,6 +238,8 @@ class AttentionConfig(Serializable):
             token.
         conv_width: width of the causal depthwise convolution before q, k and v; 0 for none.
         output_norm: RMS norm of each head's read (`rms`), or `none`.
+        num_kv_heads: number of heads of keys and values, a divisor of `num_heads`: consecutive
+            heads share one (grouped-query attention, arXiv:2305.13245); None = `num_heads`.
 
     Raises:
         ValueError: a field is invalid; the message states its value and the allowed values.
@@ -244,14 +251,18 @@ class AttentionConfig(Serializable):
     rope_base: float = 10000.0
     conv_width: int = 0
     output_norm: str = "rms"
+    num_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in ("d_model", "num_heads", "window"):
+        for field in ("d_model", "num_heads", "window", "num_kv_heads"):
             check_range(self, field, 1)
         check_range(self, "rope_base", 1.0)
         check_range(self, "conv_width", 0)
         check_choice(self, "output_norm", OUTPUT_NORMS)
+        if self.num_heads % self.kv_heads:
+            allowed = f"a divisor of num_heads = {self.num_heads}"
+            raise_config_error("AttentionConfig", "num_kv_heads", self.num_kv_heads, allowed)
         if self.d_model % (2 * self.num_heads):
             allowed = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
             raise_config_error("AttentionConfig", "d_model", self.d_model, allowed)
@@ -260,6 +271,11 @@ class AttentionConfig(Serializable):
     def head_dim(self) -> int:
         """Key and value width of a head."""
         return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def slots(self, tokens: int) -> int:
         """Return the number of keys and values that a stream of `tokens` tokens stores."""
@@ -290,6 +306,7 @@ class ModelConfig(Serializable):
         rope_base: base of the rotary frequencies of `attention` and `window`.
         num_levels: number of levels of a `log_linear` block, for at most `2 ** (num_levels - 1)`
             tokens.
+        num_kv_heads: number of heads of keys and values of `attention` and `window`; None = all.
     """
 
     vocab_size: int
@@ -302,6 +319,7 @@ class ModelConfig(Serializable):
     attention_window: int = 256
     rope_base: float = 10000.0
     num_levels: int = 16
+    num_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -317,8 +335,9 @@ class ModelConfig(Serializable):
             raise_config_error("ModelConfig", "mixers", list(self.mixers), allowed)
         try:
             _ = self.block_layers
-        except ConfigError as error:  # a width that is invalid for attention
-            raise ConfigError("ModelConfig", f"layer.{error.problem}") from error
+        except ConfigError as error:  # a width or number of heads that is invalid for attention
+            where = "" if error.problem.startswith("num_kv_heads") else "layer."
+            raise ConfigError("ModelConfig", where + error.problem) from error
 
     @property
     def name(self) -> str:
@@ -354,6 +373,7 @@ def _attention_config(model: ModelConfig, window: int | None) -> AttentionConfig
         rope_base=model.rope_base,
         conv_width=layer.conv_width,
         output_norm=layer.output_norm,
+        num_kv_heads=model.num_kv_heads,
     )
 
 

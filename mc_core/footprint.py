@@ -68,8 +68,8 @@ def state_bytes(config: LayerConfig | ModelConfig, tokens: int, item: int = 4) -
     """Return the bytes of the cache of one stream of `tokens` tokens.
 
     This is the total size of the arrays of `init_cache(1, tokens)`. Attention stores `2 d item + 1`
-    bytes per slot, and has one slot per token, or per token of the window. Log-linear attention
-    stores a float32 state per level.
+    bytes per slot, with d the width of all key heads, and has one slot per token, or per token of
+    the window. Log-linear attention stores a float32 state per level.
 
     Args:
         config: configuration of a layer or model, with `constant` or `fenwick` segments.
@@ -83,8 +83,9 @@ def state_bytes(config: LayerConfig | ModelConfig, tokens: int, item: int = 4) -
 
 def layer_parameters(config: LayerConfig) -> int:
     """Return the number of parameters of a layer."""
-    d = config.d_model
-    shared = 4 * d * d + 3 * config.conv_width * d + d * (config.output_norm == "rms")
+    d, kv = config.d_model, config.kv_heads * config.head_dim
+    projections, convolutions = 2 * d * (d + kv), config.conv_width * (d + 2 * kv)
+    shared = projections + convolutions + d * (config.output_norm == "rms")
     return shared + _COSTS[type(config)].parameters(config)
 
 
@@ -106,6 +107,7 @@ def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     and so on; under `fenwick`, the set bits of this number; at most `top_k` under `ssc`):
 
     - projections `8 d²`, and `2 d²` for u; convolution `6 w d`; learned coefficients `2 d h` each;
+      keys and values with fewer heads cost less in proportion;
     - softmax attention: `4 d` per visible token, itself included;
     - log-linear attention: level weights `2 d h` per level; within the chunk `4 d C`; if there are
       several chunks, write `2 P`, and read `2 P` per state of earlier chunks;
@@ -129,7 +131,8 @@ def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     if isinstance(config, ModelConfig):
         layers = sum(flops_per_token(layer, tokens) for layer in config.block_layers)
         return layers + config.num_layers * 6 * d * config.ffn_dim + 2 * d * config.vocab_size
-    shared = 8 * d * d + 6 * config.conv_width * d
+    kv = config.kv_heads * config.head_dim
+    shared = 4 * d * (d + kv) + 2 * config.conv_width * (d + 2 * kv)
     return shared + _COSTS[type(config)].flops(config, tokens)
 
 
@@ -219,8 +222,9 @@ def _cached_count(config: MCConfig, complete: int) -> int:
 
 
 def _attention_state(config: AttentionConfig, tokens: int, item: int) -> int:
-    tails = 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
-    slot = 2 * config.d_model * item + 1  # key, value and mask
+    width = config.kv_heads * config.head_dim
+    tails = 4 * max(config.conv_width - 1, 0) * (config.d_model + 2 * width)
+    slot = 2 * width * item + 1  # key, value and mask
     return config.slots(tokens) * slot + tails + 4 * 2  # position, capacity
 
 

@@ -73,6 +73,11 @@ class LogLinearConfig(Serializable):
         return self.d_model // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_heads
+
+    @property
     def memory(self) -> LinearConfig:
         """The memory of each level, a decayed sum of outer products."""
         return LinearConfig(coefficients=self.retention)

@@ -83,7 +83,7 @@ class AttentionLayer(Mixer):
         check_cache_options(batch, max_tokens, cache_device)
         config = self.config
         slots = config.slots(max_tokens)
-        shape = (batch, slots, config.num_heads, config.head_dim)
+        shape = (batch, slots, config.kv_heads, config.head_dim)
         keys, values = (jnp.zeros(shape, cache_dtype or self._state_dtype()) for _ in range(2))
         if cache_device == "host":
             keys, values = move_to_host(keys), move_to_host(values)
@@ -198,13 +198,15 @@ def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
 
     Args:
         q: [b, t, h, k].
-        k: [b, s, h, k].
-        v: [b, s, h, v].
+        k: [b, s, g, k]; g divides h, and consecutive heads of q share a head of k and v.
+        v: [b, s, g, v].
         visible: bool [b or 1, t, s].
 
     Returns:
         [b, t, h, v] in the dtype of `q`.
     """
+    if q.shape[2] != k.shape[2]:
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     # jax.nn.dot_product_attention computes its softmax in float32 even for float64 inputs.
     scores = einsum_f32("bthk,bshk->bhts", q, k, dtype=q.dtype) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
@@ -219,8 +221,8 @@ def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) 
 
     Args:
         q: [b, t, h, k].
-        k: [b, t, h, k].
-        v: [b, t, h, v].
+        k: [b, t, g, k], as in `attend`.
+        v: [b, t, g, v].
         key_mask: bool [b, t].
         window: number of tokens that a token attends to.
 

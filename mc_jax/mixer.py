@@ -44,19 +44,20 @@ class Mixer(nnx.Module, Pretrained):
         self.config = config
         self.dtype = dtype
         d, width = config.d_model, config.conv_width
+        kv = config.kv_heads * config.head_dim
 
-        def linear() -> Linear:
-            return Linear(d, d, rngs=rngs, param_dtype=param_dtype)
+        def linear(features: int = d) -> Linear:
+            return Linear(d, features, rngs=rngs, param_dtype=param_dtype)
 
         # The order determines the parameters drawn from a seed.
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        self.q_proj, self.k_proj, self.v_proj = linear(), linear(kv), linear(kv)
         if projects_u:
             self.u_proj = linear()
         self.out_proj = linear()
         if width:
             self.q_conv = ShortConv(width, d, param_dtype=param_dtype)
-            self.k_conv = ShortConv(width, d, param_dtype=param_dtype)
-            self.v_conv = ShortConv(width, d, param_dtype=param_dtype)
+            self.k_conv = ShortConv(width, kv, param_dtype=param_dtype)
+            self.v_conv = ShortConv(width, kv, param_dtype=param_dtype)
 
     def _add_output_norm(self, *, param_dtype: Dtype) -> None:
         """Add the output norm. It must come last: PyTorch optimizers rely on parameter order."""
@@ -69,8 +70,9 @@ class Mixer(nnx.Module, Pretrained):
         """Return the `conv` of an empty cache."""
         if not self.config.conv_width:
             return ()
-        shape = (batch, self.config.conv_width - 1, self.config.d_model)
-        return tuple(jnp.zeros(shape, self._state_dtype()) for _ in range(3))
+        shape, kv = (batch, self.config.conv_width - 1), self.config.kv_heads * self.config.head_dim
+        widths, dtype = (self.config.d_model, kv, kv), self._state_dtype()
+        return tuple(jnp.zeros((*shape, width), dtype) for width in widths)
 
     def _state_dtype(self) -> Dtype:
         """Return the state dtype of the parameters; projections may be wrapped."""
@@ -96,7 +98,8 @@ class Mixer(nnx.Module, Pretrained):
             count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
         Returns:
-            q, k and v, each [b, t, h, k], and the cache's field `conv` after these tokens.
+            q [b, t, h, k], k and v [b, t, kv_heads, k], and the cache's field `conv` after these
+            tokens.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tails: Weights = ()
@@ -107,7 +110,8 @@ class Mixer(nnx.Module, Pretrained):
                 conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
             )
             q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
-        q, k, v = (split_heads(x, self.config.num_heads) for x in (q, k, v))
+        q = split_heads(q, self.config.num_heads)
+        k, v = (split_heads(x, self.config.kv_heads) for x in (k, v))
         return q, k, v, tails
 
     def _project_out(self, y: Array, dtype: Dtype) -> Array:

@@ -147,7 +147,7 @@ class AttentionLayer(Mixer):
         del x
         config, (dtype, device) = self.config, self._state_kind()
         slots = config.slots(max_tokens)
-        shape = (batch, slots, config.num_heads, config.head_dim)
+        shape = (batch, slots, config.kv_heads, config.head_dim)
         keys, values = torch.zeros((2, *shape), dtype=cache_dtype or dtype, device=device)
         if cache_device == "host":
             keys, values = move_to_host(keys), move_to_host(values)
@@ -221,13 +221,15 @@ def attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
 
     Args:
         q: [b, t, h, k].
-        k: [b, s, h, k].
-        v: [b, s, h, v].
+        k: [b, s, g, k]; g divides h, and consecutive heads of q share a head of k and v.
+        v: [b, s, g, v].
         visible: bool [b or 1, t, s]; None = causal.
 
     Returns:
         [b, t, h, v] in the dtype of `q`.
     """
+    if q.shape[2] != k.shape[2]:
+        k, v = (torch.repeat_interleave(x, q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.to(q.dtype).transpose(1, 2) for x in (q, k, v))
     visible = None if visible is None else visible[:, None]
     # Under torch.func, only the math kernel has batching rules and higher derivatives.
@@ -244,8 +246,8 @@ def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) 
 
     Args:
         q: [b, t, h, k].
-        k: [b, t, h, k].
-        v: [b, t, h, v].
+        k: [b, t, g, k], as in `attend`.
+        v: [b, t, g, v].
         key_mask: bool [b, t].
         window: number of tokens that a token attends to.
 

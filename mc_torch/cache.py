@@ -92,7 +92,7 @@ class KVCache(NamedTuple):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of heads h and head width k."""
+        """Number of heads of keys and values, and head width k."""
         return tuple(self.keys.shape[2:])
 
     def take(self, rows: Rows) -> "KVCache":

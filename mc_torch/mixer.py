@@ -43,19 +43,20 @@ class Mixer(nn.Module, Hooked, Pretrained):
         super().__init__()
         self.config = config
         d, width = config.d_model, config.conv_width
+        kv = config.kv_heads * config.head_dim
 
-        def linear() -> nn.Linear:
-            return Linear(d, d, device=device, dtype=dtype)
+        def linear(features: int = d) -> nn.Linear:
+            return Linear(d, features, device=device, dtype=dtype)
 
         # The order determines the parameters drawn from a seed.
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        self.q_proj, self.k_proj, self.v_proj = linear(), linear(kv), linear(kv)
         if projects_u:
             self.u_proj = linear()
         self.out_proj = linear()
         if width:
             self.q_conv = ShortConv(width, d, device=device, dtype=dtype)
-            self.k_conv = ShortConv(width, d, device=device, dtype=dtype)
-            self.v_conv = ShortConv(width, d, device=device, dtype=dtype)
+            self.k_conv = ShortConv(width, kv, device=device, dtype=dtype)
+            self.v_conv = ShortConv(width, kv, device=device, dtype=dtype)
 
     def _add_output_norm(self, *, device: torch.device | str | None, dtype: Dtype) -> None:
         """Add the output norm. It must come last: PyTorch optimizers rely on parameter order."""
@@ -68,9 +69,10 @@ class Mixer(nn.Module, Hooked, Pretrained):
         """Return the `conv` of an empty cache."""
         if not self.config.conv_width:
             return ()
-        shape = (3, batch, self.config.conv_width - 1, self.config.d_model)
+        shape, kv = (batch, self.config.conv_width - 1), self.config.kv_heads * self.config.head_dim
         dtype, device = self._state_kind()
-        return tuple(torch.zeros(shape, dtype=dtype, device=device))
+        widths = self.config.d_model, kv, kv
+        return tuple(torch.zeros((*shape, width), dtype=dtype, device=device) for width in widths)
 
     def _state_kind(self) -> tuple[torch.dtype, torch.device]:
         """Return the state dtype and the device of the parameters."""
@@ -100,7 +102,8 @@ class Mixer(nn.Module, Hooked, Pretrained):
             count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
         Returns:
-            q, k and v, each [b, t, h, k], and the cache's field `conv` after these tokens.
+            q [b, t, h, k], k and v [b, t, kv_heads, k], and the cache's field `conv` after these
+            tokens.
         """
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tails: Weights = ()
@@ -111,7 +114,8 @@ class Mixer(nn.Module, Hooked, Pretrained):
                 conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
             )
             q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
-        q, k, v = (split_heads(x, self.config.num_heads) for x in (q, k, v))
+        q = split_heads(q, self.config.num_heads)
+        k, v = (split_heads(x, self.config.kv_heads) for x in (k, v))
         return q, k, v, tails
 
     def _project_out(self, y: Array, dtype: Dtype) -> Array:

@@ -150,9 +150,9 @@ def test_inspection_of_an_untrained_model(run, tmp_path, monkeypatch, capsys):
 def test_commands_need_one_run(run, monkeypatch, capsys):
     config = run.parent / "tiny.yaml"
     for words, message in (
-        (["inspect", "--text", config], "runs: none: must be one"),
-        (["inspect", run, run, "--text", config], "must be one, with any KEY=VALUE"),
-        (["generate", MEAN, "--prompt", "a"], "runs: none: must be one"),
+        (["inspect", "--text", config], "RUN: give a run directory, or the YAML file of a run"),
+        (["inspect", run, run, "--text", config], f"{run}: only keys of model"),
+        (["generate", MEAN, "--prompt", "a"], f"{MEAN}: no checkpoint found"),
         (["evaluate", MEAN], "0 runs: give one"),
     ):
         fails(config, monkeypatch, capsys, message, *words)

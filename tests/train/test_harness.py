@@ -8,11 +8,13 @@ import lm_eval.tasks
 import pytest
 import yaml
 
+from helpers import tokenizer_files
 from helpers.likelihoods import continue_greedily, likelihood
 from helpers.tiny_run import fails, mc, untrained_run
+from mc_core.errors import UserError
 from train.checkpoint import load_run
 from train.harness.command import TASKS, HarnessOptions, check_tasks
-from train.harness.model import HarnessModel
+from train.harness.model import MAX_NEW_TOKENS, HarnessModel
 from train.harness.tokenizer_folder import byte_tokenizer
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
@@ -194,6 +196,24 @@ def test_needles_are_generated_with_the_tokenizer_of_the_model(run, tmp_path, mo
     assert found["local_hotpotqa"]["qa_f1_score,none"] == 0
     assert len(lengths) == 4
     assert all(400 < length <= 700 for length in lengths[:3])
+
+
+def test_generation_options_and_end_of_text_are_those_of_the_task_and_the_tokenizer():
+    tokenizer = tokenizer_files.words("<|endoftext|>", "the", "sea")
+    model = HarnessModel(None, tokenizer)
+    assert model.eot_token_id == model.prefix_token_id == tokenizer.token_to_id("<|endoftext|>")
+    assert model.tok_encode("the sea") == [tokenizer.token_to_id(x) for x in ("the", "sea")]
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 3}
+    options = model._options({"until": "x", **sampled})
+    assert (options.temperature, options.top_p, options.max_tokens) == (0.7, 0.9, 3)
+    assert options.stops == ("x", "<|endoftext|>")
+    greedy = model._options({"until": ["x", "y"], "do_sample": False, "temperature": 1.0})
+    assert (greedy.temperature, greedy.max_tokens) == (0.0, MAX_NEW_TOKENS)
+    with pytest.raises(UserError, match="generation_kwargs: num_beams: not supported"):
+        model._options({"num_beams": 2})
+    model = HarnessModel(None, tokenizer_files.words("the"))
+    with pytest.raises(UserError, match="the tokenizer has no token for the separator of the run"):
+        _ = model.prefix_token_id
 
 
 def test_byte_tokenizer_of_tasks_encodes_bytes():

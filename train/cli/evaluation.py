@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from mc_core.errors import UserError
-from train.cli.options import OVERRIDES, config_option, one_run, output_file, utf8
+from train.cli.options import OVERRIDES, config_option, output_file, utf8
 
 
 class CacheDevice(StrEnum):
@@ -38,7 +38,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN... [KEY=VALUE]...",
-            help=f"run directory, several with --recall; {OVERRIDES}",
+            help="run directory, several with --recall; changes of the model, such as "
+            "model.layer.aggregation=mean",
         ),
     ],
     task: Annotated[TaskName | None, typer.Option(show_default="the run's")] = None,
@@ -137,10 +138,8 @@ def evaluate(
 
 
 def inspect(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN [KEY=VALUE]...", help=f"run directory, {OVERRIDES}"),
-    ] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="run directory")] = None,
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
     *,
     text: Annotated[Path, typer.Option(help="text file")],
     random: Annotated[
@@ -166,11 +165,14 @@ def inspect(
     from train.evaluation.inspect import inspect as run_inspection
     from train.evaluation.traces import load_trained, make_untrained
 
-    if random is None:
-        run, overrides = one_run(words)
-        source, folder = load_trained(run, overrides), run / "inspect"
+    words = overrides or []
+    if random is not None:
+        words = words if run is None else [str(run), *words]
+        source, folder = make_untrained(random, words), Path("inspect")
+    elif run is not None:
+        source, folder = load_trained(run, words), run / "inspect"
     else:
-        source, folder = make_untrained(random, words or ()), Path("inspect")
+        raise UserError("RUN: give a run directory, or the YAML file of a run with --random")
     run_inspection(
         source,
         text,
@@ -183,13 +185,11 @@ def inspect(
 
 
 def generate(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN [KEY=VALUE]...",
-            help=f"a run's folder or a .safetensors file of mc convert, {OVERRIDES}",
-        ),
+    run: Annotated[
+        Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
     ],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    *,
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="a file with the text; - is stdin")
@@ -251,13 +251,12 @@ def generate(
         batch_size=batch_size,
     )
     given = read_prompts(prompt, prompt_file, prompts)
-    run, overrides = one_run(words)
     run_generation(
         run,
         given,
         options,
         tokenizer=tokenizer,
-        overrides=overrides,
+        overrides=overrides or (),
         output=output,
         as_lines=prompts is not None,
     )

@@ -6,17 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from train.cli.options import OVERRIDES, one_run, output_file
+from train.cli.options import OVERRIDES, output_file
 
 
 def harness(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN [KEY=VALUE]...",
-            help=f"a run's folder or a .safetensors file of mc convert, {OVERRIDES}",
-        ),
+    run: Annotated[
+        Path, typer.Argument(help="a run's folder, or a .safetensors file of mc convert")
     ],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    *,
     tasks: Annotated[
         str,
         typer.Option(
@@ -62,5 +60,6 @@ def harness(
         max_length=max_length,
         tokenizer=tokenizer,
     )
-    run, overrides = one_run(words)
-    run_harness(run, options, Console(), overrides=overrides, output=output, markdown=markdown)
+    run_harness(
+        run, options, Console(), overrides=overrides or (), output=output, markdown=markdown
+    )

@@ -1,6 +1,5 @@
 """Command-line options shared by several commands."""
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ Aggregation = StrEnum("Aggregation", list(AGGREGATIONS))  # type: ignore[misc]
 Segmentation = StrEnum("Segmentation", list(SEGMENTATIONS))  # type: ignore[misc]
 
 
-# Help of `KEY=VALUE` arguments after a run.
-OVERRIDES = "then changes of the model such as model.layer.aggregation=mean"
+# `KEY=VALUE` arguments after a run.
+OVERRIDES: Any = typer.Argument(
+    metavar="[KEY=VALUE]...", help="changes of the model, such as model.layer.aggregation=mean"
+)
 
 
 def output_file(what: str, **options: Any) -> Any:
@@ -52,21 +53,6 @@ def config_option(what: str, **options: Any) -> Any:
         options: further arguments of `typer.Option`.
     """
     return typer.Option(help=f"{what}, or a name of `mc configs`", callback=_find_config, **options)
-
-
-def one_run(words: Sequence[str] | None) -> tuple[Path, list[str]]:
-    """Return the run and the overrides of a command with one run.
-
-    Raises:
-        UserError: there is not exactly one run.
-    """
-    from train.config.overrides import split_words
-
-    runs, overrides = split_words(words or ())
-    if len(runs) != 1:
-        given = ", ".join(map(str, runs)) or "none"
-        raise UserError(f"runs: {given}: must be one, with any KEY=VALUE of the model after it")
-    return runs[0], overrides
 
 
 def utf8(word: str) -> str:

@@ -57,15 +57,22 @@ class HarnessModel(TemplateLM):
         self._batch_size = batch_size
         self._info = info or {}
         between = choose_separator(separator, tokenizer)
-        if between.token is None:
-            self._prefix = int(self._encode(between.text or NEWLINE.encode())[-1])
-        else:
-            self._prefix = between.token
+        ids = self._encode(between.text or NEWLINE.encode()).tolist()
+        self._prefix = between.token if between.token is not None else ids[-1] if ids else None
         self._end_of_text = between.name
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token between documents."""
+        """Id of the token between documents.
+
+        Raises:
+            UserError: the tokenizer has none.
+        """
+        if self._prefix is None:
+            raise UserError(
+                "the tokenizer has no token for the separator of the run, which precedes texts "
+                "without a context"
+            )
         return self._prefix
 
     @property

@@ -38,7 +38,7 @@ def logits(model: LanguageModel) -> np.ndarray:
     "words",
     [
         pytest.param((MEAN,), marks=pytest.mark.slow),
-        (MEAN, "model.layer.segmentation=fenwick"),
+        pytest.param((MEAN, "model.layer.segmentation=fenwick"), marks=pytest.mark.slow),
         pytest.param(
             ("model.layer.aggregation=residual", "model.layer.segment_size=4"),
             marks=pytest.mark.slow,

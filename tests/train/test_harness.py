@@ -143,6 +143,7 @@ def test_scores_equal_those_by_hand(results):
     assert "commit" in found["config"]["memory_caching"]["machine"]
 
 
+@pytest.mark.slow
 def test_limit_length_and_overrides_are_applied(run, results, monkeypatch, capsys):
     """One text, truncated to 12 tokens in the middle, by the model with a cache."""
     folder, output = results[3], results[3] / "limited.json"

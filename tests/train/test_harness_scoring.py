@@ -42,6 +42,7 @@ def test_scores_equal_full_passes_and_contexts_are_read_once(model, monkeypatch)
     assert sum(finished) == len(requests)
 
 
+@pytest.mark.slow
 def test_long_continuations_are_scored_in_blocks(model, monkeypatch):
     blocks = scoring.make_blocks
     monkeypatch.setattr(scoring, "make_blocks", lambda rows: blocks(rows, 4))

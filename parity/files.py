@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mc_core.prefixes import find_state_dict, strip_prefixes
@@ -39,6 +40,9 @@ class Format(NamedTuple):
     framework: str  # layout of the weights, "jax" or "torch"
     read: Callable[[Path], ModuleWeights]
     write: Callable[[Path, Config, Flat], None]  # expects weights in `layout`
+    # Outputs of a written module, in float64, by the loader that its users call; None: the outputs
+    # of `mc_jax` or `mc_torch` with the weights that `read` returns.
+    outputs: Callable[[Path, Config, np.ndarray], np.ndarray] | None = None
 
 
 def read_safetensors(path: Path) -> ModuleWeights:

@@ -302,10 +302,10 @@ def test_invalid_inputs_are_rejected():
 
 
 def test_mc_torch_imports_without_jax():
-    """The package runs if jax, flax and safetensors cannot be imported."""
+    """The package runs if jax, flax, safetensors and transformers cannot be imported."""
     code = """
 import sys
-for name in ("jax", "jaxlib", "flax", "optax", "safetensors"):
+for name in ("jax", "jaxlib", "flax", "optax", "safetensors", "transformers"):
     sys.modules[name] = None
 import torch
 from mc_core import MCConfig

@@ -14,6 +14,8 @@ from mc_core.weights import Flat, to_jax, to_torch
 from mc_jax.pretrained import read_file
 from parity.weights import to_numpy, to_tensor
 
+TRAINING_KEY = "training"  # of a training loop's state in a checkpoint with a configuration
+
 
 class ModuleWeights(NamedTuple):
     """The parameters of a module, in the layout of one framework."""
@@ -65,14 +67,16 @@ def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | N
 def read_state_dict(path: Path) -> ModuleWeights:
     """Read a file of `write_state_dict`, or a `state_dict` without configuration.
 
-    The latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are
-    removed, and a message is logged.
+    The former may have an entry `training` with the state of a training loop, which is ignored. The
+    latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are removed,
+    and a message is logged.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         config = None
         if isinstance(loaded, dict) and _is_described(loaded):
-            description = {key: value for key, value in loaded.items() if key != "state_dict"}
+            others = ("state_dict", TRAINING_KEY)
+            description = {key: value for key, value in loaded.items() if key not in others}
             config, loaded = read_description(description, Config), loaded["state_dict"]
         tensors = strip_prefixes(find_state_dict(loaded, path, torch.is_tensor), path)
     except OSError:
@@ -97,7 +101,7 @@ STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
 
 def _is_described(loaded: dict[str, Any]) -> bool:
     """Return True for files of `write_state_dict`, including other versions and damaged ones."""
-    others = loaded.keys() - {"state_dict"}
+    others = loaded.keys() - {"state_dict", TRAINING_KEY}
     alone = bool(others) and others <= {"version", "module", "config"}
     return "state_dict" in loaded and ("version" in loaded or alone)
 

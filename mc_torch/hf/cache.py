@@ -14,7 +14,7 @@ from mc_torch.numerics import Array, Dtype
 class StreamCache(Cache):
     """Caches of all blocks, from `LanguageModel.init_cache`; they grow as tokens arrive.
 
-    Pass it as `past_key_values` (named `cache` since transformers 5.24).
+    Pass it as `past_key_values`, which newer versions of transformers name `cache`.
 
     Args:
         cache_dtype: dtype of the cached memories; None = that of the online memory.

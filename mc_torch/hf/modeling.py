@@ -17,7 +17,7 @@ from mc_torch.model import LanguageModel
 from mc_torch.modules import call_hooked
 from mc_torch.numerics import Array, compute_dtype, remat
 
-# The name of the cache in calls and outputs changed in transformers 5.24.
+# The name of the cache in calls and outputs, which newer versions of transformers changed.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 
 
@@ -160,15 +160,18 @@ class MemoryCachingForCausalLM(PreTrainedModel, GenerationMixin):
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
         self.model.config = self.config.to_model_config()
+        embeddings._is_hf_initialized = True  # type: ignore[assignment]
         return embeddings
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw the parameters that a checkpoint lacks, as the constructor does."""
         missing = {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if not getattr(parameter, "_is_hf_initialized", False)
+            f"{path}.{name}": parameter
+            for path, module in self.model.named_modules()
+            if not _is_initialized(module)
+            for name, parameter in module.named_parameters(recurse=False)
+            if not _is_initialized(parameter)
         }
         if missing:
             drawn = dict(LanguageModel(self.model.config).named_parameters())
@@ -241,6 +244,11 @@ class MemoryCachingForCausalLM(PreTrainedModel, GenerationMixin):
             new = [invalidate_rows(state, invalid[:, -1]) for state in new]
         cache.advance(tuple(new), x.shape[1])
         return x
+
+
+def _is_initialized(part: nn.Module | Array) -> bool:
+    """Return True if transformers, or the constructor, has marked a module or parameter."""
+    return getattr(part, "_is_hf_initialized", False)
 
 
 def _padding(attention_mask: Array | None, tokens: Array) -> Array | None:

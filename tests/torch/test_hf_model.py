@@ -102,6 +102,8 @@ def test_resized_vocabulary(tie, tmp_path):
     after = model(IDS + 3).logits
     assert after.shape[-1] == VOCABULARY + 3
     assert torch.equal(model(IDS).logits[..., :VOCABULARY], before)
+    model.post_init()  # must not draw the resized weights again
+    assert torch.equal(model(IDS + 3).logits, after)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(IDS + 3).logits, after)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mc_core.prefixes import find_state_dict, strip_prefixes
@@ -12,6 +13,8 @@ from mc_core.pretrained import Config, describe, read_description, to_metadata
 from mc_core.weights import Flat, to_jax, to_torch
 from mc_jax.pretrained import read_file
 from parity.weights import to_numpy, to_tensor
+
+TRAINING_KEY = "training"  # of a training loop's state in a checkpoint with a configuration
 
 
 class ModuleWeights(NamedTuple):
@@ -39,6 +42,9 @@ class Format(NamedTuple):
     framework: str  # layout of the weights, "jax" or "torch"
     read: Callable[[Path], ModuleWeights]
     write: Callable[[Path, Config, Flat], None]  # expects weights in `layout`
+    # Outputs of a written module, in float64, by the loader that its users call; None: the outputs
+    # of `mc_jax` or `mc_torch` with the weights that `read` returns.
+    outputs: Callable[[Path, Config, np.ndarray], np.ndarray] | None = None
 
 
 def read_safetensors(path: Path) -> ModuleWeights:
@@ -61,14 +67,16 @@ def write_safetensors(path: Path, config: Config, flat: Flat, tokenizer: str | N
 def read_state_dict(path: Path) -> ModuleWeights:
     """Read a file of `write_state_dict`, or a `state_dict` without configuration.
 
-    The latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are
-    removed, and a message is logged.
+    The former may have an entry `training` with the state of a training loop, which is ignored. The
+    latter may also be an entry of a checkpoint. Prefixes that wrappers add to names are removed,
+    and a message is logged.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         config = None
         if isinstance(loaded, dict) and _is_described(loaded):
-            description = {key: value for key, value in loaded.items() if key != "state_dict"}
+            others = ("state_dict", TRAINING_KEY)
+            description = {key: value for key, value in loaded.items() if key not in others}
             config, loaded = read_description(description, Config), loaded["state_dict"]
         tensors = strip_prefixes(find_state_dict(loaded, path, torch.is_tensor), path)
     except OSError:
@@ -93,7 +101,7 @@ STATE_DICT = Format("torch", "torch", read_state_dict, write_state_dict)
 
 def _is_described(loaded: dict[str, Any]) -> bool:
     """Return True for files of `write_state_dict`, including other versions and damaged ones."""
-    others = loaded.keys() - {"state_dict"}
+    others = loaded.keys() - {"state_dict", TRAINING_KEY}
     alone = bool(others) and others <= {"version", "module", "config"}
     return "state_dict" in loaded and ("version" in loaded or alone)
 

@@ -35,6 +35,16 @@ assert find_spec("jax") is None
 y = MemoryCachingLayer(config)(torch.ones(2, 20, 8))
 assert y.shape == (2, 20, 8) and y.isfinite().all(), y
 """
+HF_MODEL = """
+import torch
+from transformers import AutoModelForCausalLM
+from mc_torch.hf import MemoryCachingConfig, MemoryCachingForCausalLM
+assert find_spec("jax") is None
+config = MemoryCachingConfig(vocab_size=256, num_layers=1, layer=config)
+MemoryCachingForCausalLM(config).save_pretrained("folder")
+model = AutoModelForCausalLM.from_pretrained("folder")
+assert model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=4).shape == (1, 7)
+"""
 TRAIN = "demo_none run.steps=3 optimizer.warmup_steps=1 data.validation_bytes=4096"
 NEED_TRAIN = "is not installed: pip install 'memory-caching-jax[train]'"
 
@@ -68,6 +78,7 @@ def mc(words: str, code: int = 0, text: str = "") -> SmokeTest:
 ENVIRONMENTS: dict[str, list[tuple[list[str], list[SmokeTest]]]] = {
     "jax": [(["{}[jax]"], [python(LAYER + JAX_LAYER), mc("configs", 2, NEED_TRAIN)])],
     "torch": [(["{}[torch]", TORCH], [python(LAYER + TORCH_LAYER), mc("configs", 2, NEED_TRAIN)])],
+    "hf": [(["{}[hf]", TORCH], [python(LAYER + HF_MODEL)])],
     "train": [
         (
             ["{}[train]"],

@@ -15,6 +15,7 @@ from mc_core.weights import Flat
 from parity import convert as between
 from parity.community import community_format
 from parity.files import SAFETENSORS, STATE_DICT, Format, ModuleWeights, write_safetensors
+from parity.hf import folder_tokenizer, hf_format, is_folder
 from parity.weights import jax_weights, load_jax
 from train.checkpoint import Checkpoints, Meta, load_run, run_tokenizer
 from train.config import TrainConfig, to_dict
@@ -43,10 +44,11 @@ def convert(
     """Convert weights, and print the result of the verification.
 
     Args:
-        source: run directory or weight file.
+        source: run directory, folder of transformers, or weight file.
         target: path to write; must not exist.
-        source_format: `run`, `safetensors` or `torch`; None = inferred from the path.
-        target_format: like `source_format`.
+        source_format: `run`, `safetensors`, `torch`, `hf` or `community`; None = inferred from the
+            path.
+        target_format: `run`, `safetensors` or `torch`; None = inferred from the path.
         config: configuration of a new run, or of a `state_dict` without configuration.
         console: receives the result.
 
@@ -57,7 +59,10 @@ def convert(
     """
     notes: list[str] = []
     community = community_format(notes.append)
-    formats = {form.name: form for form in (run_format(config), SAFETENSORS, STATE_DICT, community)}
+    formats = {
+        form.name: form
+        for form in (run_format(config), SAFETENSORS, STATE_DICT, hf_format(), community)
+    }
     read = formats[source_format or _format_of(source)]
     write = formats[target_format or _format_of(target)]
     if write.name == "run" and config is None:
@@ -95,6 +100,8 @@ def tokenizer_of(source: Path, source_format: str) -> str | None:
             return read_tokenizer(source)
         except ValueError as error:
             raise UserError(str(error)) from error
+    if source_format == "hf":
+        return folder_tokenizer(source)
     return run_tokenizer(source) if source_format == "run" else None
 
 
@@ -131,9 +138,12 @@ def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
 def _format_of(path: Path) -> str:
     if path.suffix in SUFFIXES:
         return SUFFIXES[path.suffix]
+    if is_folder(path):
+        return "hf"
     if path.is_dir() or not (path.exists() or path.suffix):
         return "run"
     raise UserError(
-        f"{path}: unknown format; must be a run directory, a .safetensors or a .pt file, "
+        f"{path}: unknown format; must be a run directory, a folder of transformers, a "
+        ".safetensors or a .pt file, "
         "or give --from or --to"
     )

@@ -302,10 +302,10 @@ def test_invalid_inputs_are_rejected():
 
 
 def test_mc_torch_imports_without_jax():
-    """The package runs if jax, flax and safetensors cannot be imported."""
+    """The package runs if jax, flax, safetensors and transformers cannot be imported."""
     code = """
 import sys
-for name in ("jax", "jaxlib", "flax", "optax", "safetensors"):
+for name in ("jax", "jaxlib", "flax", "optax", "safetensors", "transformers"):
     sys.modules[name] = None
 import torch
 from mc_core import MCConfig
@@ -317,15 +317,3 @@ assert y.shape == (1, 9, 8)
     sources = "".join(path.read_text() for path in (ROOT / "mc_torch").rglob("*.py"))
     assert "import jax" not in sources
     assert "from jax" not in sources
-
-
-@pytest.mark.slow
-def test_training_example_runs():
-    path = ROOT / "examples" / "train_torch.py"
-    assert len(path.read_text().splitlines()) < 80
-    command = [sys.executable, str(path), "--steps", "30", "--batch", "2", "--window", "256"]
-    lines = subprocess.run(
-        command, check=True, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-    ).stdout.splitlines()
-    bits = [float(line.split()[2]) for line in lines if line.startswith("step")]
-    assert bits[-1] < bits[0] < 8.5

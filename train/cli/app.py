@@ -17,7 +17,7 @@ from train.cli.harness import harness
 from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
 from train.cli.training import demo, sweep, tokenize, train
-from train.cli.weights import convert
+from train.cli.weights import convert, export
 from train.interrupt import Terminated, sigterm_as_interrupt
 from train.stdio import replace_unencodable
 from train.user_modules import OPTION, import_modules
@@ -79,6 +79,7 @@ for command in (
     inspect,
     generate,
     convert,
+    export,
     variants,
     segments,
     configs,

@@ -1,4 +1,4 @@
-"""`mc convert`. Commands import lazily, to start quickly."""
+"""`mc convert` and `mc export`. Commands import lazily, to start quickly."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -25,10 +25,13 @@ class SourceFormat(StrEnum):
     SAFETENSORS = "safetensors"
     TORCH = "torch"
     COMMUNITY = "community"
+    HF = "hf"
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="a run's directory, a .safetensors or .pt file")],
+    source: Annotated[
+        Path, typer.Argument(help="a run, a folder of mc export, a .safetensors or .pt file")
+    ],
     target: Annotated[Path, typer.Argument(help="path to write; must not exist")],
     source_format: Annotated[
         SourceFormat | None,
@@ -48,3 +51,19 @@ def convert(
     from train.convert import convert as run
 
     run(source, target, source_format, target_format, loaded, Console())
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    with_code: Annotated[
+        bool,
+        typer.Option(
+            "--with-code", help="add the model's code, for trust_remote_code=True without mc_torch"
+        ),
+    ] = False,
+) -> None:
+    """Write a run as a folder that Hugging Face transformers loads."""
+    from train.export import export as run_export
+
+    run_export(run, folder, with_code=with_code, console=Console())

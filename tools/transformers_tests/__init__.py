@@ -1,0 +1,1 @@
+"""The common tests of models in Hugging Face transformers, run on `MemoryCachingForCausalLM`."""

@@ -1,6 +1,7 @@
 """Export of runs to folders of Hugging Face transformers, verified before they appear."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ FIGURES = (
 )
 
 
-def export(run: Path, folder: Path, *, with_code: bool, console: Console) -> between.Proof:
+def export(
+    run: Path,
+    folder: Path,
+    *,
+    with_code: bool,
+    console: Console,
+    overrides: Sequence[str] = (),
+) -> between.Proof:
     """Write the last checkpoint of a run as a folder of Hugging Face transformers.
 
     The folder is written under a temporary name and loaded with transformers. It gets its name only
@@ -46,21 +54,25 @@ def export(run: Path, folder: Path, *, with_code: bool, console: Console) -> bet
         folder: folder to write; must not exist.
         with_code: add the code of the model, for `trust_remote_code=True`.
         console: receives the result.
+        overrides: `key=value` changes of the configuration that need no new parameter; see
+            `train.config.overrides`.
 
     Raises:
-        UserError: transformers is not installed, the run or a path cannot be used, or the
-            verification fails. Nothing is written in these cases.
+        UserError: transformers is not installed, the run, a path or an override cannot be used, or
+            the verification fails. Nothing is written in these cases.
         OSError: a file cannot be read or written.
     """
     import_hf()
-    config, model, step, _ = load_run(run)
+    config, model, step, _ = load_run(run, overrides=overrides)
     if with_code:
         _check_carried(config)
     tokenizer, files = None, TokenizerFiles({}, None)
     if not isinstance(config.data, MQARConfig):
         tokenizer = hash_of(config.tokenizer) or "bytes"
         files = tokenizer_files(config.tokenizer, config.model.vocab_size)
-    card = model_card(run, config, step, with_code=with_code, has_text=bool(files.files))
+    card = model_card(
+        run, config, step, with_code=with_code, has_text=bool(files.files), overrides=overrides
+    )
 
     def add_files(path: Path) -> None:
         for name, content in (*files.files.items(), (CARD, card.encode())):
@@ -88,7 +100,13 @@ def export(run: Path, folder: Path, *, with_code: bool, console: Console) -> bet
 
 
 def model_card(
-    run: Path, config: TrainConfig, step: int, *, with_code: bool, has_text: bool
+    run: Path,
+    config: TrainConfig,
+    step: int,
+    *,
+    with_code: bool,
+    has_text: bool,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Return the model card: figures of the run, how to load the model, and its configuration.
 
@@ -98,6 +116,7 @@ def model_card(
         step: step of the checkpoint.
         with_code: the folder has the code of the model.
         has_text: the folder has a tokenizer.
+        overrides: changes of the configuration since training, to which the figures do not apply.
     """
     figures = _figures(run) or {"steps": step}
     rows = [f"| {name} | {figures[key]:{form}} |" for key, name, form in FIGURES if key in figures]
@@ -114,6 +133,11 @@ def model_card(
         f"Language model with Memory Caching ({PAPER}): {config.model.num_layers} blocks of "
         f"{config.model.name}, trained on `data.task = {config.data.task}`.",
         "",
+        *(
+            [f"Changed after training, unlike in the figures: `{' '.join(overrides)}`.", ""]
+            if overrides
+            else []
+        ),
         "| figure | value |",
         "|---|---|",
         *rows,

@@ -49,9 +49,20 @@ def test_folder_loads_as_the_run(run, folder):
     assert model.generation_config.pad_token_id == 0
     for name, array in to_torch(jax_weights(source)).items():
         assert torch.equal(model.model.get_parameter(name), torch.tensor(array)), name
+    plain = mc_torch.LanguageModel.from_pretrained(folder)
+    ids = torch.arange(12)[None]
+    assert torch.equal(plain(ids), model(ids).logits)
     card = (folder / "README.md").read_text()
     assert "| optimizer steps | 0 |" in card
     assert "trust_remote_code" not in card
+
+
+def test_overrides_change_the_exported_configuration(run, tmp_path, monkeypatch):
+    changed = "model.layer.aggregation=mean"
+    assert mc(monkeypatch, "export", run, tmp_path / "folder", changed) == 0
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["layer"]["aggregation"] == "mean"
+    assert changed in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_greedy_text_equals_mc_generate(run, folder, monkeypatch, capsys):

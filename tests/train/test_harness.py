@@ -13,9 +13,9 @@ from helpers.likelihoods import continue_greedily, likelihood
 from helpers.tiny_run import fails, mc, untrained_run
 from mc_core.errors import UserError
 from train.checkpoint import load_run
+from train.data.hf_tokenizer import byte_tokenizer
 from train.harness.command import TASKS, HarnessOptions, check_tasks
 from train.harness.model import MAX_NEW_TOKENS, HarnessModel
-from train.harness.tokenizer_folder import byte_tokenizer
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 PIQA = [

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from train.cli.options import config_option
+from train.cli.options import OVERRIDES, config_option
 
 
 class WeightsFormat(StrEnum):
@@ -56,6 +56,7 @@ def convert(
 def export(
     run: Annotated[Path, typer.Argument(help="run directory")],
     folder: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
     with_code: Annotated[
         bool,
         typer.Option(
@@ -66,4 +67,5 @@ def export(
     """Write a run as a folder that Hugging Face transformers loads."""
     from train.export import export as run_export
 
-    run_export(run, folder, with_code=with_code, console=Console())
+    options = {"with_code": with_code, "overrides": overrides or ()}
+    run_export(run, folder, **options, console=Console())

@@ -67,5 +67,5 @@ def export(
     """Write a run as a folder that Hugging Face transformers loads."""
     from train.export import export as run_export
 
-    options = {"with_code": with_code, "overrides": overrides or ()}
-    run_export(run, folder, **options, console=Console())
+    changes = overrides or ()
+    run_export(run, folder, with_code=with_code, console=Console(), overrides=changes)

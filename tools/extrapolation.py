@@ -11,30 +11,33 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from mc_core.files import to_png, write_atomic
+from mc_core.files import to_json, to_png, write_atomic
 from mc_core.tables import ResultTable
 
+TRAINED = "as trained"  # the model without changes
 Group = tuple[str, str]  # folder of the runs of all seeds, and the changes of the model
 
 
-def collect(files: Sequence[Path]) -> dict[Group, dict[int, list[dict[str, Any]]]]:
+def collect(reports: Sequence[dict[str, Any]]) -> dict[Group, dict[int, list[dict[str, Any]]]]:
     """Return the scores of all seeds by group and by length of the window.
 
+    Args:
+        reports: written by `mc evaluate --lengths --json`.
+
     Raises:
-        ValueError: the files score different texts.
+        ValueError: the reports score different texts.
     """
     found: dict[Group, dict[int, list[dict[str, Any]]]] = {}
     texts = set()
-    for file in files:
-        report = json.loads(file.read_text())
+    for report in reports:
         texts.add(report["sha256"])
         for model in report["models"]:
-            group = Path(report["run"]).parent.name, " ".join(model["overrides"]) or "as trained"
+            group = Path(report["run"]).parent.name, " ".join(model["overrides"]) or TRAINED
             lengths = found.setdefault(group, defaultdict(list))
             for row in model["lengths"]:
                 lengths[row["length"]].append(row)
     if len(texts) > 1:
-        raise ValueError("the files score different texts: use one text for all runs")
+        raise ValueError("the reports score different texts: use one text for all runs")
     return found
 
 
@@ -80,19 +83,37 @@ def draw(found: dict[Group, dict[int, list[dict[str, Any]]]]) -> bytes:
     return to_png(figure)
 
 
+def as_record(reports: Sequence[dict[str, Any]]) -> bytes:
+    """Return one line of JSON per report, without the bits by position."""
+    lines = []
+    for report in reports:
+        models = [
+            model
+            | {"lengths": [{k: v for k, v in row.items() if k != "positions"} for row in rows]}
+            for model in report["models"]
+            for rows in [model["lengths"]]
+        ]
+        lines.append(to_json(report | {"models": models}))
+    return "".join(lines).encode()
+
+
 def main() -> None:
     """Print the table, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON file of each run")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--record", type=Path, help="output file of all numbers, as JSON lines")
     given = parser.parse_args()
-    found = collect(given.files)
+    reports = [json.loads(file.read_text()) for file in given.files]
+    found = collect(reports)
     table = make_table(found)
     print(table.as_markdown())
     table.save(None, given.markdown)
     if given.plot:
         write_atomic(given.plot, draw(found))
+    if given.record:
+        write_atomic(given.record, as_record(reports))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from mc_core.errors import UserError
+from tools.extrapolation import TRAINED, collect
 from train.sweeps.results import RunResult, read_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,15 +52,17 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
 
     Args:
         name: name of the table.
-        spec: of a table of slices as in `slice_lines`, otherwise `record` (a file or list of
-            files), `rows` and `columns` (label -> overrides; a row with `only` has runs in that
-            column alone), `common` (overrides of all cells), `seeds` (default: all), `value` (one
-            or several of `accuracy`, `bits`, `state` and `test <tokens>`), `empty` (text of cells
-            without runs; without it, they are an error) and `cost` (true: state and operations of
-            the row's first run).
+        spec: with the key `slices` or `lengths`, as in `slice_lines` or `length_lines`. Otherwise
+            `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row with
+            `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
+            (default: all), `value` (one or several of `accuracy`, `bits`, `state` and
+            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
+            and `cost` (true: state and operations of the row's first run).
     """
     if "slices" in spec:
         return slice_lines(spec)
+    if "lengths" in spec:
+        return length_lines(spec)
     columns: Mapping[str, Selection] = spec.get("columns", {"": {}})
     values = [spec["value"]] if isinstance(spec["value"], str) else spec["value"]
     head = [
@@ -99,6 +102,25 @@ def slice_lines(spec: Mapping[str, Any]) -> list[str]:
         cells = [f"{100 * own[0]['share']:.1f}", f"{own[0]['bits']:.2f}"]
         cells += [f"{row['difference']:+.2f}" for row in own[1:]]
         lines.append(_line([name, *cells]))
+    return lines
+
+
+def length_lines(spec: Mapping[str, Any]) -> list[str]:
+    """Return the Markdown lines of a table of bits per byte by length of the window.
+
+    Args:
+        spec: `lengths` (a file that `tools.extrapolation --record` has written), `corner`, and
+            `rows` (label -> the folder of the runs and the changes of the model).
+    """
+    text = (EVIDENCE / spec["lengths"]).read_text(encoding="utf-8")
+    found = collect([json.loads(line) for line in text.splitlines()])
+    windows = sorted(next(iter(found.values())))
+    head = [spec["corner"], *(f"{window:,}" for window in windows)]
+    lines = [_line(head), _line(["---", *["---:"] * len(windows)])]
+    for label, (runs, *changes) in spec["rows"].items():
+        scores = found[runs, " ".join(f"model.layer.{change}" for change in changes) or TRAINED]
+        cells = [_mean([row["bits_per_byte"] for row in scores[window]], 3) for window in windows]
+        lines.append(_line([label, *cells]))
     return lines
 
 
@@ -165,7 +187,10 @@ def shown(runs: Sequence[RunResult], value: str) -> str:
     if value == "state":
         return f"{runs[0]['state_bytes'] / 1000:,.0f} kB"
     each = numbers(runs, value)
-    digits = 3 if value == "bits" else 1
+    return _mean(each, 3 if value == "bits" else 1)
+
+
+def _mean(each: Sequence[float], digits: int) -> str:
     text = f"{mean(each):.{digits}f}"
     return text if len(each) == 1 else f"{text} ({min(each):.{digits}f}–{max(each):.{digits}f})"
 

@@ -100,8 +100,13 @@ def test_tokenizer_file_encodes_as_in_training(tokenizer, tmp_path):
         {"id": 3, "content": "reads", "special": True, "single_word": False, "lstrip": False}
         | {"rstrip": False, "normalized": False}
     ]
-    data["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst"}
-    data["truncation"]["stride"] = 0
+    first, text = {"id": "reads", "type_id": 0}, {"id": "A", "type_id": 0}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": first}, {"Sequence": text}],
+        "pair": [{"Sequence": text}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"reads": {"id": "reads", "ids": [3], "tokens": ["reads"]}},
+    }
     Path(tokenizer).write_text(json.dumps(data))
     files, padding = tokenizer_files(tokenizer, 4)
     assert padding == 3

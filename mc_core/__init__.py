@@ -1,6 +1,7 @@
 """Shared by both frameworks: configurations and plans of segments and chunks. NumPy only."""
 
-from mc_core.config import AttentionConfig, MCConfig, ModelConfig
+from mc_core.attention import AttentionConfig
+from mc_core.config import MCConfig, ModelConfig
 from mc_core.log_linear import LogLinearConfig
 from mc_core.memories import MemoryConfig, register_memory
 from mc_core.memory_kinds import (

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mc_core.config import AttentionConfig, LayerConfig, MCConfig, ModelConfig
+from mc_core.attention import AttentionConfig
+from mc_core.config import LayerConfig, MCConfig, ModelConfig
 from mc_core.log_linear import LogLinearConfig, mean_reads
 from mc_core.segmentation import segment_lengths
 

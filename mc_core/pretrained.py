@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+from mc_core.attention import AttentionConfig
 from mc_core.checks import check_keys
-from mc_core.config import AttentionConfig, LayerConfig, MCConfig, ModelConfig
+from mc_core.config import LayerConfig, MCConfig, ModelConfig
 from mc_core.log_linear import LogLinearConfig
 from mc_core.weights import ArraySpec
 

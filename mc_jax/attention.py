@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mc_core.argument_checks import check_inputs
+from mc_core.attention import AttentionConfig
 from mc_core.cache_checks import check_cache_options, check_extend_inputs
-from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
 from mc_jax.mixer import Mixer, extend_rows

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mc_core.argument_checks import check_inputs
+from mc_core.attention import AttentionConfig
 from mc_core.cache_checks import check_cache_options, check_extend_inputs
-from mc_core.config import AttentionConfig
 from mc_torch.backends import Weights
 from mc_torch.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
 from mc_torch.mixer import Mixer, extend_rows

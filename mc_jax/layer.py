@@ -66,9 +66,10 @@ class MemoryCachingLayer(Mixer):
         if config.has_gate_bias:
             assert config.gate_bias is not None
             bias = jnp.full(config.num_heads, config.gate_bias, param_dtype)
-            self.gate_bias = nnx.Param(bias)
+            self.gate_bias = nnx.Param(bias, axes=("heads",))
         if config.learns_temperature:  # the parameter is its logarithm
-            self.gate_temperature = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
+            temperature = jnp.zeros(config.num_heads, param_dtype)
+            self.gate_temperature = nnx.Param(temperature, axes=("heads",))
         self.initial = nnx.List(initial_memory(config, rngs, param_dtype))
         if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(

@@ -58,8 +58,14 @@ class LogLinearAttentionLayer(Mixer):
         coefficient = Coefficient(config, "retention", rngs=rngs, param_dtype=param_dtype)
         self.coefficients = nnx.Dict({"retention": coefficient})
         h, levels = config.num_heads, config.num_levels
-        self.level_proj = Head(config.d_model, h * levels, rngs=rngs, param_dtype=param_dtype)
-        self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype))
+        self.level_proj = Head(
+            config.d_model,
+            h * levels,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            axes=("embed", "heads"),
+        )
+        self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype), axes=("heads", None))
         self._add_output_norm(param_dtype=param_dtype)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:

@@ -46,14 +46,16 @@ class Mixer(nnx.Module, Pretrained):
         d, width = config.d_model, config.conv_width
         kv = config.kv_heads * config.head_dim
 
-        def linear(features: int = d) -> Linear:
-            return Linear(d, features, rngs=rngs, param_dtype=param_dtype)
+def linear(*axes: str, features: int = d) -> Linear:
+            return Linear(d, features, rngs=rngs, param_dtype=param_dtype, axes=axes)
 
         # The order determines the parameters drawn from a seed.
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(kv), linear(kv)
+        self.q_proj = linear("embed", "heads")
+        self.k_proj = linear("embed", "heads", features=kv)
+        self.v_proj = linear("embed", "heads", features=kv)
         if projects_u:
-            self.u_proj = linear()
-        self.out_proj = linear()
+            self.u_proj = linear("embed", "heads")
+        self.out_proj = linear("heads", "embed")
         if width:
             self.q_conv = ShortConv(width, d, param_dtype=param_dtype)
             self.k_conv = ShortConv(width, kv, param_dtype=param_dtype)

@@ -36,9 +36,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Dtype):
         d, f = config.layer.d_model, config.ffn_dim
-        self.gate_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
-        self.up_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
-        self.down_proj = Linear(f, d, rngs=rngs, param_dtype=param_dtype)
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+        self.gate_proj = Linear(d, f, **options, axes=("embed", "ffn"))
+        self.up_proj = Linear(d, f, **options, axes=("embed", "ffn"))
+        self.down_proj = Linear(f, d, **options, axes=("ffn", "embed"))
 
     def __call__(self, x: Array) -> Array:
         """Transform tokens [b, t, d] independently."""
@@ -122,6 +123,7 @@ class LanguageModel(nnx.Module, Pretrained):
             param_dtype=param_dtype,
             dtype=self.dtype,
             rngs=rngs,
+            embedding_metadata={"axes": (None, "embed")},
         )
         self.blocks = nnx.List(
             [
@@ -131,7 +133,9 @@ class LanguageModel(nnx.Module, Pretrained):
         )
         self.norm = RMSNorm(d, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.head = Head(d, config.vocab_size, rngs=rngs, param_dtype=param_dtype)
+            self.head = Head(
+                d, config.vocab_size, rngs=rngs, param_dtype=param_dtype, axes=("embed", None)
+            )
 
     def __call__(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None

@@ -19,7 +19,7 @@ from mc_jax.log_linear import (
     prepare_tokens,
 )
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.modules import Coefficient, Head
+from mc_jax.modules import Coefficient, Head, apply_to, copy_to_heads
 from mc_jax.numerics import (
     Array,
     Dtype,
@@ -28,6 +28,7 @@ from mc_jax.numerics import (
     l2_normalize,
     state_dtype,
 )
+from mc_jax.sharding import with_auto_axes
 
 
 class LogLinearAttentionLayer(Mixer):
@@ -68,6 +69,7 @@ class LogLinearAttentionLayer(Mixer):
         self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype), axes=("heads", None))
         self._add_output_norm(param_dtype=param_dtype)
 
+    @with_auto_axes
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Mix tokens.
 
@@ -81,6 +83,7 @@ class LogLinearAttentionLayer(Mixer):
         """
         return self._run(x, mask)[0]
 
+    @with_auto_axes
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, LevelCache]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the cache after the last token."""
         y, tokens, conv = self._run(x, mask)
@@ -135,6 +138,7 @@ class LogLinearAttentionLayer(Mixer):
         state = jnp.pad(cache.state, [(0, 0), (0, 0), (0, max(more, 0)), (0, 0), (0, 0)])
         return cache._replace(state=state, capacity=jnp.full_like(cache.capacity, max_tokens))
 
+    @with_auto_axes
     def extend(
         self,
         x: Array,
@@ -212,12 +216,13 @@ class LogLinearAttentionLayer(Mixer):
             cache's field `conv` after these tokens.
         """
         config = self.config
-        q, k, v, conv = self._qkv(x, before, count)
+        copies = copy_to_heads(x, config.num_heads)
+        q, k, v, conv = self._qkv(copies, before, count)
         if config.qk_norm == "l2":
             q, k = l2_normalize(q), l2_normalize(k)
-        logits = self.level_proj(x)
+        logits = apply_to(self.level_proj, copies)
         logits = logits.reshape(*x.shape[:2], config.num_heads, config.num_levels)
         scale = expand_leading_dims(self.level_scale[...].astype(logits.dtype), 4)
         level_weights = jax.nn.softplus(scale * logits)
-        retention = self.coefficients["retention"](x)
+        retention = apply_to(self.coefficients["retention"], copies)
         return LevelTokens(q, k, v, level_weights, retention), conv

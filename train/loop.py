@@ -6,15 +6,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
-from mc_jax.sharding import gather, local, replicate, split_rows
+from mc_jax.sharding import split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
 from train.evaluation.run_report import FILE
 from train.interrupt import on_interrupt
 from train.lock import Lock
+from train.mesh import check_batch, open_mesh
 from train.metrics import Curves
 from train.optimizer import describe_extension, make_schedule
 from train.progress import Progress
@@ -36,13 +38,14 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
             Set by sweeps, in which equal configurations must have equal results.
 
     Raises:
-        UserError: the data, the configuration, the run's directory or the number of devices is
-            invalid, or another process trains in the directory.
+        UserError: the data, the configuration, the run's directory or the mesh is invalid, or
+            another process trains in the directory.
         NotFiniteError: a NaN or an infinity occurred; the last checkpoint is finite.
         KeyboardInterrupt: the message states the step from which the run resumes.
     """
     directory = Path(config.run.directory)
-    local(config.run.devices, "run.devices")
+    mesh = open_mesh(config.run.mesh)
+    check_batch(config, mesh)
     with (
         closing(Lock.of_run(directory)) as lock,
         on_interrupt(lambda: _interrupt_message(directory)),
@@ -53,7 +56,7 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
         # Create a new directory only after all checks.
         if not claimed:
             lock.acquire()
-        return _train(config, task, console, may_grow=not claimed)
+        return _train(config, mesh, task, console, may_grow=not claimed)
 
 
 def _interrupt_message(directory: Path) -> str:
@@ -63,9 +66,8 @@ def _interrupt_message(directory: Path) -> str:
     return f"interrupted: the same command resumes {directory} from step {step}"
 
 
-def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool) -> Any:
+def _train(config: TrainConfig, mesh: Mesh, task: Task, console: Console, *, may_grow: bool) -> Any:
     run, directory = config.run, Path(config.run.directory)
-    devices = local(run.devices, "run.devices")
     meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
@@ -78,10 +80,9 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             task.print_report(console, directory, report)
             return report
 
-        graphdef, state, step_fn = build(config)
+        graphdef, state, step_fn = build(config, mesh)
         if saved_step is None and run.init_from is not None:
             state = initial_state(config, state, console)
-        state = replicate(state, devices)
         batches = task.batches()
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
@@ -124,7 +125,7 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
                     checkpoints.save(step, state, batches, meta)
 
     report = scoring.report(state, run.steps, meta.seconds)
-    report = scoring.finish(directory, gather(state), report)
+    report = scoring.finish(directory, state, report)
     task.print_report(console, directory, report)
     return report
 

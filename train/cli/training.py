@@ -22,7 +22,7 @@ def train(
     from mc_jax.sharding import request
     from train.loop import train as run
 
-    request(loaded.run.devices)
+    request(loaded.run.mesh.cpu_devices)
     run(loaded, Console())
 
 

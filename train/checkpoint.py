@@ -13,7 +13,6 @@ import jax  # import before grain: without jax, grain only logs a warning
 import grain
 import orbax.checkpoint as ocp
 from flax import nnx
-from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.sharding import Mesh
 
 from mc_core.errors import UserError
@@ -21,7 +20,9 @@ from mc_jax import LanguageModel
 from mc_jax.sharding import shard_model
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
 from train.config.overrides import override
+from train.data.position import PositionRestore, PositionSave
 from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
+from train.distributed import from_main, together
 from train.step import TrainState, abstract_state
 from train.variant import make_variant
 
@@ -80,7 +81,10 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the last saved step, or None."""
-        return self._manager.latest_step() if self.directory.is_dir() else None
+        # Constructing the manager synchronizes the processes, so that all do it or none.
+        if self._open is None and not from_main(self.directory.is_dir()):
+            return None
+        return self._manager.latest_step()
 
     def meta(self, step: int) -> Meta:
         """Return the metadata of the checkpoint of a step.
@@ -105,13 +109,14 @@ class Checkpoints:
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
-            data=CheckpointSave(batches),
+            data=PositionSave(batches),
             meta=ocp.args.JsonSave(meta._asdict()),
         )
         last = self.latest() or 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _check_disk_space(self.directory, state)
+            with together():
+                _check_disk_space(self.directory, state)
             self._manager.save(step, args=args, force=True)
         except (
             Exception
@@ -137,7 +142,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
         if batches is not None:
-            items["data"] = CheckpointRestore(batches)
+            items["data"] = PositionRestore(batches)
         restored = self._restore(step, ocp.args.Composite(**items))
         return TrainState(**restored.state)
 
@@ -333,14 +338,15 @@ def _other_version(directory: Path, error: Exception) -> UserError:
 
 
 def _check_disk_space(directory: Path, state: TrainState) -> None:
-    """Check that the disk has space for a checkpoint.
+    """Check that the disk has space for what this process writes of a checkpoint.
 
     Without this check, each writer thread of Orbax prints a traceback when the disk is full.
 
     Raises:
         OSError: the disk is full.
     """
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    shards = [s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards]
+    arrays = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
     if hasattr(os, "posix_fallocate"):
         with tempfile.TemporaryFile(dir=directory) as file:
             # Orbax writes the arrays twice, then deletes one copy; 1 MiB for small files.

@@ -144,7 +144,7 @@ def test_model_under_explicit_axes_equals_one_device(aggregation, rule):
     config = dataclasses.replace(CONFIG, layer=layer)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
-    tokens = np.random.default_rng(0).integers(7, size=(4, 8), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(7, size=(4, 7), dtype=np.int32)
     streams = rule != "logarithmic"
 
     def run(state: nnx.State, tokens: jax.Array) -> tuple:

@@ -85,7 +85,7 @@ def test_evaluation_and_generation_on_a_mesh(run, monkeypatch, capsys):
     [
         ("data", "--mesh data: must have the form data=2,fsdp=2,heads=2,context=1"),
         ("rows=2", "--mesh rows=2: must have the form"),
-        ("heads=0", "--mesh heads=0: heads = 0: must be >= 1"),
+        ("heads=0", "--mesh heads=0: heads = 0: must be >= 1, or -1 for what is left"),
         ("data=9", "--mesh = 9: must be <= 8, the number of CPU devices that JAX sees"),
         ("heads=3", "mesh heads = 3: must be a divisor of num_heads = 8"),
     ],

@@ -8,6 +8,7 @@ FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
         "directory",
+        "distributed",
         "mesh.data",
         "mesh.fsdp",
         "mesh.heads",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from mc_core.checks import raise_config_error
+from mc_core.checks import ConfigError, raise_config_error
 from mc_core.errors import UserError
 
 
@@ -64,5 +64,5 @@ def parse_mesh(text: str, name: str = "--mesh") -> MeshConfig:
         sizes[axis] = int(size)
     try:
         return MeshConfig(**sizes)
-    except ValueError as error:
-        raise UserError(f"{name} {text}: {error}") from error
+    except ConfigError as error:
+        raise UserError(f"{name} {text}: {error.problem}") from error

@@ -83,6 +83,8 @@ class RunConfig:
         batch_size: windows, or examples of a recall task, per microbatch.
         accumulation: microbatches per step; gradients are averaged over them.
         mesh: devices that share a microbatch and the parameters.
+        distributed: connect the processes of a cluster; see `docs/distributed.md`. SLURM, Open MPI
+            and `JAX_COORDINATOR_ADDRESS` need no key.
         seed: random seed of the parameters, the data order and the examples of a recall task.
         dtype: compute dtype, `float32` or `bfloat16`; parameters are float32.
         directory: output directory; default `runs/<name of the config file>`.
@@ -103,6 +105,7 @@ class RunConfig:
     batch_size: int = 8
     accumulation: int = 1
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: bool = False
     seed: int = 0
     dtype: str = "float32"
     directory: str = "runs/run"

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from mc_jax.sharding import split_rows, use_mesh_of
+from train.distributed import to_host
 from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
@@ -97,6 +98,7 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
             batch = stack([draw(split, int(i)) for i in index])
             with use_mesh_of(params):
                 losses, right = of_batch(params, rest, split_rows(batch, params))
+            losses, right = to_host((losses, right))
             fields = (losses, right, batch.weights, batch.places - batch.origins)
             parts.append([np.asarray(field)[: count - start] for field in fields])
         return Answers(*(np.concatenate(field) for field in zip(*parts, strict=True)))

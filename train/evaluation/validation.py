@@ -14,6 +14,7 @@ from mc_core.errors import UserError
 from mc_jax.sharding import split_rows, use_mesh_of
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, clip
+from train.distributed import to_host
 from train.step import Tree, token_losses
 
 FIRST_EDGE = 16  # end of the first bucket of positions; buckets double in length
@@ -154,7 +155,7 @@ def make_token_scorer(graphdef: nnx.GraphDef, config: TrainConfig, window: int) 
             batch = split_rows(tokens[np.minimum(index, last)], params)
             with use_mesh_of(params):
                 found = nats(params, rest, batch)
-            parts.append(np.asarray(found, np.float64)[mask])
+            parts.append(to_host(found).astype(np.float64)[mask])
         return np.concatenate(parts) / math.log(2)
 
     return score

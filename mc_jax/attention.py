@@ -9,8 +9,8 @@ from mc_core.cache_checks import check_cache_options, check_extend_inputs
 from mc_core.config import AttentionConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
+from mc_jax.head_copies import copy_to_heads
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.modules import copy_to_heads
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, is_static, state_dtype
 from mc_jax.offload import move_to_host, read_from_host
 from mc_jax.sharding import with_auto_axes

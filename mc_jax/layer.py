@@ -14,17 +14,10 @@ from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, grow, init_cache
 from mc_jax.chunk_layout import first_tokens
 from mc_jax.functional import Result, extend, memory_caching
+from mc_jax.head_copies import HeadCopies, apply_to, copy_to_heads
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.modules import (
-    Coefficient,
-    HeadCopies,
-    MemoryNorm,
-    apply_to,
-    copy_to_heads,
-    initial_memory,
-    split_heads,
-)
+from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
 from mc_jax.numerics import (
     Array,
     Dtype,

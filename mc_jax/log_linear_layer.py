@@ -10,6 +10,7 @@ from mc_core.log_linear import LogLinearConfig, level_count
 from mc_jax.backends import Weights
 from mc_jax.cache import check_growth, nan_past_capacity
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.level_cache import LevelCache
 from mc_jax.log_linear import (
     LevelTokens,
@@ -19,7 +20,7 @@ from mc_jax.log_linear import (
     prepare_tokens,
 )
 from mc_jax.mixer import Mixer, extend_rows
-from mc_jax.modules import Coefficient, Head, apply_to, copy_to_heads
+from mc_jax.modules import Coefficient, Head
 from mc_jax.numerics import (
     Array,
     Dtype,

@@ -13,8 +13,9 @@ from mc_core.config import LayerConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import check_capacity
 from mc_jax.chunk_layout import make_packing, pack, unpack
+from mc_jax.head_copies import HeadCopies, apply_to
 from mc_jax.inspection import Trace
-from mc_jax.modules import HeadCopies, Linear, RMSNorm, ShortConv, apply_to, split_heads
+from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
 from mc_jax.numerics import Array, Dtype, state_dtype
 from mc_jax.pretrained import Pretrained
 

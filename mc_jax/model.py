@@ -15,12 +15,13 @@ from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
 from mc_jax.log_linear_layer import LogLinearAttentionLayer
 from mc_jax.mixer import extend_rows
-from mc_jax.modules import Head, Linear, RMSNorm, apply_to, copy_to_heads
+from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, einsum_f32, is_static
 from mc_jax.pretrained import Pretrained
 from mc_jax.sharding import FREE, constrain, gather_width, with_auto_axes

@@ -1,18 +1,17 @@
 """Submodules of the layers."""
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
 
 from mc_core.config import MCConfig
 from mc_core.log_linear import LogLinearConfig
+from mc_jax.head_copies import HeadCopies
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, rms_norm, state_dtype
-from mc_jax.sharding import FREE, constrain, gather_width
+from mc_jax.sharding import gather_width
 
 START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
 
@@ -28,6 +27,8 @@ class Linear(nnx.Module):
         axes: names of the kernel's axes; see `mc_jax.sharding.RULES`.
     """
 
+    _takes_copies = True
+
     def __init__(
         self,
         in_features: int,
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
         kernel = draw(rngs.params(), (in_features, out_features), param_dtype)
         self.kernel = nnx.Param(kernel, axes=axes)
 
-    def __call__(self, x: "Array | HeadCopies") -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Map [..., in] to [..., out]."""
         if isinstance(x, HeadCopies):
             return x.project(gather_width(self.kernel), x.tokens.dtype)
@@ -51,55 +52,12 @@ class Linear(nnx.Module):
 class Head(Linear):
     """Linear map that accumulates in the state dtype and returns it."""
 
-    def __call__(self, x: "Array | HeadCopies") -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Map [b, t, in] to [b, t, out]."""
-        return project_f32(x, gather_width(self.kernel))
-
-
-class HeadCopies(NamedTuple):
-    """Tokens with one copy per shard of the mesh axis `heads`, on the devices of the shard.
-
-    Projections of the copies use the shard's columns only. In the backward pass, the gradients of
-    all projections of the tokens are added on each device before the devices reduce their sum once.
-    """
-
-    tokens: Array  # [b, t, d]
-    copies: Array  # [g, b, t, d], sharded over g
-
-    def project(self, kernel: Array, dtype: Dtype) -> Array:
-        """Map [b, t, d] to [b, t, out] in `dtype`, accumulated in it."""
-        shards, (width, features) = len(self.copies), kernel.shape
-        columns = kernel.astype(self.tokens.dtype).reshape(width, shards, features // shards)
-        y = jnp.einsum("gbtd,dgf->btgf", self.copies, columns, preferred_element_type=dtype)
-        return y.reshape(*self.tokens.shape[:2], features)
-
-
-def copy_to_heads(x: Array, heads: int) -> Array | HeadCopies:
-    """Return tokens [b, t, d] for several projections to `heads` heads.
-
-    Without a mesh (`jax.set_mesh`) whose axis `heads` is of type Auto, the tokens themselves.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    shards = mesh.shape.get("heads", 1)
-    if shards == 1 or heads % shards or kinds["heads"] != AxisType.Auto:
-        return x
-    copies = jnp.broadcast_to(x[None], (shards, *x.shape))
-    return HeadCopies(x, constrain(copies, "heads", "batch", FREE, None))
-
-
-def apply_to(module: nnx.Module, x: Array | HeadCopies) -> Array:
-    """Call a projection; a module that wraps one is called on the tokens."""
-    if isinstance(x, HeadCopies) and not isinstance(module, Linear | Coefficient):
-        return module(x.tokens)
-    return module(x)
-
-
-def project_f32(x: Array | HeadCopies, kernel: Array) -> Array:
-    """Map tokens [b, t, in] to [b, t, out], accumulated and returned in the state dtype."""
-    if isinstance(x, HeadCopies):
-        return x.project(kernel, state_dtype(x.tokens.dtype))
-    return einsum_f32("btd,ds->bts", x, kernel, dtype=x.dtype)
+        kernel = gather_width(self.kernel)
+        if isinstance(x, HeadCopies):
+            return x.project(kernel, state_dtype(x.tokens.dtype))
+        return einsum_f32("btd,ds->bts", x, kernel, dtype=x.dtype)
 
 
 class Coefficient(nnx.Module):
@@ -111,6 +69,8 @@ class Coefficient(nnx.Module):
         rngs: random streams; the kernel uses `params`.
         param_dtype: dtype of the parameters.
     """
+
+    _takes_copies = True
 
     def __init__(
         self,
@@ -136,16 +96,20 @@ class Coefficient(nnx.Module):
             kernel = draw(rngs.params(), (config.d_model, self.heads), param_dtype)
             self.kernel = nnx.Param(kernel, axes=("embed", "heads"))
 
-    def __call__(self, inputs: Array | HeadCopies) -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
-        x = inputs.tokens if isinstance(inputs, HeadCopies) else inputs
-        dtype = state_dtype(x.dtype)
-        shape = (*x.shape[:2], self.heads)
+        tokens = x.tokens if isinstance(x, HeadCopies) else x
+        dtype = state_dtype(tokens.dtype)
+        shape = (*tokens.shape[:2], self.heads)
         if self.mode == "constant":
-            return jnp.full_like(x, self.start, shape=shape, dtype=dtype)
+            return jnp.full_like(tokens, self.start, shape=shape, dtype=dtype)
         logit = jnp.broadcast_to(expand_leading_dims(self.bias[...].astype(dtype), 3), shape)
         if self.mode == "token":
-            logit = logit + project_f32(inputs, gather_width(self.kernel))
+            kernel = gather_width(self.kernel)
+            if isinstance(x, HeadCopies):
+                logit = logit + x.project(kernel, dtype)
+            else:
+                logit = logit + einsum_f32("btd,dh->bth", x, kernel, dtype=x.dtype)
         return self.low + (self.high - self.low) * jax.nn.sigmoid(logit)
 
 

@@ -188,7 +188,7 @@ def _check_heads(model: nnx.Module, mesh: Mesh) -> None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Shard an array inside a compiled program, over the mesh of `jax.set_mesh`.
+    """Shard an array [...] inside a compiled program, over the mesh of `jax.set_mesh`.
 
     Without a mesh, or for mesh axes of another type than Auto, there is no constraint.
 
@@ -214,7 +214,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_width(param: nnx.Variable) -> jax.Array:
-    """Return the value of a parameter, whole along the model's width.
+    """Return the value [...] of a parameter, whole along the model's width.
 
     Otherwise XLA may shard the activations along the width, and communicate them at each product.
     """

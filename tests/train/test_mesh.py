@@ -47,6 +47,8 @@ def config_of(memory: str, aggregation: str, mesh: str, accumulation: int) -> Tr
         | {
             "data": {"corpus": "x", "window": TOKENS},
             "model": TINY["model"] | {"layer": layer},
+            # Small steps, because large ones enlarge differences of rounding.
+            "optimizer": TINY["optimizer"] | {"learning_rate": 1e-3, "eps": 1e-3},
             "run": TINY["run"] | run,
         }
     )
@@ -86,12 +88,19 @@ def assert_equal_training(memory: str, aggregation: str, mesh: str, accumulation
     metrics, first, last = train_three_steps(memory, aggregation, mesh, accumulation)
     expected, one_first, one_last = train_three_steps(memory, aggregation, "one", 1)
     np.testing.assert_allclose(metrics[::2], expected[::2], rtol=2e-6)
-    np.testing.assert_allclose(metrics[1::2], expected[1::2], rtol=1e-4)
+    np.testing.assert_allclose(metrics[1], expected[1], rtol=1e-4)
+    np.testing.assert_allclose(metrics[3::2], expected[3::2], rtol=5e-3)
     # After the first step, Adam's moments are multiples of the gradient and of its square.
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(one_first), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-    for a, b in zip(jax.tree.leaves(last.params), jax.tree.leaves(one_last.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert_close(first.optimizer, one_first.optimizer, 2e-4)
+    start = compiled(memory, aggregation, "one", 1)[0].params
+    changes = [jax.tree.map(np.subtract, state.params, start) for state in (last, one_last)]
+    assert_close(*changes, 5e-2)
+
+
+def assert_close(tree, expected, tolerance: float) -> None:
+    """Compare arrays relative to the largest element of each."""
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 CASES = [("data", 2), pytest.param("fsdp", 2, marks=pytest.mark.slow), ("all", 1)]

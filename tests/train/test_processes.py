@@ -78,7 +78,7 @@ def test_killed_process_ends_the_run_and_both_resume_it(tmp_path):
         wait_for(lambda: len(read_rows(run)) > 3, processes)
         processes[1].send_signal(signal.SIGKILL)
         assert processes[1].wait() == -signal.SIGKILL
-        assert processes[0].wait(timeout=240) > 0  # an error, not a signal
+        assert processes[0].wait(timeout=240) != 0  # JAX aborts it
         assert len(read_rows(run)) < RUN["steps"], "the run ended before the signal"
         processes = start(config, *words)
         codes = [process.wait(timeout=480) for process in processes]

@@ -14,8 +14,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     """Return the FLOPs of all matrix products in `function(*args)`.
 
     A product with n outputs and contracted length k has 2 n k FLOPs. A scan body counts once per
-    iteration; a conditional counts as its most expensive branch. Elementwise operations are
-    ignored.
+    iteration, and the body of a `shard_map` once per device; a conditional counts as its most
+    expensive branch. Elementwise operations are ignored.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -35,8 +35,19 @@ def _count(jaxpr: Any) -> float:
         if name == "cond":
             total += max(inner, default=0.0)
         else:
-            total += sum(inner) * (parameters["length"] if name == "scan" else 1)
+            total += sum(inner) * _repetitions(name, parameters)
     return total
+
+
+def _repetitions(name: str, parameters: dict[str, Any]) -> int:
+    """Return the number of times that the body of an equation runs, on all devices together."""
+    if name == "scan":
+        return int(parameters["length"])
+    if name == "shard_map":
+        # The name of the parameter depends on the version of JAX.
+        (axes,) = (value for key, value in parameters.items() if key.endswith("manual_axes"))
+        return math.prod(parameters["mesh"].shape[axis] for axis in axes)
+    return 1
 
 
 def _inside(parameters: dict[str, Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from mc_core.segmentation import check_streaming_config
 from mc_core.tables import ResultTable, Row
 from mc_core.tree_utils import flatten
 from mc_jax import Cache, MemoryCachingLayer
-from mc_jax.sharding import local, shard_heads
+from mc_jax.sharding import local, make_mesh, parameter_shardings
 from parity.environment import result_table
 
 CAPACITY = 128  # cache capacity after the context, more tokens than are timed
@@ -145,7 +145,9 @@ def compare_prefill(
 
     subjects: dict[str, Callable[[], Any]] = {"whole": partial(whole, state), "steps": steps}
     if len(devices) > 1:
-        subjects["split"] = partial(whole, shard_heads(state, list(devices)))
+        mesh = make_mesh(data=1, heads=-1, devices=devices)
+        split = jax.device_put(state, parameter_shardings(layer, mesh))
+        subjects["split"] = partial(whole, split)
     timings = alternate(subjects, runs=runs, warmup=2)  # the first call compiles
     expected = jnp.concatenate(steps(), axis=1)
     row: Row = {

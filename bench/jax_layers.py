@@ -14,7 +14,7 @@ from mc_core.config import LayerConfig
 from mc_core.weights import Flat, to_jax
 from mc_jax.model import LAYERS
 from mc_jax.pretrained import set_weights
-from mc_jax.sharding import count, local, replicate, split_rows
+from mc_jax.sharding import local, make_mesh, parameter_shardings, split_rows
 
 
 def build(config: LayerConfig, flat: Flat | None = None, seed: int = 0) -> nnx.Module:
@@ -53,8 +53,10 @@ def subject(
     Raises:
         UserError: there are fewer devices, or they do not divide the batch.
     """
-    graphdef, params = nnx.split(build(config, flat, seed))
-    params = replicate(params, local(devices, "--devices", rows))
+    layer = build(config, flat, seed)
+    mesh = make_mesh(devices=local(devices, "--devices", rows))
+    graphdef, params = nnx.split(layer)
+    params = jax.device_put(params, parameter_shardings(layer, mesh))
     arrays = [jnp.asarray(a, dtype) for a in batch(config.d_model, rows, tokens, seed)]
     x, cotangent = split_rows(arrays, params)
 
@@ -76,7 +78,7 @@ def compiled_subject(
 
     The function runs on the devices of its arguments.
     """
-    devices = count(args)
+    devices = len(jax.tree.leaves(args)[0].devices())
     start = time.perf_counter(), time.process_time()
     compiled = jax.jit(function).lower(*args).compile()
     end = time.perf_counter(), time.process_time()

@@ -6,34 +6,36 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bench.ceilings import matrix_size, measure
 from bench.count import count_flops
 from bench.devices import DEVICES_NOTE
 from bench.timing import WARM_CACHE_NOTE, alternate
 from mc_core.tables import ResultTable, Row
-from mc_jax.sharding import local, replicate, split_rows
+from mc_jax.sharding import split_rows
 from parity.environment import result_table
 
 
 def run(
-    config: Any, build: Callable[[Any], Any], losses: Callable[..., Any], runs: int
+    config: Any,
+    mesh: Mesh,
+    build: Callable[[Any, Mesh], Any],
+    losses: Callable[..., Any],
+    runs: int,
 ) -> ResultTable:
     """Time the whole optimiser step on random tokens.
 
     Args:
         config: configuration of a training run.
+        mesh: devices of the run.
         build: returns the graph definition, the initial state and the jitted training step.
         losses: (graph definition, parameters, rest, tokens) -> losses of a microbatch.
         runs: number of timed steps.
-
-    Raises:
-        UserError: fewer devices than `run.devices` are available.
     """
     run, window = config.run, config.data.window
-    devices = local(run.devices, "run.devices")
-    graphdef, state, step = build(config)
-    state = replicate(state, devices)
+    devices = mesh.size
+    graphdef, state, step = build(config, mesh)
     rng = np.random.default_rng(run.seed)
     shape = (run.accumulation, run.batch_size, window + 1)
     tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
@@ -55,7 +57,7 @@ def run(
 
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     timing = alternate({"step": once}, runs)["step"]
-    ceilings = measure(run.dtype).of(run.devices)
+    ceilings = measure(run.dtype).of(devices)
     trained = run.accumulation * run.batch_size * window
     row: Row = {
         "model": config.model.name,
@@ -67,7 +69,7 @@ def run(
         "GFLOP": flops / 1e9,
         "floor ms": 1e3 * flops / ceilings.matmul,
         "MFU": f"{ceilings.share(needed, timing.median):.0%}",
-        "MiB": run.devices * held_by_one / 2**20,
+        "MiB": devices * held_by_one / 2**20,
         "compile s": compile_s,
     }
     notes = [
@@ -76,6 +78,6 @@ def run(
         f"{ceilings.matmul / 1e9:.0f} GFLOP/s of a product of {matrix_size():,}² matrices",
     ]
     notes.append(WARM_CACHE_NOTE)
-    if run.devices > 1:
-        notes.append(f"{run.devices} {DEVICES_NOTE}; MiB are summed over them")
+    if devices > 1:
+        notes.append(f"{devices} {DEVICES_NOTE}; MiB are summed over them")
     return result_table("Training step", [row], notes)

@@ -152,7 +152,7 @@ def _jax_attention(
 
     from bench.devices import named
     from bench.jax_layers import compiled_subject
-    from mc_jax.sharding import local, replicate, split_rows
+    from mc_jax.sharding import axes_sharding, local, make_mesh, split_rows
 
     cudnn = jax.default_backend() == "gpu" and dtype != "float32"
     implementation: Any = "cudnn" if cudnn else None
@@ -167,7 +167,8 @@ def _jax_attention(
         y, pull = jax.vjp(attend, kernels, x)
         return y, *pull(cotangent)
 
-    replicated = replicate(jnp.asarray(kernels, dtype), local(devices, "--devices", len(arrays[0])))
+    mesh = make_mesh(devices=local(devices, "--devices", len(arrays[0])))
+    replicated = jax.device_put(jnp.asarray(kernels, dtype), axes_sharding(mesh))
     args = (replicated, *split_rows([jnp.asarray(a, dtype) for a in arrays], replicated))
     rows, tokens, _ = arrays[0].shape
     name = named("jax dot_product_attention" + (", cuDNN" if cudnn else ""), devices)

@@ -9,9 +9,11 @@ from mc_core.attention import AttentionConfig
 from mc_core.cache_checks import check_cache_options, check_extend_inputs
 from mc_jax.backends import Weights
 from mc_jax.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
+from mc_jax.head_copies import copy_to_heads
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, is_static, state_dtype
 from mc_jax.offload import move_to_host, read_from_host
+from mc_jax.sharding import with_auto_axes
 
 
 class AttentionLayer(Mixer):
@@ -38,6 +40,7 @@ class AttentionLayer(Mixer):
         super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self._add_output_norm(param_dtype=param_dtype)
 
+    @with_auto_axes
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Mix tokens.
 
@@ -107,6 +110,7 @@ class AttentionLayer(Mixer):
         capacity = jnp.full_like(cache.capacity, max_tokens)
         return cache._replace(keys=keys, values=values, mask=mask, capacity=capacity)
 
+    @with_auto_axes
     def extend(
         self,
         x: Array,
@@ -183,7 +187,8 @@ class AttentionLayer(Mixer):
         count: Array | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at `positions` [b or 1, t], and the next `conv`."""
-        q, k, v, conv = self._qkv(self._prepare_inputs(x, mask), before, count)
+        copies = copy_to_heads(self._prepare_inputs(x, mask), self.config.num_heads)
+        q, k, v, conv = self._qkv(copies, before, count)
         q, k = (apply_rope(x, positions, self.config.rope_base) for x in (q, k))
         return q, k, v, conv
 

@@ -19,7 +19,7 @@ from mc_jax.numerics import (
 
 SCORE_BLOCK = 512  # maximum number of tokens per block of the top-k selection
 _MAX_SCORES = 1 << 17  # perf(cpu): maximum number of scores per block, to fit in the CPU cache
-_MAX_ARGMAX = 4  # largest top-k that is computed by repeated maxima
+_MAX_UNROLL = 4  # largest top-k that is computed without a loop
 
 
 class Pools(NamedTuple):
@@ -165,18 +165,19 @@ def select_top_k(score: Array, allowed: Array, top_k: int) -> Array:
     """
     n = score.shape[-1]
     remaining = jnp.where(allowed, jax.lax.stop_gradient(score), -jnp.inf)
-    if min(top_k, n) > _MAX_ARGMAX:
-        best, index = jax.lax.top_k(remaining, min(top_k, n))
-        return jnp.where(best == -jnp.inf, n, index)
-    # XLA gathers sharded rows before a top-k, but not before a maximum.
     slot = expand_leading_dims(jnp.arange(n, dtype=jnp.int32), remaining.ndim)
-    selected = []
-    for _ in range(min(top_k, n)):
+
+    # XLA gathers sharded rows before `lax.top_k`, but not before a maximum.
+    def select(remaining: Array, _: None = None) -> tuple[Array, Array]:
         best = jnp.max(remaining, axis=-1, keepdims=True)
         is_best = (remaining == best) & (best > -jnp.inf)
-        selected.append(jnp.min(jnp.where(is_best, slot, n), axis=-1, keepdims=True))
-        remaining = jnp.where(slot == selected[-1], -jnp.inf, remaining)
-    return jnp.concatenate(selected, axis=-1)
+        selected = jnp.min(jnp.where(is_best, slot, n), axis=-1, keepdims=True)
+        return jnp.where(slot == selected, -jnp.inf, remaining), selected[..., 0]
+
+    # Unrolled if short, because a loop stores `remaining` between its steps.
+    count = min(top_k, n)
+    _, selected = jax.lax.scan(select, remaining, None, count, unroll=count <= _MAX_UNROLL)
+    return jnp.moveaxis(selected, 0, -1)
 
 
 def select_memories(score: Array, allowed: Array, config: MCConfig) -> Array:

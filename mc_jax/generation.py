@@ -24,6 +24,7 @@ from mc_core.generation import (
 from mc_jax.cache import AnyCache
 from mc_jax.model import LanguageModel
 from mc_jax.numerics import Array, Dtype, state_dtype
+from mc_jax.sharding import mesh_of, split_rows, use_mesh_of
 
 
 def sample(
@@ -190,12 +191,25 @@ def generate(
     seen = None
     if repetition_penalty != 1:
         seen = _place_like(params, mark_prompt_ids(prompts, vocab_size))
-    column = _draw(last, keys=keys, step=0, seen=seen, **options)[1]
-    step = PromptBlock(column, no_padding)
-    for tokens, padding in {block.tokens.shape: block for block in (*blocks, step)}.values():
-        extend.lower(params, tokens, padding, cache, last).compile()
-    draw, extend = partial(_draw, keys=keys, **options), partial(extend, params)
+    with use_mesh_of(params):
+        column = _draw(last, keys=keys, step=0, seen=seen, **options)[1]
+        step = PromptBlock(column, no_padding)
+        if (mesh := mesh_of(params)) is not None and mesh.size > 1:
+            # XLA chooses the sharding of the cache, once for all programs.
+            chosen = extend.lower(params, *step, cache, last).compile().output_shardings
+            last, cache = jax.device_put((last, cache), chosen)
+            leaves, tree = jax.tree.flatten(chosen)
+            _, extend = _make_programs(graphdef, (tree, tuple(leaves)))
+        for tokens, padding in {block.tokens.shape: block for block in (*blocks, step)}.values():
+            extend.lower(params, tokens, padding, cache, last).compile()
+    draw = partial(_on_mesh_of, params, partial(_draw, keys=keys, **options))
+    extend = partial(_on_mesh_of, params, partial(extend, params))
     return _run(draw, extend, blocks, no_padding, max_new_tokens, (cache, last, seen))
+
+
+def _on_mesh_of(params: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with use_mesh_of(params):
+        return function(*args, **options)
 
 
 def _run(
@@ -217,11 +231,14 @@ def _run(
 
 
 @lru_cache(maxsize=16)
-def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
+def _make_programs(
+    graphdef: nnx.GraphDef, shardings: tuple[Any, tuple[Any, ...]] | None = None
+) -> tuple[Any, Any]:
     """Return compiled functions that initialize the streams and process their next tokens [b, w].
 
     The second function returns the logits after the last token of each row, [b, s]. A row without
-    tokens in the block retains its previous logits.
+    tokens in the block retains its previous logits. `shardings` of its results are a tree and its
+    leaves; None = chosen by XLA.
     """
 
     def start(
@@ -250,19 +267,23 @@ def _make_programs(graphdef: nnx.GraphDef) -> tuple[Any, Any]:
         after = jnp.take_along_axis(logits, index, axis=1)[:, 0]
         return jnp.where(count > 0, after, last), cache
 
+    results = None if shardings is None else jax.tree.unflatten(*shardings)
     return (
         jax.jit(start, static_argnames=("capacity", "cache_dtype", "cache_device")),
-        jax.jit(extend, donate_argnames=("cache", "last")),
+        jax.jit(extend, donate_argnames=("cache", "last"), out_shardings=results),
     )
 
 
 def _place_like(params: Any, tree: Any) -> Any:
     """Place arrays on the device of the parameters, committed if the parameters are committed.
 
-    Otherwise JAX would compile separate programs for uncommitted inputs and committed results.
+    On a mesh, rows are sharded. Otherwise JAX would compile separate programs for uncommitted
+    inputs and committed results.
     """
     leaf = jax.tree.leaves(params)[0]
-    if not leaf.committed or len(leaf.devices()) > 1:
+    if len(leaf.devices()) > 1:
+        return split_rows(tree, params)
+    if not leaf.committed:
         return jax.device_put(tree)
 
     def put(x: Any) -> Array:

@@ -14,6 +14,7 @@ from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, grow, init_cache
 from mc_jax.chunk_layout import first_tokens
 from mc_jax.functional import Result, extend, memory_caching
+from mc_jax.head_copies import HeadCopies, apply_to, copy_to_heads
 from mc_jax.inspection import Trace, make_trace
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.modules import Coefficient, MemoryNorm, initial_memory, split_heads
@@ -26,6 +27,7 @@ from mc_jax.numerics import (
     normalize_values,
     state_dtype,
 )
+from mc_jax.sharding import with_auto_axes
 
 
 class MemoryCachingLayer(Mixer):
@@ -66,9 +68,10 @@ class MemoryCachingLayer(Mixer):
         if config.has_gate_bias:
             assert config.gate_bias is not None
             bias = jnp.full(config.num_heads, config.gate_bias, param_dtype)
-            self.gate_bias = nnx.Param(bias)
+            self.gate_bias = nnx.Param(bias, axes=("heads",))
         if config.learns_temperature:  # the parameter is its logarithm
-            self.gate_temperature = nnx.Param(jnp.zeros(config.num_heads, param_dtype))
+            temperature = jnp.zeros(config.num_heads, param_dtype)
+            self.gate_temperature = nnx.Param(temperature, axes=("heads",))
         self.initial = nnx.List(initial_memory(config, rngs, param_dtype))
         if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(
@@ -76,6 +79,7 @@ class MemoryCachingLayer(Mixer):
             )
         self._add_output_norm(param_dtype=param_dtype)
 
+    @with_auto_axes
     def __call__(
         self,
         x: Array,
@@ -94,11 +98,13 @@ class MemoryCachingLayer(Mixer):
         """
         return self._run(x, mask, segment_lengths)[0]
 
+    @with_auto_axes
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the cache after the last token."""
         y, result = self._run(x, mask)
         return y, result.cache
 
+    @with_auto_axes
     def inspect(self, x: Array, mask: Array | None = None) -> tuple[Array, Trace]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return statistics of gates and writes."""
         return self._inspect(x, mask)
@@ -143,6 +149,7 @@ class MemoryCachingLayer(Mixer):
         """
         return grow(cache, self.config, max_tokens)
 
+    @with_auto_axes
     def extend(
         self,
         x: Array,
@@ -224,12 +231,13 @@ class MemoryCachingLayer(Mixer):
             the arguments by name, and the cache's field `conv` after these tokens.
         """
         config = self.config
-        q, k, v, conv = self._qkv(x, before, count)
+        copies = copy_to_heads(x, config.num_heads)
+        q, k, v, conv = self._qkv(copies, before, count)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         v = normalize_values(v, config.value_norm)
-        u, gate_bias = self._gate_inputs(x, q)
-        fields = {name: coefficient(x) for name, coefficient in self.coefficients.items()}
+        u, gate_bias = self._gate_inputs(copies, q)
+        fields = {name: apply_to(module, copies) for name, module in self.coefficients.items()}
         names = config.memory.coefficient_fields
         coefficients = Coefficients(**{name: fields[field] for name, field in names.items()})
         norm: Norm = None
@@ -238,22 +246,22 @@ class MemoryCachingLayer(Mixer):
         inputs = {"q": q, "k": k, "v": v, "u": u, "initial": self._initial()}
         return inputs | {"coefficients": coefficients, "norm": norm, "gate_bias": gate_bias}, conv
 
-    def _gate_inputs(self, x: Array, q: Array) -> tuple[Array | None, Array | None]:
+    def _gate_inputs(self, x: Array | HeadCopies, q: Array) -> tuple[Array | None, Array | None]:
         """Return the connector [b, t, h, k] and the gate bias [h], divided by the temperature.
 
         Args:
-            x: tokens [b, t, d].
+            x: tokens [b, t, d], or their copies.
             q: queries [b, t, h, k].
         """
         config = self.config
         u = q if config.gated else None
         if config.projects_u:
-            u = split_heads(self.u_proj(x), config.num_heads)
+            u = split_heads(apply_to(self.u_proj, x), config.num_heads)
         gate_bias = self.gate_bias[...] if config.has_gate_bias else None
         if u is None or not config.learns_temperature:
             return u, gate_bias
         # A constant temperature divides the scores, which are linear in u and the bias.
-        dtype = state_dtype(x.dtype)
+        dtype = state_dtype(q.dtype)
         temperature = jnp.exp(self.gate_temperature[...].astype(dtype))
         u = u.astype(dtype) / expand_leading_dims(temperature[:, None], 4)
         return u, None if gate_bias is None else gate_bias.astype(dtype) / temperature

@@ -10,6 +10,7 @@ from mc_core.log_linear import LogLinearConfig, level_count
 from mc_jax.backends import Weights
 from mc_jax.cache import check_growth, nan_past_capacity
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.level_cache import LevelCache
 from mc_jax.log_linear import (
     LevelTokens,
@@ -28,6 +29,7 @@ from mc_jax.numerics import (
     l2_normalize,
     state_dtype,
 )
+from mc_jax.sharding import with_auto_axes
 
 
 class LogLinearAttentionLayer(Mixer):
@@ -58,10 +60,17 @@ class LogLinearAttentionLayer(Mixer):
         coefficient = Coefficient(config, "retention", rngs=rngs, param_dtype=param_dtype)
         self.coefficients = nnx.Dict({"retention": coefficient})
         h, levels = config.num_heads, config.num_levels
-        self.level_proj = Head(config.d_model, h * levels, rngs=rngs, param_dtype=param_dtype)
-        self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype))
+        self.level_proj = Head(
+            config.d_model,
+            h * levels,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            axes=("embed", "heads"),
+        )
+        self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype), axes=("heads", None))
         self._add_output_norm(param_dtype=param_dtype)
 
+    @with_auto_axes
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Mix tokens.
 
@@ -75,6 +84,7 @@ class LogLinearAttentionLayer(Mixer):
         """
         return self._run(x, mask)[0]
 
+    @with_auto_axes
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, LevelCache]:
         """Mix tokens x [b, t, d] -> [b, t, d], and return the cache after the last token."""
         y, tokens, conv = self._run(x, mask)
@@ -129,6 +139,7 @@ class LogLinearAttentionLayer(Mixer):
         state = jnp.pad(cache.state, [(0, 0), (0, 0), (0, max(more, 0)), (0, 0), (0, 0)])
         return cache._replace(state=state, capacity=jnp.full_like(cache.capacity, max_tokens))
 
+    @with_auto_axes
     def extend(
         self,
         x: Array,
@@ -206,12 +217,13 @@ class LogLinearAttentionLayer(Mixer):
             cache's field `conv` after these tokens.
         """
         config = self.config
-        q, k, v, conv = self._qkv(x, before, count)
+        copies = copy_to_heads(x, config.num_heads)
+        q, k, v, conv = self._qkv(copies, before, count)
         if config.qk_norm == "l2":
             q, k = l2_normalize(q), l2_normalize(k)
-        logits = self.level_proj(x)
+        logits = apply_to(self.level_proj, copies)
         logits = logits.reshape(*x.shape[:2], config.num_heads, config.num_levels)
         scale = expand_leading_dims(self.level_scale[...].astype(logits.dtype), 4)
         level_weights = jax.nn.softplus(scale * logits)
-        retention = self.coefficients["retention"](x)
+        retention = apply_to(self.coefficients["retention"], copies)
         return LevelTokens(q, k, v, level_weights, retention), conv

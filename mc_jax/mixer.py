@@ -13,6 +13,7 @@ from mc_core.config import LayerConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import check_capacity
 from mc_jax.chunk_layout import make_packing, pack, unpack
+from mc_jax.head_copies import HeadCopies, apply_to
 from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
 from mc_jax.numerics import Array, Dtype, state_dtype
@@ -46,14 +47,16 @@ class Mixer(nnx.Module, Pretrained):
         d, width = config.d_model, config.conv_width
         kv = config.kv_heads * config.head_dim
 
-        def linear(features: int = d) -> Linear:
-            return Linear(d, features, rngs=rngs, param_dtype=param_dtype)
+        def linear(*axes: str, features: int = d) -> Linear:
+            return Linear(d, features, rngs=rngs, param_dtype=param_dtype, axes=axes)
 
         # The order determines the parameters drawn from a seed.
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(kv), linear(kv)
+        self.q_proj = linear("embed", "heads")
+        self.k_proj = linear("embed", "heads", features=kv)
+        self.v_proj = linear("embed", "heads", features=kv)
         if projects_u:
-            self.u_proj = linear()
-        self.out_proj = linear()
+            self.u_proj = linear("embed", "heads")
+        self.out_proj = linear("heads", "embed")
         if width:
             self.q_conv = ShortConv(width, d, param_dtype=param_dtype)
             self.k_conv = ShortConv(width, kv, param_dtype=param_dtype)
@@ -88,12 +91,12 @@ class Mixer(nnx.Module, Pretrained):
         return x if mask is None else jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
 
     def _qkv(
-        self, x: Array, before: Weights, count: Array | None
+        self, x: Array | HeadCopies, before: Weights, count: Array | None
     ) -> tuple[Array, Array, Array, Weights]:
         """Project tokens to q, k and v, and apply the convolutions, if any.
 
         Args:
-            x: tokens [b, t, d].
+            x: tokens [b, t, d], or their copies from `copy_to_heads`.
             before: field `conv` of the cache.
             count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
 
@@ -101,7 +104,7 @@ class Mixer(nnx.Module, Pretrained):
             q [b, t, h, k], k and v [b, t, kv_heads, k], and the cache's field `conv` after these
             tokens.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (apply_to(module, x) for module in (self.q_proj, self.k_proj, self.v_proj))
         tails: Weights = ()
         if self.config.conv_width:
             convs = self.q_conv, self.k_conv, self.v_conv

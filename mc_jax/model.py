@@ -15,6 +15,7 @@ from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
 from mc_jax.layer import MemoryCachingLayer
@@ -23,6 +24,7 @@ from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, einsum_f32, is_static
 from mc_jax.pretrained import Pretrained
+from mc_jax.sharding import FREE, constrain, gather_width, with_auto_axes
 
 # Token mixers by the class of their configuration; see `mc_core.config.MIXERS`.
 LAYERS: dict[type, Callable[..., Any]] = {
@@ -36,13 +38,16 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Dtype):
         d, f = config.layer.d_model, config.ffn_dim
-        self.gate_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
-        self.up_proj = Linear(d, f, rngs=rngs, param_dtype=param_dtype)
-        self.down_proj = Linear(f, d, rngs=rngs, param_dtype=param_dtype)
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+        self.gate_proj = Linear(d, f, **options, axes=("embed", "ffn"))
+        self.up_proj = Linear(d, f, **options, axes=("embed", "ffn"))
+        self.down_proj = Linear(f, d, **options, axes=("ffn", "embed"))
 
     def __call__(self, x: Array) -> Array:
         """Transform tokens [b, t, d] independently."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        copies = copy_to_heads(x, self.down_proj.kernel.shape[0])
+        gate, up = apply_to(self.gate_proj, copies), apply_to(self.up_proj, copies)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -89,7 +94,10 @@ class Block(nnx.Module):
         return self._transform(x + y), trace
 
     def _transform(self, x: Array) -> Array:
-        return x + self.ffn(self.ffn_norm(x)) if hasattr(self, "ffn") else x
+        x = constrain(x, "batch", FREE, None)
+        if hasattr(self, "ffn"):
+            x = constrain(x + self.ffn(self.ffn_norm(x)), "batch", FREE, None)
+        return x
 
 
 class LanguageModel(nnx.Module, Pretrained):
@@ -122,6 +130,7 @@ class LanguageModel(nnx.Module, Pretrained):
             param_dtype=param_dtype,
             dtype=self.dtype,
             rngs=rngs,
+            embedding_metadata={"axes": (None, "embed")},
         )
         self.blocks = nnx.List(
             [
@@ -131,8 +140,11 @@ class LanguageModel(nnx.Module, Pretrained):
         )
         self.norm = RMSNorm(d, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.head = Head(d, config.vocab_size, rngs=rngs, param_dtype=param_dtype)
+            self.head = Head(
+                d, config.vocab_size, rngs=rngs, param_dtype=param_dtype, axes=("embed", None)
+            )
 
+    @with_auto_axes
     def __call__(
         self, tokens: Array, mask: Array | None = None, places: Array | None = None
     ) -> Array:
@@ -154,13 +166,14 @@ class LanguageModel(nnx.Module, Pretrained):
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
             places, invalid = safe_places(places, invalid, ids.shape[1])
-        x = self.embed(ids)
+        x = self._embed(ids)
         for block in self.blocks:
             x = _remat(block, x, mask) if self.config.remat else block(x, mask)
         if places is not None:
             x = jnp.take_along_axis(x, places[..., None], axis=1)
         return nan_where(invalid, self._logits(x))
 
+    @with_auto_axes
     def inspect(
         self, tokens: Array, mask: Array | None = None
     ) -> tuple[Array, tuple[Trace | None, ...]]:
@@ -171,7 +184,7 @@ class LanguageModel(nnx.Module, Pretrained):
             mask: as in `__call__`.
         """
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
-        x, traces = self.embed(ids), []
+        x, traces = self._embed(ids), []
         for block in self.blocks:
             x, trace = block.inspect(x, mask)
             traces.append(trace)
@@ -198,6 +211,7 @@ class LanguageModel(nnx.Module, Pretrained):
         blocks = zip(self.blocks, cache, strict=True)
         return tuple(block.mixer.grow(block_cache, max_tokens) for block, block_cache in blocks)
 
+    @with_auto_axes
     def extend(
         self,
         tokens: Array,
@@ -243,7 +257,7 @@ class LanguageModel(nnx.Module, Pretrained):
             read = first_tokens(count, tokens.shape[1])
             read = read if mask is None else read & mask
         ids, invalid = self._safe_ids(tokens, read, in_range)
-        x, new = self.embed(ids), []
+        x, new = self._embed(ids), []
         for block, block_cache in zip(self.blocks, cache, strict=True):
             x, block_cache = block.extend(x, block_cache, mask, count)
             new.append(block_cache)
@@ -270,10 +284,15 @@ class LanguageModel(nnx.Module, Pretrained):
         ids, out_of_range = safe_ids(tokens, self.config.vocab_size, mask)
         return ids, None if in_range else cumulative_any(out_of_range)
 
+    def _embed(self, ids: Array) -> Array:
+        embedding = gather_width(self.embed.embedding).astype(self.dtype)
+        return constrain(jnp.take(embedding, ids, axis=0), "batch", FREE, None)
+
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
         if self.config.tie_embeddings:
-            return einsum_f32("btd,sd->bts", x, self.embed.embedding[...], dtype=x.dtype)
+            embedding = gather_width(self.embed.embedding)
+            return einsum_f32("btd,sd->bts", x, embedding, dtype=x.dtype)
         return self.head(x)
 
 

@@ -9,29 +9,55 @@ from flax import nnx
 
 from mc_core.config import MCConfig
 from mc_core.log_linear import LogLinearConfig
+from mc_jax.head_copies import HeadCopies
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, rms_norm, state_dtype
+from mc_jax.sharding import gather_width
 
 START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
 
 
 class Linear(nnx.Module):
-    """`x W` without bias, in the dtype of x; initialized as in Flax (LeCun normal)."""
+    """`x W` without bias, in the dtype of x; initialized as in Flax (LeCun normal).
 
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, param_dtype: Dtype):
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rngs: random streams; the kernel uses `params`.
+        param_dtype: dtype of the kernel.
+        axes: names of the kernel's axes; see `mc_jax.sharding.RULES`.
+    """
+
+    _takes_copies = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Dtype,
+        axes: tuple[str | None, ...] = (None, None),
+    ):
         draw = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(draw(rngs.params(), (in_features, out_features), param_dtype))
+        kernel = draw(rngs.params(), (in_features, out_features), param_dtype)
+        self.kernel = nnx.Param(kernel, axes=axes)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Map [..., in] to [..., out]."""
-        return x @ self.kernel[...].astype(x.dtype)
+        if isinstance(x, HeadCopies):
+            return x.project(gather_width(self.kernel), x.tokens.dtype)
+        return x @ gather_width(self.kernel).astype(x.dtype)
 
 
 class Head(Linear):
     """Linear map that accumulates in the state dtype and returns it."""
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Map [b, t, in] to [b, t, out]."""
-        return einsum_f32("btd,ds->bts", x, self.kernel[...], dtype=x.dtype)
+        kernel = gather_width(self.kernel)
+        if isinstance(x, HeadCopies):
+            return x.project(kernel, state_dtype(x.tokens.dtype))
+        return einsum_f32("btd,ds->bts", x, kernel, dtype=x.dtype)
 
 
 class Coefficient(nnx.Module):
@@ -43,6 +69,8 @@ class Coefficient(nnx.Module):
         rngs: random streams; the kernel uses `params`.
         param_dtype: dtype of the parameters.
     """
+
+    _takes_copies = True
 
     def __init__(
         self,
@@ -62,20 +90,26 @@ class Coefficient(nnx.Module):
         if self.mode == "constant":
             return
         bias = np.full(self.heads, np.log(fraction) - np.log1p(-fraction))
-        self.bias = nnx.Param(jnp.asarray(bias, param_dtype))
+        self.bias = nnx.Param(jnp.asarray(bias, param_dtype), axes=("heads",))
         if self.mode == "token":
             draw = nnx.initializers.normal(0.02)
-            self.kernel = nnx.Param(draw(rngs.params(), (config.d_model, self.heads), param_dtype))
+            kernel = draw(rngs.params(), (config.d_model, self.heads), param_dtype)
+            self.kernel = nnx.Param(kernel, axes=("embed", "heads"))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | HeadCopies) -> Array:
         """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
-        dtype = state_dtype(x.dtype)
-        shape = (*x.shape[:2], self.heads)
+        tokens = x.tokens if isinstance(x, HeadCopies) else x
+        dtype = state_dtype(tokens.dtype)
+        shape = (*tokens.shape[:2], self.heads)
         if self.mode == "constant":
-            return jnp.full_like(x, self.start, shape=shape, dtype=dtype)
+            return jnp.full_like(tokens, self.start, shape=shape, dtype=dtype)
         logit = jnp.broadcast_to(expand_leading_dims(self.bias[...].astype(dtype), 3), shape)
         if self.mode == "token":
-            logit = logit + einsum_f32("btd,dh->bth", x, self.kernel[...], dtype=x.dtype)
+            kernel = gather_width(self.kernel)
+            if isinstance(x, HeadCopies):
+                logit = logit + x.project(kernel, dtype)
+            else:
+                logit = logit + einsum_f32("btd,dh->bth", x, kernel, dtype=x.dtype)
         return self.low + (self.high - self.low) * jax.nn.sigmoid(logit)
 
 
@@ -84,7 +118,7 @@ class ShortConv(nnx.Module):
 
     def __init__(self, width: int, features: int, *, param_dtype: Dtype):
         kernel = jnp.zeros((width, features), param_dtype).at[-1].set(1)
-        self.kernel = nnx.Param(kernel)
+        self.kernel = nnx.Param(kernel, axes=(None, "heads"))
 
     def __call__(self, x: Array, before: Array | None = None) -> Array:
         """Convolve tokens [b, t, d] over t, after `before` [b, width - 1, d] or zeros."""
@@ -115,10 +149,11 @@ class ShortConv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """RMS norm over the last axis, with a learned scale of the given shape."""
+    """RMS norm over the last axis, with a learned scale [width] or, per head, [heads, width]."""
 
     def __init__(self, *shape: int, param_dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
+        axes = ("heads", None) if len(shape) == 2 else (None,)
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype), axes=axes)
 
     def __call__(self, x: Array) -> Array:
         """Normalize `x` [..., *shape]."""
@@ -129,8 +164,8 @@ class MemoryNorm(nnx.Module):
     """Gain and bias of a memory's layer norm; not updated by the inner loop."""
 
     def __init__(self, heads: int, width: int, *, param_dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones((heads, width), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((heads, width), param_dtype))
+        self.scale = nnx.Param(jnp.ones((heads, width), param_dtype), axes=("heads", None))
+        self.bias = nnx.Param(jnp.zeros((heads, width), param_dtype), axes=("heads", None))
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -144,9 +179,12 @@ def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.V
     if not memory.learns_initial:
         return []
     dims = memory.widths(width, width)
-    if not memory.random_initial:
-        return [nnx.Param(jnp.zeros((h, o, i), dtype)) for i, o in pairwise(dims)]
-    return [
-        nnx.Param(jax.random.normal(rngs.params(), (h, o, i), dtype) * np.asarray(i**-0.5, dtype))
-        for i, o in pairwise(dims)
-    ]
+
+    def draw(i: int, o: int) -> Array:
+        if not memory.random_initial:
+            return jnp.zeros((h, o, i), dtype)
+        scale = np.asarray(i**-0.5, dtype)
+        return jax.random.normal(rngs.params(), (h, o, i), dtype) * scale
+
+    axes = ("heads", None, None)
+    return [nnx.Param(draw(i, o), axes=axes) for i, o in pairwise(dims)]

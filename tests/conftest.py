@@ -34,7 +34,7 @@ if not os.access(os.path.expanduser("~"), os.W_OK):
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_unconfigure() -> None:

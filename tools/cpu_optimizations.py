@@ -35,8 +35,7 @@ def cores() -> Forms:
     """A batch of 4,096 products 64 x 64, on one device and with one device per core."""
     x = random(4096, 64, 64)
     devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(devices, (sharding.AXIS,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.AXIS))
+    rows = sharding.axes_sharding(sharding.make_mesh(devices=devices), "batch")
     product = partial(jnp.einsum, "bij,bjk->bik")
     return compiled(product, x, x), compiled(product, *[jax.device_put(x, rows)] * 2)
 

@@ -13,14 +13,17 @@ import jax  # import before grain: without jax, grain only logs a warning
 import grain
 import orbax.checkpoint as ocp
 from flax import nnx
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from jax.sharding import Mesh
 
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
+from mc_jax.sharding import shard_model
 from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
 from train.config.overrides import override
+from train.data.position import PositionRestore, PositionSave
 from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
-from train.step import TrainState, build
+from train.distributed import from_main, together
+from train.step import TrainState, abstract_state
 from train.variant import make_variant
 
 
@@ -78,7 +81,10 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the last saved step, or None."""
-        return self._manager.latest_step() if self.directory.is_dir() else None
+        # Constructing the manager synchronizes the processes, so that all do it or none.
+        if self._open is None and not from_main(self.directory.is_dir()):
+            return None
+        return self._manager.latest_step()
 
     def meta(self, step: int) -> Meta:
         """Return the metadata of the checkpoint of a step.
@@ -103,13 +109,14 @@ class Checkpoints:
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
-            data=CheckpointSave(batches),
+            data=PositionSave(batches),
             meta=ocp.args.JsonSave(meta._asdict()),
         )
         last = self.latest() or 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _check_disk_space(self.directory, state)
+            with together():
+                _check_disk_space(self.directory, state)
             self._manager.save(step, args=args, force=True)
         except (
             Exception
@@ -135,7 +142,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
         if batches is not None:
-            items["data"] = CheckpointRestore(batches)
+            items["data"] = PositionRestore(batches)
         restored = self._restore(step, ocp.args.Composite(**items))
         return TrainState(**restored.state)
 
@@ -214,8 +221,15 @@ def _with_current_values(before: dict[str, Any], saved: Meta, now: Meta) -> dict
     return before | {"data": data}
 
 
-def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, int, Meta]:
+def load_state(
+    directory: Path, mesh: Mesh | None = None
+) -> tuple[TrainConfig, nnx.GraphDef, TrainState, int, Meta]:
     """Return configuration, graph definition, state, step and metadata of the last checkpoint.
+
+    Args:
+        directory: run directory.
+        mesh: devices over which the state is sharded; None = the default device. The mesh of the
+            run does not matter.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read or was written by another version.
@@ -226,7 +240,7 @@ def load_state(directory: Path) -> tuple[TrainConfig, nnx.GraphDef, TrainState, 
             raise UserError(f"{directory}: no checkpoint found; must be a run directory")
         meta = checkpoints.meta(step)
         config = _config_of(directory, meta)
-        graphdef, like, _ = build(config)
+        graphdef, like = abstract_state(config, mesh)
         state = checkpoints.restore(step, like)
     return config, graphdef, state, step, meta
 
@@ -237,6 +251,7 @@ def load_run(
     *,
     needs_text: bool = True,
     overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> tuple[TrainConfig, LanguageModel, int, Meta]:
     """Return configuration, model, step and metadata of a run's last checkpoint.
 
@@ -248,19 +263,21 @@ def load_run(
         needs_text: check that the tokenizer exists and equals the one used in training.
         overrides: `key=value` changes of the configuration that need no new parameter, such as
             `model.layer.aggregation=mean`; see `train.config.overrides`.
+        mesh: see `load_state`.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read or was written by another version;
             the tokenizer is missing or differs; or an override is invalid or needs a parameter that
             the run does not have.
     """
-    config, graphdef, state, step, meta = load_state(directory)
+    config, graphdef, state, step, meta = load_state(directory, mesh)
     if needs_text:
         config = with_tokenizer_copy(config, directory, meta.tokenizer, tokenizer)
     model = nnx.merge(graphdef, state.params, state.rest)
     if overrides:
         config = override(config, overrides)
         model = make_variant(model, config.model, overrides, config.run.dtype)
+        shard_model(model, mesh)
     return config, model, step, meta
 
 
@@ -302,7 +319,10 @@ def _config_of(directory: Path, meta: Meta) -> TrainConfig:
 
 
 def _with_old_defaults(config: Any) -> Any:
-    """Return a checkpoint's configuration with the former behavior for keys added since then."""
+    """Return a checkpoint's configuration with the former behavior of keys that have changed."""
+    if isinstance(config, dict) and "devices" in config.get("run", {}):
+        run = dict(config["run"])
+        config = config | {"run": run | {"mesh": {"data": run.pop("devices")}}}
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or data.get("task", TextConfig.task) != TextConfig.task:
         return config
@@ -318,14 +338,15 @@ def _other_version(directory: Path, error: Exception) -> UserError:
 
 
 def _check_disk_space(directory: Path, state: TrainState) -> None:
-    """Check that the disk has space for a checkpoint.
+    """Check that the disk has space for what this process writes of a checkpoint.
 
     Without this check, each writer thread of Orbax prints a traceback when the disk is full.
 
     Raises:
         OSError: the disk is full.
     """
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    shards = [s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards]
+    arrays = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
     if hasattr(os, "posix_fallocate"):
         with tempfile.TemporaryFile(dir=directory) as file:
             # Orbax writes the arrays twice, then deletes one copy; 1 MiB for small files.

@@ -6,16 +6,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
-from mc_jax.sharding import gather, local, replicate, split_rows
 from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
+from train.distributed import is_main, lost_peers, own_rows, terminated, to_host, to_mesh, together
 from train.evaluation.run_report import FILE
-from train.interrupt import on_interrupt
+from train.interrupt import Terminated, on_interrupt
 from train.lock import Lock
-from train.metrics import Curves
+from train.mesh import check_batch, open_mesh
+from train.metrics import Curves, NoCurves
 from train.optimizer import describe_extension, make_schedule
 from train.progress import Progress
 from train.step import TrainState, build, check_finite, split
@@ -36,24 +40,28 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
             Set by sweeps, in which equal configurations must have equal results.
 
     Raises:
-        UserError: the data, the configuration, the run's directory or the number of devices is
-            invalid, or another process trains in the directory.
+        UserError: the data, the configuration, the run's directory or the mesh is invalid, or
+            another process trains in the directory.
         NotFiniteError: a NaN or an infinity occurred; the last checkpoint is finite.
         KeyboardInterrupt: the message states the step from which the run resumes.
     """
     directory = Path(config.run.directory)
-    local(config.run.devices, "run.devices")
+    mesh = open_mesh(config.run.mesh)
+    check_batch(config, mesh)
+    locks = is_main() and not claimed
     with (
         closing(Lock.of_run(directory)) as lock,
         on_interrupt(lambda: _interrupt_message(directory)),
+        lost_peers(f"the same command resumes {directory}"),
     ):
-        if not claimed and directory.is_dir():
-            lock.acquire()
-        task = load_task(config)
-        # Create a new directory only after all checks.
-        if not claimed:
-            lock.acquire()
-        return _train(config, task, console, may_grow=not claimed)
+        with together():
+            if locks and directory.is_dir():
+                lock.acquire()
+            task = load_task(config)
+            # Create a new directory only after all checks.
+            if locks:
+                lock.acquire()
+        return _train(config, mesh, task, console, may_grow=not claimed)
 
 
 def _interrupt_message(directory: Path) -> str:
@@ -63,9 +71,10 @@ def _interrupt_message(directory: Path) -> str:
     return f"interrupted: the same command resumes {directory} from step {step}"
 
 
-def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool) -> Any:
+def _train(config: TrainConfig, mesh: Mesh, task: Task, console: Console, *, may_grow: bool) -> Any:
     run, directory = config.run, Path(config.run.directory)
-    devices = local(run.devices, "run.devices")
+    if not is_main():
+        console = Console(quiet=True)
     meta = Meta(to_dict(config), task.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
     with Checkpoints(directory, run.keep) as checkpoints:
         saved_step = checkpoints.latest()
@@ -78,14 +87,15 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
             task.print_report(console, directory, report)
             return report
 
-        graphdef, state, step_fn = build(config)
+        graphdef, state, step_fn = build(config, mesh)
         if saved_step is None and run.init_from is not None:
             state = initial_state(config, state, console)
-        state = replicate(state, devices)
-        batches = task.batches()
+        batches = task.batches(own_rows(mesh, run.batch_size))
         scoring = task.scoring(graphdef)
         schedule = make_schedule(config.optimizer, run.steps)
-        copy_tokenizer(directory, config)
+        with together():
+            if is_main():
+                copy_tokenizer(directory, config)
         for note in task.notes:
             console.print(note, soft_wrap=True, highlight=False, markup=False)
         if saved_step is not None:
@@ -99,13 +109,16 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == run.steps)
 
+        last_saved = start
         directory.mkdir(parents=True, exist_ok=True)
-        if start < run.steps:  # an existing report is outdated
+        if start < run.steps and is_main():  # an existing report is outdated
             (directory / FILE).unlink(missing_ok=True)
-        with Curves(directory, start) as curves, Progress(console, start, config, meta) as progress:
+        curves = Curves(directory, start) if is_main() else NoCurves()
+        with curves, Progress(console, start, config, meta) as progress:
             for step in range(start + 1, run.steps + 1):
-                state, metrics = step_fn(state, split_rows(next(batches), state, axis=1))
-                check_finite(metrics, step, checkpoints.latest() or 0)
+                batch = to_mesh(next(batches), mesh, run.batch_size)
+                state, metrics = step_fn(state, batch)
+                check_finite(metrics, step, last_saved)
                 loss = float(metrics.loss)
                 progress.step(step, loss)
                 if due(step, run.log_every):
@@ -119,12 +132,20 @@ def _train(config: TrainConfig, task: Task, console: Console, *, may_grow: bool)
                     )
                 if due(step, run.validate_every):
                     curves.write(step, **scoring.row(state))
-                if due(step, run.save_every):
+                stops = terminated(step)
+                if due(step, run.save_every) or stops:
                     meta = meta._replace(seconds=progress.seconds)
                     checkpoints.save(step, state, batches, meta)
+                    last_saved = step
+                if stops:
+                    raise Terminated
 
     report = scoring.report(state, run.steps, meta.seconds)
-    report = scoring.finish(directory, gather(state), report)
+    if jax.process_count() > 1:  # the rest is up to the main process, on one of its devices
+        params, rest = jax.tree.map(jnp.asarray, to_host((state.params, state.rest)))
+        state = TrainState(params, (), rest)
+    if is_main():
+        report = scoring.finish(directory, state, report)
     task.print_report(console, directory, report)
     return report
 

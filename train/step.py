@@ -1,6 +1,7 @@
 """Losses, and one optimiser step as a pure function of the training state."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
 from mc_jax.ids import safe_ids
+from mc_jax.sharding import axes_sharding
 from train.config import TrainConfig
+from train.gradients import make_gradients
+from train.mesh import state_shardings
 from train.optimizer import make_optimizer
 from train.tasks.examples import Example
 
@@ -40,15 +45,64 @@ Batch = jax.Array | Example  # tokens [b, t + 1] of a text, or examples of a rec
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
-    """Return the graph definition, the initial state, and the jitted training step."""
-    model = LanguageModel(
+def build(
+    config: TrainConfig, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
+    """Return the graph definition, the initial state, and the jitted training step.
+
+    Args:
+        config: configuration of the run.
+        mesh: devices over which the state is sharded from the start; None = the default device.
+    """
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    graphdef, abstract = abstract_state(config, mesh)
+
+    def create() -> TrainState:
+        _, params, rest = split(_create_model(config))
+        return TrainState(params, optimizer.init(params), rest)
+
+    if mesh is None:
+        return graphdef, create(), make_train_step(graphdef, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    # Compiled, parameters may differ in the last bit: one device keeps those of `mesh=None`.
+    one = mesh.size == 1
+    state = (
+        jax.device_put(create(), shardings) if one else jax.jit(create, out_shardings=shardings)()
+    )
+    return graphdef, state, make_train_step(graphdef, optimizer, shardings)
+
+
+def abstract_state(
+    config: TrainConfig, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Return the graph definition, and shapes, dtypes and shardings of the state.
+
+    Args:
+        config: configuration of the run.
+        mesh: devices of the state; None = the default device.
+
+    Raises:
+        UserError: the mesh does not divide a parameter.
+    """
+    model = nnx.eval_shape(lambda: _create_model(config))
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    graphdef, params, rest = split(model)
+    state = TrainState(params, jax.eval_shape(optimizer.init, params), rest)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: jnp.zeros(()).sharding, state)
+    else:
+        shardings = TrainState(*state_shardings(model, optimizer, mesh))
+    return graphdef, jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+
+
+def _create_model(config: TrainConfig) -> LanguageModel:
+    return LanguageModel(
         config.model, rngs=nnx.Rngs(config.run.seed), dtype=jnp.dtype(config.run.dtype)
     )
-    graphdef, params, rest = split(model)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    state = TrainState(params, optimizer.init(params), rest)
-    return graphdef, state, make_train_step(graphdef, optimizer)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
@@ -87,37 +141,42 @@ def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Examp
     return losses, logits.argmax(-1) == batch.labels, split(model)[2]
 
 
-def mean_loss(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) -> Any:
-    """Return the mean loss over predicted tokens or answers, and the updated `rest`."""
+def sum_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) -> Any:
+    """Return the weighted sum of the losses of predicted tokens or answers, and the new `rest`."""
     if isinstance(batch, Example):
         losses, _, rest = answer_losses(graphdef, params, rest, batch)
         # Answers of weight 0 are ignored, even if their loss is NaN.
-        total = jnp.where(batch.weights > 0, losses * batch.weights, 0).sum()
-        return total / batch.weights.sum(), rest
+        return jnp.where(batch.weights > 0, losses * batch.weights, 0).sum(), rest
     losses, rest = token_losses(graphdef, params, rest, batch)
-    return losses.mean(), rest
+    return losses.sum(), rest
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> TrainStep:
+def sum_weights(batch: Batch) -> jax.Array | float:
+    """Return the number of predicted tokens, or the sum of the weights of the answers."""
+    if isinstance(batch, Example):
+        return batch.weights.sum()
+    return jnp.asarray(batch.shape[0] * (batch.shape[1] - 1), jnp.float32)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+) -> TrainStep:
     """Return the jitted training step; it donates its state.
 
     Batches are stacked microbatches [accumulation, ...]. Gradients are averaged over them.
-    """
 
-    def loss_of(params: Tree, rest: Tree, batch: Batch) -> Any:
-        return mean_loss(graphdef, params, rest, batch)
+    Args:
+        graphdef: graph definition of the model.
+        optimizer: the optimizer.
+        shardings: shardings of the state; None = one device.
+    """
+    params_shardings = None if shardings is None else shardings.params
+    gradients = make_gradients(partial(sum_losses, graphdef), sum_weights, params_shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def add(carry: Any, microbatch: Any) -> Any:
-            total, gradient, rest = carry
-            grad_of = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, rest), new = grad_of(state.params, rest, microbatch)
-            return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
-
-        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.rest)
-        (loss, gradient, rest), _ = jax.lax.scan(add, first, batch)
-        count = len(jax.tree.leaves(batch)[0])
-        loss, gradient = jax.tree.map(lambda x: x / count, (loss, gradient))
+        loss, gradient, rest = gradients(state.params, state.rest, batch)
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jax.tree.map(
@@ -127,7 +186,10 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         metrics = Metrics(loss, optax.tree.norm(gradient), flags.all(), finite)
         return TrainState(params, opt_state, rest), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    replicated = axes_sharding(jax.tree.leaves(shardings)[0].mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def check_finite(metrics: Metrics, step: int, last_good: int) -> None:

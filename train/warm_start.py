@@ -35,7 +35,8 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     if Path(run.init_from).resolve() == Path(run.directory).resolve():
         raise UserError(f"run.init_from = {run.init_from}: must not be this run's own directory")
     try:
-        source, _, found, step, meta = load_state(Path(run.init_from))
+        mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+        source, _, found, step, meta = load_state(Path(run.init_from), mesh)
     except UserError as error:
         raise UserError(f"run.init_from: {error}") from error
     differences = _differences(source, config)

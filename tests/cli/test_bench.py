@@ -19,7 +19,7 @@ from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, 
 from mc_core.errors import UserError
 from mc_core.tables import ResultTable
 from mc_jax import MemoryCachingLayer
-from mc_jax.sharding import replicate, split_rows
+from mc_jax.sharding import axes_sharding, make_mesh, split_rows
 from parity.environment import SETTINGS
 
 MEMORIES = {
@@ -228,7 +228,7 @@ def test_batch_split_over_devices_is_equal_work():
 def test_bytes_are_summed_over_devices():
     held, x = jnp.ones((1, 256)), jnp.ones((4, 256))
     one = jax_layers.compiled_subject("", jnp.add, (held, x), 1)
-    held = replicate(held, jax.local_devices()[:2])
+    held = jax.device_put(held, axes_sharding(make_mesh(devices=jax.local_devices()[:2])))
     two = jax_layers.compiled_subject("", jnp.add, (held, split_rows(x, held)), 1)
     assert one.bytes == held.nbytes + 2 * x.nbytes
     assert two.bytes == 2 * held.nbytes + 2 * x.nbytes
@@ -250,7 +250,7 @@ def test_peers_are_compared_with_subjects_on_as_many_devices(monkeypatch):
 
 @pytest.mark.slow
 def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
-    jax.devices()  # the command would request two devices, and there are four
+    jax.devices()  # the command would request two devices, and there are eight
     options = ["--tokens", 8, "--segment", 4, "--width", 8, "--heads", 2, "--runs", 0]
     file = tmp_path / "out.json"
     words = ["--devices", 1, "--devices", 2, "--json", file]
@@ -262,7 +262,7 @@ def test_device_options_of_layers_and_models(monkeypatch, tmp_path, capsys):
     rates = []
     monkeypatch.setattr("bench.model.measure", lambda dtype: Ceilings(1e9, 1e9))
     for number in (1, 2):
-        words = ["--devices", number, "--runs", 1, "--json", file]
+        words = ["--mesh", f"data={number}", "--runs", 1, "--json", file]
         assert mc(monkeypatch, "bench", "model", write_config(tmp_path / str(number)), *words) == 0
         written = json.loads(file.read_text())
         rates.append(written["rows"][0]["GFLOP"])
@@ -309,7 +309,7 @@ def test_scaling_command_writes_plot(monkeypatch, tmp_path):
         (["layer", "--width", 7, "--heads", 2], "d_model = 7: must be a multiple of num_heads = 2"),
         (["layer", "--kind", "rnn"], "'rnn' is not one of"),
         (["layer", "--devices", 3], "--devices = 3: must be a divisor of the batch = 2"),
-        (["layer", "--devices", 8, "--batch", 8], "--devices = 8: must be <= 4"),
+        (["layer", "--devices", 9, "--batch", 9], "--devices = 9: must be <= 8"),
         (["layer", "--devices", 0], "Invalid value for '--devices'"),
         (["peers", "--devices", 3], "--devices = 3: must be a divisor of the batch = 2"),
         (["scaling", "--runs", 0], "--runs 0: must be >= 1"),

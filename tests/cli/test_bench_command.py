@@ -10,7 +10,7 @@ from flax import nnx
 from bench import decode
 from helpers.tiny_run import TINY, mc, write_config
 from mc_core.footprint import cache_footprint
-from mc_jax.sharding import shard_heads
+from mc_jax.sharding import make_mesh, parameter_shardings
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,9 @@ def test_prompt_on_two_devices_equals_single_steps(tmp_path, monkeypatch):
     row = decode.compare_prefill(config, 14, 0, jax.devices()[:2], runs=1)
     assert row["difference"] < 1e-5
     layer, _, params = decode._build(config, 0)
-    split = nnx.merge(nnx.split(layer)[0], shard_heads(params, jax.devices()[:2]))
+    mesh = make_mesh(data=1, heads=2, devices=jax.devices()[:2])
+    split = jax.device_put(params, parameter_shardings(layer, mesh))
+    split = nnx.merge(nnx.split(layer)[0], split)
     _, cache = split.extend(jnp.ones((1, 5, 8)), layer.init_cache(1, 8))
     sharding = cache.state.weights[0].sharding
     assert len(sharding.device_set) == 2

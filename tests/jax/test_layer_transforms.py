@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -162,7 +163,7 @@ def test_linen_bridge():
     )
     assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(grads))
     # NNX and Linen have the same parameters.
-    nnx.update(layer, nnx.State(variables["params"]))
+    nnx.update(layer, nnx.State(nn.meta.unbox(variables["params"])))
     assert_close(jax.jit(lambda x: layer(x))(x), y, EXACT)
 
 

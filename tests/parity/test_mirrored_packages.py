@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 JAX, TORCH = ROOT / "mc_jax", ROOT / "mc_torch"
-JAX_ONLY_FILES = {"sharding.py"}
+JAX_ONLY_FILES = {"head_copies.py", "sharding.py"}
 TORCH_ONLY_FOLDERS = {"hf"}  # Hugging Face transformers is for PyTorch
 FILES = sorted(
     name for path in JAX.rglob("*.py") if (name := str(path.relative_to(JAX))) not in JAX_ONLY_FILES
@@ -45,8 +45,9 @@ JAX_ONLY = {
     "offload.py": {"HOST", "DEVICE", "HOST_KIND"},
 }
 RENAMED = {"__call__": "forward"}
-# Constructor arguments: JAX has `rngs` and separate dtypes for compute and parameters.
-CONSTRUCTION = {"rngs", "param_dtype", "device", "dtype"}
+# Constructor arguments: JAX has `rngs`, names of axes, and separate dtypes of compute and
+# parameters.
+CONSTRUCTION = {"rngs", "param_dtype", "axes", "device", "dtype"}
 CONSTRUCTORS = {"__init__", "from_pretrained", "initial_memory", "Linear"}
 
 

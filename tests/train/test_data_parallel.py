@@ -13,11 +13,14 @@ from rich.console import Console
 from helpers.interruptions import train_until
 from helpers.tiny_run import COMMAND, TINY, write_config
 from mc_core.errors import UserError
-from mc_jax.sharding import gather, replicate, request, split_rows
-from train.checkpoint import load_run
-from train.config import load_config
+from mc_jax.sharding import axes_sharding, make_mesh, mesh_of, request, split_rows
+from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
+from train.config import load_config, to_dict
 from train.loop import build, train
+from train.mesh import open_mesh
 from train.metrics import read_rows
+from train.step import split
+from train.tasks.task import load_task
 
 SMALL = ("run.steps=4", "run.log_every=1", "run.batch_size=4", "run.validate_every=2")
 MQAR = (
@@ -37,7 +40,7 @@ CASES = {
 def run_machine(devices, config, *words):
     """Train, and return the rows of the curves, the parameters and the report."""
     run = config.parent / "runs" / f"on{devices}"
-    loaded = load_config(config, [*words, f"run.devices={devices}", f"run.directory={run}"])
+    loaded = load_config(config, [*words, f"run.mesh.data={devices}", f"run.directory={run}"])
     report = train(loaded, Console(file=io.StringIO()))
     return read_rows(run), parameters(run), report
 
@@ -60,12 +63,12 @@ def test_two_devices_match_one(case, tmp_path, monkeypatch):
     """Losses, gradient norms, validation and report are equal; each device has half of the rows."""
     seen = []
 
-    def build_seen(config):
-        graphdef, state, step = build(config)
+    def build_seen(config, mesh):
+        graphdef, state, step = build(config, mesh)
 
         def step_seen(state, batch):
             state, metrics = step(state, batch)
-            if config.run.devices > 1:
+            if mesh.size > 1:
                 seen.append(jax.tree.leaves(batch))
                 assert step._cache_size() == 1
                 held = jax.tree.leaves(state)
@@ -97,10 +100,12 @@ def test_two_devices_match_one(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monkeypatch):
     run = {"directory": str(tmp_path / "runs" / "tiny"), "batch_size": 4, "save_every": 4}
-    config = write_config(tmp_path, run=TINY["run"] | run | {"devices": before, "log_every": 1})
+    config = write_config(
+        tmp_path, run=TINY["run"] | run | {"mesh": {"data": before}, "log_every": 1}
+    )
     whole, expected, _ = run_machine(1, config)
     train_until(8, config, monkeypatch)
-    again = load_config(config, [f"run.devices={after}"])
+    again = load_config(config, [f"run.mesh.data={after}"])
     console = Console(file=io.StringIO())
     train(again, console)
     assert "resuming from step 4" in console.file.getvalue()
@@ -113,9 +118,9 @@ def test_checkpoints_resume_on_other_device_counts(before, after, tmp_path, monk
 
 @pytest.mark.slow
 def test_command_creates_cpu_devices(tmp_path):
-    """Runs in a subprocess, because this process has four devices."""
+    """Runs in a subprocess, because this process has eight devices."""
     config = write_config(tmp_path)
-    words = ["run.steps=3", "run.devices=2", "run.log_every=1", "run.validate_every=0"]
+    words = ["run.steps=3", "run.mesh.data=2", "run.log_every=1", "run.validate_every=0"]
     command = [*COMMAND, "train", str(config), *words]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
@@ -137,27 +142,54 @@ def test_sweep_requests_devices_of_its_runs(tmp_path, monkeypatch):
     loaded["data"] = {"task": "mqar", "vocab_size": 32, "lengths": [[16, 2]]}
     base.write_text(yaml.safe_dump(loaded))
     path = tmp_path / "sweep.yaml"
-    path.write_text("base: tiny.yaml\nrows: [{run.devices: 1}, {run.devices: 2}]\n")
+    path.write_text("base: tiny.yaml\nrows: [{run.mesh.data: 1}, {run.mesh.data: 2}]\n")
     monkeypatch.setattr("train.sweeps.sweep.request", ask)
     with pytest.raises(Asked, match="2"):
         sweep(path, Console(file=io.StringIO()))
 
 
 def test_too_many_devices_are_refused_early(tmp_path):
-    words = ["run.devices=8", "run.batch_size=8", "data.corpus=nowhere"]
+    words = ["run.mesh.data=9", "run.batch_size=9", "data.corpus=nowhere"]
     config = load_config(write_config(tmp_path), words)
-    message = r"run.devices = 8: must be <= 4, the number of CPU devices that JAX sees"
+    message = r"run.mesh = 9: must be <= 8, the number of CPU devices that JAX sees"
     with pytest.raises(UserError, match=message):
         train(config, Console(file=io.StringIO()))
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_device_is_the_default():
-    state, batch = {"w": jax.numpy.ones(2)}, np.ones((4, 2))
-    alone = replicate(state, jax.local_devices()[:1])
-    assert alone is state
-    assert split_rows(batch, alone) is batch
-    assert gather(alone) is alone
+def test_one_device_is_the_default(tmp_path):
+    config = load_config(write_config(tmp_path))
+    assert config.run.mesh.cpu_devices == open_mesh(config.run.mesh).size == 1
     there = jax.local_device_count()
     request(9)  # ignored after initialization, without an error
     assert jax.local_device_count() == there
+
+
+def test_rows_that_the_mesh_does_not_divide_are_replicated():
+    mesh = make_mesh(2, 2, devices=jax.devices()[:4])
+    params = jax.device_put(jax.numpy.ones(2), axes_sharding(mesh))
+    batch = split_rows({"even": np.ones((8, 2)), "odd": np.ones((6, 2))}, params)
+    assert mesh_of(batch) == mesh
+    assert [x.addressable_shards[0].data.shape for x in (batch["even"], batch["odd"])] == [
+        (2, 2),
+        (6, 2),
+    ]
+    assert split_rows(np.ones(2), jax.numpy.ones(2)).shape == (2,)  # parameters without a mesh
+
+
+def test_run_with_devices_of_an_older_version_resumes(tmp_path):
+    """Its key `run.devices` is `run.mesh.data`."""
+    path = write_config(tmp_path)
+    config = load_config(path, ["run.mesh.data=2"])
+    run, task = tmp_path / "runs" / "tiny", load_task(config)
+    saved = to_dict(config)
+    del saved["run"]["mesh"]
+    saved["run"]["devices"] = 2
+    state = build(config)[1]
+    with Checkpoints(run, keep=1) as checkpoints:
+        checkpoints.save(3, state, task.batches(), Meta(saved, task.fingerprint, 0.0))
+    found, model, step, meta = load_run(run)
+    assert (found, step) == (config, 3)
+    check_same_run(run, meta, meta._replace(config=to_dict(load_config(path))))
+    for a, b in zip(jax.tree.leaves(split(model)[1]), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -22,7 +22,7 @@ from train.config import from_dict, load_config, to_dict
 from train.evaluation.score import Answers, make_answer, wilson
 from train.loop import train
 from train.metrics import read_rows
-from train.step import answer_losses, build, mean_loss
+from train.step import answer_losses, build, sum_losses, sum_weights
 from train.tasks.examples import stack
 from train.tasks.task import load_task
 
@@ -49,8 +49,10 @@ def test_loss_matches_full_logits_at_the_answers(data):
     expected = -np.take_along_axis(chances, batch.labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     np.testing.assert_array_equal(right, logits.argmax(-1) == batch.labels)
-    mean, _ = jax.jit(lambda *a: mean_loss(graphdef, *a))(state.params, state.rest, batch)
-    assert float(mean) == pytest.approx((expected * weights).sum() / weights.sum(), rel=1e-5)
+    total, _ = jax.jit(lambda *a: sum_losses(graphdef, *a))(state.params, state.rest, batch)
+    assert float(total / sum_weights(batch)) == pytest.approx(
+        (expected * weights).sum() / weights.sum(), rel=1e-5
+    )
 
 
 def test_logits_are_computed_only_at_answers():
@@ -58,7 +60,7 @@ def test_logits_are_computed_only_at_answers():
     config = tiny(MQAR | {"vocab_size": 250, "lengths": [[64, 2]]})
     graphdef, state, _ = build(config)
     batch = jax.tree.map(lambda x: x[0], next(load_task(config).batches()))
-    text = str(jax.make_jaxpr(lambda *a: mean_loss(graphdef, *a))(state.params, state.rest, batch))
+    text = str(jax.make_jaxpr(lambda *a: sum_losses(graphdef, *a))(state.params, state.rest, batch))
     shapes = set(re.findall(r"f32\[([\d,]+)\]", text))
     assert "2,2,256" in shapes
     assert not any(shape.endswith(",256") and "64" in shape.split(",") for shape in shapes)

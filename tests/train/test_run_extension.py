@@ -26,6 +26,7 @@ from train.metrics import read_rows
 from train.optimizer import make_schedule
 from train.step import build
 from train.sweeps.sweep_config import load_sweep, make_runs
+from train.warm_start import initial_state
 
 SIX = ("run.steps=6", "run.save_every=3", "run.log_every=1", "run.validate_every=0")
 TWELVE = ("run.steps=12", *SIX[1:])
@@ -62,7 +63,7 @@ def simple_loss(graphdef, params, rest, batch):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("train.step.mean_loss", simple_loss)
+    monkeypatch.setattr("train.step.sum_losses", simple_loss)
     monkeypatch.setattr("train.tasks.text.TextScoring", NoScoring)
 
 
@@ -72,7 +73,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extend")
     path = write_config(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.step.mean_loss", simple_loss)
+        patch.setattr("train.step.sum_losses", simple_loss)
         patch.setattr("train.tasks.text.TextScoring", NoScoring)
         run(path, *SIX)
     return folder
@@ -83,7 +84,7 @@ def grown(folder, tmp_path_factory) -> tuple[Path, str]:
     """The configuration of a copy extended to twelve steps, and its output."""
     path = copy(folder, tmp_path_factory.mktemp("grown"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.step.mean_loss", simple_loss)
+        patch.setattr("train.step.sum_losses", simple_loss)
         patch.setattr("train.tasks.text.TextScoring", NoScoring)
         return path, run(path, *TWELVE)[1]
 
@@ -244,12 +245,12 @@ def first_state(path: Path, monkeypatch, *words: str) -> tuple[dict[str, np.ndar
     """Return the arrays before the first step of a new run, and what was printed."""
     seen, out = [], io.StringIO()
 
-    def stop(state, devices):
-        seen.append(state)
+    def stop(config, state, console):
+        seen.append(initial_state(config, state, console))
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.replicate", stop)
+        patch.setattr("train.loop.initial_state", stop)
         with pytest.raises(Stop):
             train(load_config(path, words), Console(file=out, width=200))
     return flat(seen[0]), out.getvalue()

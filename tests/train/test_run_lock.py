@@ -75,7 +75,7 @@ def test_lock_excludes_second_trainer_but_not_readers(tmp_path, monkeypatch, cap
     graphdef, state, _ = build(load_config(path, words))
     metrics = Metrics(np.ones(()), np.ones(()), np.bool_(True), {})
     fake = (graphdef, state, lambda state, batch: (state, metrics))
-    monkeypatch.setattr("train.loop.build", lambda config: fake)
+    monkeypatch.setattr("train.loop.build", lambda config, mesh: fake)
     monkeypatch.setattr(Curves, "write", interfere)
     with pytest.raises(Stop):
         train(load_config(path, words), Console(file=io.StringIO()))

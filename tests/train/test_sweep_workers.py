@@ -58,7 +58,7 @@ def test_workers_have_disjoint_cores(tmp_path):
 def test_worker_has_the_devices_of_its_runs(tmp_path, monkeypatch):
     """A worker initializes JAX independently of its parent."""
     monkeypatch.setattr("train.sweeps.sweep.do", count_devices)
-    path = write(tmp_path, rows=[{"run.devices": 1}, {"run.devices": 2}])
+    path = write(tmp_path, rows=[{"run.mesh.data": 1}, {"run.mesh.data": 2}])
     assert mc(monkeypatch, "sweep", path, "--jobs", 2) == 0
     assert [row["error"] for row in read_results(tmp_path / "sweep")] == ["2 devices"] * 2
 

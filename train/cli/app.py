@@ -107,6 +107,8 @@ def main() -> None:
         code = _fail(str(signal) or "interrupted", 143 if isinstance(signal, Terminated) else 130)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", 130)
+    if distributed := sys.modules.get("train.distributed"):
+        distributed.leave(code)
     sys.exit(code)
 
 

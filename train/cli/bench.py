@@ -111,8 +111,8 @@ def scaling(
 def model(
     config: Annotated[Path, config_argument("YAML file of a run")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="as run.devices", show_default="the file's")
+    mesh: Annotated[
+        str | None, typer.Option(help="data=4,heads=2: as run.mesh", show_default="the file's")
     ] = None,
     runs: Annotated[int, typer.Option(min=1)] = 10,
     json: Json = None,
@@ -121,16 +121,21 @@ def model(
     """Time the training step of a configuration, on random tokens."""
     from bench import model as run
     from mc_jax.sharding import request
-    from train.config import TextConfig, load_config
+    from train.config import TextConfig, load_config, parse_mesh
 
-    words = [*(overrides or ()), *([f"run.devices={devices}"] if devices else [])]
-    loaded = load_config(config, words)
-    request(loaded.run.devices)
+    words = (
+        [f"run.mesh.{axis}={size}" for axis, size in parse_mesh(mesh).sizes.items()] if mesh else []
+    )
+    loaded = load_config(config, [*(overrides or ()), *words])
+    request(loaded.run.mesh.cpu_devices)
     if not isinstance(loaded.data, TextConfig):
         raise UserError(f"{config}: data.task = {loaded.data.task!r}: must be 'text'")
+    from train.mesh import check_batch, open_mesh
     from train.step import build, token_losses
 
-    _show(run.run(loaded, build, token_losses, runs), json, markdown)
+    opened = open_mesh(loaded.run.mesh)
+    check_batch(loaded, opened)
+    _show(run.run(loaded, opened, build, token_losses, runs), json, markdown)
 
 
 @app.command()

@@ -8,7 +8,14 @@ import typer
 from rich.console import Console
 
 from mc_core.errors import UserError
-from train.cli.options import OVERRIDES, config_option, output_file, utf8
+from train.cli.options import (
+    OVERRIDES,
+    config_option,
+    mesh_option,
+    opened_mesh,
+    output_file,
+    utf8,
+)
 
 
 class CacheDevice(StrEnum):
@@ -112,6 +119,7 @@ def evaluate(
             show_default="RUN/recall",
         ),
     ] = None,
+    mesh: Annotated[str | None, mesh_option()] = None,
 ) -> None:
     """Score a run's last checkpoint: bits per byte of text, or accuracy on a recall task."""
     from train.config.overrides import split_words
@@ -126,7 +134,7 @@ def evaluate(
     )
     if recall:
         outputs = RecallOptions(ngram, window, out, json, markdown, plot)
-        evaluate_recall(runs, options, outputs, Console(), overrides)
+        evaluate_recall(runs, options, outputs, Console(), overrides, mesh=opened_mesh(mesh))
         return
     for name, given in (("ngram", ngram), ("window", window), ("out", out)):
         if given is not None:
@@ -134,7 +142,8 @@ def evaluate(
     if len(runs) != 1:
         raise UserError(f"{len(runs)} runs: give one, or compare them with --recall")
     files_out = {"json_file": json, "markdown": markdown, "plot": plot}
-    score(runs[0], options, Console(), **files_out, overrides=overrides)
+    devices = opened_mesh(mesh)
+    score(runs[0], options, Console(), **files_out, overrides=overrides, mesh=devices)
 
 
 def inspect(
@@ -231,6 +240,7 @@ def generate(
         Path | None,
         typer.Option(help="a new file for one JSON object per prompt; resumed after an interrupt"),
     ] = None,
+    mesh: Annotated[str | None, mesh_option()] = None,
 ) -> None:
     """Continue one or many prompts: text to stdout, tokens per second to stderr."""
     from train.evaluation.generate import GenerationOptions
@@ -259,4 +269,5 @@ def generate(
         overrides=overrides or (),
         output=output,
         as_lines=prompts is not None,
+        mesh=opened_mesh(mesh),
     )

@@ -55,6 +55,32 @@ def config_option(what: str, **options: Any) -> Any:
     return typer.Option(help=f"{what}, or a name of `mc configs`", callback=_find_config, **options)
 
 
+def mesh_option() -> Any:
+    """Return an option for the devices of an evaluation, such as `data=2,heads=4`."""
+    return typer.Option(
+        help="devices: sizes of data, fsdp, heads and context, as data=2,heads=4",
+        show_default="one device",
+    )
+
+
+def opened_mesh(text: str | None) -> Any:
+    """Return the mesh of `mesh_option`, of requested devices on a CPU; None for one device.
+
+    Raises:
+        UserError: a size is not allowed, or the product is not the number of devices.
+    """
+    if text is None:
+        return None
+    from mc_jax.sharding import request
+    from train.config import parse_mesh
+
+    sizes = parse_mesh(text)
+    request(sizes.cpu_devices)
+    from train.mesh import open_mesh
+
+    return open_mesh(sizes, "--mesh")
+
+
 def utf8(word: str) -> str:
     """Decode a command-line argument as UTF-8, independent of the locale.
 

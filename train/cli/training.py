@@ -19,10 +19,10 @@ def train(
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())
-    from mc_jax.sharding import request
+    from train.distributed import initialize
     from train.loop import train as run
 
-    request(loaded.run.devices)
+    initialize(loaded.run.distributed, loaded.run.mesh.cpu_devices)
     run(loaded, Console())
 
 

@@ -3,6 +3,7 @@
 from mc_core.serialization import to_dict
 from train.config.comparison import FREE_KEYS, first_difference
 from train.config.loading import load_config
+from train.config.mesh import MeshConfig, parse_mesh
 from train.config.recall_schema import TASKS, Length, MQARConfig, NIAHConfig
 from train.config.schema import DataConfig, RunConfig, TextConfig, TrainConfig, from_dict
 
@@ -12,6 +13,7 @@ __all__ = [
     "DataConfig",
     "Length",
     "MQARConfig",
+    "MeshConfig",
     "NIAHConfig",
     "RunConfig",
     "TextConfig",
@@ -19,5 +21,6 @@ __all__ = [
     "first_difference",
     "from_dict",
     "load_config",
+    "parse_mesh",
     "to_dict",
 ]

@@ -8,7 +8,11 @@ FREE_KEYS = frozenset(
     f"run.{key}"
     for key in (
         "directory",
-        "devices",
+        "distributed",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.heads",
+        "mesh.context",
         "log_every",
         "save_every",
         "keep",

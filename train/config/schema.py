@@ -8,6 +8,7 @@ from mc_core.checks import check_choice, check_range, raise_config_error
 from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig
 from mc_core.serialization import Tag
+from train.config.mesh import MeshConfig
 from train.config.recall_schema import TAG, TASKS, MQARConfig, NIAHConfig
 
 
@@ -81,7 +82,9 @@ class RunConfig:
         steps: optimizer steps; may be increased when a run is resumed, even after it finished.
         batch_size: windows, or examples of a recall task, per microbatch.
         accumulation: microbatches per step; gradients are averaged over them.
-        devices: number of local devices that share a microbatch; parameters are replicated.
+        mesh: devices that share a microbatch and the parameters.
+        distributed: connect the processes of a cluster; see `docs/distributed.md`. SLURM, Open MPI
+            and `JAX_COORDINATOR_ADDRESS` need no key.
         seed: random seed of the parameters, the data order and the examples of a recall task.
         dtype: compute dtype, `float32` or `bfloat16`; parameters are float32.
         directory: output directory; default `runs/<name of the config file>`.
@@ -101,7 +104,8 @@ class RunConfig:
     steps: int
     batch_size: int = 8
     accumulation: int = 1
-    devices: int = 1
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: bool = False
     seed: int = 0
     dtype: str = "float32"
     directory: str = "runs/run"
@@ -117,10 +121,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
             check_range(self, name, 1)
-        check_range(self, "devices", 1)
-        if self.batch_size % self.devices:
-            allowed = f"a divisor of run.batch_size = {self.batch_size}"
-            raise_config_error("RunConfig", "devices", self.devices, allowed)
         check_range(self, "validate_bytes", 1)
         check_range(self, "seed", 0, 2**32 - 1)  # range accepted by grain
         check_range(self, "validate_every", 0)
@@ -158,6 +158,21 @@ class TrainConfig:
         if warmup >= self.run.steps:
             allowed = f"< run.steps = {self.run.steps}"
             raise_config_error("TrainConfig", "optimizer.warmup_steps", warmup, allowed)
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        """Check that the sizes of the mesh, as far as they are known, divide batch and model."""
+        mesh, layer = self.run.mesh.cpu_sizes, self.model.layer
+        rows = "data" if mesh["fsdp"] == 1 else "fsdp" if mesh["data"] == 1 else "data * mesh.fsdp"
+        for axis, size, name, divided in (
+            (rows, mesh["data"] * mesh["fsdp"], "run.batch_size", self.run.batch_size),
+            ("fsdp", mesh["fsdp"], "model.layer.d_model", layer.d_model),
+            ("heads", mesh["heads"], "model.layer.num_heads", layer.num_heads),
+            ("heads", mesh["heads"], "the feed-forward width", self.model.ffn_dim),
+        ):
+            if divided % size:
+                allowed = f"a divisor of {name} = {divided}"
+                raise_config_error("TrainConfig", f"run.mesh.{axis}", size, allowed)
 
     @property
     def tokenizer(self) -> str:

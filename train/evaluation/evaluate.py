@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
 from mc_core.config import MCConfig, ModelConfig
@@ -76,12 +77,14 @@ def evaluate(
     markdown: Path | None = None,
     plot: Path | None = None,
     overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Evaluation | TextEvaluation | LengthReport:
     """Evaluate a run's last checkpoint, and print and write the results.
 
     `overrides` are changes of the configuration that need no new parameter; see `load_run`. The
     task `text` scores the run's validation text, or the text of `options.corpus`; with
-    `options.lengths`, in windows of these lengths.
+    `options.lengths`, in windows of these lengths. With a mesh, the model and its batches are
+    sharded over its devices.
 
     Raises:
         UserError: there is no checkpoint, or an option is not supported by the run or the task.
@@ -89,7 +92,8 @@ def evaluate(
     """
     # MQAR needs no tokenizer.
     needs_text = options.task != MQARConfig.task
-    config, model, step, meta = load_run(directory, needs_text=needs_text, overrides=overrides)
+    loaded = load_run(directory, needs_text=needs_text, overrides=overrides, mesh=mesh)
+    config, model, step, meta = loaded
     run = LoadedRun(directory, config, model, step, tuple(overrides))
     task = options.task or config.data.task
     if task == TextConfig.task:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from mc_core.errors import UserError
@@ -103,11 +104,21 @@ def evaluate_recall(
     recall: RecallOptions,
     console: Console,
     overrides: Sequence[str] = (),
+    *,
+    mesh: Mesh | None = None,
 ) -> RecallReport:
     """Score recall slices with the last checkpoints of runs, and print and write the results.
 
     All runs score the same tokens in the same windows. Slices and counts are those of the first
     run's text, and the other runs are compared with the first one.
+
+    Args:
+        directories: run directories.
+        options: the text and the seed of the bootstrap.
+        recall: slices and outputs.
+        console: receives the tables.
+        overrides: changes of the configurations of all runs; see `load_run`.
+        mesh: devices over which the models and their batches are sharded; None = one device.
 
     Raises:
         UserError: there is no checkpoint, an option is not supported, or the runs differ in text,
@@ -117,7 +128,7 @@ def evaluate_recall(
     refuse_options(options, OPTIONS, "not supported by --recall")
     if options.task not in (None, TextConfig.task):
         raise UserError(f"--task {options.task}: not supported by --recall: use text")
-    loaded = [load_run(directory, overrides=overrides) for directory in directories]
+    loaded = [load_run(directory, overrides=overrides, mesh=mesh) for directory in directories]
     runs = [
         LoadedRun(path, *one[:3], tuple(overrides))
         for path, one in zip(directories, loaded, strict=True)

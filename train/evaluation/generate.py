@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from mc_core.errors import NotFiniteError, UserError
 from mc_core.generation import SEEDS, check_sampling
 from mc_jax import LanguageModel, generate
+from mc_jax.sharding import shard_model
 from train.checkpoint import load_run
 from train.config.overrides import override_model
 from train.data.tokenizer import load_tokenizer, make_encoder
@@ -226,7 +228,10 @@ def complete_tokens(
 
 
 def load_source(
-    source: Path, tokenizer: str | None, overrides: Sequence[str] = ()
+    source: Path,
+    tokenizer: str | None,
+    overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Return a model and its tokenizer, None for bytes.
 
@@ -236,6 +241,7 @@ def load_source(
         tokenizer: `bytes`, or the path of a `tokenizer.json` that equals the one used in training;
             None = from `source`.
         overrides: as in `load_run`; of a file, only keys of the model.
+        mesh: devices over which the model is sharded; None = one device.
 
     Raises:
         UserError: `source` cannot be loaded, its tokenizer is unknown, or an override is invalid.
@@ -249,10 +255,11 @@ def load_source(
         size = model.config.vocab_size
         if overrides:
             model = make_variant(model, override_model(model.config, overrides), overrides)
+        shard_model(model, mesh)
         return model, load_tokenizer(tokenizer_of_file(source, size, tokenizer), size)
     if source.is_file():
         raise UserError(f"{source}: must be a run directory or a .safetensors file")
-    config, model, *_ = load_run(source, tokenizer, overrides=overrides)
+    config, model, *_ = load_run(source, tokenizer, overrides=overrides, mesh=mesh)
     return model, load_tokenizer(config.tokenizer, config.model.vocab_size)
 
 
@@ -265,6 +272,7 @@ def run(
     output: Path | None,
     as_lines: bool,
     overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Speed:
     """Continue prompts; stream text to stdout, and print the speed to stderr.
 
@@ -279,6 +287,7 @@ def run(
         output: output file of one JSON object per prompt; must not exist.
         as_lines: without `output`, print JSON objects instead of text.
         overrides: see `load_source`.
+        mesh: see `load_source`.
 
     Raises:
         UserError: as `load_source` and `complete`, or `output` cannot be written, is being written
@@ -294,7 +303,7 @@ def run(
             lock.acquire()
         if output is not None and output.exists():
             raise UserError(f"{output}: exists: use another --output")
-        model, words = load_source(source, tokenizer, overrides)
+        model, words = load_source(source, tokenizer, overrides, mesh)
         for prompt in prompts:
             _encode(prompt, words)
         partial = None

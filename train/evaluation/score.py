@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mc_jax.sharding import split_rows
+from mc_jax.sharding import split_rows, use_mesh_of
+from train.distributed import to_host
 from train.step import Tree, answer_losses
 from train.tasks.examples import Draw, Example, stack
 
@@ -95,7 +96,9 @@ def make_answer(graphdef: nnx.GraphDef, rows: int) -> Answer:
             # Repeat the last example to fill the last batch, to avoid another compilation.
             index = np.minimum(start + np.arange(rows), count - 1)
             batch = stack([draw(split, int(i)) for i in index])
-            losses, right = of_batch(params, rest, split_rows(batch, params))
+            with use_mesh_of(params):
+                losses, right = of_batch(params, rest, split_rows(batch, params))
+            losses, right = to_host((losses, right))
             fields = (losses, right, batch.weights, batch.places - batch.origins)
             parts.append([np.asarray(field)[: count - start] for field in fields])
         return Answers(*(np.concatenate(field) for field in zip(*parts, strict=True)))

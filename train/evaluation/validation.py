@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from mc_core.errors import UserError
-from mc_jax.sharding import split_rows
+from mc_jax.sharding import split_rows, use_mesh_of
 from train.config import TextConfig, TrainConfig
 from train.data.corpus import Corpus, clip
+from train.distributed import to_host
 from train.step import Tree, token_losses
 
 FIRST_EDGE = 16  # end of the first bucket of positions; buckets double in length
@@ -152,7 +153,9 @@ def make_token_scorer(graphdef: nnx.GraphDef, config: TrainConfig, window: int) 
             index = start + np.arange(rows)[:, None] * window + np.arange(window + 1)
             mask = index[:, 1:] <= last
             batch = split_rows(tokens[np.minimum(index, last)], params)
-            parts.append(np.asarray(nats(params, rest, batch), np.float64)[mask])
+            with use_mesh_of(params):
+                found = nats(params, rest, batch)
+            parts.append(to_host(found).astype(np.float64)[mask])
         return np.concatenate(parts) / math.log(2)
 
     return score

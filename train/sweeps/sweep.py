@@ -103,7 +103,7 @@ def run_all(
     Returns:
         Results of every row at its best rate.
     """
-    devices = max(run.config.run.devices for runs in first.values() for run in runs)
+    devices = max(run.config.run.mesh.cpu_devices for runs in first.values() for run in runs)
     request(devices)
     results = Results(Path(config.directory))
     for runs in first.values():
@@ -121,7 +121,7 @@ def finish(plan: SweepPlan, jobs: int, console: Console, devices: int = 1) -> No
         plan: queue of the runs.
         jobs: number of parallel runs.
         console: output console.
-        devices: maximum `run.devices` of the runs.
+        devices: number of devices into which the runs split the CPU.
     """
     waits = False
     message = "interrupted: the same command resumes the sweep"

@@ -1,5 +1,6 @@
 """Examples of recall tasks, and batches with checkpointable iterators."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, SupportsIndex
 
@@ -7,6 +8,7 @@ import grain
 import numpy as np
 
 from train.config import RunConfig
+from train.data.share import share_rows
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,7 +63,9 @@ class Examples(grain.sources.RandomAccessDataSource):
         return self._draw("train", int(index))
 
 
-def make_batches(draws: Sequence[Draw], count: int, run: RunConfig) -> grain.DatasetIterator:
+def make_batches(
+    draws: Sequence[Draw], count: int, run: RunConfig, own: Sequence[int] | None = None
+) -> grain.DatasetIterator:
     """Return an infinite iterator over batches [accumulation, batch_size, ...]; lengths alternate.
 
     Every epoch visits the `count` examples of a length once, in a new order that depends
@@ -71,22 +75,25 @@ def make_batches(draws: Sequence[Draw], count: int, run: RunConfig) -> grain.Dat
         draws: for each length, a function that draws an example.
         count: number of distinct examples per length.
         run: configuration with batch size, accumulation and seed.
+        own: the rows of each microbatch that this process reads; None = all.
     """
-    rows = run.accumulation * run.batch_size
 
-    def split(batch: Example) -> Example:
-        shape = (run.accumulation, run.batch_size)
-        return Example(*(field.reshape(*shape, *field.shape[1:]) for field in batch))
+    def of_length(number: int, draw: Draw) -> grain.MapDataset:
+        examples = (
+            grain.MapDataset.source(Examples(draw, count))
+            .shuffle(seed=(run.seed + number) % 2**32)
+            .repeat(2**48 // count)
+        )
+        dataset, shape = share_rows(examples, run, own)
 
-    lengths = [
-        grain.MapDataset.source(Examples(draw, count))
-        .shuffle(seed=(run.seed + number) % 2**32)
-        .repeat(2**48 // count)
-        .batch(rows, batch_fn=stack)
-        for number, draw in enumerate(draws)
-    ]
+        def split(batch: Example) -> Example:
+            return Example(*(field.reshape(*shape, *field.shape[1:]) for field in batch))
+
+        return dataset.batch(math.prod(shape), batch_fn=stack).map(split)
+
+    lengths = [of_length(number, draw) for number, draw in enumerate(draws)]
     return iter(
-        grain.MapDataset.mix(lengths)
-        .map(split)
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        grain.MapDataset.mix(lengths).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
     )

@@ -56,11 +56,11 @@ class RecallTask:
         self._config = config
         self.lengths, self.draws, self.fingerprint = prepare(config)
 
-    def batches(self) -> grain.DatasetIterator:
+    def batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator:
         """Iterate over batches, each of one length."""
         data = self._config.data
         assert isinstance(data, MQARConfig | NIAHConfig)
-        return make_batches(self.draws, data.examples, self._config.run)
+        return make_batches(self.draws, data.examples, self._config.run, own)
 
     def scoring(self, graphdef: nnx.GraphDef) -> "RecallScoring":
         """Return the scoring of the validation examples."""

@@ -44,8 +44,11 @@ class Task(Protocol):
     def notes(self) -> Sequence[str]:
         """Return notes on the data, printed at the start of a run."""
 
-    def batches(self) -> grain.DatasetIterator:
-        """Return an infinite iterator over batches [accumulation, batch_size, ...]."""
+    def batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator:
+        """Return an infinite iterator over batches [accumulation, batch_size, ...].
+
+        `own` are the rows of each microbatch that this process reads; None = all.
+        """
 
     def scoring(self, graphdef: nnx.GraphDef) -> Scoring:
         """Return the scoring of a model's states."""

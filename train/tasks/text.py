@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -49,9 +50,9 @@ class TextTask:
         corpus = self._corpus
         return data_notes(corpus.separator.description, corpus.documents, corpus.round_trip)
 
-    def batches(self) -> grain.DatasetIterator:
+    def batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator:
         """Iterate over windows."""
-        return make_batches(self._corpus.train, self._data, self._config.run)
+        return make_batches(self._corpus.train, self._data, self._config.run, own)
 
     def scoring(self, graphdef: nnx.GraphDef) -> "TextScoring":
         """Return the scoring of the validation text."""

@@ -1,0 +1,118 @@
+"""Training with two processes of four devices each, over the loopback interface."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from helpers.tiny_run import COMMAND, TINY, write_config
+from train.checkpoint import load_run
+from train.config import load_config
+from train.data.share import share_rows
+from train.loop import train
+from train.metrics import read_rows
+from train.step import split
+
+RUN = {"steps": 8, "batch_size": 8, "log_every": 1, "save_every": 3, "validate_every": 0}
+
+
+def start(config: Path, *words: str) -> list[subprocess.Popen]:
+    """Start the command in two processes, with outputs in the folder of the configuration."""
+    folder = config.parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = []
+    for number in range(2):
+        own = {"JAX_PROCESS_ID": str(number)}
+        out, err = folder / f"out{number}", folder / f"err{number}"
+        with out.open("w") as stdout, err.open("w") as stderr:
+            words_of_all = [*COMMAND, "train", str(config), *words]
+            environment = os.environ | shared | own
+            process = subprocess.Popen(words_of_all, env=environment, stdout=stdout, stderr=stderr)
+        processes.append(process)
+    return processes
+
+
+def outputs(folder: Path) -> list[str]:
+    """Return stdout and stderr of both processes, without the lines of XLA's own libraries."""
+    texts = [(folder / f"{name}{n}").read_text() for name in ("out", "err") for n in range(2)]
+    return ["".join(x for x in text.splitlines(True) if "[Gloo]" not in x) for text in texts]
+
+
+def wait_for(condition, processes, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        for process in processes:
+            assert process.poll() is None, process.args
+        time.sleep(0.05)
+
+
+def parameters(run) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(split(load_run(run)[1])[1])]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
+def test_killed_process_ends_the_run_and_both_resume_it(tmp_path):
+    """SIGKILL in mid-run; the resumed run equals that of one process with eight devices."""
+    run = tmp_path / "runs" / "tiny"
+    # Small steps, because large ones enlarge differences of rounding.
+    optimizer = TINY["optimizer"] | {"learning_rate": 1e-3, "eps": 1e-3}
+    sections = {"run": TINY["run"] | RUN | {"directory": str(run)}, "optimizer": optimizer}
+    config = write_config(tmp_path, **sections)
+    words = ["run.mesh.data=8"]
+    processes = start(config, *words)
+    try:
+        wait_for(lambda: len(read_rows(run)) > 3, processes)
+        processes[1].send_signal(signal.SIGKILL)
+        assert processes[1].wait() == -signal.SIGKILL
+        assert processes[0].wait(timeout=240) != 0  # JAX aborts it
+        assert len(read_rows(run)) < RUN["steps"], "the run ended before the signal"
+        processes = start(config, *words)
+        codes = [process.wait(timeout=480) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    out, *others = outputs(tmp_path)
+    assert codes == [0, 0], others
+    assert "resuming from step" in out
+    assert others == ["", "", ""]
+    assert [row["step"] for row in read_rows(run) if "loss" in row] == list(range(1, 9))
+    alone = load_config(config, [*words, f"run.directory={tmp_path / 'alone'}"])
+    train(alone, Console(file=io.StringIO()))
+    for a, b in zip(parameters(run), parameters(tmp_path / "alone"), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shares_are_the_rows_of_the_global_batches(count):
+    """Order and content of the global batches do not depend on the number of processes."""
+    run = load_run_config(batch_size=4, accumulation=3)
+    dataset = grain.MapDataset.source(range(10)).shuffle(seed=3).repeat(4)
+    whole = np.array([dataset[i] for i in range(36)]).reshape(3, 3, 4)
+    parts = []
+    for process in range(count):
+        rows = [*range(process * 4 // count, (process + 1) * 4 // count)]
+        share, shape = share_rows(dataset, run, rows if count > 1 else None)
+        assert shape == (3, 4 // count)
+        flat = [share[i] for i in range(3 * shape[0] * shape[1])]
+        parts.append(np.array(flat).reshape(3, *shape))
+    np.testing.assert_array_equal(np.concatenate(parts, axis=2), whole)
+
+
+def load_run_config(**keys: int):
+    from train.config import RunConfig
+
+    return RunConfig(steps=1, **keys)

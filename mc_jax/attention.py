@@ -1,5 +1,8 @@
 """Causal softmax attention with rotary positions and an optional sliding window."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +12,8 @@ from mc_core.attention import AttentionConfig
 from mc_core.cache_checks import check_cache_options, check_extend_inputs
 from mc_jax.backends import Weights
 from mc_jax.cache import KVCache, add_slots, check_growth, nan_past_capacity, write_slots
+from mc_jax.context import TokenSplit, active_split, block_range, map_blocks, split_blocks
+from mc_jax.context_attention import gather_keys, with_window
 from mc_jax.head_copies import copy_to_heads
 from mc_jax.mixer import Mixer, extend_rows
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, is_static, state_dtype
@@ -41,13 +46,17 @@ class AttentionLayer(Mixer):
         self._add_output_norm(param_dtype=param_dtype)
 
     @with_auto_axes
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, mask: Array | None = None, *, split: TokenSplit | None = None
+    ) -> Array:
         """Mix tokens.
 
         Args:
             x: [b, t, d].
             mask: bool [b, t], False at masked tokens, which are not attended to and have output 0.
                 They still advance the position.
+            split: split of the tokens over the mesh axis `context`, in whose order they are. None:
+                with such an axis, blocks in the order of the sequence.
 
         Returns:
             [b, t, d] in the dtype of `x`.
@@ -55,9 +64,13 @@ class AttentionLayer(Mixer):
         config = self.config
         check_inputs(x, mask, self.config.d_model, is_static)
         positions = expand_leading_dims(jnp.arange(x.shape[1], dtype=jnp.int32), 2)
-        q, k, v, _ = self._project(x, mask, positions)
+        if split := active_split(split):
+            positions = jnp.asarray(split.positions(x.shape[1]), jnp.int32)[None]
+        q, k, v, _ = self._project(x, mask, positions, split=split)
         key_mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        if config.window is not None and 2 * config.window < x.shape[1]:
+        if split:
+            y = attend_split(q, k, v, key_mask, config.window, split)
+        elif config.window is not None and 2 * config.window < x.shape[1]:
             y = attend_windowed(q, k, v, key_mask, config.window)
         else:
             y = attend(q, k, v, visible_keys(positions, positions, key_mask, config.window))
@@ -185,10 +198,11 @@ class AttentionLayer(Mixer):
         positions: Array,
         before: Weights = (),
         count: Array | None = None,
+        split: TokenSplit | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Return q, k and v of tokens at `positions` [b or 1, t], and the next `conv`."""
         copies = copy_to_heads(self._prepare_inputs(x, mask), self.config.num_heads)
-        q, k, v, conv = self._qkv(copies, before, count)
+        q, k, v, conv = self._qkv(copies, before, count, split)
         q, k = (apply_rope(x, positions, self.config.rope_base) for x in (q, k))
         return q, k, v, conv
 
@@ -253,6 +267,53 @@ def attend_windowed(q: Array, k: Array, v: Array, key_mask: Array, window: int) 
     visible = visible_keys(block_positions[:, window:], block_positions, pairs(key_mask), window)
     y = attend(flat(split(q)), pairs(k), pairs(v), visible)
     return y.reshape(b, blocks * window, h, y.shape[-1])[:, :t]
+
+
+@partial(jax.jit, static_argnames=("window", "split"))
+def attend_split(
+    q: Array, k: Array, v: Array, key_mask: Array, window: int | None, split: TokenSplit
+) -> Array:
+    """Attention over tokens that are split over devices.
+
+    All keys and values are gathered, or those of a window exchanged between neighbouring blocks.
+
+    Args:
+        q: [b, t, h, k], in the order of the split.
+        k: [b, t, h, k].
+        v: [b, t, h, v].
+        key_mask: bool [b, t].
+        window: number of tokens that a token attends to; None = all.
+        split: the split of the tokens.
+
+    Returns:
+        [b, t, h, v] in the dtype of `q`.
+
+    Raises:
+        ValueError: the tokens cannot be split into equal blocks.
+    """
+    split.check(q.shape[1])
+    size, reach = q.shape[1] // split.blocks, (window or 1) - 1
+
+    def attend_all(blocks: Array, tokens: Any, _: Any) -> Array:
+        q, k, v, mask = tokens
+        k, v, mask = gather_keys(k, v, mask, split)
+        positions = block_range(blocks, size)[None]
+        every = expand_leading_dims(jnp.arange(k.shape[1], dtype=jnp.int32), 2)
+        return attend(q, k, v, visible_keys(positions, every, mask, window))
+
+    def attend_near(blocks: Array, tokens: Any, _: Any) -> Array:
+        assert window is not None
+        q, k, v, mask = tokens
+        k, v, mask = with_window(k, v, mask, blocks, reach, split)
+        q = split_blocks(q, blocks)
+        # Queries of the tokens before a block are ignored.
+        q = jnp.pad(q, [(0, 0), (0, 0), (reach, 0), (0, 0), (0, 0)])
+        q, k, v, mask = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, mask))
+        y = attend_windowed(q, k, v, mask, window)[:, reach:]
+        return y.reshape(-1, blocks.size * size, *y.shape[2:])
+
+    body = attend_near if 0 < reach <= size else attend_all
+    return map_blocks(body, split, (q, k, v, key_mask))
 
 
 def visible_keys(

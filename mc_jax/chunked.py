@@ -85,6 +85,7 @@ def write_chunks(
     plan: Plan,
     *,
     q: Array | None = None,
+    previous: Weights = (),
 ) -> WriteResult:
     """Write a sequence, chunk by chunk.
 
@@ -97,6 +98,7 @@ def write_chunks(
         mask: [b, t] bool, False at masked tokens.
         plan: segments and chunks.
         q: queries [b, t, h, k] that read the online memory during the scan; see `Chunks`.
+        previous: key [b, h, k] and value [b, h, v] before the first token, if used; () = none.
     """
     k, v = to_chunks(k, plan), to_chunks(v, plan)
     coefficients = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
@@ -104,9 +106,12 @@ def write_chunks(
     queries = None if q is None else to_chunks(q, plan)
     restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
     start = start_state(memory, initial, k[0], v[0])
-    scanned = scan_chunks(
-        memory, Chunks(k, v, coefficients, write_mask, queries, restarts), start, start
-    )
+    chunks = Chunks(k, v, coefficients, write_mask, queries, restarts)
+    state = start
+    if previous:
+        before = zip(previous, start.previous, strict=True)
+        state = start._replace(previous=tuple(x[:, None].astype(s.dtype) for x, s in before))
+    scanned = scan_chunks(memory, chunks, state, start)
     final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
     return WriteResult(
         online=online_memory(memory, scanned, start, restarts),

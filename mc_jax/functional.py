@@ -11,7 +11,15 @@ from mc_core.argument_checks import check_arguments, check_method
 from mc_core.cache_checks import NO_SLOT
 from mc_core.config import MCConfig
 from mc_core.segmentation import Plan, check_streaming_config, make_plan
-from mc_jax.backends import Coefficients, Memory, Norm, Tokens, Weights, make_memory
+from mc_jax.backends import (
+    Coefficients,
+    Memory,
+    MemoryState,
+    Norm,
+    Tokens,
+    Weights,
+    make_memory,
+)
 from mc_jax.buckets import (
     bucket_scores,
     compute_bucket_gates,
@@ -24,6 +32,8 @@ from mc_jax.cache import Cache, MaybeArray, Segments, cast_cache, nan_past_capac
 from mc_jax.cache_rows import add_row, drop_rows, map_rows
 from mc_jax.chunk_layout import first_tokens
 from mc_jax.chunked import write_chunks
+from mc_jax.context import TokenSplit, active_split
+from mc_jax.context_memory import BlockResult, check_split, run_blocks
 from mc_jax.gates import compute_gates, pool_keys, scatter_gates
 from mc_jax.inspection import InnerLoop, measure_writes
 from mc_jax.numerics import Array, is_static, state_dtype
@@ -58,6 +68,7 @@ def memory_caching(
     gate_bias: Array | None = None,
     method: str = "chunked",
     inspect: bool = False,
+    split: TokenSplit | None = None,
 ) -> Result:
     """Write a sequence to a memory, cache the memory after each segment, and read all memories.
 
@@ -81,6 +92,8 @@ def memory_caching(
         method: `chunked`, the parallel form, or `recurrent`, the token-by-token definition. Both
             give the same result.
         inspect: also return `inner`; only for `chunked`.
+        split: split of the tokens over the mesh axis `context`, in whose order they are. None: with
+            such an axis, blocks in the order of the sequence. `recurrent` and `inspect` ignore it.
 
     Raises:
         ValueError: an argument is missing, has a wrong shape, or is an unknown name.
@@ -99,9 +112,14 @@ def memory_caching(
         q, k, v, u, coefficients, mask = jax.tree.map(add_row, arguments)
     tokens = _zero_masked(q, k, v, u, coefficients, mask)
     memory = make_memory(config.memory, norm, initial)
-    inner = None
+    inner, split = None, active_split(split)
     if method == "recurrent":
         output, cache, gates = run_tokens(memory, config, tokens, initial, plan, gate_bias)
+    elif split and not inspect:
+        check_split(config, t, split, segment_lengths)
+        found = run_blocks(tokens, initial, norm, gate_bias, config=config, split=split)
+        output, gates = found.output, found.gates
+        cache = _cache_of_blocks(memory, config, found, split, plan)
     else:
         output, cache, gates, inner = _run_chunks(
             memory, config, tokens, initial, plan, gate_bias, inspect=inspect
@@ -213,9 +231,7 @@ def _run_chunks(
         retention = segment_retention(coefficients.retention, plan)
     if config.has_buckets:
         cached = cached._replace(pool_sum=pools.total, retention=retention)
-        empty, zero = empty_buckets(cached, plan.slots), jnp.zeros_like(pools.length[0, :1])
-        cached = merge_segments(memory, config, cached, empty, zero)
-        stored = gather_buckets(cached, jnp.asarray(plan.final_buckets[None], jnp.int32))
+        cached, stored = _merge_buckets(memory, config, cached, plan)
         scores = bucket_scores(u, cached.pool, plan, config)
         read_gates = compute_bucket_gates(u, scores, pools.running, segment, config, gate_bias)
     else:
@@ -224,24 +240,68 @@ def _run_chunks(
         memory, config, writes._replace(ends=cached.weights), inputs, *read_gates, plan
     )
     gates = scatter_gates(*read_gates, plan.slots)
-    length = pools.length[:, -1]
-    slot = NO_SLOT if config.has_buckets else plan.segments - 1
-    cache = Cache(
-        stored=stored,
-        total=sum_complete(config, writes.ends, plan),
-        state=writes.final,
-        pool_sum=pools.total[:, -1],
-        pool=pools.segment[:, -1],
-        length=length,
-        slot=jnp.full_like(length, slot),
-        position=jnp.full_like(length, plan.tokens),
-        capacity=jnp.asarray(plan.capacity, jnp.int32),
-        retention=jax.tree.map(lambda x: x[:, -1], retention),
-    )
+    segments = Segments(writes.ends, pools.segment, pools.length, pools.total, retention)
+    cache = _make_cache(config, stored, segments, writes.final, plan)
     inner = None
     if inspect:
         inner = measure_writes(memory, writes, keys, v, coefficients, mask, plan)
     return output, cache, gates, inner
+
+
+def _cache_of_blocks(
+    memory: Memory, config: MCConfig, result: BlockResult, split: TokenSplit, plan: Plan
+) -> Cache:
+    """Return the cache after a sequence that was split over devices."""
+
+    def in_order(x: Array) -> Array:
+        if not split.paired:
+            return x
+        parts = x.reshape(x.shape[0], split.blocks, -1, *x.shape[2:])
+        return jnp.take(parts, split.places, axis=1).reshape(x.shape)
+
+    segments = jax.tree.map(in_order, result.segments)
+    stored = Segments(segments.weights, segments.pool, segments.length)
+    if config.has_buckets:
+        stored = _merge_buckets(memory, config, segments, plan)[1]
+    state = jax.tree.map(lambda x: in_order(x)[:, -1], result.state)
+    return _make_cache(config, stored, segments, state, plan)
+
+
+def _merge_buckets(
+    memory: Memory, config: MCConfig, segments: Segments, plan: Plan
+) -> tuple[Segments, Segments]:
+    """Return the bucket that ends with each segment, and the buckets after the last token."""
+    empty, zero = empty_buckets(segments, plan.slots), jnp.zeros_like(segments.length[0, :1])
+    merged = merge_segments(memory, config, segments, empty, zero)
+    return merged, gather_buckets(merged, jnp.asarray(plan.final_buckets[None], jnp.int32))
+
+
+def _make_cache(
+    config: MCConfig, stored: Segments, segments: Segments, state: MemoryState, plan: Plan
+) -> Cache:
+    """Return the cache after the last token.
+
+    Args:
+        config: the layer's configuration.
+        stored: the cached memories.
+        segments: all segments [b, n, ...], with the sums of their keys.
+        state: the online memory [b, h, ...].
+        plan: the segments.
+    """
+    length = segments.length[:, -1]
+    slot = NO_SLOT if config.has_buckets else plan.segments - 1
+    return Cache(
+        stored=stored,
+        total=sum_complete(config, segments.weights, plan),
+        state=state,
+        pool_sum=segments.pool_sum[:, -1],
+        pool=segments.pool[:, -1],
+        length=length,
+        slot=jnp.full_like(length, slot),
+        position=jnp.full_like(length, plan.tokens),
+        capacity=jnp.asarray(plan.capacity, jnp.int32),
+        retention=jax.tree.map(lambda x: x[:, -1], segments.retention),
+    )
 
 
 def _zero_masked(

@@ -13,6 +13,7 @@ from mc_core.segmentation import check_streaming_config, make_plan
 from mc_jax.backends import Coefficients, Norm, Weights
 from mc_jax.cache import Cache, grow, init_cache
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.context import TokenSplit
 from mc_jax.functional import Result, extend, memory_caching
 from mc_jax.head_copies import HeadCopies, apply_to, copy_to_heads
 from mc_jax.inspection import Trace, make_trace
@@ -85,6 +86,8 @@ class MemoryCachingLayer(Mixer):
         x: Array,
         mask: Array | None = None,
         segment_lengths: Sequence[int] | None = None,
+        *,
+        split: TokenSplit | None = None,
     ) -> Array:
         """Mix tokens.
 
@@ -92,11 +95,12 @@ class MemoryCachingLayer(Mixer):
             x: [b, t, d].
             mask: bool [b, t], False at masked tokens, whose output is 0.
             segment_lengths: explicit segment lengths with sum t.
+            split: as in `memory_caching`.
 
         Returns:
             [b, t, d] in the dtype of `x`.
         """
-        return self._run(x, mask, segment_lengths)[0]
+        return self._run(x, mask, segment_lengths, split=split)[0]
 
     @with_auto_axes
     def forward_with_cache(self, x: Array, mask: Array | None = None) -> tuple[Array, Cache]:
@@ -204,21 +208,27 @@ class MemoryCachingLayer(Mixer):
         mask: Array | None,
         segment_lengths: Sequence[int] | None = None,
         inspect: bool = False,
+        split: TokenSplit | None = None,
     ) -> tuple[Array, Result]:
         check_inputs(x, mask, self.config.d_model, is_static)
-        inputs, conv = self._inputs(self._prepare_inputs(x, mask))
+        inputs, conv = self._inputs(self._prepare_inputs(x, mask), split=split)
         result = memory_caching(
             **inputs,
             config=self.config,
             mask=mask,
             segment_lengths=segment_lengths,
             inspect=inspect,
+            split=split,
         )
         result = result._replace(cache=result.cache._replace(conv=conv))
         return self._project_out(result.output, x.dtype), result
 
     def _inputs(
-        self, x: Array, before: Weights = (), count: Array | None = None
+        self,
+        x: Array,
+        before: Weights = (),
+        count: Array | None = None,
+        split: TokenSplit | None = None,
     ) -> tuple[dict[str, Any], Weights]:
         """Compute the arguments of `memory_caching` from tokens and parameters.
 
@@ -226,13 +236,14 @@ class MemoryCachingLayer(Mixer):
             x: tokens [b, t, d], zero at masked tokens.
             before: field `conv` of the cache.
             count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
+            split: as in `memory_caching`.
 
         Returns:
             the arguments by name, and the cache's field `conv` after these tokens.
         """
         config = self.config
         copies = copy_to_heads(x, config.num_heads)
-        q, k, v, conv = self._qkv(copies, before, count)
+        q, k, v, conv = self._qkv(copies, before, count, split)
         if config.normalizes_qk:
             q, k = l2_normalize(q), l2_normalize(k)
         v = normalize_values(v, config.value_norm)

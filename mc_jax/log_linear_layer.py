@@ -10,6 +10,7 @@ from mc_core.log_linear import LogLinearConfig, level_count
 from mc_jax.backends import Weights
 from mc_jax.cache import check_growth, nan_past_capacity
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.context import TokenSplit, active_split
 from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.level_cache import LevelCache
 from mc_jax.log_linear import (
@@ -71,17 +72,28 @@ class LogLinearAttentionLayer(Mixer):
         self._add_output_norm(param_dtype=param_dtype)
 
     @with_auto_axes
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, mask: Array | None = None, *, split: TokenSplit | None = None
+    ) -> Array:
         """Mix tokens.
 
         Args:
             x: [b, t, d], with t at most `config.max_tokens`.
             mask: bool [b, t], False at masked tokens, whose output is 0. They still advance the
                 position.
+            split: must be None, without a mesh axis `context`.
 
         Returns:
             [b, t, d] in the dtype of `x`.
+
+        Raises:
+            ValueError: an argument has a wrong shape, or the active mesh splits sequences.
         """
+        if split := active_split(split):
+            raise ValueError(
+                f"mixer 'log_linear': cannot split sequences over a mesh with context = "
+                f"{split.devices}: set context = 1"
+            )
         return self._run(x, mask)[0]
 
     @with_auto_axes

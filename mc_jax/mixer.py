@@ -13,6 +13,7 @@ from mc_core.config import LayerConfig
 from mc_jax.backends import Weights
 from mc_jax.cache import check_capacity
 from mc_jax.chunk_layout import make_packing, pack, unpack
+from mc_jax.context import TokenSplit, active_split, convolve
 from mc_jax.head_copies import HeadCopies, apply_to
 from mc_jax.inspection import Trace
 from mc_jax.modules import Linear, RMSNorm, ShortConv, split_heads
@@ -91,7 +92,11 @@ class Mixer(nnx.Module, Pretrained):
         return x if mask is None else jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
 
     def _qkv(
-        self, x: Array | HeadCopies, before: Weights, count: Array | None
+        self,
+        x: Array | HeadCopies,
+        before: Weights,
+        count: Array | None,
+        split: TokenSplit | None = None,
     ) -> tuple[Array, Array, Array, Weights]:
         """Project tokens to q, k and v, and apply the convolutions, if any.
 
@@ -99,6 +104,7 @@ class Mixer(nnx.Module, Pretrained):
             x: tokens [b, t, d], or their copies from `copy_to_heads`.
             before: field `conv` of the cache.
             count: number of tokens per row, int32 [b]; later tokens are padding. None = no padding.
+            split: split of a whole sequence over devices; None: that of the active mesh.
 
         Returns:
             q [b, t, h, k], k and v [b, t, kv_heads, k], and the cache's field `conv` after these
@@ -112,7 +118,10 @@ class Mixer(nnx.Module, Pretrained):
             tails = tuple(
                 conv.tail(x, b, count) for conv, x, b in zip(convs, (q, k, v), old, strict=True)
             )
-            q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
+            if not before and (split := active_split(split)):
+                q, k, v = convolve((q, k, v), [conv.kernel[...] for conv in convs], split)
+            else:
+                q, k, v = (conv(x, b) for conv, x, b in zip(convs, (q, k, v), old, strict=True))
         q = split_heads(q, self.config.num_heads)
         k, v = (split_heads(x, self.config.kv_heads) for x in (k, v))
         return q, k, v, tails

@@ -15,6 +15,7 @@ from mc_jax.attention import AttentionLayer
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
+from mc_jax.context import TokenSplit, from_paired, paired_split, to_paired
 from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
@@ -77,9 +78,12 @@ class Block(nnx.Module):
             self.ffn_norm = RMSNorm(d, param_dtype=param_dtype)
             self.ffn = SwiGLU(config, rngs=rngs, param_dtype=param_dtype)
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Mix and transform tokens [b, t, d]; `mask` is bool [b, t]."""
-        return self._transform(x + self.mixer(self.mixer_norm(x), mask))
+    def __call__(
+        self, x: Array, mask: Array | None = None, *, split: TokenSplit | None = None
+    ) -> Array:
+        """Mix and transform tokens [b, t, d]; `mask` is bool [b, t], `split` as in the mixer."""
+        options = {} if split is None else {"split": split}  # wrapped mixers need not know it
+        return self._transform(x + self.mixer(self.mixer_norm(x), mask, **options))
 
     def extend(
         self, x: Array, cache: AnyCache, mask: Array | None = None, count: Array | None = None
@@ -166,9 +170,14 @@ class LanguageModel(nnx.Module, Pretrained):
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
             places, invalid = safe_places(places, invalid, ids.shape[1])
-        x = self._embed(ids)
+        split = paired_split(self.config, ids.shape[1])
+        if split:
+            ids, mask = to_paired((ids, mask), split)
+        x, options = self._embed(ids), {"split": split} if split else {}
         for block in self.blocks:
-            x = _remat(block, x, mask) if self.config.remat else block(x, mask)
+            x = _remat(block, x, mask, options) if self.config.remat else block(x, mask, **options)
+        if split:
+            x = from_paired(x, split)
         if places is not None:
             x = jnp.take_along_axis(x, places[..., None], axis=1)
         return nan_where(invalid, self._logits(x))
@@ -297,6 +306,6 @@ class LanguageModel(nnx.Module, Pretrained):
 
 
 @nnx.remat
-def _remat(block: nnx.Module, x: Array, mask: Array | None) -> Array:
+def _remat(block: nnx.Module, x: Array, mask: Array | None, options: dict[str, Any]) -> Array:
     """Recompute the activations of a block in the backward pass."""
-    return block(x, mask)
+    return block(x, mask, **options)

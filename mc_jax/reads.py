@@ -1,5 +1,6 @@
 """Reads of online and cached memories (section 5), in parallel form (section 6)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,9 +13,12 @@ from mc_jax.backends.base import apply_weights
 from mc_jax.buckets import selected_ends
 from mc_jax.chunk_layout import from_chunks, from_segments, to_chunks, to_segments
 from mc_jax.chunked import OnlineMemory, WriteResult, online_apply
-from mc_jax.dense_reads import sum_bucket_reads, sum_earlier_reads
+from mc_jax.dense_reads import TileRead, sum_bucket_reads, sum_earlier_reads
 from mc_jax.numerics import SAVE_POLICY, Array, einsum_f32, scale_rows
-from mc_jax.sparse_reads import read_selected
+from mc_jax.sparse_reads import ROW_BLOCK, read_selected
+
+# As `sum_earlier_reads` or `sum_bucket_reads`.
+SumReads = Callable[[TileRead, Array, Array, Weights], Array]
 
 
 def read_all(
@@ -69,12 +73,15 @@ def read_online(memory: Memory, writes: WriteResult, q: Array, plan: Plan) -> Ar
     return from_chunks(read(writes.online, to_chunks(q, plan)), plan)
 
 
-def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan) -> Array:
+def read_sum(memory: Memory, cached: Weights, q: Array, plan: Plan, *, base: Weights = ()) -> Array:
     """Read the sum of all earlier memories (equation 7). Reads must be linear in the weights.
 
-    Takes cached weights [b, n, h, o, i] and q [b, t, h, k]; returns [b, t, h, v].
+    Takes cached weights [b, n, h, o, i], q [b, t, h, k], and the sum `base` [b, h, o, i] of the
+    memories before the first one, () = 0; returns [b, t, h, v].
     """
     earlier = jax.tree.map(_sums_before, cached)
+    if base:
+        earlier = tuple(w + x[:, None] for w, x in zip(earlier, base, strict=True))
     queries = to_segments(q, plan).swapaxes(1, 2)  # [b, n, h, c, k]
     read = memory.read(apply_weights(earlier, q.dtype), queries)
     return from_segments(read.swapaxes(1, 2), plan)
@@ -87,30 +94,45 @@ def _sums_before(weight: Array) -> Array:
     return jnp.concatenate([jnp.zeros_like(weight[:, :1]), sums], axis=1)
 
 
-def read_dense(memory: Memory, cached: Weights, q: Array, gates: Array, plan: Plan) -> Array:
+def read_dense(
+    memory: Memory,
+    cached: Weights,
+    q: Array,
+    gates: Array,
+    plan: Plan,
+    *,
+    sum_reads: SumReads | None = None,
+) -> Array:
     """Read every earlier memory or every bucket, weighted by its gate (equations 7 and 9).
 
     Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, slots + 1]; returns
-    [b, t, h, v].
+    [b, t, h, v]. `sum_reads` sums the reads; None: those of the memories of the plan.
     """
 
     def read(x: Array, gate: Array, weights: Weights) -> Array:
         return memory.read_weighted(apply_weights(weights, x.dtype), x, gate)
 
     x, weight = to_segments(q, plan), to_segments(gates[..., :-1], plan)
-    sum_reads = sum_bucket_reads if plan.has_buckets else sum_earlier_reads
+    sum_reads = sum_reads or (sum_bucket_reads if plan.has_buckets else sum_earlier_reads)
     return from_segments(sum_reads(read, x, weight, cached), plan)
 
 
 def read_soup(
-    memory: Memory, writes: WriteResult, cached: Weights, q: Array, gates: Array, plan: Plan
+    memory: Memory,
+    writes: WriteResult,
+    cached: Weights,
+    q: Array,
+    gates: Array,
+    plan: Plan,
+    *,
+    sum_reads: SumReads | None = None,
 ) -> Array:
     """Read the gate-weighted mixture of all memories (equation 15), mixed layer by layer.
 
     Takes cached weights [b, n, h, o, i], q [b, t, h, k] and gates [b, t, h, slots + 1]; returns
-    [b, t, h, v].
+    [b, t, h, v]. `sum_reads` as in `read_dense`.
     """
-    sum_reads = sum_bucket_reads if plan.has_buckets else sum_earlier_reads
+    sum_reads = sum_reads or (sum_bucket_reads if plan.has_buckets else sum_earlier_reads)
     weight = to_segments(gates[..., :-1], plan)
     online_gate = to_chunks(gates[..., -1], plan)[..., None]
 
@@ -133,9 +155,20 @@ def read_soup(
     return from_chunks(memory.read(apply, to_chunks(q, plan)), plan)
 
 
-def read_sparse(memory: Memory, cached: Weights, q: Array, weight: Array, selected: Array) -> Array:
-    """Read the selected memories [b, t, h, m], weighted by their gates (equation 17)."""
-    reads = read_selected(memory, cached, q, selected)
+def read_sparse(
+    memory: Memory,
+    cached: Weights,
+    q: Array,
+    weight: Array,
+    selected: Array,
+    *,
+    row_block: int = ROW_BLOCK,
+) -> Array:
+    """Read the selected memories [b, t, h, m], weighted by their gates (equation 17).
+
+    Rows are read in blocks of at most `row_block`.
+    """
+    reads = read_selected(memory, cached, q, selected, row_block=row_block)
     return jnp.sum(reads * weight[..., None], axis=-2)
 
 

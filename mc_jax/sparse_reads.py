@@ -17,7 +17,14 @@ from mc_jax.offload import read_from_host
 ROW_BLOCK = 64  # rows per block: larger blocks add padding, smaller ones are less efficient
 
 
-def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -> Array:
+def read_selected(
+    memory: Memory,
+    weights: Weights,
+    q: Array,
+    selected: Array,
+    *,
+    row_block: int = ROW_BLOCK,
+) -> Array:
     """Read each query from its selected memories.
 
     Args:
@@ -25,6 +32,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
         weights: cached memories, each [b, n, h, o, i].
         q: queries [b, t, h, k].
         selected: indices of memories [b, t, h, top_k]; n = unused.
+        row_block: number of rows per block.
 
     Returns:
         [b, t, h, top_k, v], zero at unused entries.
@@ -32,7 +40,7 @@ def read_selected(memory: Memory, weights: Weights, q: Array, selected: Array) -
     b, t, h, top_k = selected.shape
     n = weights[0].shape[1]
     rows = t * top_k
-    block = min(ROW_BLOCK, rows)
+    block = min(row_block, rows)
     blocks = -(-rows // block) + min(n, rows)
     group = selected.transpose(0, 2, 1, 3).reshape(b, h, rows)
     dispatch = jax.vmap(jax.vmap(partial(_dispatch, n=n, block=block, blocks=blocks)))
@@ -118,10 +126,9 @@ def _dispatch(group: Array, n: int, block: int, blocks: int) -> tuple[Array, Arr
     sorted_position = jnp.where(sorted_group < n, start[sorted_group] + rank, blocks * block)
     position = jnp.zeros(rows, jnp.int32).at[order].set(sorted_position)
     source = jnp.full(blocks * block, rows, jnp.int32).at[sorted_position].set(order, mode="drop")
-    block_memory = jnp.searchsorted(
-        last_block, jnp.arange(blocks, dtype=jnp.int32), side="right"
-    ).clip(max=n - 1)
-    return position, source, block_memory
+    # JAX 0.10 cannot trace searchsorted inside of `jax.shard_map`.
+    passed = jnp.cumsum(jnp.zeros(blocks + 1, jnp.int32).at[last_block].add(1))
+    return position, source, passed[:blocks].clip(max=n - 1)
 
 
 def _sort(group: Array, n: int) -> tuple[Array, Array]:

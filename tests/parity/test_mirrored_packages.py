@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 JAX, TORCH = ROOT / "mc_jax", ROOT / "mc_torch"
-JAX_ONLY_FILES = {"head_copies.py", "sharding.py"}
+# Sequences split over devices are JAX only.
+JAX_ONLY_FILES = {
+    "head_copies.py",
+    "sharding.py",
+    "context.py",
+    "context_attention.py",
+    "context_memory.py",
+    "context_reads.py",
+    "context_scan.py",
+}
+JAX_ONLY_ARGUMENTS = {"split", "previous", "sum_reads", "base", "row_block"}
 TORCH_ONLY_FOLDERS = {"hf"}  # Hugging Face transformers is for PyTorch
 FILES = sorted(
     name for path in JAX.rglob("*.py") if (name := str(path.relative_to(JAX))) not in JAX_ONLY_FILES
@@ -38,10 +48,12 @@ TORCH_ONLY = {
     "pretrained.py": {"Flat"},
 }
 JAX_ONLY = {
+    "attention.py": {"attend_split"},
     "chunk_layout.py": {"gather_positions"},
     "modules.py": {"Head"},
     "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
     # Host memory is a device in PyTorch and a memory space in JAX.
+    "reads.py": {"SumReads"},
     "offload.py": {"HOST", "DEVICE", "HOST_KIND"},
 }
 RENAMED = {"__call__": "forward"}
@@ -64,6 +76,9 @@ def signature(function):
     arguments += [(x.arg, "all", False) for x in (a.vararg, a.kwarg) if x]
     arguments += [
         (x.arg, "keyword", d is not None) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)
+    ]
+    arguments = [
+        x for x in arguments if x[1:] != ("keyword", True) or x[0] not in JAX_ONLY_ARGUMENTS
     ]
     if function.name in CONSTRUCTORS:
         arguments = [x for x in arguments if x[0] not in CONSTRUCTION]

@@ -16,6 +16,7 @@ from train.cli.evaluation import evaluate, generate, inspect
 from train.cli.harness import harness
 from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
+from train.cli.planning import plan
 from train.cli.training import demo, sweep, tokenize, train
 from train.cli.weights import convert, export
 from train.interrupt import Terminated, sigterm_as_interrupt
@@ -80,6 +81,7 @@ for command in (
     generate,
     convert,
     export,
+    plan,
     variants,
     segments,
     configs,

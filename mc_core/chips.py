@@ -53,7 +53,7 @@ CHIPS: dict[str, Chip] = {
     ),
     "v5e": Chip(
         "Google TPU v5e; ICI within a pod of 256, 200 Gb/s per host of 8",
-        197e12, 0.8e12, 16e9, 100e9, 256, 3.125e9, _sources(_V6E, _V6E),
+        197e12, 0.8e12, 16e9, 200e9, 256, 3.125e9, _sources(_V6E, _V6E),
     ),
     "v5p": Chip(
         "Google TPU v5p; ICI within a pod of 8,960, 50 Gb/s per chip",

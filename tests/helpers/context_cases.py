@@ -64,6 +64,10 @@ def program(graphdef: nnx.GraphDef) -> Any:
     return jax.jit(run)
 
 
+def split_mesh(data: int, context: int) -> jax.sharding.Mesh:
+    return make_mesh(data, context=context, devices=jax.devices()[: data * context])
+
+
 def compare(config: MCConfig | ModelConfig, mesh: jax.sharding.Mesh, tokens: int) -> None:
     """Compare outputs and gradients on a mesh with those of one device."""
     graphdef, params = build(config)
@@ -107,7 +111,7 @@ def cases() -> Iterator[MCConfig | ModelConfig]:
 def main(data: int, context: int) -> None:
     jax.config.update("jax_num_cpu_devices", data * context)
     jax.config.update("jax_enable_x64", True)
-    mesh = make_mesh(data, context=context)
+    mesh = split_mesh(data, context)
     for config in cases():
         try:
             # Two blocks of two segments per device; a layer has one block of four.

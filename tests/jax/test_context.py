@@ -15,11 +15,10 @@ import pytest
 from flax import nnx
 
 from helpers.cases import assert_close
-from helpers.context_cases import OUTPUT, build, compare, inputs, layer_config, program
+from helpers.context_cases import OUTPUT, build, compare, inputs, layer_config, program, split_mesh
 from mc_core import MCConfig, ModelConfig, TitansConfig
 from mc_jax import LanguageModel, MemoryCachingLayer
 from mc_jax.context import TokenSplit, from_paired, paired_split, to_paired
-from mc_jax.sharding import make_mesh
 from train.planning.hlo import Costs, in_loops, measure, parse
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 def test_split_model_matches_one_device(mixers):
     """Checkpointed states, a convolution, a window; batch and tokens are split."""
     model = dataclasses.replace(MODEL, num_layers=len(mixers), mixers=mixers)
-    compare(model, make_mesh(2, context=2), 32)
+    compare(model, split_mesh(2, 2), 32)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_split_model_matches_one_device(mixers):
     ids=lambda config: f"{config.memory.kind}-{config.aggregation}",
 )
 def test_split_layer_matches_one_device(config):
-    compare(config, make_mesh(1, context=4), 32)
+    compare(config, split_mesh(1, 4), 32)
 
 
 @pytest.mark.slow
@@ -78,7 +77,7 @@ def test_split_prefill_can_be_extended(segmentation):
     x, mask = inputs(config, 32)
     prefill = jax.jit(lambda p, x, m: nnx.merge(graphdef, p).forward_with_cache(x, m))
     y, cache = prefill(params, x, mask)
-    with jax.set_mesh(make_mesh(1, context=4)):
+    with jax.set_mesh(split_mesh(1, 4)):
         split, split_cache = prefill(params, x, mask)
     assert_close(split, y, OUTPUT, name="output")
     assert_close(jax.device_get(split_cache), jax.device_get(cache), OUTPUT, name="cache")
@@ -89,7 +88,7 @@ def test_split_prefill_can_be_extended(segmentation):
 )
 def test_paired_order_is_a_permutation_that_can_be_undone(devices):
     split = TokenSplit(devices, paired=True)
-    mesh = make_mesh(1, context=devices, devices=jax.devices()[:devices])
+    mesh = split_mesh(1, devices)
     tokens = 6 * devices
     x = jnp.arange(2 * tokens).reshape(2, tokens)
     with jax.set_mesh(mesh):
@@ -101,7 +100,7 @@ def test_paired_order_is_a_permutation_that_can_be_undone(devices):
 
 def test_paired_split_needs_two_whole_blocks_per_device():
     def devices(config: ModelConfig, tokens: int) -> TokenSplit | None:
-        with jax.set_mesh(make_mesh(1, context=4)):
+        with jax.set_mesh(split_mesh(1, 4)):
             return paired_split(config, tokens)
 
     assert devices(MODEL, 64) == TokenSplit(4, paired=True)
@@ -137,7 +136,7 @@ def test_devices_share_work_evenly_and_gather_only_memories(aggregation, backwar
     )
     model, tokens, devices = ModelConfig(11, 1, layer, ffn_width=32), 1024, 4
     alone = costs(model, tokens, None, backward)
-    split = costs(model, tokens, make_mesh(1, context=devices), backward)
+    split = costs(model, tokens, split_mesh(1, devices), backward)
     limit = 1.15 if layer.rule.sparse else 1.001
     assert split.flops <= limit * alone.flops / devices
     assert not list(in_loops(split))
@@ -185,7 +184,7 @@ def test_devices_share_work_evenly_and_gather_only_memories(aggregation, backwar
 def test_layers_that_cannot_be_split_are_refused(config, tokens, message):
     layer = nnx.eval_shape(lambda: MemoryCachingLayer(config, rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32)
-    with jax.set_mesh(make_mesh(1, context=4)), pytest.raises(ValueError, match=re.escape(message)):
+    with jax.set_mesh(split_mesh(1, 4)), pytest.raises(ValueError, match=re.escape(message)):
         nnx.eval_shape(lambda layer, x: layer(x), layer, x)
 
 
@@ -194,5 +193,5 @@ def test_log_linear_attention_is_refused_by_name():
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     ids = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     message = "mixer 'log_linear': cannot split sequences over a mesh with context = 4"
-    with jax.set_mesh(make_mesh(1, context=4)), pytest.raises(ValueError, match=message):
+    with jax.set_mesh(split_mesh(1, 4)), pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda model, ids: model(ids), model, ids)

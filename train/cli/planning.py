@@ -1,6 +1,5 @@
 """`mc plan`. Imports are lazy, because JAX must start with the right number of devices."""
 
-import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -38,22 +37,22 @@ def plan(
 
     The step is compiled for as many simulated CPU devices; nothing is allocated.
     """
-    from parity.environment import flags, quick_compile
+    from train.config import load_config, parse_mesh
 
-    os.environ["XLA_FLAGS"] = flags(quick_compile())
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors of the partitioner
+    configs = []
+    for text in mesh or ["data=1"]:
+        sizes = parse_mesh(text).sizes
+        if -1 in sizes.values():
+            raise UserError(f"--mesh {text}: all sizes must be >= 1, without -1")
+        words = [f"run.mesh.{axis}={size}" for axis, size in sizes.items()]
+        configs.append(load_config(config, [*(overrides or ()), *words]))
+    _start_jax()
     from mc_jax.sharding import request
-    from train.config import load_config
     from train.planning import plan as planning
 
-    meshes = [planning.parse_mesh(text) for text in mesh or ["data=1"]]
-    loaded = load_config(config, overrides or ())
-    for sizes in meshes:
-        planning.check(loaded, sizes)
-    _use_cpu()
-    request(max(math.prod(sizes.values()) for sizes in meshes))
+    request(max(loaded.run.mesh.cpu_devices for loaded in configs))
     try:
-        table = planning.run(loaded, meshes, chip.value)
+        table = planning.run(configs, chip.value)
     except ValueError as error:
         raise UserError(str(error)) from error
     console = Console()
@@ -63,7 +62,12 @@ def plan(
     table.save(json, markdown)
 
 
-def _use_cpu() -> None:
+def _start_jax() -> None:
+    """Let JAX use the CPU, and compile without the optimizations of machine code."""
+    from parity.environment import flags, quick_compile
+
+    os.environ["XLA_FLAGS"] = flags(quick_compile())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors of the partitioner
     import jax
 
     jax.config.update("jax_platforms", "cpu")

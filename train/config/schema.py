@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from mc_core import ModelConfig, serialization
 from mc_core.checks import check_choice, check_range, raise_config_error
 from mc_core.errors import UserError
+from mc_core.log_linear import LogLinearConfig
 from mc_core.optimizer import OptimizerConfig
 from mc_core.serialization import Tag
 from train.config.mesh import MeshConfig
@@ -173,6 +174,23 @@ class TrainConfig:
             if divided % size:
                 allowed = f"a divisor of {name} = {divided}"
                 raise_config_error("TrainConfig", f"run.mesh.{axis}", size, allowed)
+        if mesh["context"] > 1:
+            self._check_context(mesh["context"])
+
+    def _check_context(self, devices: int) -> None:
+        """Check that the model can split windows over devices."""
+        layers, layer, allowed = self.model.block_layers, self.model.layer, ""
+        segments, rest = divmod(self.data.max_tokens, layer.segment_size)
+        carries = layer.state_init_mode == "checkpoint"
+        if any(isinstance(other, LogLinearConfig) for other in layers):
+            allowed = "1 for the mixer 'log_linear'"
+        elif layer in layers and carries and not layer.memory.decay_only_transition:
+            allowed = f"1 for state_init_mode = 'checkpoint' of a {layer.memory.kind} memory"
+        elif layer in layers and self.data.task == "text" and (rest or segments % devices):
+            segments_per_window = self.data.max_tokens / layer.segment_size
+            allowed = f"a divisor of data.window / segment_size = {segments_per_window:g}"
+        if allowed:
+            raise_config_error("TrainConfig", "run.mesh.context", devices, allowed)
 
     @property
     def tokenizer(self) -> str:

@@ -3,49 +3,20 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from mc_jax import LanguageModel
-from mc_jax.sharding import axes_sharding, parameter_shardings
+from mc_jax.sharding import axes_sharding
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
+from train.planning.costs import BLOCKS, StepCosts
 from train.planning.hlo import Costs, measure, parse, varying_axes
-from train.step import TrainState, make_train_step, split
-
-BLOCKS = (2, 3)  # numbers of repetitions of `mixers` from which the costs of a model are derived
+from train.step import abstract_state, make_train_step
 
 Tree = Any  # nested tuples and dictionaries
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Costs of a training step on one device.
-
-    Attributes:
-        parameters: bytes of parameters.
-        optimizer: bytes of the optimizer's state.
-        temporary: bytes of activations, gradients and other temporary arrays, at the peak.
-        flops: FLOPs of matrix products.
-        accessed: bytes that the instructions of the program read and write.
-        sent: bytes that the device sends, by the mesh axes of the communicating devices.
-        extrapolated: the last four are extrapolated from models of fewer blocks.
-    """
-
-    parameters: float
-    optimizer: float
-    temporary: float
-    flops: float
-    accessed: float
-    sent: Mapping[tuple[str, ...], float]
-    extrapolated: bool
 
 
 class _Compiled(NamedTuple):
@@ -90,27 +61,6 @@ def step_costs(config: TrainConfig, mesh: Mesh) -> StepCosts:
     )
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-    """Return the graph definition, and shapes, dtypes and shardings of the training state."""
-    dtype = jnp.dtype(config.run.dtype)
-    model = nnx.eval_shape(
-        lambda: LanguageModel(config.model, rngs=nnx.Rngs(config.run.seed), dtype=dtype)
-    )
-    graphdef, params, rest = split(model)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = nnx.to_pure_dict(nnx.filter_state(parameter_shardings(model, mesh), nnx.Param))
-    moments = jax.eval_shape(optimizer.init, params)
-    moment_shardings = optax.tree.map_params(
-        optimizer, lambda _, s: s, moments, shardings, transform_non_params=lambda _: whole
-    )
-    state = TrainState(params, moments, rest)
-    placed = TrainState(shardings, moment_shardings, jax.tree.map(lambda _: whole, rest))
-    return graphdef, jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
-    )
-
-
 def _with_blocks(config: TrainConfig, count: int) -> TrainConfig:
     model = dataclasses.replace(config.model, num_layers=count)
     return dataclasses.replace(config, model=model)
@@ -118,10 +68,12 @@ def _with_blocks(config: TrainConfig, count: int) -> TrainConfig:
 
 def _compile(config: TrainConfig, mesh: Mesh) -> _Compiled:
     graphdef, state = abstract_state(config, mesh)
-    step: Any = make_train_step(graphdef, make_optimizer(config.optimizer, config.run.steps))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    step: Any = make_train_step(graphdef, optimizer, shardings)
     run = config.run
     shape = run.accumulation, run.batch_size, config.data.max_tokens + 1
-    # One more token than the model reads: the ids are not divided along tokens.
+    # Ids are not split along tokens: there is one more of them than the model reads.
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=axes_sharding(mesh, None, "batch"))
     with jax.set_mesh(mesh):
         compiled = step.lower(state, batch).compile()

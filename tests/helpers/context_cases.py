@@ -40,9 +40,10 @@ def build(config: MCConfig | ModelConfig, seed: int = 0) -> tuple[nnx.GraphDef, 
 
 
 def inputs(config: MCConfig | ModelConfig, tokens: int, seed: int = 1) -> tuple[Any, ...]:
-    """Return inputs of two rows, and a mask that hides tokens at both ends of blocks."""
+    """Return inputs of two rows, and a mask that hides a third of the tokens of the second one."""
     rng = np.random.default_rng(seed)
     mask = rng.random((2, tokens)) > 0.3
+    mask[0] = True
     if isinstance(config, ModelConfig):
         return jnp.asarray(rng.integers(0, config.vocab_size, (2, tokens))), jnp.asarray(mask)
     return jnp.asarray(rng.standard_normal((2, tokens, WIDTH))), jnp.asarray(mask)

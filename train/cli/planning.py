@@ -63,10 +63,15 @@ def plan(
 
 
 def _start_jax() -> None:
-    """Let JAX use the CPU, and compile without the optimizations of machine code."""
+    """Let JAX use the CPU, and compile without the optimizations of machine code.
+
+    On CPUs, XLA removes the barriers of rematerialization and then merges the recomputed operations
+    with the first ones. The plan keeps the barriers, as other backends do.
+    """
     from parity.environment import flags, quick_compile
 
-    os.environ["XLA_FLAGS"] = flags(quick_compile())
+    barriers = "--xla_disable_hlo_passes=cse_barrier_expander"
+    os.environ["XLA_FLAGS"] = f"{barriers} {flags(quick_compile())}"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only errors of the partitioner
     import jax
 

@@ -65,8 +65,8 @@ def plan(
 def _start_jax() -> None:
     """Let JAX use the CPU, and compile without the optimizations of machine code.
 
-    On CPUs, XLA removes the barriers of rematerialization and then merges the recomputed operations
-    with the first ones. The plan keeps the barriers, as other backends do.
+    On CPUs, XLA removes the barriers that delay rematerialization, and may then keep the recomputed
+    activations of all blocks at once. The plan keeps the barriers, as other backends do.
     """
     from parity.environment import flags, quick_compile
 

@@ -24,7 +24,7 @@ from mc_core.generation import (
 from mc_jax.cache import AnyCache
 from mc_jax.model import LanguageModel
 from mc_jax.numerics import Array, Dtype, state_dtype
-from mc_jax.sharding import mesh_of, split_rows, use_mesh_of
+from mc_jax.sharding import axes_sharding, mesh_of, split_rows, use_mesh_of
 
 
 def sample(
@@ -285,10 +285,12 @@ def _place_like(params: Any, tree: Any) -> Any:
         return split_rows(tree, params)
     if not leaf.committed:
         return jax.device_put(tree)
+    mesh = mesh_of(params)
+    sharding = leaf.sharding if mesh is None else axes_sharding(mesh)
 
     def put(x: Any) -> Array:
         kind = (x if isinstance(x, jax.Array) else leaf).sharding.memory_kind
-        return jax.device_put(x, leaf.sharding.with_memory_kind(kind))
+        return jax.device_put(x, sharding.with_memory_kind(kind))
 
     return jax.tree.map(put, tree)
 

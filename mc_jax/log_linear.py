@@ -218,7 +218,7 @@ def _chunked(tokens: LevelTokens, chunk_size: int) -> Array:
     ys, trees = jax.lax.map(run_block, LevelTokens(*(jnp.moveaxis(x, 2, 0) for x in blocks)))
     y, tree = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), (ys, trees))
     y, _ = _add_levels(y, blocks, tree)
-    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :t]
+    return _merge_leaves(y)[:, :, :t]
 
 
 def _chunk_tree(tokens: LevelTokens, c: int) -> tuple[Array, _Tree]:
@@ -232,7 +232,7 @@ def _chunk_tree(tokens: LevelTokens, c: int) -> tuple[Array, _Tree]:
     to_end = _scale(decay[..., -1, 1:], v)
     nodes = einsum_f32("...cv,...ck->...vk", to_end, k, dtype=q.dtype)
     y, tree = _add_levels(y, chunks, _Tree(nodes, decay[..., -1, 0], decay[..., 0]))
-    return y.reshape(*y.shape[:2], -1, y.shape[-1]), tree
+    return _merge_leaves(y), tree
 
 
 def _add_levels(y: Array, leaves: LevelTokens, tree: _Tree) -> tuple[Array, _Tree]:
@@ -382,6 +382,12 @@ def _log(retention: Array) -> Array:
 def _bit_length(x: Array) -> Array:
     """Return the number of bits of int32 numbers [...]."""
     return 32 - jax.lax.clz(x)
+
+
+def _merge_leaves(y: Array) -> Array:
+    """Reshape outputs [b, h, g, c, v] to [b, h, g c, v]."""
+    b, h, count, c, width = y.shape
+    return y.reshape(b, h, count * c, width)
 
 
 def _split(x: Array, chunks: int, size: int) -> Array:

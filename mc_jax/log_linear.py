@@ -200,8 +200,7 @@ def _recurrent(tokens: LevelTokens) -> Array:
 def _chunked(tokens: LevelTokens, chunk_size: int) -> Array:
     """Return the outputs [b, h, t, v]: dense within chunks, and a tree of states between them.
 
-    Long sequences are split into blocks of tokens. Each block is a tree of its chunks, and the
-    states of blocks are the leaves of a tree in turn.
+    Long sequences are split into blocks with a tree each, whose roots are the leaves of a tree.
     """
     t = tokens.q.shape[2]
     c = min(chunk_size, 1 << (t - 1).bit_length())
@@ -386,8 +385,7 @@ def _bit_length(x: Array) -> Array:
 
 def _merge_leaves(y: Array) -> Array:
     """Reshape outputs [b, h, g, c, v] to [b, h, g c, v]."""
-    b, h, count, c, width = y.shape
-    return y.reshape(b, h, count * c, width)
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3], y.shape[4])
 
 
 def _split(x: Array, chunks: int, size: int) -> Array:

@@ -34,9 +34,8 @@ MODEL = ModelConfig(
 pytestmark = pytest.mark.usefixtures("float64", "strict")
 
 
-@pytest.mark.parametrize(
-    "mixers", [("memory", "window"), pytest.param(("attention",), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", [("memory", "window"), ("attention",)])
 def test_split_model_matches_one_device(mixers):
     """Checkpointed states, a convolution, a window; batch and tokens are split."""
     model = dataclasses.replace(MODEL, num_layers=len(mixers), mixers=mixers)

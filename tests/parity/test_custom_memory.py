@@ -113,6 +113,7 @@ def test_previous_token_excludes_gradients_of_the_memory(flag):
         register_memory(dataclass(frozen=True)(wrong))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_custom_memory_passes_full_parity_grid(example):
     cases = [c for c in full() if c.layer.memory.kind == "decayed_delta" and c.dtype == "float64"]

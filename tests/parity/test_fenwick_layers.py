@@ -265,6 +265,7 @@ def test_dependent_writes_cannot_declare_decay_only_transitions():
         register_memory(dataclass(frozen=True)(Wrong))
 
 
+@pytest.mark.slow
 def test_jax_step_compiles_once():
     """One program for all positions of a stream."""
     module, x = build(mc_jax, RESTART), tokens(mc_jax)

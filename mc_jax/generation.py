@@ -286,7 +286,7 @@ def _place_like(params: Any, tree: Any) -> Any:
     if not leaf.committed:
         return jax.device_put(tree)
     mesh = mesh_of(params)
-    sharding = leaf.sharding if mesh is None else axes_sharding(mesh)
+    sharding: Any = leaf.sharding if mesh is None else axes_sharding(mesh)
 
     def put(x: Any) -> Array:
         kind = (x if isinstance(x, jax.Array) else leaf).sharding.memory_kind

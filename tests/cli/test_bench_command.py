@@ -109,6 +109,7 @@ def test_invalid_decode_options_are_refused(monkeypatch, capsys, word):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_decode_of_buckets_after_a_context(monkeypatch, tmp_path):
     """The cache has one slot per power of two, and a token reads one bucket per set bit."""
     path = tmp_path / "d.json"

@@ -109,6 +109,7 @@ def test_evaluate_matches_the_report(finished, monkeypatch, capsys):
     assert "tiny (linear + grm)" in out
 
 
+@pytest.mark.slow
 def test_runs_on_equal_text_share_a_table(finished, no_pictures, monkeypatch, capsys):
     run = finished.parent / "runs"
     words = [f"run.directory={run / 'twin'}", "model.layer.aggregation=none"]

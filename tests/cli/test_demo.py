@@ -25,6 +25,7 @@ def write(folder, data=DATA, rows=ROWS):
     return path
 
 
+@pytest.mark.slow
 def test_demo_prints_recall_and_draws_the_gates(tmp_path, monkeypatch, capsys):
     assert mc(monkeypatch, "demo", write(tmp_path)) == 0
     out = capsys.readouterr().out

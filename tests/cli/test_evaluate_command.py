@@ -90,6 +90,7 @@ def test_niah_by_depth_and_length(runs, tmp_path, monkeypatch):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_trained_model_answers(runs, tmp_path, monkeypatch, capsys):
     """With the real model; the incomplete last batch counts each example once."""
     path = tmp_path / "x.json"

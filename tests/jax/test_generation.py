@@ -137,7 +137,8 @@ def test_seed_determines_generation():
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
-@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("restored", [False, True])
 def test_prompt_lengths_share_compiled_programs(restored, caplog):
     """Prompts of 17 to 32 tokens share a program; early stops and restored parameters reuse it.
 

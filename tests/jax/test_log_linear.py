@@ -133,6 +133,7 @@ def test_split_stream_matches_oracle():
         assert_close(state, oracle.states(case), EXACT)
 
 
+@pytest.mark.slow
 def test_bfloat16_states_are_float32():
     """Products have bfloat16 operands; sums over tokens and decay are float32."""
     case = make_log_linear_case(512)

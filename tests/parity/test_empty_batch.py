@@ -76,6 +76,7 @@ def described(tree):
     return [(name, tuple(x.shape), x.dtype) for name, x in flatten(tree)]
 
 
+@pytest.mark.slow
 def test_torch_layers_with_empty_batch():
     """Outputs, caches and traces have the usual shapes and dtypes; gradients are zero."""
     mask = torch.ones(1, TOKENS, dtype=torch.bool)

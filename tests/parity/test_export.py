@@ -71,6 +71,7 @@ def test_pytorch_models_and_streams_reject_dynamic_token_count():
         export(Extend(model), (tokens, cache), dynamic_shapes=shapes, strict=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pytorch_exports_prompt_and_step_programs():
     model, tokens = mc_torch.LanguageModel(MODEL), torch.from_numpy(TOKENS)

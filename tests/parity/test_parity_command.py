@@ -150,6 +150,7 @@ def test_ties_select_the_same_memories():
     assert read[..., 0].all(), "the earliest of equal memories"
 
 
+@pytest.mark.slow
 def test_training_steps_agree():
     both = training.train(make_optimizer, steps=20)
     assert both.ok, training.summary(both)

@@ -57,8 +57,9 @@ def assert_equal_rows(one, other, tolerance):
             assert a[key] == pytest.approx(b[key], rel=within), (key, a["step"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.slow), "mqar"])
+@pytest.mark.parametrize("case", ["text", "mqar"])
 def test_two_devices_match_one(case, tmp_path, monkeypatch):
     """Losses, gradient norms, validation and report are equal; each device has half of the rows."""
     seen = []

@@ -96,6 +96,7 @@ def quiet(config, *words: str):
     return train(load_config(config, words), Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_report_has_positions(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     report = quiet(config, "data.window=40")

@@ -128,6 +128,7 @@ def test_sigkill_at_random_times_resumes(tmp_path):
     assert_same_end(config, *words)
 
 
+@pytest.mark.slow
 def test_unfinished_checkpoint_of_killed_run_is_removed(tmp_path, caplog, no_pictures):
     """Orbax would warn when the same step is saved again."""
     run = tmp_path / "runs" / "tiny"

@@ -201,6 +201,7 @@ def test_separator_must_be_a_string(tmp_path, monkeypatch, capsys):
         TextConfig(corpus=("x",), separator="\udcff")
 
 
+@pytest.mark.slow
 def test_report_names_the_separator(folder, tmp_path, monkeypatch, capsys):
     """Old runs are evaluated without separators, as in training."""
     config = write_config(tmp_path)

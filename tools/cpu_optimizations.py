@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bench.timing import alternate, ratio
 from mc_core import MCConfig
-from mc_jax import gates, numerics, sharding
+from mc_jax import gates, log_linear, numerics, sharding
 
 Forms = tuple[Callable[[], Any], Callable[[], Any]]  # the plain form and ours
 
@@ -76,12 +76,29 @@ def score_blocks() -> Forms:
     return select(gates.SCORE_BLOCK), select(64)
 
 
+def token_blocks() -> Forms:
+    """Log-linear attention of 65,536 tokens and its gradient, as a whole and in blocks."""
+    q, k, v = (random(1, 65536, 4, 64) for _ in range(3))
+    level_weights, retention = jnp.ones((1, 65536, 4, 17)), jnp.full((1, 65536, 4), 0.99)
+
+    def loss(*inputs: jax.Array) -> jax.Array:
+        return jnp.sum(log_linear.log_linear_attention(*inputs) ** 2)
+
+    def attend(block: int) -> Callable[[], Any]:
+        inputs = q, k, v, level_weights, retention
+        with mock.patch.object(log_linear, "_BLOCK", block):
+            return compiled(jax.grad(loss, argnums=range(5)), *inputs)
+
+    return attend(65536), attend(log_linear._BLOCK)
+
+
 def main() -> None:
     """Print one row per optimization: both medians in ms, and their ratios."""
     print("| function | plain, ms | ours, ms | ratio | ratio of CPU time |\n|---|---|---|---|---|")
-    for forms in (cores, sort, score_blocks, gelu):
+    for forms in (cores, sort, score_blocks, token_blocks, gelu):
         plain, ours = forms()
-        timings = alternate({"plain": plain, "ours": ours}, runs=31)
+        runs = 7 if forms is token_blocks else 31
+        timings = alternate({"plain": plain, "ours": ours}, runs=runs)
         wall, processor = ratio(timings["plain"], timings["ours"])
         times = " | ".join(f"{timing.median * 1e3:.2f}" for timing in timings.values())
         print(f"| `{forms.__name__}` | {times} | {wall:.1f} | {processor:.1f} |", flush=True)

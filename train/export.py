@@ -66,13 +66,12 @@ def export(
     config, model, step, _ = load_run(run, overrides=overrides)
     if with_code:
         _check_carried(config)
-    tokenizer, files = None, TokenizerFiles({}, None)
+    tokenizer, files = None, TokenizerFiles({})
     if not isinstance(config.data, MQARConfig):
         tokenizer = hash_of(config.tokenizer) or "bytes"
-        files = tokenizer_files(config.tokenizer, config.model.vocab_size)
-    card = model_card(
-        run, config, step, with_code=with_code, has_text=bool(files.files), overrides=overrides
-    )
+        separator = getattr(config.data, "separator", None)
+        files = tokenizer_files(config.tokenizer, config.model.vocab_size, separator)
+    card = model_card(run, config, step, with_code=with_code, files=files, overrides=overrides)
 
     def add_files(path: Path) -> None:
         for name, content in (*files.files.items(), (CARD, card.encode())):
@@ -105,7 +104,7 @@ def model_card(
     step: int,
     *,
     with_code: bool,
-    has_text: bool,
+    files: TokenizerFiles,
     overrides: Sequence[str] = (),
 ) -> str:
     """Return the model card: figures of the run, how to load the model, and its configuration.
@@ -115,7 +114,7 @@ def model_card(
         config: configuration of the run.
         step: step of the checkpoint.
         with_code: the folder has the code of the model.
-        has_text: the folder has a tokenizer.
+        files: files of the tokenizer, if the folder has one.
         overrides: changes of the configuration since training, to which the figures do not apply.
     """
     figures = _figures(run) or {"steps": step}
@@ -124,7 +123,7 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        *(["pipeline_tag: text-generation"] if has_text else []),
+        *(["pipeline_tag: text-generation"] if files.files else []),
         "tags: [memory-caching]",
         "---",
         "",
@@ -142,7 +141,7 @@ def model_card(
         "|---|---|",
         *rows,
         "",
-        *_usage(with_code, has_text),
+        *_usage(with_code, files),
         "",
         "The configuration of the model:",
         "",
@@ -153,7 +152,8 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _usage(with_code: bool, has_text: bool) -> list[str]:
+def _usage(with_code: bool, files: TokenizerFiles) -> list[str]:
+    """Return how to load the model, and with its code how to run tasks of lm-eval on it."""
     code = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     loading = "AutoModelForCausalLM.from_pretrained(folder)"
     if with_code:
@@ -161,13 +161,20 @@ def _usage(with_code: bool, has_text: bool) -> list[str]:
     else:
         code.insert(1, "import mc_torch.hf  # pip install 'memory-caching-jax[hf]'")
     code.append(f"model = {loading}")
-    if has_text:
+    if files.files:
         code += [
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             'inputs = tokenizer("The", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]
-    return [*code, "```"]
+    code.append("```")
+    if files.files and with_code:
+        arguments = "pretrained=FOLDER,trust_remote_code=True,dtype=float32"
+        if files.prefix is not None:
+            arguments += f",prefix_token_id={files.prefix}"
+        code += ["", "Tasks of lm-eval, as by `mc harness`:", "", "```sh"]
+        code += [f"lm_eval run --model hf --model_args {arguments} --tasks lambada_openai", "```"]
+    return code
 
 
 def _figures(run: Path) -> dict[str, Any] | None:

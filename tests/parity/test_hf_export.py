@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mc_torch.hf
 from helpers.tiny_run import fails, mc, untrained_run
+from helpers.tokenizer_files import words
 from helpers.weight_cases import same_bits
 from mc_core.weights import to_torch
 from parity import hf
@@ -92,9 +93,10 @@ def test_byte_tokenizer_reads_and_writes_all_text(folder):
 
 def test_tokenizer_file_encodes_as_in_training(tokenizer, tmp_path):
     """An unchanged file is copied; a post-processor, which training ignores, is removed."""
-    files, padding = tokenizer_files(tokenizer, 4)
+    files, padding, prefix = tokenizer_files(tokenizer, 4, "memory")
     assert files["tokenizer.json"] == Path(tokenizer).read_bytes()
     assert padding is None
+    assert prefix == 2
     data = json.loads(Path(tokenizer).read_text())
     data["added_tokens"] = [
         {"id": 3, "content": "reads", "special": True, "single_word": False, "lstrip": False}
@@ -108,13 +110,24 @@ def test_tokenizer_file_encodes_as_in_training(tokenizer, tmp_path):
         "special_tokens": {"reads": {"id": "reads", "ids": [3], "tokens": ["reads"]}},
     }
     Path(tokenizer).write_text(json.dumps(data))
-    files, padding = tokenizer_files(tokenizer, 4)
+    files, padding, _ = tokenizer_files(tokenizer, 4)
     assert padding == 3
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("the memory reads the")["input_ids"] == [1, 2, 3, 1]
-    assert loaded.pad_token_id == 3
+    assert loaded.pad_token_id == loaded.eos_token_id == 3
+
+
+def test_end_of_text_token_separates_documents(tmp_path):
+    words("<pad>", "<|endoftext|>", "the").save(str(tmp_path / "words.json"))
+    files, padding, prefix = tokenizer_files(str(tmp_path / "words.json"), 4)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.eos_token == "<|endoftext|>"
+    assert loaded.eos_token_id == prefix
+    assert loaded.pad_token_id == padding
 
 
 def test_conversion_back_is_exact(run, folder, tmp_path, monkeypatch, capsys):
@@ -226,4 +239,9 @@ def test_folder_with_code_runs_without_the_packages(run, folder, tmp_path, monke
     inputs = AutoTokenizer.from_pretrained(folder)("the memory", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False).numpy()
     np.testing.assert_array_equal(np.load(output), expected)
-    assert "trust_remote_code=True" in (carried / "README.md").read_text()
+    card = (carried / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert (
+        "--model_args pretrained=FOLDER,trust_remote_code=True,dtype=float32,prefix_token_id=10"
+        in card
+    )

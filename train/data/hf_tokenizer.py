@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mc_core.files import to_json
+from train.data.separator import choose_separator, prefix_token
 from train.data.tokenizer import load_tokenizer, read_tokenizer
 from train.data.tokenizer_copy import FILE
 
@@ -35,18 +36,23 @@ class TokenizerFiles(NamedTuple):
     """Content of the files that `AutoTokenizer.from_pretrained` reads, by name."""
 
     files: dict[str, bytes]
-    padding: int | None  # id of the padding token; None: the tokenizer has no special token
+    padding: int | None = None  # id of the padding token; None: the tokenizer has no special token
+    prefix: int | None = None  # id of the token before texts without a context; see `prefix_token`
 
 
-def tokenizer_files(tokenizer: str, vocab_size: int) -> TokenizerFiles:
+def tokenizer_files(
+    tokenizer: str, vocab_size: int, separator: str | None = None
+) -> TokenizerFiles:
     """Return the files of a tokenizer that encodes as in training.
 
     Models ignore ids at padding, so any token can be the padding token: byte 0, or the first
-    special token of a tokenizer file.
+    special token of a tokenizer file. The end-of-text token is the token between documents, if it
+    is a special token; otherwise the padding token, as some programs need one.
 
     Args:
         tokenizer: `bytes`, or the path of a tokenizer file.
         vocab_size: vocabulary size of the model.
+        separator: `data.separator` of the run.
 
     Raises:
         UserError: the tokenizer file cannot be read, or has more tokens than the model.
@@ -57,6 +63,8 @@ def tokenizer_files(tokenizer: str, vocab_size: int) -> TokenizerFiles:
         "clean_up_tokenization_spaces": False,
     }
     padding: int | None = 0
+    between = choose_separator(separator, loaded)
+    prefix = prefix_token(between, loaded)
     if content is None or loaded is None:
         loaded = byte_tokenizer()
         content = loaded.to_str(pretty=True).encode()
@@ -68,5 +76,8 @@ def tokenizer_files(tokenizer: str, vocab_size: int) -> TokenizerFiles:
         if Tokenizer.from_buffer(content).to_str() != loaded.to_str():
             content = loaded.to_str(pretty=True).encode()
     if padding is not None:
-        settings["pad_token"] = loaded.id_to_token(padding)
-    return TokenizerFiles({FILE: content, SETTINGS_FILE: to_json(settings, 2).encode()}, padding)
+        settings["pad_token"] = settings["eos_token"] = loaded.id_to_token(padding)
+    if between.token is not None:
+        settings["eos_token"] = between.name
+    files = {FILE: content, SETTINGS_FILE: to_json(settings, 2).encode()}
+    return TokenizerFiles(files, padding, prefix)

@@ -110,3 +110,18 @@ def choose_separator(given: str | None, tokenizer: Tokenizer | None) -> Separato
             if name in vocabulary:
                 return Separator(token=vocabulary[name], name=name, if_missing=True)
     return newline
+
+
+def prefix_token(separator: Separator, tokenizer: Tokenizer | None) -> int | None:
+    """Return the id of the token that precedes a text without a context.
+
+    It is the token between documents in training: the separator's last token, or a newline. None:
+    the tokenizer has no token for it.
+    """
+    if separator.token is not None:
+        return separator.token
+    text = separator.text or NEWLINE.encode()
+    if tokenizer is None:
+        return text[-1]
+    ids = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+    return ids[-1] if ids else None

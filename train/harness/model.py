@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
-from train.data.separator import NEWLINE, choose_separator
+from train.data.separator import choose_separator, prefix_token
 from train.data.tokenizer import make_encoder
 from train.evaluation.generate import GenerationOptions, Speed, complete_tokens
 from train.harness.scoring import batch_rows, power_of_two, score, truncate_middle
@@ -57,8 +57,7 @@ class HarnessModel(TemplateLM):
         self._batch_size = batch_size
         self._info = info or {}
         between = choose_separator(separator, tokenizer)
-        ids = self._encode(between.text or NEWLINE.encode()).tolist()
-        self._prefix = between.token if between.token is not None else ids[-1] if ids else None
+        self._prefix = prefix_token(between, tokenizer)
         self._end_of_text = between.name
 
     @property

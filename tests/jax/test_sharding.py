@@ -129,13 +129,14 @@ def test_stacked_layers_are_sharded_like_one():
     assert spec == PartitionSpec(None, "fsdp", "heads")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "rule"),
     [
         ("ssc", "constant"),
-        pytest.param("grm", "constant", marks=pytest.mark.slow),
-        pytest.param("soup", "fenwick", marks=pytest.mark.slow),
-        pytest.param("ssc", "logarithmic", marks=pytest.mark.slow),
+        ("grm", "constant"),
+        ("soup", "fenwick"),
+        ("ssc", "logarithmic"),
     ],
 )
 def test_model_under_explicit_axes_equals_one_device(aggregation, rule):

@@ -50,11 +50,13 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 
 
 SLOW = (
-    "linear+grm chunked 2+1+10", "linear+grm layer coefficients=token", "linear+none model restart",
-    "linear+none model mask=some conv_width", "linear+none model output_norm",
-    "linear+residual layer restart fenwick", "swla+grm", "swla+ssc chunked", "dla+soup", "dla+grm",
-    "titans+residual model", "titans+grm", "titans+mean recurrent", "titans+ssc recurrent",
-    "delta+soup", "delta+mean",
+    "linear+grm chunked 2+1+10", "linear+grm chunked restart mask", "linear+grm layer",
+    "linear+mean layer learn", "linear+none model restart",
+    "linear+none model mask=some conv_width",
+    "linear+none model output_norm", "linear+residual", "linear+soup", "swla+grm", "swla+mean",
+    "swla+residual", "swla+ssc chunked", "dla+grm", "dla+residual chunked restart", "dla+soup",
+    "titans+grm", "titans+mean", "titans+none", "titans+residual model", "titans+soup",
+    "titans+ssc", "delta+grm", "delta+mean", "delta+none", "delta+soup",
 )  # fmt: skip
 
 

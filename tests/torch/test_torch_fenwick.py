@@ -273,12 +273,13 @@ def test_work_grows_with_the_logarithm_of_the_length():
     assert max(largest) < 512 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode", "size"),
     [
         ("linear", "grm", "restart", 1),
-        pytest.param("swla", "ssc", "restart", 3, marks=pytest.mark.slow),
-        pytest.param("titans", "soup", "checkpoint", 3, marks=pytest.mark.slow),
+        ("swla", "ssc", "restart", 3),
+        ("titans", "soup", "checkpoint", 3),
     ],
 )
 def test_extend_compiles_once(memory, aggregation, mode, size):

@@ -86,20 +86,13 @@ def check_compiled(config, backend, tokens=(5,), dtype=torch.float64, tolerance=
         assert_close(*results, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "backend"),
     [
         (MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=3, chunk_size=2), "aot_eager"),
-        pytest.param(
-            MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"),
-            "eager",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, conv_width=2),
-            "eager",
-            marks=pytest.mark.slow,
-        ),
+        (MCConfig(8, 2, SWLAConfig(), "ssc", segment_size=2, chunk_size=2, gate="token"), "eager"),
+        (MCConfig(8, 2, DLAConfig(expansion=1), "soup", segment_size=3, conv_width=2), "eager"),
     ],
     ids=["swla-ssc", "swla-ssc-token", "dla-soup"],
 )

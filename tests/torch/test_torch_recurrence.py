@@ -218,11 +218,14 @@ def _filled(tree, tensors):
     return tree_map(lambda _: next(tensors), tree)
 
 
+SLOW_SECOND = ("titans-norm", "dla", "linear-normalized")
+
+
 @pytest.mark.parametrize(
     ("order", "memory", "aggregation", "mode"),
     [
         pytest.param(
-            order, *row, marks=pytest.mark.slow if order == 2 and row[0] == "titans-norm" else ()
+            order, *row, marks=pytest.mark.slow if order == 2 and row[0] in SLOW_SECOND else ()
         )
         for order in (1, 2)
         for row in DERIVATIVES

@@ -103,10 +103,10 @@ def assert_close(tree, expected, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-CASES = [("data", 2), pytest.param("fsdp", 2, marks=pytest.mark.slow), ("all", 1)]
+DATA, FSDP = (pytest.param(mesh, 2, marks=pytest.mark.slow) for mesh in ("data", "fsdp"))
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), CASES)
+@pytest.mark.parametrize(("mesh", "accumulation"), [DATA, FSDP, ("all", 1)])
 def test_mesh_trains_like_one_device(mesh, accumulation):
     assert_equal_training(*QUICK, mesh, accumulation)
 
@@ -143,7 +143,7 @@ def activations(mesh: str, accumulation: int) -> Counter[int]:
     return Counter({rows * TOKENS * WIDTH: 4 * TINY["model"]["num_layers"]})
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), CASES)
+@pytest.mark.parametrize(("mesh", "accumulation"), [("data", 2), FSDP, ("all", 1)])
 def test_each_gradient_is_reduced_once(mesh, accumulation):
     """In float32, after the sum over microbatches; tied embeddings under fsdp are reduced twice."""
     state, _, step = compiled(*QUICK, mesh, accumulation)
@@ -155,7 +155,7 @@ def test_each_gradient_is_reduced_once(mesh, accumulation):
     assert not any(x.in_loop for x in found)
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), CASES)
+@pytest.mark.parametrize(("mesh", "accumulation"), [("data", 2), FSDP, ("all", 1)])
 def test_only_parameters_are_gathered(mesh, accumulation):
     """No state, score or activation is; parameters once, along the width."""
     state, _, step = compiled(*QUICK, mesh, accumulation)

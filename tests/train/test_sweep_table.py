@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from helpers.sweeps import Trained, result, write
 from helpers.tiny_run import mc
 from mc_core.footprint import flops_per_token, state_bytes
+from train.config.yaml_files import read_yaml
 from train.sweeps import accuracy_plot
 from train.sweeps.accuracy_plot import Legend, RowStyle, draw_sweep
 from train.sweeps.labels import label
@@ -19,6 +21,7 @@ from train.sweeps.sweep import max_example_tokens
 from train.sweeps.sweep_config import SweepConfig, load_sweep, make_run, make_runs
 from train.sweeps.table import for_terminal, make_table
 
+READ = cache(read_yaml)  # each run reads the files on which its own is based
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "mqar"
 RECORDED = ROOT / "docs" / "evidence"
@@ -243,8 +246,9 @@ def test_recorded_results_cover_the_evidence(task):
         ("text/recall", "code"),
     ],
 )
-def test_recorded_results_match_the_shipped_sweeps(sweep, record):
+def test_recorded_results_match_the_shipped_sweeps(sweep, record, monkeypatch):
     """Every run has a recorded result with the current settings."""
+    monkeypatch.setattr("train.config.yaml_files.read_yaml", lambda path: READ(path).copy())
     config = load_sweep(ROOT / "configs" / f"{sweep}.yaml")
     found = {key_of(result): result for result in read_file(RECORDED / f"{record}.jsonl")}
     for runs in make_runs(config).values():

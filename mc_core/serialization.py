@@ -1,7 +1,7 @@
 """Conversion of configuration dataclasses to and from plain values, checked by type hints.
 
 Supported hints: int, float, str, bool, Path, Any, `X | None`, `float | str`, `tuple[X, ...]`,
-`tuple[X, Y]`, `dict[str, X]`, dataclasses, and dataclasses with a `Tag`.
+`tuple[X, Y]`, `dict[str, X]`, dataclasses, dataclasses with a `Tag`, and `str | dataclass`.
 """
 
 import dataclasses
@@ -123,6 +123,8 @@ def _load(hint: Any, value: Any, path: str) -> Any:
     options = hint_options(hint)
     if value is None and type(None) in options:
         return None
+    if isinstance(value, dict):  # of `str | dataclass`
+        options = tuple(x for x in options if dataclasses.is_dataclass(x)) or options
     option, items = options[0], get_args(options[0])
     if dataclasses.is_dataclass(option):
         return _build(tuple(x for x in options if x is not type(None)), value, path)
@@ -141,12 +143,13 @@ def _load(hint: Any, value: Any, path: str) -> Any:
 
 
 def _load_tuple(items: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, str) and items[0] is str:
+    of_text = hint_options(items[0])[0] is str
+    if isinstance(value, str) and of_text:
         value = [value]
     many = items[-1] is ...
     if not isinstance(value, list) or not (many or len(value) == len(items)):
         a_list = "a list" if many else f"a list of {len(items)} values"
-        _refuse(path, value, "text or a list of text" if items[0] is str else a_list)
+        _refuse(path, value, "text or a list of text" if of_text else a_list)
     hints = items[:1] * len(value) if many else items
     pairs = zip(hints, value, strict=True)
     return tuple(_load(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(pairs))

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models
 from helpers.tiny_run import write_documents
 from mc_core.errors import UserError
 from train.config import RunConfig, TextConfig
-from train.data.corpus import (
+from train.data.corpus import load_corpus
+from train.data.documents import (
     STDLIB_WITHOUT,
     clip,
     distinct,
-    load_corpus,
     read_documents,
     split,
     stdlib_files,

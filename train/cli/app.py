@@ -17,7 +17,8 @@ from train.cli.harness import harness
 from train.cli.information import configs, segments, variants
 from train.cli.parity import app as parity
 from train.cli.planning import plan
-from train.cli.training import demo, sweep, tokenize, train
+from train.cli.tokenizing import tokenize, tokenizer_app
+from train.cli.training import demo, sweep, train
 from train.cli.weights import convert, export
 from train.interrupt import Terminated, sigterm_as_interrupt
 from train.stdio import replace_unencodable
@@ -68,6 +69,7 @@ def options(
 
 app.add_typer(parity, name="parity")
 app.add_typer(bench, name="bench")
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 for command in (

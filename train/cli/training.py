@@ -1,4 +1,4 @@
-"""`mc train`, `mc sweep` and `mc tokenize`. Commands import lazily, to start quickly."""
+"""`mc train`, `mc demo` and `mc sweep`. Commands import lazily, to start quickly."""
 
 from pathlib import Path
 from typing import Annotated
@@ -39,23 +39,6 @@ def demo(
     from train.demo import demo as run
 
     run(config, picture, Console())
-
-
-def tokenize(
-    config: Annotated[Path, config_argument("YAML file of a run")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="model.vocab_size=4096 ..."),
-    ] = None,
-) -> None:
-    """Train a byte-level BPE tokenizer of model.vocab_size entries on the run's training text.
-
-    It is written to data.tokenizer.
-    """
-    from train.config import load_config
-    from train.data.train_tokenizer import tokenize as run
-
-    run(load_config(config, overrides or ()), Console())
 
 
 def sweep(

@@ -5,7 +5,14 @@ from train.config.comparison import FREE_KEYS, first_difference
 from train.config.loading import load_config
 from train.config.mesh import MeshConfig, parse_mesh
 from train.config.recall_schema import TASKS, Length, MQARConfig, NIAHConfig
-from train.config.schema import DataConfig, RunConfig, TextConfig, TrainConfig, from_dict
+from train.config.schema import (
+    DataConfig,
+    RunConfig,
+    TextConfig,
+    TrainConfig,
+    WeightedCorpus,
+    from_dict,
+)
 
 __all__ = [
     "FREE_KEYS",
@@ -18,6 +25,7 @@ __all__ = [
     "RunConfig",
     "TextConfig",
     "TrainConfig",
+    "WeightedCorpus",
     "first_difference",
     "from_dict",
     "load_config",

@@ -14,38 +14,68 @@ from train.config.recall_schema import TAG, TASKS, MQARConfig, NIAHConfig
 
 
 @dataclass(frozen=True)
+class WeightedCorpus:
+    """A folder of tokenized shards with its share of the training examples.
+
+    Attributes:
+        path: folder that `mc tokenize` has written.
+        weight: share of the examples, relative to the weights of the other folders.
+    """
+
+    path: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight", 0.0, open_low=True)
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Next-token prediction on text; the default task.
 
     Attributes:
         corpus: files, folders, or the words `stdlib` and `site-packages` (source code of the
-            running Python's standard library and of its installed packages).
+            running Python's standard library and of its installed packages). Or folders of shards
+            written by `mc tokenize`; several may be mixed with weights:
+            `[{path: a, weight: 0.7}, {path: b, weight: 0.3}]`. Without weights, every folder has
+            the share of its number of tokens.
+        validation: files or folders of text that is scored instead of held-out documents of the
+            corpus.
         tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
         separator: inserted between documents: text, or the name of a special token of the
             tokenizer; "" for no separator. None: the tokenizer's end-of-text token, if it is one of
             `train.data.separator.END_OF_TEXT`; otherwise a newline after each document that does
-            not end with one.
+            not end with one. Shards must have been written with the same separator.
         window: predicted tokens per training example.
-        validation_fraction: held-out share of the documents, or of a single document.
+        validation_fraction: held-out share of the documents, or of a single document. Shards are
+            split when they are written, with `--validation-fraction`.
         validation_bytes: maximum number of held-out bytes scored at the end of training.
-        train_bytes: maximum number of training bytes; None for no limit.
+        train_bytes: maximum number of training bytes; None for no limit. Not for shards.
     """
 
     tag: ClassVar[Tag] = TAG
     task: ClassVar[str] = "text"
 
-    corpus: tuple[str, ...]
+    corpus: tuple[str | WeightedCorpus, ...]
     tokenizer: str = "bytes"
     separator: str | None = None
     window: int = 512
     validation_fraction: float = 0.05
     validation_bytes: int = 262_144
     train_bytes: int | None = None
+    validation: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.corpus:
             raise_config_error(
                 "TextConfig", "corpus", list(self.corpus), "at least one file or folder"
+            )
+        if len({isinstance(part, str) for part in self.corpus}) > 1:
+            raise_config_error(
+                "TextConfig",
+                "corpus",
+                list(self.corpus_paths),
+                "a list of paths, or a list of {path, weight}",
             )
         for name in ("window", "validation_bytes", "train_bytes"):
             check_range(self, name, 1)
@@ -54,6 +84,16 @@ class TextConfig:
             (self.separator or "").encode()
         except UnicodeEncodeError:
             raise_config_error("TextConfig", "separator", self.separator, "text in UTF-8")
+
+    @property
+    def corpus_paths(self) -> tuple[str, ...]:
+        """The paths and words of `corpus`, without weights."""
+        return tuple(part if isinstance(part, str) else part.path for part in self.corpus)
+
+    @property
+    def weighted(self) -> bool:
+        """True if the parts of `corpus` have weights."""
+        return not isinstance(self.corpus[0], str)
 
     @property
     def mean_tokens(self) -> float:

@@ -67,7 +67,7 @@ class Separator:
         borders: list[int] = []
         size = 0
         for number, document in enumerate(documents):
-            if number and not (self.if_missing and self._ends(documents[number - 1])):
+            if number and not (self.if_missing and self.ends(documents[number - 1])):
                 if self.token is not None:
                     borders.append(size)
                 parts.append(self.text)
@@ -76,7 +76,8 @@ class Separator:
             size += len(document)
         return Joined(b"".join(parts), tuple(borders))
 
-    def _ends(self, document: bytes) -> bool:
+    def ends(self, document: bytes) -> bool:
+        """Return True if a document ends with the separator."""
         if self.token is None:
             return document.endswith(self.text)
         return document.rstrip().endswith(self.name.encode())

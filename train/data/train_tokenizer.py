@@ -1,6 +1,9 @@
-"""`mc tokenize`: train the subword tokenizer that the configuration of a text run names."""
+"""`mc tokenizer train`: train a subword tokenizer on the text of a run, or on a corpus."""
 
+import hashlib
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +13,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
 from train.config import TextConfig, TrainConfig
-from train.data.corpus import clip, distinct, first_documents, read_documents, split
+from train.data.documents import (
+    clip,
+    distinct,
+    first_documents,
+    is_held_out,
+    read_documents,
+    split,
+)
 from train.data.separator import END_OF_TEXT
 from train.data.tokenizer import decode_utf8
+from train.shards.plan import ShardOptions, make_plan, read_span
 
 SPECIAL = END_OF_TEXT[0]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SMALLEST = len(ALPHABET) + 1  # all bytes and the separator
+MINIMUM = 1e-9  # held-out share for a rate, where all documents are used
 
 
 class Trained(NamedTuple):
@@ -27,7 +39,26 @@ class Trained(NamedTuple):
     bytes_per_token: float
 
 
-def tokenize(config: TrainConfig, console: Console) -> Trained:
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Options of a tokenizer for a corpus.
+
+    Attributes:
+        vocab_size: maximum number of tokens.
+        validation_fraction: share of the documents that is not used, as in `mc tokenize`.
+        train_bytes: approximate maximum size of the text; documents are selected by hash.
+        field: key of the text in the lines of a `.jsonl` file.
+        scored_bytes: size of the held-out text on which the rate is measured.
+    """
+
+    vocab_size: int
+    validation_fraction: float = 0.05
+    train_bytes: int = 2**28
+    field: str = "text"
+    scored_bytes: int = 262_144
+
+
+def train_for_config(config: TrainConfig, console: Console) -> Trained:
     """Train a tokenizer of `model.vocab_size` entries on the run's training text, and save it.
 
     The tokenizer is byte-level BPE: decoding returns every text. It has an end-of-text token, which
@@ -43,11 +74,60 @@ def tokenize(config: TrainConfig, console: Console) -> Trained:
     data = config.data
     assert isinstance(data, TextConfig)
     start = time.monotonic()
-    documents = distinct(read_documents(data.corpus))
+    documents = distinct(read_documents(data.corpus_paths))
     training, held_out = split(documents, data.validation_fraction, data.window)
     used = first_documents(training, data.train_bytes)
     trained = train_bpe(used, held_out, config.model.vocab_size, data.validation_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _save(path, trained, used, start, console)
+    return trained
+
+
+def train_on_corpus(
+    corpus: Sequence[str], path: Path, options: CorpusOptions, console: Console
+) -> Trained:
+    """Train a tokenizer on a corpus, and save it; see `train_for_config`.
+
+    Documents that `mc tokenize` holds out are not used. The same text gives the same file.
+
+    Args:
+        corpus: files, folders, or the words `stdlib` and `site-packages`.
+        path: the new file.
+        options: size of the vocabulary and selection of the text.
+        console: receives a summary.
+
+    Raises:
+        UserError: the file exists, the vocabulary is too small, or the text is missing or not
+            UTF-8.
+        OSError: a file cannot be read or written.
+    """
+    _check_new(path, "--out", "--vocab-size", options.vocab_size)
+    start = time.monotonic()
+    documents = distinct(select_documents(corpus, options))
+    if not documents:
+        raise UserError(f"{', '.join(corpus)}: no text: correct CORPUS")
+    used, held_out = split(documents, options.validation_fraction or MINIMUM, 0)
+    trained = train_bpe(used, held_out, options.vocab_size, options.scored_bytes)
+    _save(path, trained, used, start, console)
+    return trained
+
+
+def select_documents(corpus: Sequence[str], options: CorpusOptions) -> Iterator[bytes]:
+    """Read a corpus, and yield about `options.train_bytes` of it, selected by hash."""
+    shards = ShardOptions(field=options.field)
+    plan = make_plan(corpus, shards, "bytes")
+    share = min(1.0, options.train_bytes / sum(plan.sizes))
+    for spans in plan.shards:
+        for span in spans:
+            for document in read_span(span, options.field):
+                # The last digits: the first ones decide whether a document is held out.
+                digits = hashlib.sha256(document).hexdigest()[-16:]
+                if is_held_out(digits, share) or share == 1.0:
+                    yield document
+
+
+def _save(path: Path, trained: Trained, used: list[bytes], start: float, console: Console) -> None:
+    """Write the tokenizer, and print a summary."""
     write_atomic(path, trained.tokenizer.to_str().encode())
     console.print(
         f"{path}: {trained.tokens:,} tokens, trained on {sum(map(len, used)):,} bytes "
@@ -56,7 +136,6 @@ def tokenize(config: TrainConfig, console: Console) -> Trained:
         soft_wrap=True,
         highlight=False,
     )
-    return trained
 
 
 def _target(config: TrainConfig) -> Path:
@@ -67,18 +146,22 @@ def _target(config: TrainConfig) -> Path:
     """
     data = config.data
     if not isinstance(data, TextConfig):
-        raise UserError(f"data.task = {data.task!r}: mc tokenize needs text")
+        raise UserError(f"data.task = {data.task!r}: mc tokenizer train needs text")
     if data.tokenizer == "bytes":
         raise UserError("data.tokenizer = bytes: set it to the path of the new tokenizer.json")
     path = Path(data.tokenizer)
-    if path.exists():
-        raise UserError(f"data.tokenizer = {path}: already exists: delete it, or set another path")
-    if config.model.vocab_size < SMALLEST:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}: must be >= {SMALLEST}: all bytes and "
-            f"{SPECIAL}"
-        )
+    _check_new(path, "data.tokenizer", "model.vocab_size", config.model.vocab_size)
     return path
+
+
+def _check_new(path: Path, option: str, size_option: str, vocab_size: int) -> None:
+    """Check the path of the new file and the size of the vocabulary."""
+    if path.exists():
+        raise UserError(f"{option} = {path}: already exists: delete it, or set another path")
+    if vocab_size < SMALLEST:
+        raise UserError(
+            f"{size_option} = {vocab_size}: must be >= {SMALLEST}: all bytes and {SPECIAL}"
+        )
 
 
 def train_bpe(

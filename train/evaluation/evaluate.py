@@ -166,8 +166,12 @@ def _needles_for(config: TrainConfig) -> NIAHConfig:
     """Return the default needle task of a run, with the corpus and tokenizer of a text run."""
     if not isinstance(config.data, TextConfig):
         return NIAHConfig(tokenizer=config.tokenizer)
-    names = ("corpus", "tokenizer", "validation_fraction")
-    return NIAHConfig(**{name: getattr(config.data, name) for name in names})
+    data = config.data
+    return NIAHConfig(
+        corpus=data.corpus_paths,
+        tokenizer=data.tokenizer,
+        validation_fraction=data.validation_fraction,
+    )
 
 
 def longest_examples(data: MQARConfig | NIAHConfig, vocab_size: int, seed: int) -> np.ndarray:

@@ -18,9 +18,11 @@ from mc_jax import LanguageModel
 from parity.environment import command, machine
 from train.checkpoint import Meta, check_same_run
 from train.config import TextConfig, TrainConfig
-from train.data.corpus import NAMED, encode_joined, load_corpus, read_documents, round_trip
+from train.data.corpus import encode_joined, load_corpus, round_trip
+from train.data.documents import NAMED, read_documents
 from train.data.round_trip import RoundTrip
 from train.data.separator import Joined, Separator, choose_separator
+from train.data.sources import Tokens
 from train.data.tokenizer import load_tokenizer, make_encoder
 from train.evaluation.heads import TITLE, HeadReport, first_window, measure_heads
 from train.evaluation.run_report import TextReport
@@ -60,7 +62,7 @@ class ScoredText(NamedTuple):
     name: str | list[str]  # "validation", or files and folders
     size: int  # bytes
     tokens: np.ndarray
-    training: np.ndarray
+    training: Tokens
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def _score_validation(run: LoadedRun, console: Console) -> TextEvaluation:
             f"{run.directory}: --task text: a run on data.task = {data.task!r} has no validation "
             "text: give a text with --corpus"
         )
-    for word in data.corpus:
+    for word in data.corpus_paths:
         if word not in NAMED and not Path(word).exists():
             raise UserError(
                 f"{run.directory}: data.corpus = {word}: no such file or folder, so there is no "

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mc_core.errors import UserError
+from train.data.sources import Tokens
 
 OTHER, MISS, HIT = 0, 1, 2
 KINDS = {"hits": HIT, "misses": MISS, "other tokens": OTHER}
@@ -104,7 +105,7 @@ def max_ngram(vocab_size: int) -> int:
     return n
 
 
-def count_ngrams(text: np.ndarray, wanted: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
+def count_ngrams(text: Tokens, wanted: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
     """Return the numbers of occurrences in a text of packed n-grams, int64 [m].
 
     The text is processed in blocks, so memory is proportional to the number of wanted n-grams.
@@ -129,7 +130,7 @@ def count_ngrams(text: np.ndarray, wanted: np.ndarray, n: int, vocab_size: int) 
 
 
 def count_hits(
-    tokens: np.ndarray, found: Recurrence, text: np.ndarray, n: int, vocab_size: int
+    tokens: np.ndarray, found: Recurrence, text: Tokens, n: int, vocab_size: int
 ) -> np.ndarray:
     """Return the count in `text` of the n-gram of each hit, int64 [t]; -1 for other tokens.
 

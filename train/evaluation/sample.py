@@ -8,7 +8,7 @@ from rich.text import Text
 from mc_core.errors import NotFiniteError, UserError
 from mc_jax import LanguageModel
 from train.config import TrainConfig
-from train.data.corpus import clip
+from train.data.documents import clip
 from train.data.tokenizer import load_tokenizer
 from train.evaluation.completion import printable
 from train.evaluation.generate import GenerationOptions, Speed, complete

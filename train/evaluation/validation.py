@@ -13,7 +13,8 @@ from flax import nnx
 from mc_core.errors import UserError
 from mc_jax.sharding import split_rows, use_mesh_of
 from train.config import TextConfig, TrainConfig
-from train.data.corpus import Corpus, clip
+from train.data.corpus import Corpus
+from train.data.documents import clip
 from train.distributed import to_host
 from train.step import Tree, token_losses
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mc_core.errors import UserError
 from train.config.recall_schema import NIAHConfig
-from train.data.corpus import clip, distinct, read_documents, split
+from train.data.documents import clip, distinct, read_documents, split
 from train.data.tokenizer import Encode, load_encoder
 from train.tasks.examples import Draw, Example, generator
 

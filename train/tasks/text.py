@@ -52,7 +52,8 @@ class TextTask:
 
     def batches(self, own: Sequence[int] | None = None) -> grain.DatasetIterator:
         """Iterate over windows."""
-        return make_batches(self._corpus.train, self._data, self._config.run, own)
+        corpus = self._corpus
+        return make_batches(corpus.train, self._data, self._config.run, own, corpus.parts)
 
     def scoring(self, graphdef: nnx.GraphDef) -> "TextScoring":
         """Return the scoring of the validation text."""

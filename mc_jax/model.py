@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 
 from mc_core.argument_checks import check_tokens
 from mc_core.cache_checks import INVALIDATED, check_extend_tokens
@@ -16,6 +17,7 @@ from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
 from mc_jax.context import TokenSplit, from_paired, paired_split, to_paired
+from mc_jax.cross_entropy import LabelScores, label_scores
 from mc_jax.head_copies import apply_to, copy_to_heads
 from mc_jax.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_jax.inspection import Trace
@@ -167,6 +169,46 @@ class LanguageModel(nnx.Module, Pretrained):
             ValueError: an argument has a wrong shape or dtype, or an id or place is out of range. A
                 compiled program cannot raise: a row is NaN from its first id out of range.
         """
+        x, invalid = self._hidden(tokens, mask, places)
+        return nan_where(invalid, self._logits(x))
+
+    @with_auto_axes
+    def score(
+        self,
+        tokens: Array,
+        labels: Array,
+        mask: Array | None = None,
+        places: Array | None = None,
+        read: Array | None = None,
+    ) -> LabelScores:
+        """Return losses of labels and the most likely ids, without the logits of all tokens.
+
+        Args:
+            tokens: as in `__call__`.
+            labels: ids [b, t or p] that the tokens, or those at `places`, predict.
+            mask: as in `__call__`.
+            places: as in `__call__`.
+            read: bool [b, t or p], False at labels to ignore, with a loss of 0; None = read all.
+
+        Returns:
+            losses, float32 (float64 if the model computes in float64), and ids, int32, both
+            [b, t or p]. A label that is read and out of range has the loss NaN.
+
+        Raises:
+            ValueError: see `__call__`. In a compiled program, losses are NaN and ids -1 where the
+                logits are NaN.
+        """
+        x, invalid = self._hidden(tokens, mask, places)
+        scores = label_scores(
+            self._projection(), self.norm(x), labels, self.config.vocab_size, read
+        )
+        best = scores.best if invalid is None else jnp.where(invalid, -1, scores.best)
+        return LabelScores(nan_where(invalid, scores.losses), best)
+
+    def _hidden(
+        self, tokens: Array, mask: Array | None, places: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Return outputs of the last block [b, t or p, d], and the mask of logits to set to NaN."""
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         if places is not None:
             places, invalid = safe_places(places, invalid, ids.shape[1])
@@ -180,7 +222,7 @@ class LanguageModel(nnx.Module, Pretrained):
             x = from_paired(x, split)
         if places is not None:
             x = jnp.take_along_axis(x, places[..., None], axis=1)
-        return nan_where(invalid, self._logits(x))
+        return x, invalid
 
     @with_auto_axes
     def inspect(
@@ -298,11 +340,22 @@ class LanguageModel(nnx.Module, Pretrained):
         return constrain(jnp.take(embedding, ids, axis=0), "batch", FREE, None)
 
     def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
+        return self._projection()(self.norm(x))
+
+    def _projection(self) -> Callable[[Array], Array]:
+        """Return the map of normalized tokens [b, t, d] to logits, a pytree of its parameters."""
         if self.config.tie_embeddings:
-            embedding = gather_width(self.embed.embedding)
-            return einsum_f32("btd,sd->bts", x, embedding, dtype=x.dtype)
-        return self.head(x)
+            return Partial(_project_tied, gather_width(self.embed.embedding))
+        graphdef, state = nnx.split(self.head)
+        return Partial(partial(_project, graphdef), state)
+
+
+def _project_tied(embedding: Array, x: Array) -> Array:
+    return einsum_f32("btd,sd->bts", x, embedding, dtype=x.dtype)
+
+
+def _project(graphdef: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
+    return nnx.merge(graphdef, state)(x)
 
 
 @nnx.remat

@@ -187,6 +187,14 @@ def _check_heads(model: nnx.Module, mesh: Mesh) -> None:
                 raise UserError(f"mesh heads = {parts}: must be a divisor of {name} = {count}")
 
 
+def automatic_axes() -> dict[str, int]:
+    """Return the sizes > 1 of the axes of `jax.set_mesh` over which XLA shards arrays."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = [name for name, kind in kinds if kind == AxisType.Auto and name in AXES]
+    return {name: mesh.shape[name] for name in auto if mesh.shape[name] > 1}
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Shard an array [...] inside a compiled program, over the mesh of `jax.set_mesh`.
 
@@ -197,17 +205,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         axes: for each leading dimension, a key of `RULES`, None = not sharded, or `FREE` = chosen
             by XLA. A dimension that the mesh does not divide is not sharded.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    auto = {name for name, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[name] > 1}
-    if not auto.intersection(AXES):
+    sizes = automatic_axes()
+    if not sizes:
         return x
 
     def rule(axis: str | None, size: int) -> Any:
         if axis is FREE:
             return PartitionSpec.UNCONSTRAINED
-        names = tuple(name for name in (RULES[axis] if axis else ()) if name in auto)
-        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        names = tuple(name for name in (RULES[axis] if axis else ()) if name in sizes)
+        return names if size % math.prod(sizes[name] for name in names) == 0 else None
 
     spec = PartitionSpec(*map(rule, axes, x.shape))
     return jax.lax.with_sharding_constraint(x, spec)

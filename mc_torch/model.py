@@ -15,6 +15,7 @@ from mc_torch.attention import AttentionLayer
 from mc_torch.cache import AnyCache
 from mc_torch.cache_rows import invalidate_rows
 from mc_torch.chunk_layout import first_tokens
+from mc_torch.cross_entropy import LabelScores, label_scores
 from mc_torch.ids import check_ids, cumulative_any, nan_where, safe_ids, safe_places
 from mc_torch.inspection import Trace
 from mc_torch.layer import MemoryCachingLayer
@@ -163,16 +164,35 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             ValueError: an argument has a wrong shape or dtype, or an id or place is out of range. A
                 compiled program cannot raise: a row is NaN from its first id out of range.
         """
-        ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
-        if places is not None:
-            places, invalid = safe_places(places, invalid, ids.shape[1])
-        x = self._embed(ids)
-        for block in self.blocks:
-            run = remat(block) if self.config.remat else block
-            x = run(x, mask)
-        if places is not None:
-            x = take_along(x, places[..., None], 1)
+        x, invalid = self._hidden(tokens, mask, places)
         return nan_where(invalid, self._logits(x))
+
+    def score(
+        self,
+        tokens: Array,
+        labels: Array,
+        mask: Array | None = None,
+        places: Array | None = None,
+        read: Array | None = None,
+    ) -> LabelScores:
+        """Return losses of labels and the most likely ids, without the logits of all tokens.
+
+        Args:
+            tokens: as in `forward`.
+            labels: ids [b, t or p] that the tokens, or those at `places`, predict.
+            mask: as in `forward`.
+            places: as in `forward`.
+            read: bool [b, t or p], False at labels to ignore, with a loss of 0; None = read all.
+
+        Returns:
+            losses, float32 (float64 if the model computes in float64), and ids, int64, both
+            [b, t or p]. A label that is read and out of range has the loss NaN.
+
+        Raises:
+            ValueError: see `forward`. In a compiled program, losses are NaN and ids -1 where the
+                logits are NaN.
+        """
+        return LabelScores(*call_hooked(self, self._score, tokens, labels, mask, places, read))
 
     def inspect(
         self, tokens: Array, mask: Array | None = None
@@ -235,6 +255,35 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         extend = partial(call_hooked, self, partial(self._extend, in_range=in_range))
         return extend_rows(extend, tokens, cache, mask, padding)
 
+    def _score(
+        self,
+        tokens: Array,
+        labels: Array,
+        mask: Array | None,
+        places: Array | None,
+        read: Array | None,
+    ) -> LabelScores:
+        x, invalid = self._hidden(tokens, mask, places)
+        size = self.config.vocab_size
+        losses, best = label_scores(self._project, self.norm(x), labels, size, read)
+        best = best if invalid is None else torch.where(invalid, -1, best)
+        return LabelScores(nan_where(invalid, losses), best)
+
+    def _hidden(
+        self, tokens: Array, mask: Array | None, places: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Return outputs of the last block [b, t or p, d], and the mask of logits to set to NaN."""
+        ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
+        if places is not None:
+            places, invalid = safe_places(places, invalid, ids.shape[1])
+        x = self._embed(ids)
+        for block in self.blocks:
+            run = remat(block) if self.config.remat else block
+            x = run(x, mask)
+        if places is not None:
+            x = take_along(x, places[..., None], 1)
+        return x, invalid
+
     def _inspect(self, tokens: Array, mask: Array | None) -> tuple[Array, tuple[Trace | None, ...]]:
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
         x, traces = self._embed(ids), []
@@ -294,7 +343,10 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
         return x.to(compute_dtype(x))
 
     def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
+        return self._project(self.norm(x))
+
+    def _project(self, x: Array) -> Array:
+        """Map normalized tokens [b, t, d] to logits [b, t, vocab_size]."""
         if not self.config.tie_embeddings:
             return project(self.head, x, exact=True)
         weight = embedding_matrix(self.embed, self.config.vocab_size, x.device)

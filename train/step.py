@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
-from mc_jax.ids import safe_ids
 from mc_jax.sharding import axes_sharding
 from train.config import TrainConfig
 from train.gradients import make_gradients
@@ -114,31 +112,20 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
 def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.Array) -> Any:
     """Return the losses [b, t], in nats, of tokens [b, t + 1], and the updated `rest`."""
     model = nnx.merge(graphdef, params, rest)
-    logits = model(tokens[:, :-1]).astype(jnp.float32)
-    return cross_entropy(logits, tokens[:, 1:]), split(model)[2]
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array | np.ndarray, read: jax.Array | np.ndarray | None = None
-) -> jax.Array:
-    """Return the losses [b, t], in nats, of labels [b, t] under logits [b, t, s].
-
-    Out-of-range labels give NaN if `read`, bool [b, t], is True, and the loss of label 0 otherwise.
-    """
-    labels, wrong = safe_ids(labels, logits.shape[-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.where(wrong if read is None else wrong & read, jnp.nan, losses)
+    scores = model.score(tokens[:, :-1], tokens[:, 1:])
+    return scores.losses, split(model)[2]
 
 
 def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Example) -> Any:
     """Return losses [b, p] in nats, correct answers, bool [b, p], and the updated `rest`.
 
-    Logits are computed only at the answers. An answer is correct if its label has the top logit.
+    An answer is correct if its label has the top logit. Answers of weight 0 have the loss 0, even
+    if their label is out of range.
     """
     model = nnx.merge(graphdef, params, rest)
-    logits = model(batch.tokens, None, batch.places).astype(jnp.float32)
-    losses = cross_entropy(logits, batch.labels, batch.weights > 0)
-    return losses, logits.argmax(-1) == batch.labels, split(model)[2]
+    read = batch.weights > 0
+    scores = model.score(batch.tokens, batch.labels, places=batch.places, read=read)
+    return scores.losses, scores.best == batch.labels, split(model)[2]
 
 
 def sum_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Batch) -> Any:

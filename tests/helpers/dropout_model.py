@@ -2,6 +2,8 @@
 
 from flax import nnx
 
+from mc_jax.cross_entropy import label_scores
+
 
 class Dropping(nnx.Module):
     """A model with a random stream."""
@@ -10,5 +12,6 @@ class Dropping(nnx.Module):
         self.embed = nnx.Embed(config.vocab_size, 8, rngs=rngs, dtype=dtype)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-    def __call__(self, tokens):
-        return self.embed.attend(self.dropout(self.embed(tokens)))
+    def score(self, tokens, labels):
+        x = self.dropout(self.embed(tokens))
+        return label_scores(self.embed.attend, x, labels, self.embed.num_embeddings)

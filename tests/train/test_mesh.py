@@ -84,6 +84,22 @@ def train_three_steps(*case) -> tuple[list[float], TrainState]:
     return metrics, states[0], states[-1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"), [("one", 2), ("all", 1), ("all", 2), ("heads", 1), ("heads", 2)]
+)
+def test_blocks_of_logits_train_like_one_device(monkeypatch, mesh, accumulation):
+    monkeypatch.setattr("mc_jax.cross_entropy.MAX_LOGITS", 256 * TOKENS)
+    state, batch, step = compiled.__wrapped__(*QUICK, mesh, accumulation)
+    metrics = []
+    for _ in range(2):
+        state, found = step(state, batch)
+        metrics += [float(found.loss), float(found.grad_norm)]
+    expected, *_ = train_three_steps(*QUICK, "one", 1)
+    np.testing.assert_allclose(metrics[::2], expected[:4:2], rtol=2e-6)
+    np.testing.assert_allclose(metrics[1], expected[1], rtol=1e-4)
+
+
 def assert_equal_training(memory: str, aggregation: str, mesh: str, accumulation: int) -> None:
     metrics, first, last = train_three_steps(memory, aggregation, mesh, accumulation)
     expected, one_first, one_last = train_three_steps(memory, aggregation, "one", 1)

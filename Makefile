@@ -52,8 +52,8 @@ bench-peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  flash-linear-attention==0.6.0 fla-core==0.6.0 triton einops
 
-# On a machine with a GPU, in an environment with CUDA builds of jax and torch and the extra
-# `train`. GPU_REPORT=--tiny tests the report on a CPU.
+# On a machine with a GPU, with any Python >= 3.11: makes the environment .venv-gpu, and measures for
+# 12 minutes. GPU_REPORT=--tiny tests the report on a CPU.
 GPU_PYTHON ?= python3
 gpu-report:
 	$(GPU_PYTHON) -m tools.gpu_report --out docs/evidence/gpu $(GPU_REPORT)
@@ -85,4 +85,4 @@ $(DOCS_READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) .venv-gpu site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,6 +1,8 @@
 """Shards: written by `mc tokenize`, and read as the corpus of a run."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpers.interruptions import full_disk, quiet, train_until
 from helpers.shard_folders import split_texts, stream_of, write_shards, write_texts
-from helpers.tiny_run import TINY, fails, mc, snapshot, write_config
+from helpers.tiny_run import COMMAND, TINY, fails, mc, snapshot, write_config
 from helpers.tokenizer_files import byte_level
 from mc_core.errors import UserError
 from train.checkpoint import Checkpoints
@@ -100,6 +102,15 @@ def test_held_out_documents_are_those_of_the_text(texts, shards):
     assert tokenized.documents == text.documents
 
 
+def test_document_that_is_not_text_is_named(tmp_path):
+    byte_level().save(str(tmp_path / "t.json"))
+    text = write_texts(tmp_path / "text", count=3)
+    (text / "02.txt").write_bytes(b"\xff\xfe")
+    options = ShardOptions(str(tmp_path / "t.json"), validation_fraction=0)
+    with pytest.raises(UserError, match=r"02\.txt: a document: .* a tokenizer needs UTF-8 text"):
+        write_shards(text, tmp_path / "out", options)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -124,8 +135,8 @@ def test_interrupted_command_keeps_finished_shards(texts, shards, tmp_path, monk
         load_corpus(data_of(tmp_path / "out"), 256)
     _, printed = write_shards(texts, tmp_path / "out")
     assert "keeping 2 of" in printed
-    for number, time in times.items():
-        assert (tmp_path / f"out/train-{number:05d}.array_record").stat().st_mtime_ns == time
+    for number, modified in times.items():
+        assert (tmp_path / f"out/train-{number:05d}.array_record").stat().st_mtime_ns == modified
     whole, resumed = (snapshot(folder) for folder in (shards, tmp_path / "out"))
     for files in (whole, resumed):
         del files[".checked.json"]  # has modification times
@@ -140,6 +151,27 @@ def test_processes_write_the_same_shards(texts, shards, tmp_path):
     for files in (whole, parallel):
         del files[".checked.json"]
     assert whole == parallel
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_and_leaves_no_process(texts, shards, tmp_path):
+    """SIGKILL to the main process, which cannot end its workers."""
+    out = tmp_path / "out"
+    words = ["tokenize", texts, "--out", out, "--jobs", 2, "--shard-bytes", 9_000]
+    command = [*COMMAND, *map(str, words), "--validation-fraction", "0.3"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    while not list(out.glob(".shard-*.json")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()  # until every process that has the pipe has ended
+    assert not (out / "manifest.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "keeping " in done.stdout
+    whole, resumed = (snapshot(folder) for folder in (shards, out))
+    for files in (whole, resumed):
+        del files[".checked.json"], files[".plan.json"]  # the latter has the path of this test
+    assert whole == resumed
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])

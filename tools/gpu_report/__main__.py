@@ -5,180 +5,99 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from tools.gpu_report.environment import ROOT, EnvironmentFailure, make_environment
+from tools.gpu_report.page import Report
+from tools.gpu_report.steps import ReportStep, Settings, load_steps, run_steps
 
-from mc_core.files import write_atomic
-
-STEPS = Path(__file__).with_name("steps.yaml")
-ENVIRONMENT = {
-    # Disable preallocation: both frameworks share the GPU memory in one process.
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "XLA_FLAGS": "--xla_gpu_force_compilation_parallelism=8",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "TRITON_CACHE_AUTOTUNING": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
-# Untimed checks need no tuned kernels.
-UNTUNED = "--xla_gpu_autotune_level=0"
-
-
-@dataclass(frozen=True)
-class ReportStep:
-    """One `mc` command of the report.
-
-    Attributes:
-        name: unique name, used for output files.
-        title: section heading.
-        limit: time limit in seconds.
-        command: arguments of `mc`, without `--json` and `--markdown`.
-        tiny: a smaller command, to test the report on a CPU.
-        together: True for untimed steps, which may run in parallel.
-    """
-
-    name: str
-    title: str
-    limit: float
-    command: str
-    tiny: str
-    together: bool = False
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """Outcome of a step: `done`, `failed`, `stopped` at its time limit, or `skipped`."""
-
-    status: str
-    seconds: float
+MACHINE = "import json; from parity.environment import machine; print(json.dumps(machine()))"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the report, and return the exit code: 0 if all steps succeeded."""
+    end = time.monotonic()
     options = _parse(words)
-    steps = [
-        step for step in load_steps() if any(fnmatch(step.name, name) for name in options.names)
-    ]
+    end += options.budget
+    steps = _selected(options)
     if not steps:
         print(f"no step has one of these names: {' '.join(options.names)}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = (options.out / "steps").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    python = options.python
+    if python is None:
+        log = folder / "environment.log"
+        log.unlink(missing_ok=True)
+        limit = min(options.install, end - time.monotonic())
+        try:
+            python = make_environment(options.environment, log, limit, cuda=not options.tiny)
+        except EnvironmentFailure as failure:
+            print(f"{options.environment}: {failure}: see {log}", file=sys.stderr)
+            return 1
+    # Not resolved: the Python of a venv is a link to that of the system.
+    settings = Settings(
+        Path(os.path.abspath(python)), folder, options.tiny, options.patience, options.least
+    )
+    report = Report(options.out, steps, settings, _machine(settings, steps[0]))
+    report.write()
+    checks = [step for step in steps if step.together]
+    timed = [step for step in steps if not step.together]
+    slots = max(1, (os.cpu_count() or 1) // 2)
+    run_steps(checks, settings, end, report.add, slots)
     if options.compile:
-        _compile([step for step in steps if not step.together], options)
-    end = time.monotonic() + options.budget
-    outcomes = _run([step for step in steps if step.together], options, end)
-    for step in steps:
-        if not step.together:
-            outcomes |= _run([step], options, end)
-        write_report(options.out, steps, outcomes)
-    return 0 if all(found.status == "done" for found in outcomes.values()) else 1
+        _compile(timed, settings, min(options.compile, end - time.monotonic()), slots)
+    run_steps(timed, settings, end, report.add)
+    return 0 if all(found.status == "done" for found in report.outcomes.values()) else 1
 
 
-def load_steps() -> list[ReportStep]:
-    """Return the steps of `steps.yaml` in their order."""
-    return [ReportStep(**values) for values in OmegaConf.to_container(OmegaConf.load(STEPS))]  # type: ignore[union-attr, arg-type]
+def _selected(options: argparse.Namespace) -> list[ReportStep]:
+    """Return the steps to run."""
+    return [
+        step
+        for step in load_steps()
+        if any(fnmatch(step.name, name) for name in options.names)
+        and (step.tiny or not options.tiny)
+    ]
 
 
-def write_report(out: Path, steps: Iterable[ReportStep], outcomes: dict[str, StepOutcome]) -> None:
-    """Write the results so far as `report.json` and `report.md`.
-
-    Args:
-        out: folder with the output files of the steps.
-        steps: steps, in the order of the report.
-        outcomes: outcomes by step name; missing if a step has not run yet.
-    """
-    data: dict[str, Any] = {}
-    sections = ["# Measured on a GPU", ""]
-    for step in steps:
-        if not (found := outcomes.get(step.name)):
-            continue
-        result, page = (out / f"{step.name}.{suffix}" for suffix in ("json", "md"))
-        data[step.name] = {"status": found.status, "seconds": round(found.seconds, 1)}
-        sections += [f"## {step.title}", ""]
-        if found.status != "done":
-            sections += [f"`mc {step.command}`: {found.status} after {found.seconds:.0f} s.", ""]
-        if page.exists():
-            written = f" --json {result} --markdown {page}"
-            data[step.name]["result"] = _without_leaves(
-                json.loads(result.read_text().replace(written, ""))
-            )
-            sections.append(page.read_text().replace("## ", "### ", 1).replace(written, ""))
-    write_atomic(out / "report.json", json.dumps(data, indent=1).encode())
-    write_atomic(out / "report.md", "\n".join(sections).encode())
-
-
-def _without_leaves(result: dict[str, Any]) -> dict[str, Any]:
-    """Drop the entries of single arrays from results of the parity command."""
-    if "cases" not in result:
-        return result
-    keys = ("name", "dtype", "ok")
-    cases = [{key: case[key] for key in keys if key in case} for case in result["cases"]]
-    return result | {"cases": cases}
-
-
-def _run(
-    steps: Sequence[ReportStep], options: argparse.Namespace, end: float
-) -> dict[str, StepOutcome]:
-    """Run steps in parallel, and wait for all of them."""
-    running, outcomes = {}, {}
-    for step in steps:
-        limit = min(step.limit, end - time.monotonic())
-        if limit < options.least:
-            outcomes[step.name] = StepOutcome("skipped", 0.0)
-            continue
-        running[step.name] = _start(step, options), time.monotonic(), limit
-    for name, (process, start, limit) in running.items():
-        try:
-            code = process.wait(max(0.0, start + limit - time.monotonic()))
-            status = "done" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            # A step with files was stopped while its process ended.
-            status = "done" if (options.out / f"{name}.md").exists() else "stopped"
-        outcomes[name] = StepOutcome(status, time.monotonic() - start)
-        print(f"{status:9} {name} {outcomes[name].seconds:.0f} s", flush=True)
-    return outcomes
-
-
-def _compile(steps: Sequence[ReportStep], options: argparse.Namespace) -> None:
-    """Run all steps once in parallel, to fill the compilation caches."""
-    once = [replace(step, command=f"{step.command} --runs 1") for step in steps]
-    limit = time.monotonic() + options.compile
-    running = [_start(step, options) for step in once]
-    for process in running:
-        try:
-            process.wait(max(0.0, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _start(step: ReportStep, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    files = {suffix: options.out / f"{step.name}.{suffix}" for suffix in ("json", "md", "log")}
-    for suffix in ("json", "md"):
-        files[suffix].unlink(missing_ok=True)
-    words = (step.tiny if options.tiny else step.command).split()
-    words += ["--json", str(files["json"]), "--markdown", str(files["md"])]
-    compiled = Path(tempfile.gettempdir(), "mc-gpu-report-compiled")
-    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
-    if options.tiny:
-        environment = {"JAX_PLATFORMS": "cpu"}
-    elif step.together:
-        environment["XLA_FLAGS"] += f" {UNTUNED}"
-    with open(files["log"], "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "train", *words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
+def _machine(settings: Settings, step: ReportStep) -> dict[str, Any]:
+    """Return the name of the device, and the versions in the environment."""
+    try:
+        done = subprocess.run(
+            [str(settings.python), "-c", MACHINE],
+            cwd=ROOT,
+            env=settings.environment(step),
+            capture_output=True,
+            text=True,
+            timeout=120 * settings.patience,
         )
+    except subprocess.TimeoutExpired:
+        return {}
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        print(done.stderr, file=sys.stderr)
+        return {}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def _compile(steps: Sequence[ReportStep], settings: Settings, limit: float, slots: int) -> None:
+    """Run the benchmarks once, several at a time, to fill the compilation caches.
+
+    Kernels are then tuned under load.
+    """
+    once = [
+        replace(step, command=f"{step.command} --runs 1", tiny=f"{step.tiny} --runs 1")
+        for step in steps
+        if not step.trains
+    ]
+    run_steps(once, settings, time.monotonic() + limit, lambda *_: None, slots)
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -186,20 +105,27 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", default=["*"], help="steps or patterns; default: all")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder to write")
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
-    parser.add_argument(
-        "--budget", type=float, default=720, help="seconds for all steps (default: 720)"
-    )
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+    parser.add_argument("--budget", default=720.0, help="for everything (720)", **seconds)
+    parser.add_argument("--install", default=300.0, help="for the environment (300)", **seconds)
     parser.add_argument(
         "--compile",
-        type=float,
-        default=0,
-        help="additional seconds in which all timed steps first compile in parallel; kernels "
-        "are then tuned under load (default: 0, each step compiles by itself)",
+        default=None,
+        help="in which all timed steps first compile in parallel (150; 0 with --tiny)",
+        **seconds,
+    )
+    parser.add_argument("--least", default=15.0, help="that a step needs to start (15)", **seconds)
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="factor of the time limits of steps (1)"
     )
     parser.add_argument(
-        "--least", type=float, default=15, help="least remaining seconds to start a step"
+        "--environment", type=Path, default=Path(".venv-gpu"), help="folder of the venv to make"
     )
-    return parser.parse_args(words)
+    parser.add_argument("--python", type=Path, help="interpreter to use in place of a new venv")
+    options = parser.parse_args(words)
+    if options.compile is None:
+        options.compile = 0.0 if options.tiny else 150.0
+    return options
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from train.data.separator import Separator, choose_separator
 from train.data.tokenizer import Encode, load_tokenizer, make_encoder
 from train.shards.blocks import WRITER_OPTIONS, BlockWriter, token_dtype
 from train.shards.manifest import ShardFile, describe_file
-from train.shards.plan import OPTION, ShardOptions, Span, read_span
+from train.shards.plan import ShardOptions, Span, read_span
 
 ANY_SIZE = 2**32  # vocabulary sizes are checked against the model when a run starts
 OPEN_FILES = 256  # that are merged at once
@@ -87,7 +87,10 @@ def write_shard(job: ShardJob) -> WrittenShard:
                 if is_held_out(digest, job.options.validation_fraction):
                     held_out[digest] = document
                     continue
-                writer.add(encode_document(document, separator, encode))
+                try:
+                    writer.add(encode_document(document, separator, encode))
+                except UserError as error:
+                    raise UserError(f"{span.path}: {error}") from error
                 count += 1
                 size += len(document)
         writer.close()
@@ -155,7 +158,7 @@ def _documents_of(path: Path) -> Iterator[bytes]:
 @lru_cache(maxsize=1)
 def _encoder(name: str) -> tuple[Tokenizer | None, Encode]:
     tokenizer = load_tokenizer(name, ANY_SIZE)
-    return tokenizer, make_encoder(tokenizer, OPTION)
+    return tokenizer, make_encoder(tokenizer, "a document")
 
 
 class _Renamed:

@@ -43,7 +43,8 @@ def make_environment(folder: Path, log: Path, limit: float, *, cuda: bool) -> Pa
         _call([sys.executable, "-m", "venv", str(folder)], log, end)
     _inherit(folder)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    _call([*pip, *requirements(cuda=cuda)], log, end)
+    for group in requirements(cuda=cuda):
+        _call([*pip, *group], log, end)
     for peer in PEERS if cuda else ():
         try:
             _call([*pip, *peer], log, end)
@@ -52,15 +53,23 @@ def make_environment(folder: Path, log: Path, limit: float, *, cuda: bool) -> Pa
     return python
 
 
-def requirements(*, cuda: bool) -> list[str]:
-    """Return the requirements of the extras `train` and `torch`; with `cuda`, CUDA builds."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = [*extras["dependencies"], *_extra(extras["optional-dependencies"], "train")]
-    found += _extra(extras["optional-dependencies"], "torch")
+def requirements(*, cuda: bool) -> list[list[str]]:
+    """Return the requirements of the extras `torch` and `train`, each for its own call of pip.
+
+    torch pins versions of NVIDIA's packages that may be older than those that jax needs. In one
+    call, pip would download one release of torch after another in search of a common version. In
+    two calls it installs the newer versions, which are compatible within a major version of CUDA.
+
+    Args:
+        cuda: request CUDA builds, unless a CUDA plugin of jax is installed.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    train = [*project["dependencies"], *_extra(extras, "train")]
     plugins = {name for path in sys.path for name in CUDA_PLUGINS if _has(Path(path), name)}
     if cuda and not plugins:
-        found += ["jax[cuda13]"]
-    return list(dict.fromkeys(found))
+        train.append("jax[cuda13]")
+    return [_extra(extras, "torch"), list(dict.fromkeys(train))]
 
 
 def _extra(extras: dict[str, list[str]], name: str) -> list[str]:

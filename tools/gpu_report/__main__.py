@@ -129,4 +129,8 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: the report has the finished steps", file=sys.stderr)
+        sys.exit(130)

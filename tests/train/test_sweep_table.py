@@ -241,6 +241,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("mqar/fenwick", "fenwick"),
         ("niah/fenwick", "niah_fenwick"),
         ("niah/delta", "niah_fenwick"),
+        ("niah/titans", "niah_fenwick"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/recall", "code"),

@@ -1,8 +1,10 @@
 """Shards: written by `mc tokenize`, and read as the corpus of a run."""
 
+import gzip
 import json
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from train.config import RunConfig, TextConfig, WeightedCorpus
 from train.data.corpus import load_corpus
 from train.data.mixture import Mixture
 from train.data.windows import make_batches
+from train.evaluation.recall_slices import count_ngrams, pack_ngrams
 from train.evaluation.run_report import load_report
 from train.metrics import read_rows
 from train.shards import tokenize as command
@@ -76,6 +79,20 @@ def test_shards_have_the_tokens_and_the_starts_of_the_documents(texts, shards):
             np.testing.assert_array_equal(corpus.train.document_starts(start, start + size), inside)
     assert corpus.documents == (len(train), len(held_out))
     assert stream_of(held_out).tobytes().startswith(corpus.validation)
+
+
+def test_threads_read_the_same_tokens_and_ngrams_are_counted(texts, shards):
+    corpus = load_corpus(data_of(shards), 256)
+    expected = stream_of(split_texts(texts, 0.3)[0])
+    starts = np.random.default_rng(1).integers(0, len(expected), 200).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda start: corpus.train[start : start + 99], starts))
+    for start, tokens in zip(starts, found, strict=True):
+        np.testing.assert_array_equal(tokens, expected[start : start + 99])
+    wanted = pack_ngrams(corpus.validation_tokens(), 4, 256)
+    counts = count_ngrams(corpus.train, wanted, 4, 256)
+    np.testing.assert_array_equal(counts, count_ngrams(expected, wanted, 4, 256))
+    assert counts.max() > 1
 
 
 def test_subword_tokens_end_with_the_separator_token(tmp_path):
@@ -183,6 +200,16 @@ def test_lines_are_read_once_for_any_split(tmp_path_factory, texts, size):
     spans = [Span(str(path), i, min(i + size, len(content))) for i in range(0, len(content), size)]
     found = [document for span in spans for document in read_span(span, "text")]
     assert found == [text.encode("utf-8", "surrogatepass") for text in texts if text]
+    compressed = path.with_name("a.jsonl.gz")
+    compressed.write_bytes(gzip.compress(content))
+    assert list(read_span(Span(str(compressed), 0, 1), "text")) == found
+
+
+def test_incomplete_compressed_file_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 9)[:-12])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: incomplete: restore the file"):
+        write_shards(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("line", ['{"body": "x"}', '{"text": 3}', '"text"', "{"])

@@ -12,7 +12,7 @@ from train.cli.options import output_file
 
 tokenizer_app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
 
-CORPUS = "files, folders, stdlib or site-packages; a line of a .jsonl file is a document"
+CORPUS = "files, folders, stdlib or site-packages; lines of .jsonl files are documents"
 
 
 def tokenize(

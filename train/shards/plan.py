@@ -1,16 +1,19 @@
 """The division of a corpus into shards, which depends only on its files and the options."""
 
+import gzip
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from mc_core.errors import UserError
 from train.data.documents import corpus_files
 
 LINES = ".jsonl"  # suffix of files with one document per line
+COMPRESSED = ".jsonl.gz"  # the same, compressed; such files are not split
 OPTION = "CORPUS"
 
 
@@ -23,7 +26,7 @@ class ShardOptions:
         separator: separator after each document, as `data.separator`.
         validation_fraction: held-out share of the documents; 0 for none.
         shard_bytes: approximate size of the text of a shard.
-        field: key of the text in the lines of a `.jsonl` file.
+        field: key of the text in the lines of `.jsonl` files.
     """
 
     tokenizer: str = "bytes"
@@ -34,7 +37,10 @@ class ShardOptions:
 
 
 class Span(NamedTuple):
-    """Bytes [start, stop) of a file; of a `.jsonl` file, the lines that start in them."""
+    """Bytes [start, stop) of a file; of a `.jsonl` file, the lines that start in them.
+
+    A span of any other file is the whole file.
+    """
 
     path: str
     start: int
@@ -61,7 +67,8 @@ class Plan(NamedTuple):
 def make_plan(corpus: Sequence[str], options: ShardOptions, tokenizer_hash: str) -> Plan:
     """Divide the files of a corpus into shards.
 
-    A file is one document, and a line of a `.jsonl` file too. Only `.jsonl` files are split.
+    A file is one document; a line of a `.jsonl` or `.jsonl.gz` file is one. Only `.jsonl` files
+    are split.
 
     Args:
         corpus: files, folders, or the words `stdlib` and `site-packages`.
@@ -108,22 +115,32 @@ def read_span(span: Span, field: str) -> Iterator[bytes]:
     """Read the documents of a span; empty ones are skipped.
 
     Raises:
-        UserError: a line is not a JSON object with text in `field`.
+        UserError: a line is not a JSON object with text in `field`, or a compressed file is
+            incomplete.
         OSError: the file cannot be read.
     """
+    if span.path.endswith(COMPRESSED):
+        try:
+            with gzip.open(span.path, "rb") as file:
+                yield from _lines(file, math.inf, field, span.path)
+        except EOFError as error:
+            raise UserError(f"{span.path}: incomplete: restore the file") from error
+        return
     with open(span.path, "rb") as file:
-        if Path(span.path).suffix != LINES:
-            document = file.read()
-            if document:
-                yield document
+        if not span.path.endswith(LINES):
+            yield from filter(None, [file.read()])
             return
         if span.start:
             file.seek(span.start - 1)
             file.readline()  # the rest of a line of the span before
-        while (start := file.tell()) < span.stop:
-            line = file.readline()
-            if line.strip() and (document := _text_of(line, field, span.path, start)):
-                yield document
+        yield from _lines(file, span.stop, field, span.path)
+
+
+def _lines(file: IO[bytes] | gzip.GzipFile, stop: float, field: str, path: str) -> Iterator[bytes]:
+    """Yield the documents of the lines that start before `stop`."""
+    while (start := file.tell()) < stop and (line := file.readline()):
+        if line.strip() and (document := _text_of(line, field, path, start)):
+            yield document
 
 
 def _text_of(line: bytes, field: str, path: str, start: int) -> bytes:

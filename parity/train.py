@@ -21,6 +21,7 @@ from flax import nnx
 from rich.table import Table
 
 from mc_core import MCConfig, ModelConfig, TitansConfig
+from mc_core.errors import UserError
 from mc_core.optimizer import OptimizerConfig, decays
 from parity import run_jax, run_torch
 from parity.cases import Array, Case
@@ -93,7 +94,15 @@ def train(
         run_steps: length of the learning-rate schedule; at least `steps` are used.
         tokens: length of the sequences.
         seed: random seed of weights and batches.
+
+    Raises:
+        UserError: `optimizer` is not AdamW with float32 moments, which torch.optim has, too.
     """
+    if optimizer.name != "adamw" or optimizer.moment_dtype != "float32":
+        raise UserError(
+            f"optimizer.name = {optimizer.name!r} with moment_dtype = {optimizer.moment_dtype!r}: "
+            "must be 'adamw' with 'float32'; only these are compared with PyTorch"
+        )
     case = Case(config, "model", tokens=tokens, batch=BATCH, seed=seed)
     weights = run_jax.parameters(case)
     rng = np.random.default_rng(seed)
@@ -181,12 +190,18 @@ def _train_torch(
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step, from 0: linear warmup, then cosine decay."""
+    """Return the learning rate of a step, from 0: linear warmup, then the schedule."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if step < warmup:
         first = peak / (warmup + 1)
         return first + (peak - first) * step / warmup
-    share = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "cosine":
+        share = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    else:
+        decay = min(round(config.decay_fraction * steps), steps - warmup)
+        share = min(1.0, (steps - step) / decay) if decay else 1.0
     return peak * (config.final_fraction + (1 - config.final_fraction) * share)
 
 

@@ -1,11 +1,12 @@
 """Checkpoints: parameters, optimiser state, random state, data position and configuration."""
 
-import os
-import tempfile
+import contextlib
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax  # import before grain: without jax, grain only logs a warning
 
@@ -18,12 +19,14 @@ from jax.sharding import Mesh
 from mc_core.errors import UserError
 from mc_jax import LanguageModel
 from mc_jax.sharding import shard_model
-from train.config import TextConfig, TrainConfig, first_difference, from_dict, to_dict
+from train.config import TrainConfig, first_difference, to_dict
 from train.config.overrides import override
 from train.data.position import PositionRestore, PositionSave
 from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
-from train.distributed import from_main, together
-from train.step import TrainState, abstract_state
+from train.distributed import from_main, is_main, together
+from train.saved_config import config_of, other_version
+from train.step import TrainState, abstract_state, averaged
+from train.storage import BackgroundErrors, check_disk_space, reason
 from train.variant import make_variant
 
 
@@ -37,11 +40,19 @@ class Meta(NamedTuple):
     tokenizer: str | None = None  # SHA-256 of the tokenizer file
 
 
+class HasPosition(Protocol):
+    """An iterator over batches with a position."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position, in a form that JSON can hold."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
-    Checkpoints are written to a temporary directory and then renamed, so an interrupt never leaves
-    an incomplete checkpoint. Old checkpoints are deleted after a new one is complete.
+    Checkpoints are written in the background, to a temporary directory that is then renamed, so an
+    interrupt never leaves an incomplete checkpoint. Old checkpoints are deleted after a new one is
+    complete. Leaving the context waits for the last checkpoint.
 
     Args:
         run: run directory.
@@ -54,8 +65,11 @@ class Checkpoints:
         self.run = run
         self._keep = keep
         self._open: ocp.CheckpointManager | None = None
+        self._saving: int | None = None  # step of the checkpoint that is being written
+        self._errors = BackgroundErrors()
 
     def __enter__(self) -> Self:
+        self._errors.__enter__()
         return self
 
     def __exit__(
@@ -64,8 +78,18 @@ class Checkpoints:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if self._open:
-            self._open.close()
+        try:
+            if error is None or isinstance(error, KeyboardInterrupt):
+                self.wait()
+        finally:
+            # After an error of one process, closing would wait for the others.
+            if self._open and not (self._errors.found and jax.process_count() > 1):
+                with contextlib.suppress(*([Exception] if self._errors.found else [])):
+                    self._open.close()
+            if self._errors.found and is_main():  # free the space that was left
+                for path in self.directory.glob("*.*tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            self._errors.__exit__(kind, error, at)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -73,7 +97,7 @@ class Checkpoints:
         if self._open is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,
-                enable_async_checkpointing=False,
+                enable_async_checkpointing=self._keep is not None,
                 cleanup_tmp_directories=self._keep is not None,
             )
             self._open = ocp.CheckpointManager(self.directory, options=options)
@@ -97,34 +121,68 @@ class Checkpoints:
         try:
             return Meta(**found)
         except TypeError as error:
-            raise _other_version(self.run, error) from error
+            raise other_version(self.run, error) from error
 
-    def save(
-        self, step: int, state: TrainState, batches: grain.DatasetIterator, meta: Meta
-    ) -> None:
+    def save(self, step: int, state: TrainState, batches: HasPosition, meta: Meta) -> None:
         """Save the state after `step` steps and the position of the data.
 
+        Returns when the arrays are copied from the device. The rest is done in the background;
+        `wait`, `check` and the next `save` raise its errors.
+
         Raises:
-            UserError: the checkpoint cannot be written; earlier checkpoints are unchanged.
+            UserError: this or the previous checkpoint cannot be written; earlier checkpoints are
+                unchanged.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
-            data=PositionSave(batches),
+            data=PositionSave(batches.get_state()),
             meta=ocp.args.JsonSave(meta._asdict()),
         )
-        last = self.latest() or 0
+        with together():
+            self.wait()
+        self._saving = step
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with together():
-                _check_disk_space(self.directory, state)
+                check_disk_space(self.directory, state)
             self._manager.save(step, args=args, force=True)
-        except (
-            Exception
-        ) as error:  # storage errors include OSError, ValueError and exception groups
-            raise UserError(
-                f"{self.run}: cannot save the checkpoint of step {step} ({_reason(error)}); "
-                f"free disk space and run the same command: it resumes from step {last}"
-            ) from error
+        except Exception as error:  # storage errors include ValueError and exception groups
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            UserError: it cannot be written; earlier checkpoints are unchanged.
+        """
+        if self._saving is None:
+            return
+        while self._manager.is_saving_in_progress() and not self._errors.found:
+            time.sleep(0.002)
+        self.check()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saving = None
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written, without waiting.
+
+        Raises:
+            UserError: see `wait`.
+        """
+        if self._saving is not None and self._errors.found:
+            raise self._failed(self._errors.found[0]) from self._errors.found[0]
+
+    def _failed(self, error: BaseException) -> UserError:
+        """Return the error of the checkpoint that was being written."""
+        step, self._saving = self._saving, None
+        self._errors.found.append(error)
+        return UserError(
+            f"{self.run}: cannot save the checkpoint of step {step} ({reason(error)}); "
+            f"free disk space and run the same command: it resumes from step {last_step(self.run)}"
+        )
 
     def restore(
         self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None
@@ -144,16 +202,22 @@ class Checkpoints:
         if batches is not None:
             items["data"] = PositionRestore(batches)
         restored = self._restore(step, ocp.args.Composite(**items))
-        return TrainState(**restored.state)
+        return like._replace(**restored.state)
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
             return self._manager.restore(step, args=args)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"{self.directory / str(step)}: cannot be read ({_reason(error)}); "
+                f"{self.directory / str(step)}: cannot be read ({reason(error)}); "
                 "delete it to resume from the previous checkpoint"
             ) from error
+
+
+def last_step(run: Path) -> int:
+    """Return the step of the last complete checkpoint of a run directory, 0 without one."""
+    names = [path.name for path in (run / "checkpoints").glob("*")]
+    return max(map(int, filter(str.isdecimal, names)), default=0)
 
 
 def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = False) -> None:
@@ -169,7 +233,7 @@ def check_same_run(directory: Path, saved: Meta, now: Meta, *, may_grow: bool = 
         UserError: the run differs; the message has the first key that does.
     """
     # Parse the saved configuration, so that keys added since then get their defaults.
-    before = _with_current_values(to_dict(_config_of(directory, saved)), saved, now)
+    before = _with_current_values(to_dict(config_of(directory, saved.config)), saved, now)
     old_steps, steps = before["run"]["steps"], now.config["run"]["steps"]
     if may_grow:
         if steps < old_steps:
@@ -239,9 +303,9 @@ def load_state(
         if step is None:
             raise UserError(f"{directory}: no checkpoint found; must be a run directory")
         meta = checkpoints.meta(step)
-        config = _config_of(directory, meta)
+        config = config_of(directory, meta.config)
         graphdef, like = abstract_state(config, mesh)
-        state = checkpoints.restore(step, like)
+        state = checkpoints.restore(step, like)._replace(faults=None)
     return config, graphdef, state, step, meta
 
 
@@ -255,7 +319,8 @@ def load_run(
 ) -> tuple[TrainConfig, LanguageModel, int, Meta]:
     """Return configuration, model, step and metadata of a run's last checkpoint.
 
-    The tokenizer of the configuration is the run's copy of the file, if there is one.
+    The model has the average of the parameters if the run has one. The tokenizer of the
+    configuration is the run's copy of the file, if there is one.
 
     Args:
         directory: run directory.
@@ -271,6 +336,7 @@ def load_run(
             the run does not have.
     """
     config, graphdef, state, step, meta = load_state(directory, mesh)
+    state = averaged(state, config)
     if needs_text:
         config = with_tokenizer_copy(config, directory, meta.tokenizer, tokenizer)
     model = nnx.merge(graphdef, state.params, state.rest)
@@ -290,7 +356,7 @@ def run_tokenizer(directory: Path) -> str | None:
     meta = _last_meta(directory)
     if meta is None:
         return None
-    data = _config_of(directory, meta).data
+    data = config_of(directory, meta.config).data
     return "bytes" if getattr(data, "tokenizer", None) == "bytes" else meta.tokenizer
 
 
@@ -301,7 +367,7 @@ def run_separator(directory: Path) -> str | None:
         UserError: the last checkpoint cannot be read.
     """
     meta = _last_meta(directory)
-    data = None if meta is None else _config_of(directory, meta).data
+    data = None if meta is None else config_of(directory, meta.config).data
     return getattr(data, "separator", None)
 
 
@@ -311,59 +377,7 @@ def _last_meta(directory: Path) -> Meta | None:
         return None if step is None else checkpoints.meta(step)
 
 
-def _config_of(directory: Path, meta: Meta) -> TrainConfig:
-    try:
-        return from_dict(_with_old_defaults(meta.config))
-    except ValueError as error:
-        raise _other_version(directory, error) from error
-
-
-def _with_old_defaults(config: Any) -> Any:
-    """Return a checkpoint's configuration with the former behavior of keys that have changed."""
-    if isinstance(config, dict) and "devices" in config.get("run", {}):
-        run = dict(config["run"])
-        config = config | {"run": run | {"mesh": {"data": run.pop("devices")}}}
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict) or data.get("task", TextConfig.task) != TextConfig.task:
-        return config
-    # Documents were concatenated without a separator.
-    return config | {"data": {"separator": ""} | data}
-
-
-def _other_version(directory: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{directory} has a checkpoint of another version ({error}); "
-        "use the version that wrote it, or another run.directory"
-    )
-
-
-def _check_disk_space(directory: Path, state: TrainState) -> None:
-    """Check that the disk has space for what this process writes of a checkpoint.
-
-    Without this check, each writer thread of Orbax prints a traceback when the disk is full.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    shards = [s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards]
-    arrays = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
-    if hasattr(os, "posix_fallocate"):
-        with tempfile.TemporaryFile(dir=directory) as file:
-            # Orbax writes the arrays twice, then deletes one copy; 1 MiB for small files.
-            os.posix_fallocate(file.fileno(), 0, 2 * arrays + 2**20)
-
-
 def _tree(state: TrainState) -> dict[str, Any]:
-    return dict(state._asdict())
-
-
-def _reason(error: BaseException) -> str:
-    """Return a one-line summary of a storage error."""
-    known = (
-        "No space left on device",
-        "File too large",
-        "Permission denied",
-        "Disk quota exceeded",
-    )
-    text = " ".join(str(error).split())
-    return next((words for words in known if words.lower() in text.lower()), text[:160])
+    """Return the saved fields of a state."""
+    fields = state._asdict() | {"faults": None}
+    return {name: value for name, value in fields.items() if value is not None}

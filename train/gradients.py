@@ -23,8 +23,8 @@ def make_gradients(
     """Return a function that averages loss and gradient over stacked microbatches.
 
     A microbatch's loss is its sum of losses divided by its weight. Each device sums the gradients
-    of its own rows over the microbatches, in the dtype of the parameters, and the devices reduce
-    the sums once. For this, with several microbatches, devices hold parameters whole along the
+    of its own rows over the microbatches, in at least float32, and the devices reduce the sums
+    once. For this, with several microbatches, devices hold parameters whole along the
     width during the step. A single microbatch gathers each parameter where it is used.
 
     Args:
@@ -45,7 +45,7 @@ def make_gradients(
         return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
 
     def accumulate(params: Tree, rest: Tree, batch: Any, weights: jax.Array) -> Any:
-        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), rest)
+        first = (jnp.zeros(()), jax.tree.map(_zeros, params), rest)
         if len(weights) == 1:
             return add(params, first, jax.tree.map(lambda x: x[0], (batch, weights)))[0]
         return jax.lax.scan(partial(add, params), first, (batch, weights))[0]
@@ -65,6 +65,10 @@ def make_gradients(
         return loss, jax.lax.with_sharding_constraint(gradient, shardings), rest
 
     return gradients
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mesh(shardings: Tree) -> Mesh:

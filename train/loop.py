@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.checkpoint import Checkpoints, Meta, check_same_run, load_run
+from train.checkpoint import Checkpoints, Meta, check_same_run, last_step, load_run
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
-from train.distributed import is_main, lost_peers, own_rows, terminated, to_host, to_mesh, together
+from train.distributed import is_main, lost_peers, own_rows, to_host, together
 from train.evaluation.run_report import FILE
-from train.interrupt import Terminated, on_interrupt
+from train.interrupt import on_interrupt
 from train.lock import Lock
 from train.mesh import check_batch, open_mesh
-from train.metrics import Curves, NoCurves
-from train.optimizer import describe_extension, make_schedule
-from train.progress import Progress
-from train.step import TrainState, build, check_finite, split
+from train.optimizer import describe_extension
+from train.session import Session
+from train.step import TrainState, averaged, build, split
 from train.tasks.task import Task, load_task
 from train.warm_start import initial_state
 
@@ -65,10 +64,7 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
 
 
 def _interrupt_message(directory: Path) -> str:
-    """Return the message of an interrupt; Orbax may be saving at this moment."""
-    names = [path.name for path in (directory / "checkpoints").glob("*")]
-    step = max(map(int, filter(str.isdecimal, names)), default=0)
-    return f"interrupted: the same command resumes {directory} from step {step}"
+    return f"interrupted: the same command resumes {directory} from step {last_step(directory)}"
 
 
 def _train(config: TrainConfig, mesh: Mesh, task: Task, console: Console, *, may_grow: bool) -> Any:
@@ -92,7 +88,6 @@ def _train(config: TrainConfig, mesh: Mesh, task: Task, console: Console, *, may
             state = initial_state(config, state, console)
         batches = task.batches(own_rows(mesh, run.batch_size))
         scoring = task.scoring(graphdef)
-        schedule = make_schedule(config.optimizer, run.steps)
         with together():
             if is_main():
                 copy_tokenizer(directory, config)
@@ -106,41 +101,14 @@ def _train(config: TrainConfig, mesh: Mesh, task: Task, console: Console, *, may
                 line = describe_extension(config.optimizer, start, old_steps, run.steps)
                 console.print(line, soft_wrap=True, highlight=False)
 
-        def due(step: int, every: int) -> bool:
-            return bool(every) and (step % every == 0 or step == run.steps)
-
-        last_saved = start
         directory.mkdir(parents=True, exist_ok=True)
         if start < run.steps and is_main():  # an existing report is outdated
             (directory / FILE).unlink(missing_ok=True)
-        curves = Curves(directory, start) if is_main() else NoCurves()
-        with curves, Progress(console, start, config, meta) as progress:
-            for step in range(start + 1, run.steps + 1):
-                batch = to_mesh(next(batches), mesh, run.batch_size)
-                state, metrics = step_fn(state, batch)
-                check_finite(metrics, step, last_saved)
-                loss = float(metrics.loss)
-                progress.step(step, loss)
-                if due(step, run.log_every):
-                    curves.write(
-                        step,
-                        loss=loss,
-                        grad_norm=float(metrics.grad_norm),
-                        learning_rate=float(schedule(step - 1)),
-                        tokens_per_second=progress.row(step, loss),
-                        seconds=progress.seconds,
-                    )
-                if due(step, run.validate_every):
-                    curves.write(step, **scoring.row(state))
-                stops = terminated(step)
-                if due(step, run.save_every) or stops:
-                    meta = meta._replace(seconds=progress.seconds)
-                    checkpoints.save(step, state, batches, meta)
-                    last_saved = step
-                if stops:
-                    raise Terminated
+        session = Session(config, mesh, step_fn, scoring, checkpoints)
+        state, seconds = session.train(state, start, batches, meta, console)
 
-    report = scoring.report(state, run.steps, meta.seconds)
+    state = averaged(state, config)
+    report = scoring.report(state, run.steps, seconds)
     if jax.process_count() > 1:  # the rest is up to the main process, on one of its devices
         params, rest = jax.tree.map(jnp.asarray, to_host((state.params, state.rest)))
         state = TrainState(params, (), rest)

@@ -3,13 +3,15 @@
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from mc_core.errors import UserError
 from mc_jax.sharding import axes_sharding, local, make_mesh, num_shards, parameter_shardings
 from train.config import MeshConfig, TrainConfig
+
+Tree = Any
+Path = tuple[Any, ...]  # keys of a leaf of a tree
 
 
 def open_mesh(config: MeshConfig, name: str = "run.mesh") -> Mesh:
@@ -41,21 +43,40 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def state_shardings(
-    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Any, Any, Any]:
-    """Return the shardings of parameters, optimizer state and other state of an abstract model.
+def state_shardings(model: nnx.Module, state: Tree, mesh: Mesh) -> Any:
+    """Return the shardings of a training state, a named tuple with `params` and `rest`.
 
-    Moments are sharded like their parameters; counts and random streams are replicated.
+    Arrays of the other fields that belong to a parameter, such as its moments, are sharded like it:
+    they have its shape, and their paths end with its path. All others are replicated.
+
+    Args:
+        model: abstract model.
+        state: abstract training state of the model.
+        mesh: the devices.
+
+    Raises:
+        UserError: the mesh does not divide a parameter.
     """
     shardings = parameter_shardings(model, mesh)
     params, rest = (nnx.to_pure_dict(x) for x in nnx.split_state(shardings, nnx.Param, ...))
-    abstract = jax.eval_shape(optimizer.init, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract,
-        params,
-        transform_non_params=lambda _: axes_sharding(mesh),
-    )
-    return params, moments, rest
+    by_path = {
+        _names(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params), strict=True
+        )
+    }
+
+    def of_leaf(path: Path, leaf: Any) -> Any:
+        names = _names(path)
+        for start in range(len(names)):
+            shape, sharding = by_path.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return axes_sharding(mesh)
+
+    others = jax.tree_util.tree_map_with_path(of_leaf, state._replace(params=None, rest=None))
+    return others._replace(params=params, rest=rest)
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

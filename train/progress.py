@@ -61,9 +61,9 @@ class Progress:
         """Training time so far, over all sessions."""
         return time.monotonic() - self._began
 
-    def step(self, step: int, loss: float) -> None:
-        """Record a finished step."""
-        self._bar.update(self._task, completed=step, loss=loss)
+    def step(self, step: int) -> None:
+        """Record a step."""
+        self._bar.update(self._task, completed=step)
         # The first step of a session compiles: it counts only if it is a row of its own.
         if step == self._start + 1 < self._steps and step % self._log_every:
             self._mark = step, time.monotonic()
@@ -73,7 +73,7 @@ class Progress:
         now = time.monotonic()
         speed = (step - self._mark[0]) * self._tokens_per_step / (now - self._mark[1])
         self._mark = step, now
-        self._bar.update(self._task, speed=speed)
+        self._bar.update(self._task, speed=speed, loss=loss)
         if not self._console.is_terminal:
             left = (self._steps - step) * self._tokens_per_step / speed
             self._console.print(

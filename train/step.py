@@ -10,10 +10,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mc_core.errors import NotFiniteError
 from mc_jax import LanguageModel
 from mc_jax.sharding import axes_sharding
 from train.config import TrainConfig
+from train.faults import Faults, detect, no_faults
 from train.gradients import make_gradients
 from train.mesh import state_shardings
 from train.optimizer import make_optimizer
@@ -25,18 +25,19 @@ Tree = Any  # nested dictionaries of arrays
 class TrainState(NamedTuple):
     """State updated by a training step; the data position is saved separately."""
 
-    params: Tree  # float32
+    params: Tree
     optimizer: optax.OptState
     rest: Tree  # non-parameter state: counts of the random streams
+    ema: optax.EmaState | None = None  # float32 average of the parameters; None = not computed
+    faults: Faults | None = None  # not saved; None = a state that is not trained further
 
 
 class Metrics(NamedTuple):
-    """Metrics of a step: float32 scalars and booleans."""
+    """Metrics of a step, scalars on the device."""
 
     loss: jax.Array  # nats per predicted token, mean over the batch
     grad_norm: jax.Array  # before clipping
-    all_finite: jax.Array
-    finite: dict[str, Tree]  # "gradient" and "parameter": True where a tensor is finite
+    faults: Faults
 
 
 Batch = jax.Array | Example  # tokens [b, t + 1] of a text, or examples of a recall task
@@ -54,20 +55,20 @@ def build(
     """
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     graphdef, abstract = abstract_state(config, mesh)
+    decay = config.optimizer.ema_decay
 
     def create() -> TrainState:
-        _, params, rest = split(_create_model(config))
-        return TrainState(params, optimizer.init(params), rest)
+        return _first_state(config, optimizer, *split(_create_model(config))[1:])
 
     if mesh is None:
-        return graphdef, create(), make_train_step(graphdef, optimizer)
+        return graphdef, create(), make_train_step(graphdef, optimizer, None, decay)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Compiled, parameters may differ in the last bit: one device keeps those of `mesh=None`.
     one = mesh.size == 1
     state = (
         jax.device_put(create(), shardings) if one else jax.jit(create, out_shardings=shardings)()
     )
-    return graphdef, state, make_train_step(graphdef, optimizer, shardings)
+    return graphdef, state, make_train_step(graphdef, optimizer, shardings, decay)
 
 
 def abstract_state(
@@ -85,11 +86,11 @@ def abstract_state(
     model = nnx.eval_shape(lambda: _create_model(config))
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     graphdef, params, rest = split(model)
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), rest)
+    state = jax.eval_shape(partial(_first_state, config, optimizer), params, rest)
     if mesh is None:
         shardings = jax.tree.map(lambda _: jnp.zeros(()).sharding, state)
     else:
-        shardings = TrainState(*state_shardings(model, optimizer, mesh))
+        shardings = state_shardings(model, state, mesh)
     return graphdef, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -98,9 +99,43 @@ def abstract_state(
 
 
 def _create_model(config: TrainConfig) -> LanguageModel:
+    run = config.run
     return LanguageModel(
-        config.model, rngs=nnx.Rngs(config.run.seed), dtype=jnp.dtype(config.run.dtype)
+        config.model,
+        rngs=nnx.Rngs(run.seed),
+        dtype=jnp.dtype(run.dtype),
+        param_dtype=jnp.dtype(run.param_dtype),
     )
+
+
+def _first_state(
+    config: TrainConfig, optimizer: optax.GradientTransformation, params: Tree, rest: Tree
+) -> TrainState:
+    decay = config.optimizer.ema_decay
+    ema = None if decay is None else _make_ema(decay).init(params)
+    return TrainState(params, optimizer.init(params), rest, ema, no_faults())
+
+
+def _make_ema(decay: float) -> optax.GradientTransformation:
+    return optax.ema(decay, debias=True, accumulator_dtype=jnp.float32)
+
+
+def averaged(state: TrainState, config: TrainConfig) -> TrainState:
+    """Return the state to evaluate: with the average of the parameters, if the run has one."""
+    if state.ema is None:
+        return state
+    decay = config.optimizer.ema_decay
+
+    def average(ema: optax.EmaState, params: Tree) -> Tree:
+        # The average of the parameters after steps 1, ..., n starts from zero.
+        weight = 1 - jnp.float32(decay) ** ema.count
+        return jax.tree.map(
+            lambda mean, p: jnp.where(ema.count > 0, mean / weight, p).astype(p.dtype),
+            ema.ema,
+            params,
+        )
+
+    return TrainState(jax.jit(average)(state.ema, state.params), (), state.rest)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
@@ -149,15 +184,18 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """Return the jitted training step; it donates its state.
 
-    Batches are stacked microbatches [accumulation, ...]. Gradients are averaged over them.
+    Batches are stacked microbatches [accumulation, ...]. Gradients are averaged over them. From the
+    first step with a non-finite loss, gradient or parameter on, steps change only `faults`.
 
     Args:
         graphdef: graph definition of the model.
         optimizer: the optimizer.
         shardings: shardings of the state; None = one device.
+        ema_decay: decay rate of the average of the parameters; None = no average.
     """
     params_shardings = None if shardings is None else shardings.params
     gradients = make_gradients(partial(sum_losses, graphdef), sum_weights, params_shardings)
@@ -166,38 +204,16 @@ def make_train_step(
         loss, gradient, rest = gradients(state.params, state.rest, batch)
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jax.tree.map(
-            lambda x: jnp.isfinite(x).all(), {"gradient": gradient, "parameter": params}
-        )
-        flags = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)])
-        metrics = Metrics(loss, optax.tree.norm(gradient), flags.all(), finite)
-        return TrainState(params, opt_state, rest), metrics
+        ema = state.ema if ema_decay is None else _make_ema(ema_decay).update(params, state.ema)[1]
+        norm = optax.tree.norm(gradient)
+        assert state.faults is not None
+        is_good, faults = detect(state.faults, loss, norm, gradient, params)
+        new = TrainState(params, opt_state, rest, ema)
+        old = state._replace(faults=None)
+        selected = jax.tree.map(partial(jnp.where, is_good), new, old)
+        return selected._replace(faults=faults), Metrics(loss, norm, faults)
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     replicated = axes_sharding(jax.tree.leaves(shardings)[0].mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-
-
-def check_finite(metrics: Metrics, step: int, last_good: int) -> None:
-    """Raise an error if the loss, a gradient or a parameter is not finite.
-
-    Raises:
-        NotFiniteError: the message has the step, the loss and the first non-finite tensor.
-    """
-    if metrics.all_finite:
-        return
-    leaves = jax.tree_util.tree_leaves_with_path(metrics.finite)
-    first = next((path for path, finite in leaves if not finite), None)
-    tensor = _name(first) if first else "the loss"
-    raise NotFiniteError(
-        f"step {step}: {tensor} is not finite (loss {float(metrics.loss):.4g}, "
-        f"gradient norm {float(metrics.grad_norm):.4g}); "
-        f"the last good checkpoint is step {last_good}"
-    )
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Return `gradient of blocks/0/...` for a leaf of `Metrics.finite`."""
-    kind, _, tensor = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
-    return f"{kind} of {tensor}"

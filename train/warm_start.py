@@ -13,14 +13,14 @@ from mc_core.tree_utils import flatten
 from train.checkpoint import load_state
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import tokenizer_hash
-from train.step import TrainState
+from train.step import TrainState, averaged
 
 
 def initial_state(config: TrainConfig, state: TrainState, console: Console) -> TrainState:
     """Return `state` with the parameters of `run.init_from`, and print a message.
 
-    With `run.init_optimizer`, also AdamW's moments and their step count. The schedule starts at 0.
-    The other run is not changed.
+    They are the average of the parameters if the run has one. With `run.init_optimizer`, also the
+    moments and their step count. The schedule starts at 0. The other run is not changed.
 
     Args:
         config: configuration of the new run, with `run.init_from`.
@@ -28,7 +28,8 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
         console: output console.
 
     Raises:
-        UserError: there is no checkpoint, or its parameters have other names or shapes.
+        UserError: there is no checkpoint, its parameters have other names or shapes, or its moments
+            those of another optimizer.
     """
     run = config.run
     assert run.init_from is not None
@@ -52,7 +53,14 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     what = "parameters"
     optimizer = state.optimizer
     if run.init_optimizer:
-        what = "parameters and AdamW's moments"
+        what = "parameters and moments"
+        if _structure(found.optimizer) != _structure(state.optimizer):
+            names = [(c.optimizer.name, c.optimizer.moment_dtype) for c in (source, config)]
+            raise UserError(
+                f"run.init_optimizer = True: the optimizer of {run.init_from} is "
+                f"{' with moments in '.join(names[0])}, and that of this run is "
+                f"{' with moments in '.join(names[1])}: they must be the same"
+            )
         optimizer = restart_schedule(found.optimizer)
     console.print(
         f"starting from the {what} of step {step} of {run.init_from}"
@@ -61,7 +69,18 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
         highlight=False,
         markup=False,
     )
-    return TrainState(found.params, optimizer, state.rest)
+    params = jax.tree.map(
+        lambda x, own: x if x.dtype == own.dtype else jax.jit(lambda x: x.astype(own.dtype))(x),
+        averaged(found, source).params,
+        state.params,
+    )
+    return state._replace(params=params, optimizer=optimizer)
+
+
+def _structure(state: optax.OptState) -> Any:
+    """Return paths and dtypes of the arrays of an optimizer state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [(jax.tree_util.keystr(path), leaf.dtype) for path, leaf in leaves]
 
 
 def restart_schedule(state: optax.OptState) -> optax.OptState:

@@ -14,7 +14,7 @@ from helpers.tiny_run import mc, write_config
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.config import GATES, SEGMENTATIONS, START_MODES, VALUE_NORMS
 from mc_core.memories import COEFFICIENTS, MEMORIES
-from mc_core.optimizer import OptimizerConfig
+from mc_core.optimizer import SCHEDULES, OptimizerConfig
 from mc_core.tree_utils import flatten
 from parity import run_jax, run_torch
 from parity import train as training
@@ -170,12 +170,21 @@ def test_first_steps_of_a_run_agree(monkeypatch, capsys, tmp_path):
     assert "over 2 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_learning_rates_agree(warmup):
-    config = OptimizerConfig(warmup_steps=warmup)
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 3, 10])
+def test_learning_rates_agree(warmup, schedule_name):
+    config = OptimizerConfig(warmup_steps=warmup, schedule=schedule_name, decay_fraction=0.4)
     schedule = make_schedule(config, 11)
     ours = [training.learning_rate(config, step, 11) for step in range(11)]
     np.testing.assert_allclose(ours, [schedule(step) for step in range(11)], rtol=1e-6)
+
+
+def test_optimizers_without_a_twin_are_refused(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, optimizer={"name": "muon", "warmup_steps": 1})
+    assert mc(monkeypatch, "parity", "train", "--config", config, "--steps", 2) == 2
+    err = capsys.readouterr().err
+    assert "optimizer.name = 'muon'" in err
+    assert err.count("\n") == 1
 
 
 # Detection of faults

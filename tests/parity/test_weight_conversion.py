@@ -310,7 +310,7 @@ def test_training_continues_from_converted_weights(tmp_path, monkeypatch, capsys
         rows.append(values)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.loop.Curves.write", stop)
+    monkeypatch.setattr("train.session.Curves.write", stop)
     assert mc(monkeypatch, "train", path, f"run.directory={target}", "run.log_every=1") == 130
     assert "resuming from step 0 of 12" in capsys.readouterr().out
     assert rows[0]["loss"] == pytest.approx(np.log(256), abs=1e-5)

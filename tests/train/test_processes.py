@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from helpers.tiny_run import COMMAND, TINY, write_config
-from train.checkpoint import load_run
+from train.checkpoint import last_step, load_run
 from train.config import load_config
 from train.data.share import share_rows
 from train.loop import train
@@ -94,6 +95,50 @@ def test_killed_process_ends_the_run_and_both_resume_it(tmp_path):
     train(alone, Console(file=io.StringIO()))
     for a, b in zip(parameters(run), parameters(tmp_path / "alone"), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_process_stops_all_after_the_same_step(tmp_path):
+    """The step is saved, in the background, before both end."""
+    run = tmp_path / "runs" / "tiny"
+    sections = {"run": TINY["run"] | RUN | {"directory": str(run), "steps": 5000}}
+    config = write_config(tmp_path, **sections)
+    processes = start(config, "run.mesh.data=8", "run.save_every=5000")
+    try:
+        wait_for(lambda: len(read_rows(run)) > 3, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    _, _, *errors = outputs(tmp_path)
+    step = last_step(run)
+    assert 3 < step < 5000
+    message = f"mc: interrupted: the same command resumes {run} from step {step}\n"
+    assert (codes, errors) == ([143, 143], [message, message])
+    assert read_rows(run)[-1]["step"] == step
+    assert load_run(run)[2] == step
+
+
+@pytest.mark.slow
+def test_nan_stops_all_processes_at_the_same_step(tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    config = write_config(tmp_path, run=TINY["run"] | RUN | {"directory": str(run)})
+    words = ["run.mesh.data=8", "run.log_every=7", "run.save_every=7", "optimizer.warmup_steps=0"]
+    words += ["optimizer.learning_rate=1e30", "optimizer.weight_decay=0"]
+    processes = start(config, *words)
+    try:
+        codes = [process.wait(timeout=480) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    *_, first, second = outputs(tmp_path)
+    assert codes == [1, 1]
+    assert first == second
+    assert re.fullmatch(
+        r"mc: step 2: .* is not finite .*; the last good checkpoint is step 0\n", first
+    )
+    assert read_rows(run) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -2,9 +2,11 @@
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from helpers.dropout_model import Dropping
 from helpers.interruptions import full_disk, quiet, train_until
 from helpers.tiny_run import COMMAND, mc, write_config
 from mc_core.errors import UserError
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, last_step
 from train.config import load_config
 from train.data.corpus import load_corpus
 from train.data.windows import make_batches
@@ -84,8 +86,8 @@ def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
         return len(read_rows(run))
 
     process = start(config, *words)
-    kill_when(process, lambda: rows() >= 20 and checkpoint_begins(run))
-    assert 20 <= rows() < 60
+    kill_when(process, lambda: last_step(run) >= 10 and checkpoint_begins(run))
+    assert 10 <= rows() < 60
 
     assert "resuming from step" in quiet(config, *words)
     quiet(config, *words, WHOLE(config))
@@ -96,35 +98,42 @@ def test_sigkill_resumes_bit_exactly(tmp_path, no_pictures):
     ]
 
 
+KILLS = 20
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_times_resumes(tmp_path):
-    """A run that is killed repeatedly at random times has the same result."""
-    words = ("run.steps=120", "run.save_every=3", "run.log_every=1", "run.keep=1")
+    """A run that is killed 20 times, at random times, has the same result.
+
+    Batches are read ahead and steps dispatched before the last ones end; every third step begins a
+    checkpoint, so many kills fall into one.
+    """
+    words = ("run.steps=600", "run.save_every=3", "run.log_every=7", "run.keep=1")
+    words = (*words, "run.validate_every=0")
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"
     start(config, *words, WHOLE(config)).communicate(timeout=600)
     times = [row["time"] for row in read_rows(tmp_path / "runs" / "whole")]
-    longest = (times[-1] - times[0]) / 3  # so that a run needs several sessions on any machine
+    longest = (times[-1] - times[0]) / (1.5 * KILLS)  # so that the run does not end before
     moments = random.Random(0)
-    kills = 0
-    while not (run / "report.json").exists():
+    steps = []
+    for _ in range(KILLS):
         process = start(config, *words)
         # Rows of the last session are kept until this one has restored its checkpoint.
         before = (run / "metrics.jsonl").stat().st_ino if run.exists() else None
-        while process.poll() is None:
-            rows = run / "metrics.jsonl"
-            if rows.exists() and rows.stat().st_ino != before:
-                break
+        rows = run / "metrics.jsonl"
+        while not rows.exists() or rows.stat().st_ino == before:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        try:
-            _, err = process.communicate(timeout=moments.uniform(0, longest))
-            assert (process.returncode, err) == (0, b"")
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-        assert kills < 100
-    assert kills > 1
+        time.sleep(moments.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        steps.append(last_step(run))
+    assert steps == sorted(steps)
+    assert 0 < steps[-1] < 600
+    _, err = start(config, *words).communicate(timeout=600)
+    assert err == b""
     assert_same_end(config, *words)
 
 
@@ -177,6 +186,45 @@ def test_full_disk_keeps_checkpoints(tmp_path, monkeypatch, no_pictures):
         assert checkpoints.latest() == 4
     quiet(config, "run.keep=1")
     assert_same_end(config)
+
+
+@contextmanager
+def disk_fills(monkeypatch, step: int):
+    """Fill the disk while the files of the checkpoint of a step are written."""
+    save, limits = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_and_fill(self, at, *rest):
+        if at == step:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        save(self, at, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_fill)
+        patch.setattr("train.checkpoint.check_disk_space", lambda *_: None)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_disk_that_fills_during_a_save(tmp_path, monkeypatch, capfd, no_pictures, step):
+    """One line and exit code 2, also from the last save; the run resumes bit-exactly."""
+    config = write_config(tmp_path)
+    words = ("run.keep=1", "run.validate_every=0")
+    with disk_fills(monkeypatch, step):
+        assert mc(monkeypatch, "train", config, *words) == 2
+    err = capfd.readouterr().err
+    assert f"cannot save the checkpoint of step {step} (" in err
+    assert f"it resumes from step {step - 4}\n" in err
+    assert err.count("\n") == 1
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("*[0-9]")] == [str(step - 4)]
+    if step == 8:
+        quiet(config, *words)
+        quiet(config, *words, WHOLE(config))
+        assert_same_end(config, *words)
 
 
 def test_full_disk_is_a_one_line_error(tmp_path, monkeypatch, capfd):

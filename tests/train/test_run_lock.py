@@ -20,6 +20,7 @@ from helpers.sweeps import write
 from helpers.tiny_run import mc, write_config
 from train.checkpoint import load_run
 from train.config import load_config
+from train.faults import no_faults
 from train.loop import train
 from train.metrics import Curves
 from train.step import Metrics, build
@@ -73,7 +74,7 @@ def test_lock_excludes_second_trainer_but_not_readers(tmp_path, monkeypatch, cap
             raise Stop
 
     graphdef, state, _ = build(load_config(path, words))
-    metrics = Metrics(np.ones(()), np.ones(()), np.bool_(True), {})
+    metrics = Metrics(np.ones(()), np.ones(()), no_faults())
     fake = (graphdef, state, lambda state, batch: (state, metrics))
     monkeypatch.setattr("train.loop.build", lambda config, mesh: fake)
     monkeypatch.setattr(Curves, "write", interfere)

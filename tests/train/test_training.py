@@ -24,9 +24,10 @@ from train.checkpoint import Meta, check_same_run
 from train.config import TrainConfig, from_dict, load_config, to_dict
 from train.data.corpus import load_corpus
 from train.evaluation.validation import make_validation, references
+from train.faults import check_finite, tensor_names
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.shipped_configs import find_config
-from train.step import TrainState, build, check_finite, make_train_step, token_losses
+from train.step import TrainState, build, make_train_step, token_losses
 
 
 def tiny(**run: object) -> TrainConfig:
@@ -142,25 +143,61 @@ def test_clipping_bounds_the_gradient_norm():
     assert float(optax.tree.norm(state[1][0].mu)) == pytest.approx(0.1, rel=1e-5)
 
 
+def named(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 @pytest.mark.parametrize("kind", ["gradient", "parameter", "loss"])
-def test_first_nan_tensor_is_named(kind):
-    _, state, step = built()
-    _, metrics = step(copy(state), random_tokens(1, 2, 17))
-    check_finite(metrics, 1, 0)
-    false = jnp.zeros((), bool)
-    finite = metrics.finite
-    if kind != "loss":
-        leaves = jax.tree_util.tree_leaves_with_path(finite[kind])
-        last = leaves[-1][0]
-        finite = finite | {
-            kind: jax.tree_util.tree_map_with_path(
-                lambda path, flag: false if path == last else flag, finite[kind]
-            )
-        }
-        name = jax.tree_util.keystr(last, simple=True, separator="/")
-    expected = "the loss is not finite" if kind == "loss" else f"{kind} of {name} is not finite"
-    with pytest.raises(NotFiniteError, match=f"step 7: {expected}.*last good checkpoint is step 4"):
-        check_finite(metrics._replace(all_finite=false, finite=finite), 7, 4)
+def test_steps_after_a_nan_change_nothing_and_the_first_tensor_is_named(kind, monkeypatch):
+    """The third of five steps meets the value; the host looks only after the fifth."""
+    name = "blocks/0/ffn/up_proj/kernel"
+
+    def loss_of(graphdef, params, rest, batch):
+        total = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)) * 1e-3
+        bad = batch.max() > 255
+        if kind == "loss":
+            return jnp.where(bad, jnp.nan, 0.0) + total, rest
+        matrix = params["blocks"][0]["ffn"]["up_proj"]["kernel"]
+        slope = jnp.nan if kind == "gradient" else 0.0
+        return total + jnp.where(bad, slope, 0.0) * matrix[0, 0], rest
+
+    monkeypatch.setattr("train.step.sum_losses", loss_of)
+    config = tiny()
+    optimizer = make_optimizer(config.optimizer, 12)
+    if kind == "parameter":
+        optimizer = optax.chain(optimizer, overflow_after(2, name))
+    graphdef, start, _ = built()
+    step = make_train_step(graphdef, optimizer)
+    state = copy(start)._replace(optimizer=jax.jit(optimizer.init)(start.params))
+    for number in range(1, 6):
+        tokens = random_tokens(1, 2, 17) + 1000 * (number == 3)
+        state, metrics = step(state, tokens)
+        if number == 2:
+            kept = copy(state)
+    for field in ("params", "optimizer", "rest"):
+        before, after = (jax.tree.leaves(getattr(x, field)) for x in (kept, state))
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+    names = tensor_names(state.params)
+    expected = "the loss" if kind == "loss" else f"{kind} of {name}"
+    with pytest.raises(
+        NotFiniteError, match=rf"^step 13: {expected} is not finite .*checkpoint is step 8$"
+    ):
+        check_finite(jax.device_get(metrics.faults), names, 10, 8)
+    check_finite(jax.device_get(kept.faults), names, 10, 8)
+
+
+def overflow_after(steps: int, name: str) -> optax.GradientTransformation:
+    """Make the update of a parameter infinite in the step after `steps`."""
+
+    def update(updates, count, params=None):
+        size = jnp.where(count == steps, jnp.inf, 0.0)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf + size if named(path) == name else leaf, updates
+        )
+        return updates, count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def test_random_streams_advance_between_steps(monkeypatch):
@@ -283,6 +320,16 @@ def test_documented_commands_have_valid_configs(monkeypatch):
         ("runs.steps=1", "unknown key 'runs'; allowed are data, model, run, optimizer"),
         ("run=3", "run = 3: must be a mapping"),
         ("run.dtype=half", "run.dtype = 'half': must be one of 'float32', 'bfloat16'"),
+        ("run.dtype=float16", "float16 overflows above 65,504 and underflows below 6e-8"),
+        ("run.param_dtype=float16", "run.param_dtype = 'float16': must be 'float32' or 'bfloat16'"),
+        ("run.profile=[3,2]", "run.profile = [3, 2]: must be the first and the last step"),
+        ("run.profile=[3,13]", "run.profile = [3, 13]: must be within run.steps = 12"),
+        ("run.peak_flops=0", "run.peak_flops = 0.0: must be > 0.0"),
+        ("optimizer.name=sgd", "optimizer.name = 'sgd': must be one of 'adamw', 'lion', 'muon'"),
+        ("optimizer.schedule=step", "'step': must be one of 'cosine', 'wsd', 'constant'"),
+        ("optimizer.decay_fraction=0", "optimizer.decay_fraction = 0.0: must be in (0.0, 1.0]"),
+        ("optimizer.moment_dtype=float16", "'float16': must be one of 'float32', 'bfloat16'"),
+        ("optimizer.ema_decay=1.0", "optimizer.ema_decay = 1.0: must be in (0.0, 1.0)"),
         ("optimizer.learning_rate=x", "optimizer.learning_rate = 'x': must be of type float"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate = inf: must be finite"),
         ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0: must be in [0.0, 1.0)"),

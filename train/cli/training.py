@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from train.cli.options import config_argument, output_file
+from train.compilation_cache import use_compilation_cache
 
 
 def train(
@@ -16,6 +17,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a language model, resume an interrupted run, or extend one to a larger run.steps."""
+    use_compilation_cache()
     from train.config import load_config
 
     loaded = load_config(config, overrides or ())
@@ -36,6 +38,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train a model with and without cached memories to find needles, and draw the result."""
+    use_compilation_cache()
     from train.demo import demo as run
 
     run(config, picture, Console())
@@ -57,6 +60,7 @@ def sweep(
     ] = None,
 ) -> None:
     """Train and test the runs of a sweep, or resume an interrupted sweep."""
+    use_compilation_cache()
     from train.sweeps.sweep import sweep as run
 
     run(config, Console(), jobs=jobs, markdown=markdown, plot=plot, recorded=recorded)

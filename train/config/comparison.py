@@ -19,6 +19,8 @@ FREE_KEYS = frozenset(
         "validate_every",
         "validate_bytes",
         "sample_tokens",
+        "profile",
+        "peak_flops",
     )
 )
 

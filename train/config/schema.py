@@ -127,9 +127,12 @@ class RunConfig:
         distributed: connect the processes of a cluster; see `docs/distributed.md`. SLURM, Open MPI
             and `JAX_COORDINATOR_ADDRESS` need no key.
         seed: random seed of the parameters, the data order and the examples of a recall task.
-        dtype: compute dtype, `float32` or `bfloat16`; parameters are float32.
+        dtype: compute dtype, `float32` or `bfloat16`.
+        param_dtype: dtype of the parameters, `float32` or `bfloat16`. Gradients are summed, and
+            updates computed, in float32; a bfloat16 parameter loses updates below 1/512 of it.
         directory: output directory; default `runs/<name of the config file>`.
-        log_every: steps between logged rows of metrics.
+        log_every: steps between logged rows of metrics. Only then does the run wait for the device
+            and check for non-finite values.
         save_every: steps between checkpoints; the last step is always saved.
         keep: number of checkpoints to keep.
         validate_every: steps between validations; 0: validate only at the end.
@@ -138,8 +141,12 @@ class RunConfig:
         sample_tokens: length of the sample generated at the end; 0 for none.
         init_from: run directory whose last checkpoint provides the initial parameters. None:
             random initialization.
-        init_optimizer: also load AdamW's moments and their step count from that checkpoint. The
+        init_optimizer: also load the moments and their step count from that checkpoint. The
             schedule, the data and the random streams of the new run always begin at step 0.
+        profile: first and last step of a trace of `jax.profiler`, for TensorBoard and XProf; None:
+            no trace.
+        peak_flops: FLOPs per second of a device, to compute the MFU. None: those of dense bfloat16
+            products of `mc_core.chips`, or no MFU on other devices.
     """
 
     steps: int
@@ -149,6 +156,7 @@ class RunConfig:
     distributed: bool = False
     seed: int = 0
     dtype: str = "float32"
+    param_dtype: str = "float32"
     directory: str = "runs/run"
     log_every: int = 10
     save_every: int = 200
@@ -158,6 +166,8 @@ class RunConfig:
     sample_tokens: int = 200
     init_from: str | None = None
     init_optimizer: bool = False
+    profile: tuple[int, int] | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep"):
@@ -166,7 +176,18 @@ class RunConfig:
         check_range(self, "seed", 0, 2**32 - 1)  # range accepted by grain
         check_range(self, "validate_every", 0)
         check_range(self, "sample_tokens", 0)
-        check_choice(self, "dtype", ("float32", "bfloat16"))
+        check_range(self, "peak_flops", 0.0, open_low=True)
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) == "float16":
+                allowed = (
+                    "'float32' or 'bfloat16': float16 overflows above 65,504 and underflows below "
+                    "6e-8, and training does not scale the loss"
+                )
+                raise_config_error("RunConfig", name, "float16", allowed)
+            check_choice(self, name, ("float32", "bfloat16"))
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            allowed = "the first and the last step, 1 <= first <= last"
+            raise_config_error("RunConfig", "profile", list(self.profile), allowed)
         if self.init_optimizer and self.init_from is None:
             raise_config_error(
                 "RunConfig", "init_optimizer", True, "false if run.init_from is not set"
@@ -199,6 +220,9 @@ class TrainConfig:
         if warmup >= self.run.steps:
             allowed = f"< run.steps = {self.run.steps}"
             raise_config_error("TrainConfig", "optimizer.warmup_steps", warmup, allowed)
+        if self.run.profile and self.run.profile[1] > self.run.steps:
+            allowed = f"within run.steps = {self.run.steps}"
+            raise_config_error("TrainConfig", "run.profile", list(self.run.profile), allowed)
         self._check_mesh()
 
     def _check_mesh(self) -> None:

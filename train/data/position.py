@@ -19,7 +19,7 @@ class PositionHandler(ocp.CheckpointHandler):
     def save(self, directory: Any, args: "PositionSave") -> None:
         """Save the position; all processes have the same one."""
         if jax.process_index() == 0:
-            (directory / FILE).write_text(json.dumps(args.item.get_state(), indent=4))
+            (directory / FILE).write_text(json.dumps(args.state, indent=4))
 
     def restore(self, directory: Any, args: "PositionRestore") -> grain.DatasetIterator:
         """Set the position of the iterator."""
@@ -30,9 +30,9 @@ class PositionHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(PositionHandler, for_save=True)
 @dataclass
 class PositionSave(ocp.args.CheckpointArgs):
-    """Save the position of an iterator."""
+    """Save the position that an iterator's `get_state` returned."""
 
-    item: grain.DatasetIterator
+    state: dict[str, Any]
 
 
 @ocp.args.register_with_handler(PositionHandler, for_restore=True)

@@ -70,7 +70,7 @@ def _compile(config: TrainConfig, mesh: Mesh) -> _Compiled:
     graphdef, state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    step: Any = make_train_step(graphdef, optimizer, shardings)
+    step: Any = make_train_step(graphdef, optimizer, shardings, config.optimizer.ema_decay)
     run = config.run
     shape = run.accumulation, run.batch_size, config.data.max_tokens + 1
     # Ids are not split along tokens: there is one more of them than the model reads.

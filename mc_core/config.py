@@ -225,6 +225,7 @@ class MCConfig(Serializable):
         return self.memory.normalizes_qk if self.qk_norm is None else self.qk_norm == "l2"
 
 
+REMATS = ("none", "full", "dots")
 LayerConfig = MCConfig | AttentionConfig | LogLinearConfig
 
 
@@ -241,7 +242,9 @@ class ModelConfig(Serializable):
         ffn_width: hidden width of the SwiGLU; None = 8/3 of the model's width, rounded up to a
             multiple of 8; 0 = no SwiGLU.
         tie_embeddings: the output head is the embedding's transpose.
-        remat: recompute each block's activations in the backward pass.
+        remat: activations of a block that the backward pass recomputes: `none`, `full` (all but the
+            block's input), or `dots` (all but its input and the products of tokens with weights).
+            False and True mean `none` and `full`.
         mixers: token mixers of the blocks, repeated in this order: `memory` (the layer),
             `attention` (causal softmax attention), `window` (sliding-window attention) or
             `log_linear` (log-linear attention).
@@ -257,7 +260,7 @@ class ModelConfig(Serializable):
     layer: MCConfig
     ffn_width: int | None = None
     tie_embeddings: bool = True
-    remat: bool = False
+    remat: str | bool = "none"
     mixers: tuple[str, ...] = ("memory",)
     attention_window: int = 256
     rope_base: float = 10000.0
@@ -266,6 +269,9 @@ class ModelConfig(Serializable):
 
     def __post_init__(self) -> None:
         check_types(self)
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        check_choice(self, "remat", REMATS)
         for field in ("vocab_size", "num_layers", "attention_window"):
             check_range(self, field, 1)
         check_range(self, "ffn_width", 0)

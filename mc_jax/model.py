@@ -217,7 +217,7 @@ class LanguageModel(nnx.Module, Pretrained):
             ids, mask = to_paired((ids, mask), split)
         x, options = self._embed(ids), {"split": split} if split else {}
         for block in self.blocks:
-            x = _remat(block, x, mask, options) if self.config.remat else block(x, mask, **options)
+            x = _RUN[self.config.remat](block, x, mask, options)
         if split:
             x = from_paired(x, split)
         if places is not None:
@@ -358,7 +358,13 @@ def _project(graphdef: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
     return nnx.merge(graphdef, state)(x)
 
 
-@nnx.remat
-def _remat(block: nnx.Module, x: Array, mask: Array | None, options: dict[str, Any]) -> Array:
-    """Recompute the activations of a block in the backward pass."""
+def _run(block: nnx.Module, x: Array, mask: Array | None, options: dict[str, Any]) -> Array:
     return block(x, mask, **options)
+
+
+# By `ModelConfig.remat`: products without batch axes are those of tokens with weights.
+_RUN = {
+    "none": _run,
+    "full": nnx.remat(_run),
+    "dots": nnx.remat(_run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}

@@ -278,8 +278,7 @@ class LanguageModel(nn.Module, Hooked, Pretrained):
             places, invalid = safe_places(places, invalid, ids.shape[1])
         x = self._embed(ids)
         for block in self.blocks:
-            run = remat(block) if self.config.remat else block
-            x = run(x, mask)
+            x = remat(block, str(self.config.remat))(x, mask)
         if places is not None:
             x = take_along(x, places[..., None], 1)
         return x, invalid

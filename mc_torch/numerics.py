@@ -6,16 +6,19 @@ chunk, o and i output and input width of a weight. `...` are any leading axes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mc_core.config import NORM_EPS
 
 Array = torch.Tensor
 Dtype = torch.dtype | None
+# Matrix products without batch axes.
+_WEIGHT_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -110,17 +113,26 @@ def standardize(x: Array) -> tuple[Array, Array]:
     return centred * inverse, inverse
 
 
-def remat(function: Callable[..., Any]) -> Callable[..., Any]:
+def remat(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:
     """Recompute the intermediates of a function in the backward pass.
 
     Without effect under transforms of `torch.func`.
+
+    Args:
+        function: function of tensors.
+        policy: `full`, or `dots`: do not recompute products of tokens with weights. `none`: return
+            the function.
     """
+    if policy == "none":
+        return function
+    contexts = partial(create_selective_checkpoint_contexts, list(_WEIGHT_PRODUCTS))
+    options = {"context_fn": contexts} if policy == "dots" else {}
 
     def run(*args: Any) -> Any:
         # torch.compile decides what to save; torch.func does not support hooks on saved tensors.
         if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
             return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
     return run
 

@@ -133,7 +133,7 @@ def shortened(config: Config) -> Config:
     if isinstance(config, ModelConfig):
         layer = shortened(config.layer)
         assert isinstance(layer, MCConfig)
-        return dataclasses.replace(config, layer=layer, remat=False)
+        return dataclasses.replace(config, layer=layer, remat="none")
     limits = {"segment_size": SEGMENT, "chunk_size": CHUNK}
     lengths: dict[str, Any] = {
         name: min(getattr(config, name), limit)

@@ -17,7 +17,7 @@ from mc_core import (
     TitansConfig,
 )
 from mc_core.aggregations import AGGREGATIONS
-from mc_core.config import GATES, START_MODES, VALUE_NORMS
+from mc_core.config import GATES, REMATS, START_MODES, VALUE_NORMS
 from mc_core.memories import MEMORIES
 from parity.cases import DTYPES, MASKS, METHODS, Case
 
@@ -34,7 +34,7 @@ def case(
     tokens: int = 13,
     num_layers: int = 1,
     tie_embeddings: bool = True,
-    remat: bool = False,
+    remat: str = "none",
     mixers: tuple[str, ...] = ("memory",),
     mask: str = "none",
     lengths: tuple[int, ...] | None = None,
@@ -317,7 +317,7 @@ def full() -> Iterator[Case]:
             padding=streams and level != "function" and pick_stream((True, False)),
             num_layers=num_layers,
             tie_embeddings=pick((True, False)),
-            remat=pick((True, False)),
+            remat=pick(REMATS),
             mask=pick(MASKS),
             segmentation=segmentation,
             dtype=dtype,
@@ -347,7 +347,7 @@ def _log_linear(pick: Callable[[Any], Any]) -> Iterator[Case]:
             splits=(*first, tokens - sum(first)) if streams else None,
             padding=streams and pick((True, False)),
             tie_embeddings=pick((True, False)),
-            remat=pick((True, False)),
+            remat=pick(REMATS),
             mask=pick(tuple(mask for mask in MASKS if mask != "segment")),
             dtype=dtype,
             seed=pick(range(1000)),

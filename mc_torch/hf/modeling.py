@@ -219,7 +219,7 @@ class MemoryCachingForCausalLM(PreTrainedModel, GenerationMixin):
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block.__call__, x, mask)
             else:
-                x = remat(block)(x, mask) if self.model.config.remat else block(x, mask)
+                x = remat(block, str(self.model.config.remat))(x, mask)
         return x
 
     def _extend(

@@ -168,12 +168,22 @@ def test_mixer_pattern_repeats_over_blocks():
 def test_configuration_without_mixers_uses_memories():
     old = {
         "vocab_size": 11, "num_layers": 2, "layer": LAYER, "ffn_width": None,
-        "tie_embeddings": True, "remat": False,
+        "tie_embeddings": True, "remat": "none",
     }  # fmt: skip
     config = ModelConfig.from_dict(old)
     assert config.block_layers == (MCConfig(**LAYER),) * 2
     assert config.to_dict()["mixers"] == ["memory"]
     assert ModelConfig.from_dict({**old, "mixers": "attention"}).mixers == ("attention",)
+
+
+def test_remat_of_older_configurations_is_a_boolean():
+    config = ModelConfig(9, 2, MCConfig(8, 2))
+    for old, new in ((False, "none"), (True, "full")):
+        data = config.to_dict() | {"remat": old}
+        assert ModelConfig.from_dict(data).remat == new
+        assert ModelConfig.from_dict(data).to_dict()["remat"] == new
+    with pytest.raises(ValueError, match="remat = 'some': must be one of 'none', 'full', 'dots'"):
+        ModelConfig.from_dict(config.to_dict() | {"remat": "some"})
 
 
 @pytest.mark.parametrize("name", MEMORIES)

@@ -37,12 +37,14 @@ def test_layer_residual_bytes_do_not_exceed_recorded(case):
     assert saved_bytes(MemoryCachingLayer, config, jnp.zeros((1, 64, 8))) <= SAVED_BYTES[case]
 
 
-def test_remat_saves_only_block_inputs():
+def test_remat_policies_save_less():
+    """`full` saves block inputs only; `dots` also the products of tokens with weights."""
     layer = MCConfig(8, 2, MEMORIES["dla"], "none", segment_size=8, chunk_size=4)
-    recomputed, saved = (
-        saved_bytes(
-            LanguageModel, ModelConfig(17, 1, layer, remat=remat), jnp.zeros((1, 64), jnp.int32)
-        )
-        for remat in (True, False)
+    tokens = jnp.zeros((1, 64), jnp.int32)
+    full, dots, none = (
+        saved_bytes(LanguageModel, ModelConfig(17, 1, layer, remat=remat), tokens)
+        for remat in ("full", "dots", "none")
     )
-    assert recomputed < saved / 4
+    assert full < none / 4
+    products = 3 * 8 + 2 * layer.num_heads + 8 + 2 * 24 + 8  # q, k, v; coefficients; out; SwiGLU
+    assert full + 4 * 64 * products * 0.8 < dots < full + 4 * 64 * products * 1.5

@@ -135,8 +135,9 @@ def test_greedy_generation_matches_full_passes(name):
     assert len(np.unique(found)) > 3
 
 
-def test_remat_preserves_values_and_gradients():
-    again = jax_module(dataclasses.replace(HYBRID, remat=True), jnp.float64)
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+def test_remat_preserves_values_and_gradients(remat):
+    again = jax_module(dataclasses.replace(HYBRID, remat=remat), jnp.float64)
     load_jax(again, to_jax(draw(HYBRID, "float64", seed=3)))
     with torch.no_grad():
         expected = both("hybrid")[1](torch.tensor(TOKENS))

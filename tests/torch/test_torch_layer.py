@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.cases import assert_close, make_mask
 from helpers.layer_oracle import CONFIGS, EXACT, layer_oracle
@@ -282,6 +283,20 @@ def test_model_logits_and_traces():
     assert_close([g.numpy() for g in grads[0]], [g.numpy() for g in grads[1]], 1e-12)
     with torch.autocast("cpu", torch.bfloat16):
         assert LanguageModel(MODEL)(tokens).dtype == torch.float32
+
+
+def test_remat_dots_does_not_recompute_products_with_weights():
+    """`full` recomputes them; the products of memories are recomputed under both."""
+    counts = {}
+    for remat in ("none", "full", "dots"):
+        model = LanguageModel(ModelConfig(**{**vars(MODEL), "remat": remat}))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, 6, dtype=torch.int64)).sum().backward()
+        found = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+        counts[remat] = found["aten.mm"], found["aten.bmm"]
+    (plain, memories), (full, _), (dots, recomputed) = counts.values()
+    assert dots == plain < full
+    assert recomputed > memories
 
 
 def test_invalid_inputs_are_rejected():

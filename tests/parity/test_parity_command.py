@@ -174,17 +174,14 @@ def test_first_steps_of_a_run_agree(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("warmup", [0, 3, 10])
 def test_learning_rates_agree(warmup, schedule_name):
     config = OptimizerConfig(warmup_steps=warmup, schedule=schedule_name, decay_fraction=0.4)
-    schedule = make_schedule(config, 11)
     ours = [training.learning_rate(config, step, 11) for step in range(11)]
-    np.testing.assert_allclose(ours, [schedule(step) for step in range(11)], rtol=1e-6)
+    np.testing.assert_allclose(ours, [*map(make_schedule(config, 11), range(11))], rtol=1e-6)
 
 
 def test_optimizers_without_a_twin_are_refused(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, optimizer={"name": "muon", "warmup_steps": 1})
-    assert mc(monkeypatch, "parity", "train", "--config", config, "--steps", 2) == 2
-    err = capsys.readouterr().err
-    assert "optimizer.name = 'muon'" in err
-    assert err.count("\n") == 1
+    assert mc(monkeypatch, "parity", "train", "--config", config) == 2
+    assert "optimizer.name = 'muon'" in capsys.readouterr().err
 
 
 # Detection of faults

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from helpers.interruptions import Stop
 from helpers.sweeps import write
 from helpers.tiny_run import mc, write_config
-from train.checkpoint import load_run
+from train.checkpoint import last_step, load_run
 from train.config import load_config
 from train.faults import no_faults
 from train.loop import train
@@ -70,6 +71,8 @@ def test_lock_excludes_second_trainer_but_not_readers(tmp_path, monkeypatch, cap
     def interfere(curves, step, **values):
         if step == 2:
             codes.append(mc(monkeypatch, "train", path, *words))
+            while last_step(run) < 1:  # written in the background
+                time.sleep(0.01)
             steps.append(load_run(run)[2])
             raise Stop
 

@@ -217,7 +217,7 @@ class LanguageModel(nnx.Module, Pretrained):
             ids, mask = to_paired((ids, mask), split)
         x, options = self._embed(ids), {"split": split} if split else {}
         for block in self.blocks:
-            x = _RUN[self.config.remat](block, x, mask, options)
+            x = _RUN[str(self.config.remat)](block, x, mask, options)
         if split:
             x = from_paired(x, split)
         if places is not None:

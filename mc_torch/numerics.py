@@ -126,7 +126,7 @@ def remat(function: Callable[..., Any], policy: str = "full") -> Callable[..., A
     if policy == "none":
         return function
     contexts = partial(create_selective_checkpoint_contexts, list(_WEIGHT_PRODUCTS))
-    options = {"context_fn": contexts} if policy == "dots" else {}
+    options: dict[str, Any] = {"context_fn": contexts} if policy == "dots" else {}
 
     def run(*args: Any) -> Any:
         # torch.compile decides what to save; torch.func does not support hooks on saved tensors.

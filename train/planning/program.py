@@ -49,7 +49,7 @@ def step_costs(config: TrainConfig, mesh: Mesh) -> StepCosts:
 
     return StepCosts(
         parameters=_local_bytes(state.params),
-        optimizer=_local_bytes(state.optimizer),
+        optimizer=_local_bytes((state.optimizer, state.ema)),
         temporary=total([c.temporary for c in compiled]),
         flops=total([c.costs.flops for c in compiled]),
         accessed=total([c.costs.bytes for c in compiled]),

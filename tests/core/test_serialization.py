@@ -15,7 +15,14 @@ from mc_core.checks import check_range
 from mc_core.memories import MEMORIES
 from mc_core.optimizer import OptimizerConfig
 from mc_core.serialization import Tag, from_dict, non_defaults, to_dict
-from train.config import MQARConfig, NIAHConfig, RunConfig, TextConfig, TrainConfig
+from train.config import (
+    MQARConfig,
+    NIAHConfig,
+    RunConfig,
+    TextConfig,
+    TrainConfig,
+    WeightedCorpus,
+)
 from train.sweeps.sweep_config import SweepConfig
 
 SHAPES: dict[str, type] = {}
@@ -236,7 +243,13 @@ def run_config(data: Any, memory: MemoryConfig) -> TrainConfig:
 
 def test_every_configuration_makes_a_round_trip(custom_memory):
     text = TextConfig(("x", "y"), separator="")
-    tasks = (text, MQARConfig(256, ((8, 2), (12, 3))), NIAHConfig("essay", "uuid", (64, 128)))
+    mixed = TextConfig((WeightedCorpus("x", 0.7), WeightedCorpus("y", 2.0)), validation=("z",))
+    tasks = (
+        text,
+        mixed,
+        MQARConfig(256, ((8, 2), (12, 3))),
+        NIAHConfig("essay", "uuid", (64, 128)),
+    )
     variants = [memory for cls in MEMORIES.values() for memory in cls.variants()]
     assert custom_memory() in variants
     for memory in (*variants, *EXAMPLES.values(), custom_memory(rounds=5)):

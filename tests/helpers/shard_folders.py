@@ -4,11 +4,13 @@ import hashlib
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from helpers.tiny_run import WORDS
+from train.config import TextConfig
 from train.data.documents import corpus_files, is_held_out
 from train.shards.manifest import Manifest
 from train.shards.plan import ShardOptions
@@ -48,3 +50,8 @@ def split_texts(corpus: Path, fraction: float) -> tuple[list[bytes], list[bytes]
 def stream_of(documents: list[bytes]) -> np.ndarray:
     """Return the bytes of documents, a newline after each that does not end with one."""
     return np.frombuffer(b"".join(d if d[-1:] == b"\n" else d + b"\n" for d in documents), np.uint8)
+
+
+def data_of(*folders: Path, **keys: Any) -> TextConfig:
+    """Return the data section of a run on folders of shards or text."""
+    return TextConfig(tuple(map(str, folders)), window=64, validation_fraction=0.3, **keys)

@@ -45,7 +45,8 @@ class Report:
             overview.append(f"| {step.title} | {outcome.status} | {outcome.seconds:.0f} |")
             steps[step.name], text = self._section(step, outcome)
             sections += [f"## {step.title}", "", text]
-        head = [f"# Measured on {device}", "", f"`make gpu-report`; {about}.", ""]
+        tiny = "small sizes, which only test the report; " if self._settings.tiny else ""
+        head = [f"# Measured on {device}", "", f"`make gpu-report`; {tiny}{about}.", ""]
         data = {"machine": self._machine, "steps": steps}
         _write(self._out / "report.json", json.dumps(data, indent=1) + "\n")
         _write(self._out / "report.md", "\n".join([*head, *overview, "", *sections]))

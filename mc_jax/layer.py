@@ -29,6 +29,7 @@ from mc_jax.numerics import (
     state_dtype,
 )
 from mc_jax.sharding import with_auto_axes
+from mc_jax.width import sharded_param
 
 
 class MemoryCachingLayer(Mixer):
@@ -69,10 +70,10 @@ class MemoryCachingLayer(Mixer):
         if config.has_gate_bias:
             assert config.gate_bias is not None
             bias = jnp.full(config.num_heads, config.gate_bias, param_dtype)
-            self.gate_bias = nnx.Param(bias, axes=("heads",))
+            self.gate_bias = sharded_param(bias, "heads")
         if config.learns_temperature:  # the parameter is its logarithm
             temperature = jnp.zeros(config.num_heads, param_dtype)
-            self.gate_temperature = nnx.Param(temperature, axes=("heads",))
+            self.gate_temperature = sharded_param(temperature, "heads")
         self.initial = nnx.List(initial_memory(config, rngs, param_dtype))
         if config.memory.has_layer_norm:
             self.memory_norm = MemoryNorm(

@@ -31,6 +31,7 @@ from mc_jax.numerics import (
     state_dtype,
 )
 from mc_jax.sharding import with_auto_axes
+from mc_jax.width import sharded_param
 
 
 class LogLinearAttentionLayer(Mixer):
@@ -68,7 +69,7 @@ class LogLinearAttentionLayer(Mixer):
             param_dtype=param_dtype,
             axes=("embed", "heads"),
         )
-        self.level_scale = nnx.Param(jnp.ones((h, levels), param_dtype), axes=("heads", None))
+        self.level_scale = sharded_param(jnp.ones((h, levels), param_dtype), "heads", None)
         self._add_output_norm(param_dtype=param_dtype)
 
     @with_auto_axes

@@ -27,7 +27,8 @@ from mc_jax.mixer import extend_rows
 from mc_jax.modules import Head, Linear, RMSNorm
 from mc_jax.numerics import Array, Dtype, einsum_f32, is_static
 from mc_jax.pretrained import Pretrained
-from mc_jax.sharding import FREE, constrain, gather_width, with_auto_axes
+from mc_jax.sharding import FREE, constrain, with_auto_axes
+from mc_jax.width import axes_metadata, gather_width, gather_widths
 
 # Token mixers by the class of their configuration; see `mc_core.config.MIXERS`.
 LAYERS: dict[type, Callable[..., Any]] = {
@@ -136,7 +137,7 @@ class LanguageModel(nnx.Module, Pretrained):
             param_dtype=param_dtype,
             dtype=self.dtype,
             rngs=rngs,
-            embedding_metadata={"axes": (None, "embed")},
+            embedding_metadata=axes_metadata((config.vocab_size, d), None, "embed"),
         )
         self.blocks = nnx.List(
             [
@@ -169,8 +170,9 @@ class LanguageModel(nnx.Module, Pretrained):
             ValueError: an argument has a wrong shape or dtype, or an id or place is out of range. A
                 compiled program cannot raise: a row is NaN from its first id out of range.
         """
-        x, invalid = self._hidden(tokens, mask, places)
-        return nan_where(invalid, self._logits(x))
+        embedding = self._embedding()
+        x, invalid = self._hidden(embedding, tokens, mask, places)
+        return nan_where(invalid, self._logits(x, embedding))
 
     @with_auto_axes
     def score(
@@ -198,15 +200,15 @@ class LanguageModel(nnx.Module, Pretrained):
             ValueError: see `__call__`. In a compiled program, losses are NaN and ids -1 where the
                 logits are NaN.
         """
-        x, invalid = self._hidden(tokens, mask, places)
-        scores = label_scores(
-            self._projection(), self.norm(x), labels, self.config.vocab_size, read
-        )
+        embedding = self._embedding()
+        x, invalid = self._hidden(embedding, tokens, mask, places)
+        project = self._projection(embedding)
+        scores = label_scores(project, self.norm(x), labels, self.config.vocab_size, read)
         best = scores.best if invalid is None else jnp.where(invalid, -1, scores.best)
         return LabelScores(nan_where(invalid, scores.losses), best)
 
     def _hidden(
-        self, tokens: Array, mask: Array | None, places: Array | None
+        self, embedding: Array, tokens: Array, mask: Array | None, places: Array | None
     ) -> tuple[Array, Array | None]:
         """Return outputs of the last block [b, t or p, d], and the mask of logits to set to NaN."""
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
@@ -215,7 +217,7 @@ class LanguageModel(nnx.Module, Pretrained):
         split = paired_split(self.config, ids.shape[1])
         if split:
             ids, mask = to_paired((ids, mask), split)
-        x, options = self._embed(ids), {"split": split} if split else {}
+        x, options = self._embed(ids, embedding), {"split": split} if split else {}
         for block in self.blocks:
             x = _RUN[str(self.config.remat)](block, x, mask, options)
         if split:
@@ -235,11 +237,12 @@ class LanguageModel(nnx.Module, Pretrained):
             mask: as in `__call__`.
         """
         ids, invalid = self._safe_ids(tokens, mask, self._check(tokens, mask))
-        x, traces = self._embed(ids), []
+        embedding = self._embedding()
+        x, traces = self._embed(ids, embedding), []
         for block in self.blocks:
             x, trace = block.inspect(x, mask)
             traces.append(trace)
-        return nan_where(invalid, self._logits(x)), tuple(traces)
+        return nan_where(invalid, self._logits(x, embedding)), tuple(traces)
 
     def init_cache(
         self,
@@ -308,14 +311,15 @@ class LanguageModel(nnx.Module, Pretrained):
             read = first_tokens(count, tokens.shape[1])
             read = read if mask is None else read & mask
         ids, invalid = self._safe_ids(tokens, read, in_range)
-        x, new = self._embed(ids), []
+        embedding = self._embedding()
+        x, new = self._embed(ids, embedding), []
         for block, block_cache in zip(self.blocks, cache, strict=True):
             x, block_cache = block.extend(x, block_cache, mask, count)
             new.append(block_cache)
         if invalid is not None:
             invalid = invalid | (cache[0].position >= INVALIDATED)[:, None]
             new = [invalidate_rows(block_cache, invalid[:, -1]) for block_cache in new]
-        return nan_where(invalid, self._logits(x)), tuple(new)
+        return nan_where(invalid, self._logits(x, embedding)), tuple(new)
 
     def _check(
         self,
@@ -335,19 +339,24 @@ class LanguageModel(nnx.Module, Pretrained):
         ids, out_of_range = safe_ids(tokens, self.config.vocab_size, mask)
         return ids, None if in_range else cumulative_any(out_of_range)
 
-    def _embed(self, ids: Array) -> Array:
-        embedding = gather_width(self.embed.embedding).astype(self.dtype)
+    def _embed(self, ids: Array, embedding: Array) -> Array:
+        embedding = embedding.astype(self.dtype)
         return constrain(jnp.take(embedding, ids, axis=0), "batch", FREE, None)
 
-    def _logits(self, x: Array) -> Array:
-        return self._projection()(self.norm(x))
+    def _embedding(self) -> Array:
+        """Return the table [vocab_size, d]; call it once, because devices may have to gather it."""
+        return gather_width(self.embed.embedding)
 
-    def _projection(self) -> Callable[[Array], Array]:
+    def _logits(self, x: Array, embedding: Array | None = None) -> Array:
+        embedding = self._embedding() if embedding is None else embedding
+        return self._projection(embedding)(self.norm(x))
+
+    def _projection(self, embedding: Array) -> Callable[[Array], Array]:
         """Return the map of normalized tokens [b, t, d] to logits, a pytree of its parameters."""
         if self.config.tie_embeddings:
-            return Partial(_project_tied, gather_width(self.embed.embedding))
+            return Partial(_project_tied, embedding)
         graphdef, state = nnx.split(self.head)
-        return Partial(partial(_project, graphdef), state)
+        return Partial(partial(_project, graphdef), gather_widths(state))
 
 
 def _project_tied(embedding: Array, x: Array) -> Array:

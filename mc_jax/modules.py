@@ -11,7 +11,7 @@ from mc_core.config import MCConfig
 from mc_core.log_linear import LogLinearConfig
 from mc_jax.head_copies import HeadCopies
 from mc_jax.numerics import Array, Dtype, einsum_f32, expand_leading_dims, rms_norm, state_dtype
-from mc_jax.sharding import gather_width
+from mc_jax.width import gather_width, sharded_param
 
 START_MARGIN = 1e-3  # minimum distance of initial coefficients from the ends, relative to the range
 
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
     ):
         draw = nnx.initializers.lecun_normal()
         kernel = draw(rngs.params(), (in_features, out_features), param_dtype)
-        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel = sharded_param(kernel, *axes)
 
     def __call__(self, x: Array | HeadCopies) -> Array:
         """Map [..., in] to [..., out]."""
@@ -90,11 +90,11 @@ class Coefficient(nnx.Module):
         if self.mode == "constant":
             return
         bias = np.full(self.heads, np.log(fraction) - np.log1p(-fraction))
-        self.bias = nnx.Param(jnp.asarray(bias, param_dtype), axes=("heads",))
+        self.bias = sharded_param(jnp.asarray(bias, param_dtype), "heads")
         if self.mode == "token":
             draw = nnx.initializers.normal(0.02)
             kernel = draw(rngs.params(), (config.d_model, self.heads), param_dtype)
-            self.kernel = nnx.Param(kernel, axes=("embed", "heads"))
+            self.kernel = sharded_param(kernel, "embed", "heads")
 
     def __call__(self, x: Array | HeadCopies) -> Array:
         """Return the coefficient [b, t, h] of tokens [b, t, d], in the state dtype."""
@@ -118,7 +118,7 @@ class ShortConv(nnx.Module):
 
     def __init__(self, width: int, features: int, *, param_dtype: Dtype):
         kernel = jnp.zeros((width, features), param_dtype).at[-1].set(1)
-        self.kernel = nnx.Param(kernel, axes=(None, "heads"))
+        self.kernel = sharded_param(kernel, None, "heads")
 
     def __call__(self, x: Array, before: Array | None = None) -> Array:
         """Convolve tokens [b, t, d] over t, after `before` [b, width - 1, d] or zeros."""
@@ -153,7 +153,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, *shape: int, param_dtype: Dtype):
         axes = ("heads", None) if len(shape) == 2 else (None,)
-        self.scale = nnx.Param(jnp.ones(shape, param_dtype), axes=axes)
+        self.scale = sharded_param(jnp.ones(shape, param_dtype), *axes)
 
     def __call__(self, x: Array) -> Array:
         """Normalize `x` [..., *shape]."""
@@ -164,8 +164,8 @@ class MemoryNorm(nnx.Module):
     """Gain and bias of a memory's layer norm; not updated by the inner loop."""
 
     def __init__(self, heads: int, width: int, *, param_dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones((heads, width), param_dtype), axes=("heads", None))
-        self.bias = nnx.Param(jnp.zeros((heads, width), param_dtype), axes=("heads", None))
+        self.scale = sharded_param(jnp.ones((heads, width), param_dtype), "heads", None)
+        self.bias = sharded_param(jnp.zeros((heads, width), param_dtype), "heads", None)
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -186,5 +186,4 @@ def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.V
         scale = np.asarray(i**-0.5, dtype)
         return jax.random.normal(rngs.params(), (h, o, i), dtype) * scale
 
-    axes = ("heads", None, None)
-    return [nnx.Param(draw(i, o), axes=axes) for i, o in pairwise(dims)]
+    return [sharded_param(draw(i, o), "heads", None, None) for i, o in pairwise(dims)]

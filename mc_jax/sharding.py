@@ -219,15 +219,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def gather_width(param: nnx.Variable) -> jax.Array:
-    """Return the value [...] of a parameter, whole along the model's width.
-
-    Otherwise XLA may shard the activations along the width, and communicate them at each product.
-    """
-    axes = [None if axis == "embed" else axis for axis in param.get_metadata().get("axes", ())]
-    return constrain(param[...], *axes)
-
-
 def with_auto_axes(method: Method) -> Method:
     """Let a method of a module run under a mesh of Explicit axes, the default of `jax.make_mesh`.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from mc_jax.sharding import RULES, num_shards
+from mc_jax.width import gather_parts, scatter_sum, width_dim
 
 Tree = Any
 # (parameters, other state, microbatch) -> (sum of the losses, other state)
@@ -24,8 +25,10 @@ def make_gradients(
 
     A microbatch's loss is its sum of losses divided by its weight. Each device sums the gradients
     of its own rows over the microbatches, in at least float32, and the devices reduce the sums
-    once. For this, with several microbatches, devices hold parameters whole along the
-    width during the step. A single microbatch gathers each parameter where it is used.
+    once: by a reduce-scatter over those that share the parameters, and an all-reduce over
+    those that hold the same ones. For this, with several microbatches, devices hold parameters
+    whole along the width during the step. A single microbatch gathers each parameter where it is
+    used.
 
     Args:
         sum_losses: the sum of a microbatch's losses, and the updated state.
@@ -46,21 +49,18 @@ def make_gradients(
 
     def accumulate(params: Tree, rest: Tree, batch: Any, weights: jax.Array) -> Any:
         first = (jnp.zeros(()), jax.tree.map(_zeros, params), rest)
-        if len(weights) == 1:
-            return add(params, first, jax.tree.map(lambda x: x[0], (batch, weights)))[0]
         return jax.lax.scan(partial(add, params), first, (batch, weights))[0]
-
-    splits_width = shardings is not None and num_shards(_mesh(shardings), "embed") > 1
 
     def gradients(params: Tree, rest: Tree, batch: Any) -> tuple[jax.Array, Tree, Tree]:
         count = len(jax.tree.leaves(batch)[0])
         weights = jax.vmap(weight_of)(batch) * count
         if shardings is None:
             return accumulate(params, rest, batch, weights)
-        summed = (
-            _on_own_rows(accumulate, shardings) if count > 1 or not splits_width else accumulate
-        )
-        with use_abstract_mesh(_mesh(shardings).abstract_mesh):
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        summed = accumulate
+        if num_shards(mesh, "batch") > 1:
+            summed = _on_own_rows(accumulate, shardings, gathers=count > 1)
+        with use_abstract_mesh(mesh.abstract_mesh):
             loss, gradient, rest = summed(params, rest, batch, weights)
         return loss, jax.lax.with_sharding_constraint(gradient, shardings), rest
 
@@ -71,27 +71,50 @@ def _zeros(x: jax.Array) -> jax.Array:
     return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _mesh(shardings: Tree) -> Mesh:
-    return jax.tree.leaves(shardings)[0].mesh
+def _on_own_rows(
+    accumulate: Callable[..., Any], shardings: Tree, *, gathers: bool
+) -> Callable[..., Any]:
+    """Call `accumulate` on each device's rows, and sum losses and gradients over the devices.
 
-
-def _on_own_rows(accumulate: Callable[..., Any], shardings: Tree) -> Callable[..., Any]:
-    """Call `accumulate` on each device's rows, and sum losses and gradients over the devices."""
-    mesh = _mesh(shardings)
+    Args:
+        accumulate: maps parameters, other state, batch and weights to loss, gradient and state.
+        shardings: of the parameters.
+        gathers: gather all parameters before the call; otherwise, the model gathers those of which
+            a device has a part (`gather_width`).
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
     axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
-    if num_shards(mesh, "batch") == 1:
-        return accumulate
+    copies = tuple(axis for axis in axes if axis not in RULES["embed"])
+    shares_width = copies != axes
+
+    def dim_of(sharding: NamedSharding) -> int | None:
+        return width_dim(sharding.spec) if shares_width else None
+
+    def part(sharding: NamedSharding) -> PartitionSpec:
+        dim = dim_of(sharding)
+        return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, RULES["embed"])
+
+    def gather(param: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return param if dim_of(sharding) is None else gather_parts(param, sharding.spec)
+
+    def reduce(gradient: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if dim_of(sharding) is None:
+            return jax.lax.psum(gradient, axes)
+        if gathers:  # otherwise, this is the transpose of the model's gather
+            gradient = scatter_sum(gradient, sharding.spec)
+        return jax.lax.psum(gradient, copies) if copies else gradient
 
     def local(params: Tree, rest: Tree, batch: Any, weights: jax.Array) -> Any:
-        loss, gradient, rest = accumulate(params, rest, batch, weights)
-        return *jax.lax.psum((loss, gradient), axes), rest
+        whole = jax.tree.map(gather, params, shardings) if gathers else params
+        loss, gradient, rest = accumulate(whole, rest, batch, weights)
+        return jax.lax.psum(loss, axes), jax.tree.map(reduce, gradient, shardings), rest
 
-    whole, rows = PartitionSpec(), PartitionSpec(None, axes)
+    parts, whole, rows = jax.tree.map(part, shardings), PartitionSpec(), PartitionSpec(None, axes)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(whole, whole, rows, whole),
-        out_specs=whole,
+        in_specs=(parts, whole, rows, whole),
+        out_specs=(whole, parts, whole),
         axis_names=set(axes),
         check_vma=False,
     )

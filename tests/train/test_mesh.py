@@ -1,26 +1,33 @@
 """Training on meshes of eight devices: equal to one device, with the least communication."""
 
 import dataclasses
+import math
+import re
 from collections import Counter
 from functools import cache
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from helpers.collectives import Collective, collectives
 from helpers.tiny_run import TINY
 from mc_core.aggregations import AGGREGATIONS
 from mc_core.memories import MEMORIES
-from mc_jax.sharding import num_shards, split_rows
+from mc_jax.sharding import split_rows
 from train.config import TrainConfig, from_dict
 from train.mesh import open_mesh
-from train.step import TrainState, build
+from train.optimizer import make_optimizer
+from train.planning.hlo import measure, parse
+from train.step import Metrics, TrainState, build, token_losses
 
 MESHES = {
     "one": {},
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
+    "rows": {"data": 2, "fsdp": 4},
     "heads": {"data": 1, "heads": 8},
     "all": {"data": 2, "fsdp": 2, "heads": 2},
 }
@@ -119,10 +126,17 @@ def assert_close(tree, expected, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-DATA, FSDP = (pytest.param(mesh, 2, marks=pytest.mark.slow) for mesh in ("data", "fsdp"))
+CASES = [("data", 2), ("all", 1)]
+SLOW_CASES = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("fsdp", 1), ("fsdp", 2), ("rows", 1), ("rows", 2), ("all", 2))
+]
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [DATA, FSDP, ("all", 1)])
+@pytest.mark.parametrize(
+    ("mesh", "accumulation"),
+    [("all", 1), pytest.param("data", 2, marks=pytest.mark.slow), *SLOW_CASES],
+)
 def test_mesh_trains_like_one_device(mesh, accumulation):
     assert_equal_training(*QUICK, mesh, accumulation)
 
@@ -136,50 +150,123 @@ def test_every_memory_and_aggregation_trains_on_every_mesh(memory, aggregation, 
     assert_equal_training(memory, aggregation, mesh, accumulation)
 
 
-def local_parameters(state: TrainState) -> Counter[int]:
-    """Count the parameters by size on a device, whole along the width."""
-    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-    shards = num_shards(mesh, "heads")
-    sizes = [
-        x.size // (shards if "heads" in jax.tree.leaves(tuple(x.sharding.spec)) else 1)
-        for x in jax.tree.leaves(state.params)
+def instructions(step: jax.stages.Compiled) -> Counter[str]:
+    """Count the instructions of a program by operation, shape and layout."""
+    return Counter(re.findall(r"= (\S+ [a-z-]+)\(", step.as_text()))
+
+
+def test_one_device_runs_the_program_without_a_mesh():
+    """The step of a mesh of one device has no constraint, copy or other instruction more."""
+    config = config_of(*QUICK, "one", 1)
+    graphdef, state, _ = build(config)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+
+    def plain(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
+        def loss_of(params, rest, tokens):
+            losses, rest = token_losses(graphdef, params, rest, tokens)
+            return losses.mean(), rest
+
+        def add(carry, tokens):
+            total, gradient, rest = carry
+            (loss, rest), new = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, rest, tokens
+            )
+            return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
+
+        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.rest)
+        (loss, gradient, rest), _ = jax.lax.scan(add, first, batch)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jax.tree.map(
+            lambda x: jnp.isfinite(x).all(), {"gradient": gradient, "parameter": params}
+        )
+        flags = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)])
+        metrics = Metrics(loss, optax.tree.norm(gradient), flags.all(), finite)
+        return TrainState(params, moments, rest), metrics
+
+    tokens = np.zeros((1, ROWS, TOKENS + 1), np.int32)
+    expected = jax.jit(plain, donate_argnums=0).lower(state, tokens).compile()
+    assert instructions(compiled(*QUICK, "one", 1)[2]) == instructions(expected)
+
+
+class Communicated(NamedTuple):
+    """An array that a program communicates; a collective may have several."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]  # of the result on one device
+    in_loop: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def communicated(*case) -> list[Communicated]:
+    costs = measure(parse(compiled(*case)[2].as_text()))
+    return [
+        Communicated(c.kind, dtype, shape, c.in_loop)
+        for c in costs.collectives
+        for dtype, shape in c.results
     ]
-    return Counter(sizes)
 
 
-def reductions(found: list[Collective]) -> Counter[int]:
-    """Count the reduced arrays by size, without scalars."""
-    return Counter(x.size for x in found if x.kind == "all-reduce" and x.shape)
+def sizes_of(found: list[Communicated], kind: str) -> Counter[int]:
+    """Count the arrays by size, without scalars."""
+    return Counter(x.size for x in found if x.kind == kind and x.shape)
+
+
+def split_parameters(*case) -> tuple[Counter[int], Counter[int]]:
+    """Count the parameters by size on a device: with a width that is sharded, whole, and others."""
+    with_width, others = Counter(), Counter()
+    for x in jax.tree.leaves(compiled(*case)[0].params):
+        axes = jax.tree.leaves(tuple(x.sharding.spec))
+        sizes = {axis: x.sharding.mesh.shape[axis] for axis in axes}
+        size = x.size // sizes.get("heads", 1)
+        (with_width if sizes.get("fsdp", 1) > 1 else others)[size] += 1
+    return with_width, others
+
+
+def divided(sizes: Counter[int], parts: int) -> Counter[int]:
+    return Counter({size // parts: count for size, count in sizes.items()})
 
 
 def activations(mesh: str, accumulation: int) -> Counter[int]:
     """Count the reductions of activations: of each block's two parts, forward and backward."""
     sizes = MESHES[mesh]
+    if sizes.get("heads", 1) == 1:
+        return Counter()
     rows = ROWS // accumulation // sizes["data"] // sizes.get("fsdp", 1)
     return Counter({rows * TOKENS * WIDTH: 4 * TINY["model"]["num_layers"]})
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [("data", 2), FSDP, ("all", 1)])
+@pytest.mark.parametrize(("mesh", "accumulation"), [*CASES, *SLOW_CASES])
 def test_each_gradient_is_reduced_once(mesh, accumulation):
-    """In float32, after the sum over microbatches; tied embeddings under fsdp are reduced twice."""
-    state, _, step = compiled(*QUICK, mesh, accumulation)
-    found, expected = collectives(step), local_parameters(state)
-    if accumulation == 1:
-        expected += activations(mesh, accumulation) + Counter([256 * WIDTH])
-    assert reductions(found) == expected
-    assert {x.dtype for x in found if x.kind == "all-reduce"} <= {"f32", "pred"}
-    assert not any(x.in_loop for x in found)
+    """In float32, after the sum over microbatches; only the parts that a device holds."""
+    found = communicated(*QUICK, mesh, accumulation)
+    with_width, others = split_parameters(*QUICK, mesh, accumulation)
+    parts = MESHES[mesh].get("fsdp", 1)
+    assert sizes_of(found, "reduce-scatter") == divided(with_width, parts)
+    copied = divided(with_width, parts) if MESHES[mesh]["data"] > 1 else Counter()
+    expected = copied + others + activations(mesh, accumulation)
+    assert sizes_of(found, "all-reduce") == expected
+    assert {x.dtype for x in found if "reduce" in x.kind} <= {"f32", "pred"}
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [("data", 2), FSDP, ("all", 1)])
+@pytest.mark.parametrize(("mesh", "accumulation"), [*CASES, *SLOW_CASES])
 def test_only_parameters_are_gathered(mesh, accumulation):
     """No state, score or activation is; parameters once, along the width."""
-    state, _, step = compiled(*QUICK, mesh, accumulation)
-    found = collectives(step)
-    gathered = Counter(x.size for x in found if x.kind == "all-gather")
-    assert gathered <= local_parameters(state)
-    assert bool(gathered) == ("fsdp" in MESHES[mesh])
-    assert {x.kind for x in found} <= {"all-reduce", "all-gather"}
+    found = communicated(*QUICK, mesh, accumulation)
+    assert sizes_of(found, "all-gather") == split_parameters(*QUICK, mesh, accumulation)[0]
+    assert {x.kind for x in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), [*CASES, *SLOW_CASES])
+def test_only_the_loop_over_microbatches_communicates(mesh, accumulation):
+    """There, shards of the heads add their activations, in each microbatch."""
+    found = communicated(*QUICK, mesh, accumulation)
+    in_loop = Counter(x.size for x in found if x.in_loop)
+    assert in_loop == (activations(mesh, accumulation) if accumulation > 1 else Counter())
 
 
 @pytest.mark.slow
@@ -187,8 +274,7 @@ def test_only_parameters_are_gathered(mesh, accumulation):
 @pytest.mark.parametrize("case", [QUICK, ("linear", "grm"), ("swla", "soup"), ("delta", "mean")])
 def test_heads_reduce_only_activations(case, accumulation):
     """Input gradients of q, k, v, u and coefficients are added before one reduction."""
-    _, _, step = compiled(*case, "heads", accumulation)
-    found = collectives(step)
+    found = communicated(*case, "heads", accumulation)
     assert {x.kind for x in found} == {"all-reduce"}
-    assert reductions(found) == activations("heads", accumulation)
+    assert sizes_of(found, "all-reduce") == activations("heads", accumulation)
     assert all(x.in_loop == (accumulation > 1) for x in found if x.shape)

@@ -52,7 +52,7 @@ class Instruction:
     @property
     def bytes(self) -> float:
         """Number of bytes of the results."""
-        return sum(_item(dtype) * math.prod(dims) for dtype, dims in self.shapes)
+        return _bytes_of(self.shapes)
 
 
 class Program(NamedTuple):
@@ -68,10 +68,15 @@ class Collective(NamedTuple):
 
     kind: str
     sent: float  # bytes that a device sends per execution
-    result: float  # bytes of the result on a device
+    results: tuple[tuple[str, tuple[int, ...]], ...]  # dtype and dimensions on a device
     groups: tuple[tuple[int, ...], ...]  # devices that communicate
     times: int  # number of executions
     in_loop: bool
+
+    @property
+    def result(self) -> float:
+        """Number of bytes of the results on a device."""
+        return _bytes_of(self.results)
 
 
 @dataclass
@@ -152,6 +157,10 @@ def _closing(text: str) -> int:
     raise ValueError(f"HLO: brackets do not match: {text[:80]}")
 
 
+def _bytes_of(arrays: Sequence[tuple[str, Sequence[int]]]) -> float:
+    return sum(_item(dtype) * math.prod(dims) for dtype, dims in arrays)
+
+
 def _item(dtype: str) -> float:
     """Return the bytes of an element; types without a size, such as tokens, have none."""
     digits = re.search(r"\d+", dtype)
@@ -175,7 +184,7 @@ def _add(program: Program, name: str, costs: Costs, times: int, *, in_loop: bool
             groups = _groups(x, program)
             if len(groups[0]) > 1:
                 sent = _SENT[kind](sum(operands), x.bytes, len(groups[0]))
-                costs.collectives.append(Collective(kind, sent, x.bytes, groups, times, in_loop))
+                costs.collectives.append(Collective(kind, sent, x.shapes, groups, times, in_loop))
         elif x.opcode in ("call", "async-start"):
             for called in _CALLED.findall(x.text):
                 _add(program, called, costs, times, in_loop=in_loop)

@@ -12,7 +12,7 @@ from mc_jax.sharding import RULES, automatic_axes, constrain
 
 
 def sharded_param(value: jax.Array, *axes: str | None) -> nnx.Param:
-    """Return a parameter with named axes, for `parameter_shardings` and `gather_width`.
+    """Return a parameter [...] with named axes, for `parameter_shardings` and `gather_width`.
 
     Args:
         value: the parameter, whole.
@@ -58,7 +58,7 @@ def width_dim(spec: PartitionSpec) -> int | None:
 
 
 def gather_parts(part: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Gather the parts of the devices, in a `jax.shard_map` over `fsdp`.
+    """Gather an array [...] from the parts of the devices, in a `jax.shard_map` over `fsdp`.
 
     Args:
         part: the device's part of an array along the width.
@@ -69,7 +69,10 @@ def gather_parts(part: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def scatter_sum(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Return the device's part of the sum over the devices; the transpose of `gather_parts`."""
+    """Return the device's part of the sum over the devices of x [...].
+
+    It is the transpose of `gather_parts`; `spec` is that of the sum.
+    """
     dim, axes = width_dim(spec), RULES["embed"]
     scatter = partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
     return _on_each_device(scatter, x, spec)

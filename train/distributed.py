@@ -1,5 +1,6 @@
 """Several processes: how they start, agree on errors, share the data and end."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def initialize(requested: bool, cpu_devices: int) -> None:
     if requested or in_cluster or COORDINATOR in os.environ:
         counts = (numbers[name] for name in (COUNT, *CLUSTERS))
         processes = next((count for count in counts if count is not None), 1)
+        # At SIGTERM, Orbax prints the step in every process. The command prints it once.
+        logging.getLogger("absl").addFilter(lambda x: "preemption sync point" not in x.getMessage())
         try:
             jax.distributed.initialize(num_processes=numbers[COUNT], process_id=numbers[INDEX])
         except (ValueError, RuntimeError) as error:

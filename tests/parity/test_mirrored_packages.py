@@ -14,6 +14,7 @@ JAX, TORCH = ROOT / "mc_jax", ROOT / "mc_torch"
 JAX_ONLY_FILES = {
     "head_copies.py",
     "sharding.py",
+    "width.py",
     "context.py",
     "context_attention.py",
     "context_memory.py",

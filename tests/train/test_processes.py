@@ -48,7 +48,8 @@ def start(config: Path, *words: str) -> list[subprocess.Popen]:
 def outputs(folder: Path) -> list[str]:
     """Return stdout and stderr of both processes, without the lines of XLA's own libraries."""
     texts = [(folder / f"{name}{n}").read_text() for name in ("out", "err") for n in range(2)]
-    return ["".join(x for x in text.splitlines(True) if "[Gloo]" not in x) for text in texts]
+    library = re.compile(r".*(?:\[Gloo\]|preemption_notifier\.cc).*\n")
+    return [library.sub("", text) for text in texts]
 
 
 def wait_for(condition, processes, seconds: float = 240) -> None:
@@ -64,37 +65,73 @@ def parameters(run) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(split(load_run(run)[1])[1])]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_pictures")
-def test_killed_process_ends_the_run_and_both_resume_it(tmp_path):
-    """SIGKILL in mid-run; the resumed run equals that of one process with eight devices."""
-    run = tmp_path / "runs" / "tiny"
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
     # Small steps, because large ones enlarge differences of rounding.
     optimizer = TINY["optimizer"] | {"learning_rate": 1e-3, "eps": 1e-3}
-    sections = {"run": TINY["run"] | RUN | {"directory": str(run)}, "optimizer": optimizer}
-    config = write_config(tmp_path, **sections)
-    words = ["run.mesh.data=8"]
-    processes = start(config, *words)
+    run = TINY["run"] | RUN | {"directory": str(tmp_path / "runs" / "tiny")}
+    return write_config(tmp_path, run=run, optimizer=optimizer)
+
+
+def train_until(number: signal.Signals, config: Path, *words: str) -> list[int]:
+    """Train with two processes, send a signal to the second one, and return the exit codes."""
+    run, processes = config.parent / "runs" / "tiny", start(config, *words)
     try:
         wait_for(lambda: len(read_rows(run)) > 3, processes)
-        processes[1].send_signal(signal.SIGKILL)
-        assert processes[1].wait() == -signal.SIGKILL
-        assert processes[0].wait(timeout=240) != 0  # JAX aborts it
-        assert len(read_rows(run)) < RUN["steps"], "the run ended before the signal"
-        processes = start(config, *words)
+        processes[1].send_signal(number)
+        return [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def assert_resumes(
+    config: Path, *words: str, steps: int = RUN["steps"], atol: float = 1e-6
+) -> list[str]:
+    """Resume with two processes, compare with a single one, and return the outputs."""
+    run, processes = config.parent / "runs" / "tiny", start(config, *words)
+    try:
         codes = [process.wait(timeout=480) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    out, *others = outputs(tmp_path)
-    assert codes == [0, 0], others
-    assert "resuming from step" in out
-    assert others == ["", "", ""]
-    assert [row["step"] for row in read_rows(run) if "loss" in row] == list(range(1, 9))
-    alone = load_config(config, [*words, f"run.directory={tmp_path / 'alone'}"])
-    train(alone, Console(file=io.StringIO()))
-    for a, b in zip(parameters(run), parameters(tmp_path / "alone"), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    texts = outputs(config.parent)
+    assert codes == [0, 0], texts
+    assert texts[1:] == ["", "", ""]
+    steps_of_rows = [row["step"] for row in read_rows(run) if "loss" in row]
+    assert steps_of_rows == list(range(1, steps + 1))
+    alone = config.parent / "alone"
+    train(load_config(config, [*words, f"run.directory={alone}"]), Console(file=io.StringIO()))
+    for a, b in zip(parameters(run), parameters(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
+def test_killed_process_ends_the_run_and_both_resume_it(config):
+    """SIGKILL in mid-run; the resumed run equals that of one process with eight devices."""
+    codes = train_until(signal.SIGKILL, config, "run.mesh.data=8")
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0  # JAX aborts it
+    assert len(read_rows(config.parent / "runs" / "tiny")) < RUN["steps"], "ended too early"
+    assert "resuming from step" in assert_resumes(config, "run.mesh.data=8")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
+def test_terminated_process_saves_all_at_the_same_step(config):
+    """SIGTERM of one process ends both with one line; the run resumes from that step."""
+    words = ["run.mesh.data=8", "run.steps=60", "run.save_every=50"]
+    assert train_until(signal.SIGTERM, config, *words) == [143, 143]
+    errors = outputs(config.parent)[2:]
+    assert errors[0] == errors[1]
+    assert errors[0].count("\n") == 1
+    step = int(re.search(r"from step (\d+)\n", errors[0])[1])
+    assert step % 50, "the signal came too late"
+    # Differences of rounding grow with the number of steps.
+    out = assert_resumes(config, *words, steps=60, atol=1e-4)[0]
+    assert f"resuming from step {step} of 60" in out
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from helpers.tiny_run import TINY
@@ -19,9 +18,8 @@ from mc_core.memories import MEMORIES
 from mc_jax.sharding import split_rows
 from train.config import TrainConfig, from_dict
 from train.mesh import open_mesh
-from train.optimizer import make_optimizer
 from train.planning.hlo import measure, parse
-from train.step import Metrics, TrainState, build, token_losses
+from train.step import TrainState, build
 
 MESHES = {
     "one": {},
@@ -155,37 +153,33 @@ def instructions(step: jax.stages.Compiled) -> Counter[str]:
     return Counter(re.findall(r"= (\S+ [a-z-]+)\(", step.as_text()))
 
 
-def test_one_device_runs_the_program_without_a_mesh():
-    """The step of a mesh of one device has no constraint, copy or other instruction more."""
-    config = config_of(*QUICK, "one", 1)
-    graphdef, state, _ = build(config)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+def plain_gradients(sum_losses, weight_of, shardings):
+    """Return a function like that of `make_gradients`, without meshes."""
 
-    def plain(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
-        def loss_of(params, rest, tokens):
-            losses, rest = token_losses(graphdef, params, rest, tokens)
-            return losses.mean(), rest
+    def gradients(params, rest, batch):
+        weights = jax.vmap(weight_of)(batch) * len(batch)
 
-        def add(carry, tokens):
+        def add(carry, inputs):
+            def loss_of(params, rest):
+                loss, rest = sum_losses(params, rest, inputs[0])
+                return loss / inputs[1], rest
+
             total, gradient, rest = carry
-            (loss, rest), new = jax.value_and_grad(loss_of, has_aux=True)(
-                state.params, rest, tokens
-            )
+            (loss, rest), new = jax.value_and_grad(loss_of, has_aux=True)(params, rest)
             return (total + loss, jax.tree.map(jnp.add, gradient, new), rest), None
 
-        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), state.rest)
-        (loss, gradient, rest), _ = jax.lax.scan(add, first, batch)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jax.tree.map(
-            lambda x: jnp.isfinite(x).all(), {"gradient": gradient, "parameter": params}
-        )
-        flags = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)])
-        metrics = Metrics(loss, optax.tree.norm(gradient), flags.all(), finite)
-        return TrainState(params, moments, rest), metrics
+        first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), rest)
+        return jax.lax.scan(add, first, (batch, weights))[0]
 
-    tokens = np.zeros((1, ROWS, TOKENS + 1), np.int32)
-    expected = jax.jit(plain, donate_argnums=0).lower(state, tokens).compile()
+    return gradients
+
+
+def test_one_device_runs_the_program_without_a_mesh(monkeypatch):
+    """The step of a mesh of one device has no constraint, copy or other instruction more."""
+    monkeypatch.setattr("train.step.make_gradients", plain_gradients)
+    _, state, step = build(config_of(*QUICK, "one", 1))
+    expected = step.lower(state, np.zeros((1, ROWS, TOKENS + 1), np.int32)).compile()
+    monkeypatch.undo()
     assert instructions(compiled(*QUICK, "one", 1)[2]) == instructions(expected)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -182,6 +183,7 @@ def _outcome(
 
 def start(step: ReportStep, settings: Settings) -> subprocess.Popen[bytes]:
     """Start the process of a step, without output files of an earlier run."""
+    shutil.rmtree(settings.folder / step.name, ignore_errors=True)
     for suffix in ("json", "md"):
         (settings.folder / f"{step.name}.{suffix}").unlink(missing_ok=True)
     with open(settings.folder / f"{step.name}.log", "wb") as log:

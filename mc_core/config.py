@@ -226,6 +226,7 @@ class MCConfig(Serializable):
 
 
 REMATS = ("none", "full", "dots")
+SCANNED = 4  # repetitions of a model's mixers that are scanned by default
 LayerConfig = MCConfig | AttentionConfig | LogLinearConfig
 
 
@@ -253,6 +254,9 @@ class ModelConfig(Serializable):
         num_levels: number of levels of a `log_linear` block, for at most `2 ** (num_levels - 1)`
             tokens.
         num_kv_heads: number of heads of keys and values of `attention` and `window`; None = all.
+        scan_layers: run the repetitions of `mixers` in one compiled loop (JAX only), which compiles
+            faster and limits temporary memory; None = if there are at least `SCANNED`. Weights and
+            checkpoints do not depend on it.
     """
 
     vocab_size: int
@@ -266,6 +270,7 @@ class ModelConfig(Serializable):
     rope_base: float = 10000.0
     num_levels: int = 16
     num_kv_heads: int | None = None
+    scan_layers: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -297,6 +302,13 @@ class ModelConfig(Serializable):
     def ffn_dim(self) -> int:
         """Hidden width of the SwiGLU, 0 without one."""
         return -(-8 * self.layer.d_model // 24) * 8 if self.ffn_width is None else self.ffn_width
+
+    @property
+    def scans_layers(self) -> bool:
+        """True if the repetitions of `mixers` run in one compiled loop."""
+        if self.scan_layers is None:
+            return self.num_layers // len(self.mixers) >= SCANNED
+        return self.scan_layers
 
     @property
     def block_layers(self) -> tuple[LayerConfig, ...]:

@@ -13,6 +13,7 @@ from mc_core.argument_checks import check_tokens
 from mc_core.cache_checks import INVALIDATED, check_extend_tokens
 from mc_core.config import LayerConfig, ModelConfig
 from mc_jax.attention import AttentionLayer
+from mc_jax.block_scan import scan_blocks
 from mc_jax.cache import AnyCache
 from mc_jax.cache_rows import invalidate_rows
 from mc_jax.chunk_layout import first_tokens
@@ -218,8 +219,16 @@ class LanguageModel(nnx.Module, Pretrained):
         if split:
             ids, mask = to_paired((ids, mask), split)
         x, options = self._embed(ids, embedding), {"split": split} if split else {}
-        for block in self.blocks:
-            x = _RUN[str(self.config.remat)](block, x, mask, options)
+        apply = _RUN[str(self.config.remat)]
+
+        def run(block: nnx.Module, x: Array) -> Array:
+            return apply(block, x, mask, options)
+
+        if self.config.scans_layers:
+            x = scan_blocks(self.blocks, len(self.config.mixers), run, x)
+        else:
+            for block in self.blocks:
+                x = run(block, x)
         if split:
             x = from_paired(x, split)
         if places is not None:

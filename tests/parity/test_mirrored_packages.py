@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 JAX, TORCH = ROOT / "mc_jax", ROOT / "mc_torch"
-# Sequences split over devices are JAX only.
+# Sequences split over devices and scanned blocks are JAX only.
 JAX_ONLY_FILES = {
+    "block_scan.py",
     "head_copies.py",
     "sharding.py",
     "width.py",

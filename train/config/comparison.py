@@ -4,7 +4,7 @@ from typing import Any
 
 # Keys without an effect on the parameters, apart from rounding. They may change when a run is
 # resumed.
-FREE_KEYS = frozenset(
+FREE_KEYS = {"model.scan_layers"} | {
     f"run.{key}"
     for key in (
         "directory",
@@ -22,7 +22,7 @@ FREE_KEYS = frozenset(
         "profile",
         "peak_flops",
     )
-)
+}
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:

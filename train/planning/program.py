@@ -62,7 +62,8 @@ def step_costs(config: TrainConfig, mesh: Mesh) -> StepCosts:
 
 
 def _with_blocks(config: TrainConfig, count: int) -> TrainConfig:
-    model = dataclasses.replace(config.model, num_layers=count)
+    scans = config.model.scans_layers  # else fewer blocks may not be scanned
+    model = dataclasses.replace(config.model, num_layers=count, scan_layers=scans)
     return dataclasses.replace(config, model=model)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mc_core import MCConfig, ModelConfig, TitansConfig
@@ -54,6 +54,18 @@ def draw_windows(text: torch.Tensor, step: int, batch: int, window: int) -> torc
     if dist.is_initialized():
         places = places[dist.get_rank() :: dist.get_world_size()]
     return text[places + torch.arange(window + 1)].long()
+
+
+class Loss(nn.Module):
+    """Mean cross-entropy of the next tokens; the logits of all tokens never exist at once."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, window: torch.Tensor) -> torch.Tensor:
+        """Return the loss of ids [b, window + 1], in nats per token."""
+        return self.model.score(window[:, :-1], window[:, 1:]).losses.mean()
 
 
 def save(path: Path, step: int, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
@@ -104,7 +116,7 @@ def main() -> None:
     model = LanguageModel(CONFIG, device=args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.1)
     done = load(args.checkpoint, model, optimizer)
-    run = torch.compile(model) if args.compile else model
+    run = torch.compile(Loss(model)) if args.compile else Loss(model)
     run = DistributedDataParallel(run) if dist.is_initialized() else run
     parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
@@ -115,8 +127,7 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = args.rate * min(1, step / 20)
         window = draw_windows(text, step, args.batch, args.window).to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-            logits = run(window[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            loss = run(window)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

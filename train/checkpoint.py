@@ -25,6 +25,7 @@ from train.data.position import PositionRestore, PositionSave
 from train.data.tokenizer_copy import FILE, describe, with_tokenizer_copy
 from train.distributed import from_main, is_main, together
 from train.saved_config import config_of, other_version
+from train.stacked import stack_like, unstack_arrays, unstack_blocks
 from train.step import TrainState, abstract_state, averaged
 from train.storage import BackgroundErrors, check_disk_space, reason
 from train.variant import make_variant
@@ -134,7 +135,7 @@ class Checkpoints:
                 unchanged.
         """
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_tree(state)),
+            state=ocp.args.StandardSave(_tree(unstack_arrays(state))),
             data=PositionSave(batches.get_state()),
             meta=ocp.args.JsonSave(meta._asdict()),
         )
@@ -197,12 +198,12 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint cannot be read.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+        abstract = _tree(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
         if batches is not None:
             items["data"] = PositionRestore(batches)
         restored = self._restore(step, ocp.args.Composite(**items))
-        return like._replace(**restored.state)
+        return stack_like(like._replace(**restored.state), like)
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
@@ -378,6 +379,6 @@ def _last_meta(directory: Path) -> Meta | None:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-    """Return the saved fields of a state."""
-    fields = state._asdict() | {"faults": None}
+    """Return the saved fields of a state, with one subtree per block."""
+    fields = unstack_blocks(state)._asdict() | {"faults": None}
     return {name: value for name, value in fields.items() if value is not None}

@@ -6,7 +6,6 @@ Requires both frameworks, because conversions are verified in both.
 from functools import partial
 from pathlib import Path
 
-from flax import nnx
 from rich.console import Console
 
 from mc_core.errors import UserError
@@ -27,7 +26,7 @@ from train.data.tokenizer_copy import (
     hash_of,
     tokenizer_hash,
 )
-from train.step import build, split
+from train.step import build, merge, split
 from train.tasks.task import load_task
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
@@ -126,7 +125,7 @@ def write_run(path: Path, config: TrainConfig, flat: Flat) -> None:
     """Write a run at step 0 with these parameters."""
     task = load_task(config)
     graphdef, state, _ = build(config)
-    model = nnx.merge(graphdef, state.params, state.rest)
+    model = merge(graphdef, state.params, state.rest)
     load_jax(model, flat)
     state = state._replace(params=split(model)[1])
     copy_tokenizer(path, config)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mc_core.errors import NotFiniteError
+from train.stacked import finite_flags, parameter_names
 
 Tree = Any
 
@@ -44,8 +45,8 @@ def detect(
         a bool scalar, True if neither this step nor one before it met a non-finite value, and the
         new record.
     """
-    leaves = [*jax.tree.leaves((gradient, params)), loss]
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+    flags = jax.tree.leaves((finite_flags(gradient), finite_flags(params), jnp.isfinite(loss)))
+    finite = jnp.concatenate([flag.reshape(-1) for flag in flags])
     steps = faults.steps + 1
     found = Faults(
         steps,
@@ -64,8 +65,7 @@ def detect(
 
 def tensor_names(params: Tree) -> list[str]:
     """Return the names of the tensors in which `detect` looks for non-finite values."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    names = parameter_names(params)
     return [f"{kind} of {name}" for kind in ("gradient", "parameter") for name in names] + [
         "the loss"
     ]

@@ -8,6 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mc_core.optimizer import OptimizerConfig, decays, is_orthogonalized
+from train.stacked import is_stacked
 
 UPDATE_RMS = 0.2  # of AdamW's updates; Muon's are scaled to it
 
@@ -15,7 +16,7 @@ UPDATE_RMS = 0.2  # of AdamW's updates; Muon's are scaled to it
 def decay_mask(params: Any) -> Any:
     """Return the weight decay mask: True for matrices of projections and embeddings."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: decays(str(path[-1].key), leaf.ndim), params
+        lambda path, leaf: decays(str(path[-1].key), leaf.ndim - is_stacked(path)), params
     )
 
 

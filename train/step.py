@@ -17,6 +17,7 @@ from train.faults import Faults, detect, no_faults
 from train.gradients import make_gradients
 from train.mesh import state_shardings
 from train.optimizer import make_optimizer
+from train.stacked import stack_blocks, stacking_of, unstack_blocks
 from train.tasks.examples import Example
 
 Tree = Any  # nested dictionaries of arrays
@@ -49,6 +50,8 @@ def build(
 ) -> tuple[nnx.GraphDef, TrainState, TrainStep]:
     """Return the graph definition, the initial state, and the jitted training step.
 
+    The state is stacked; see `train.stacked`.
+
     Args:
         config: configuration of the run.
         mesh: devices over which the state is sharded from the start; None = the default device.
@@ -57,12 +60,15 @@ def build(
     graphdef, abstract = abstract_state(config, mesh)
     decay = config.optimizer.ema_decay
 
+    stacking = stacking_of(config.model)
+
     def create() -> TrainState:
-        return _first_state(config, optimizer, *split(_create_model(config))[1:])
+        _, params, rest = split(_create_model(config))
+        return _first_state(config, optimizer, stack_blocks(params, stacking), rest)
 
     if mesh is None:
         return graphdef, create(), make_train_step(graphdef, optimizer, None, decay)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, stack_blocks(abstract, stacking))
     # Compiled, parameters may differ in the last bit: one device keeps those of `mesh=None`.
     one = mesh.size == 1
     state = (
@@ -74,7 +80,7 @@ def build(
 def abstract_state(
     config: TrainConfig, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Return the graph definition, and shapes, dtypes and shardings of the state.
+    """Return the graph definition, and shapes, dtypes and shardings of the state, not stacked.
 
     Args:
         config: configuration of the run.
@@ -139,14 +145,19 @@ def averaged(state: TrainState, config: TrainConfig) -> TrainState:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """Return graph definition, parameters and other state; `nnx.merge` is the inverse."""
+    """Return graph definition, parameters and other state."""
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
 
 
+def merge(graphdef: nnx.GraphDef, params: Tree, rest: Tree) -> Any:
+    """Return the model of a state, stacked or not; the inverse of `split`."""
+    return nnx.merge(graphdef, unstack_blocks(params), rest)
+
+
 def token_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, tokens: jax.Array) -> Any:
     """Return the losses [b, t], in nats, of tokens [b, t + 1], and the updated `rest`."""
-    model = nnx.merge(graphdef, params, rest)
+    model = merge(graphdef, params, rest)
     scores = model.score(tokens[:, :-1], tokens[:, 1:])
     return scores.losses, split(model)[2]
 
@@ -157,7 +168,7 @@ def answer_losses(graphdef: nnx.GraphDef, params: Tree, rest: Tree, batch: Examp
     An answer is correct if its label has the top logit. Answers of weight 0 have the loss 0, even
     if their label is out of range.
     """
-    model = nnx.merge(graphdef, params, rest)
+    model = merge(graphdef, params, rest)
     read = batch.weights > 0
     scores = model.score(batch.tokens, batch.labels, places=batch.places, read=read)
     return scores.losses, scores.best == batch.labels, split(model)[2]

@@ -13,6 +13,7 @@ from mc_core.tree_utils import flatten
 from train.checkpoint import load_state
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import tokenizer_hash
+from train.stacked import stack_like, unstack_blocks
 from train.step import TrainState, averaged
 
 
@@ -45,7 +46,8 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
         own := _tokens(config, tokenizer_hash(config))
     ):
         differences.append(f"its tokens are {words} there and {own} here")
-    if mismatch := _mismatch(found.params, state.params):
+    single = unstack_blocks(jax.eval_shape(lambda state: state, state))
+    if mismatch := _mismatch(found.params, single.params):
         raise UserError(
             f"run.init_from = {run.init_from}: has another architecture: {mismatch}; "
             f"{'; '.join(differences)}"
@@ -54,14 +56,14 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     optimizer = state.optimizer
     if run.init_optimizer:
         what = "parameters and moments"
-        if _structure(found.optimizer) != _structure(state.optimizer):
+        if _structure(found.optimizer) != _structure(single.optimizer):
             names = [(c.optimizer.name, c.optimizer.moment_dtype) for c in (source, config)]
             raise UserError(
                 f"run.init_optimizer = True: the optimizer of {run.init_from} is "
                 f"{' with moments in '.join(names[0])}, and that of this run is "
                 f"{' with moments in '.join(names[1])}: they must be the same"
             )
-        optimizer = restart_schedule(found.optimizer)
+        optimizer = stack_like(restart_schedule(found.optimizer), state.optimizer)
     console.print(
         f"starting from the {what} of step {step} of {run.init_from}"
         + (f"; {'; '.join(differences)}" if differences else ""),
@@ -72,9 +74,9 @@ def initial_state(config: TrainConfig, state: TrainState, console: Console) -> T
     params = jax.tree.map(
         lambda x, own: x if x.dtype == own.dtype else jax.jit(lambda x: x.astype(own.dtype))(x),
         averaged(found, source).params,
-        state.params,
+        single.params,
     )
-    return state._replace(params=params, optimizer=optimizer)
+    return state._replace(params=stack_like(params, state.params), optimizer=optimizer)
 
 
 def _structure(state: optax.OptState) -> Any:

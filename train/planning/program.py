@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.planning.costs import BLOCKS, StepCosts
 from train.planning.hlo import Costs, measure, parse, varying_axes
+from train.stacked import stack_blocks, stacking_of
 from train.step import abstract_state, make_train_step
 
 Tree = Any  # nested tuples and dictionaries
@@ -69,6 +70,7 @@ def _with_blocks(config: TrainConfig, count: int) -> TrainConfig:
 
 def _compile(config: TrainConfig, mesh: Mesh) -> _Compiled:
     graphdef, state = abstract_state(config, mesh)
+    state = stack_blocks(state, stacking_of(config.model))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     step: Any = make_train_step(graphdef, optimizer, shardings, config.optimizer.ema_decay)

@@ -28,7 +28,7 @@ from train.evaluation.run_report import (
 )
 from train.evaluation.sample import draw_sample
 from train.evaluation.validation import make_validation, references
-from train.step import TrainState
+from train.step import TrainState, merge
 
 
 class TextTask:
@@ -101,7 +101,7 @@ class TextScoring:
 
     def with_heads(self, state: TrainState, report: TextReport) -> TextReport:
         """Add recall and dead heads on the first validation window to the report."""
-        model = nnx.merge(self._graphdef, state.params, state.rest)
+        model = merge(self._graphdef, state.params, state.rest)
         tokens = first_window(self._corpus.validation_tokens(), self._config)
         return dataclasses.replace(report, heads=measure_heads(model, tokens))
 
@@ -109,7 +109,7 @@ class TextScoring:
         """Add a sample to the report, and write report and plots."""
         config = self._config
         if config.run.sample_tokens:
-            model = nnx.merge(self._graphdef, state.params, state.rest)
+            model = merge(self._graphdef, state.params, state.rest)
             # The file that `data.tokenizer` names may have changed since the run began.
             kept = prefer_copy(config, directory)
             sample = draw_sample(model, kept, self._corpus.validation)
@@ -132,7 +132,7 @@ def draw_gates(
     layer = config.model.layer
     if layer not in config.model.block_layers:
         return None
-    model = nnx.merge(graphdef, state.params, state.rest)
+    model = merge(graphdef, state.params, state.rest)
     tokens = first_window(corpus.validation_tokens(), config)
     _, traces = jax.jit(lambda tokens: model.inspect(tokens))(tokens)
     gates = {

@@ -245,6 +245,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/recall", "code"),
+        ("text/recall_seeds", "code"),
     ],
 )
 def test_recorded_results_match_the_shipped_sweeps(sweep, record, monkeypatch):

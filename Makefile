@@ -71,8 +71,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# torch is pinned: an open range would install several GB of CUDA packages. memory-caching also
-# installs a command `mc`: the package that is installed last provides it.
+# torch is pinned, so that pip prefers a CPU build of this version, where it finds one, to a newer
+# build with several GB of CUDA packages. memory-caching also installs a command `mc`: the package
+# that is installed last provides it.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(PEER)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from train.evaluation.heads import HeadReport, mean_recall
+from train.evaluation.heads import NOTE, UNDEFINED, HeadReport, mean_recall
 
 REPORT = HeadReport(
     blocks=[0, 2],
@@ -24,6 +24,13 @@ def test_table_marks_dead_heads():
         {"block": "0", "head 0": "0.5", "head 1": "0.004"},
         {"block": "2", "head 0": "-0.25", "head 1": "0 dead"},
     ]
+
+
+def test_undefined_recall_is_a_dash_with_a_note():
+    report = HeadReport([1], [[0.5, None]], [[False, False]])
+    assert report.rows == [{"block": "1", "head 0": "0.5", "head 1": "–"}]
+    assert report.notes == [NOTE, UNDEFINED]
+    assert UNDEFINED not in REPORT.notes
 
 
 def test_warning_names_blocks_and_heads():

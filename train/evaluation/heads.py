@@ -19,6 +19,7 @@ TITLE = "recall of cached memories"
 NOTE = (
     "recall: share of a segment's inner loss that its writes removed; the last segment is omitted"
 )
+UNDEFINED = "–: there is no other segment, or the mean is not finite"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class HeadReport:
 
     @property
     def notes(self) -> list[str]:
-        """Definition of recall, and the warning."""
-        return [NOTE, *([] if self.warning is None else [self.warning])]
+        """Definition of recall, a note on undefined values if there are any, and the warning."""
+        undefined = any(recall is None for _, _, recall, _ in self._heads())
+        return [NOTE, *[UNDEFINED] * undefined, *([] if self.warning is None else [self.warning])]
 
     def _heads(self) -> Iterator[tuple[int, int, float | None, bool]]:
         for block, recalls, dead in zip(self.blocks, self.recall, self.dead, strict=True):
@@ -106,8 +108,8 @@ def mean_recall(recall: np.ndarray) -> list[float | None]:
 
 
 def show_recall(recall: float | None) -> str:
-    """Return a recall as text; empty for None."""
-    return "" if recall is None else f"{recall:.3g}"
+    """Return a recall as text; a dash for None."""
+    return "–" if recall is None else f"{recall:.3g}"
 
 
 def print_heads(console: Console, report: HeadReport) -> None:

@@ -202,9 +202,10 @@ def _finish(
 
 def _summary(folder: Path, manifest: Manifest, seconds: float) -> list[str]:
     held_out = manifest.held_out
+    noun = "shard" if len(manifest.shards) == 1 else "shards"
     lines = [
         f"{folder}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} shards, "
+        f"{len(manifest.shards)} {noun}, "
         f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token; "
         f"held out: {held_out.documents if held_out else 0:,} documents; {seconds:.0f} s"
     ]

@@ -93,6 +93,7 @@ def test_seed_determines_text_and_stop_string_ends_it(run, tmp_path, monkeypatch
     assert 14 <= row["tokens"] < 40
 
 
+@pytest.mark.slow
 def test_prompt_lines(run, tmp_path, monkeypatch, capsys):
     """A completion depends neither on other lines nor on the batch size."""
     prompts, texts = tmp_path / "prompts.jsonl", ["the memory", "é", "a token reads\n"]

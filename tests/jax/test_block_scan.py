@@ -77,6 +77,7 @@ def test_every_memory_and_pattern(memory, other, remat):
     assert_same_training(config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "mixers",

@@ -364,7 +364,8 @@ def test_compiled_stream_past_capacity_is_nan():
         assert np.isnan(y).all() != capacity
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6])
 def test_torch_extend_compiles_once(size):
     layer, (x, _) = build("torch", CONFIGS["token"]), draw_inputs()
     x, cache = torch.tensor(x), layer.init_cache(2, 12)

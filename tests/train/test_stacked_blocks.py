@@ -127,7 +127,8 @@ def test_stacks_have_the_decay_and_the_names_of_their_blocks():
     assert wrong == ["blocks/3/mixer/q_proj/kernel"]
 
 
-@pytest.mark.parametrize("first", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["true", "false"])
 def test_checkpoints_of_both_forms_are_the_same(tmp_path, monkeypatch, no_pictures, first):
     """A run resumes, and another one starts, in the other form."""
     path = write_config(tmp_path)

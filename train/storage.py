@@ -1,10 +1,13 @@
 """Errors of writing checkpoints: of disk space, and of Orbax's background threads."""
 
+import gc
 import logging
 import os
 import sys
 import tempfile
 import threading
+import traceback
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +26,8 @@ class BackgroundErrors(logging.Filter):
     """Collects the errors that Orbax's background threads log, in place of their tracebacks.
 
     Tracebacks of TensorStore's threads are dropped: after a failed write, they report their other
-    writes to an event loop that Orbax has closed.
+    writes to an event loop that Orbax has closed. So are Python's warnings about writes that Orbax
+    never started.
 
     Of several processes, one whose write fails would otherwise learn of it from Orbax only after
     the timeout of a barrier, which the others never reach.
@@ -33,9 +37,12 @@ class BackgroundErrors(logging.Filter):
         super().__init__()
         self.found: list[BaseException] = []
         self._log = logging.getLogger("absl")
+        self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Self:
         self._log.addFilter(self)
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._report
         return self
 
@@ -46,7 +53,19 @@ class BackgroundErrors(logging.Filter):
         at: TracebackType | None,
     ) -> None:
         self._log.removeFilter(self)
+        if self.found:
+            self._free_writes()
+        self._warnings.__exit__(kind, error, at)
         sys.unraisablehook = self._hook
+
+    def _free_writes(self) -> None:
+        """Free the writes that were never started while warnings about them are ignored."""
+        for error in self.found:
+            chain: BaseException | None = error
+            while chain:
+                traceback.clear_frames(chain.__traceback__)
+                chain = chain.__context__
+        gc.collect()
 
     def _report(self, unraisable: Any) -> None:
         in_background = threading.current_thread() is not threading.main_thread()

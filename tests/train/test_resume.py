@@ -1,5 +1,6 @@
 """Interrupted runs, and runs that cannot write, resume bit-exactly."""
 
+import gc
 import json
 import random
 import resource
@@ -24,6 +25,7 @@ from train.data.windows import make_batches
 from train.evaluation.run_report import load_report
 from train.metrics import read_rows
 from train.step import build
+from train.storage import BackgroundErrors
 
 
 def start(config: Path, *words: str) -> subprocess.Popen:
@@ -277,3 +279,27 @@ def test_old_checkpoints_are_deleted_and_the_latest_resumes(tmp_path, no_picture
     kept = {int(path.name) for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()}
     assert kept == {8, 10, 12}
     assert "resuming from step 12" in quiet(config, "run.steps=14")
+
+
+async def never_started() -> None:
+    raise AssertionError
+
+
+def failing_write() -> None:
+    waiting: list = [never_started()]
+    try:
+        raise OSError("No space left on device")
+    except OSError as error:
+        waiting.append(error)  # a cycle, as in Orbax
+        raise
+
+
+def test_writes_that_never_started_are_freed_without_a_warning():
+    """Frames of an error refer to them; outside of the context, warnings are errors."""
+    with BackgroundErrors() as errors:
+        try:
+            failing_write()
+        except OSError as error:
+            errors.found.append(error)
+    errors.found.clear()
+    gc.collect()

@@ -155,4 +155,4 @@ def test_wrong_use_of_the_command(texts, shards, tmp_path, monkeypatch, capsys):
     assert "File too large" in err
     assert err.count("\n") == 1
     assert mc(monkeypatch, "tokenize", texts, "--out", out, "--jobs", 1) == 0
-    assert "documents in 1 shards" in capsys.readouterr().out
+    assert "documents in 1 shard," in capsys.readouterr().out

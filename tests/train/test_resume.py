@@ -108,7 +108,7 @@ def test_sigkill_at_random_times_resumes(tmp_path):
     """A run that is killed 20 times, at random times, has the same result.
 
     Batches are read ahead and steps dispatched before the last ones end; every third step begins a
-    checkpoint, so many kills fall into one.
+    checkpoint, so many kills occur while one is written.
     """
     words = ("run.steps=1000", "run.save_every=3", "run.log_every=7", "run.keep=1")
     words = (*words, "run.validate_every=0")

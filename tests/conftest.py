@@ -99,3 +99,22 @@ def tokenizer(tmp_path: Path) -> str:
     path = tmp_path / "tokenizer.json"
     words.save(str(path))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files."""
+    from helpers.shard_folders import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def shards(texts: Path) -> Path:
+    """The folder of the shards of `texts`."""
+    from helpers.shard_folders import write_shards
+
+    folder = texts.parent / "shards"
+    manifest, _ = write_shards(texts, folder)
+    assert len(manifest.shards) > 3
+    return folder

@@ -107,8 +107,8 @@ KILLS = 20
 def test_sigkill_at_random_times_resumes(tmp_path):
     """A run that is killed 20 times, at random times, has the same result.
 
-    Batches are read ahead and steps dispatched before the last ones end; every third step begins a
-    checkpoint, so many kills occur while one is written.
+    Batches are read ahead, and steps are dispatched before the previous ones end. Every third step
+    starts a save, and many kills happen during one.
     """
     words = ("run.steps=1000", "run.save_every=3", "run.log_every=7", "run.keep=1")
     words = (*words, "run.validate_every=0")

@@ -25,19 +25,6 @@ from train.shards.plan import ShardOptions
 from train.shards.reader import TokenShards
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture(scope="module")
-def shards(texts) -> Path:
-    folder = texts.parent / "shards"
-    manifest, _ = write_shards(texts, folder)
-    assert len(manifest.shards) > 3
-    return folder
-
-
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.integers(0, 2**20), max_size=9),

@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,19 +17,6 @@ from mc_core.errors import UserError
 from train.data.corpus import load_corpus
 from train.shards import tokenize as command
 from train.shards.plan import ShardOptions, Span, read_span
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture(scope="module")
-def shards(texts) -> Path:
-    folder = texts.parent / "shards"
-    manifest, _ = write_shards(texts, folder)
-    assert len(manifest.shards) > 3
-    return folder
 
 
 def test_document_that_is_not_text_is_named(tmp_path):

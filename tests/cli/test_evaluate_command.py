@@ -132,6 +132,7 @@ def test_nonfinite_loss_is_null_in_json(runs, tmp_path, monkeypatch):
         assert cell["loss"] is None
 
 
+@pytest.mark.slow
 def test_model_size_is_at_longest_test_examples(runs, tmp_path, monkeypatch, capsys):
     path, markdown = tmp_path / "x.json", tmp_path / "x.md"
     words = ("--lengths", "24:2,40:2", "--examples", 2, "--json", path, "--markdown", markdown)

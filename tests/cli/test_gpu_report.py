@@ -150,6 +150,7 @@ def test_step_stops_at_its_limit_and_the_next_one_runs(run):
     assert [step["status"] for step in made.steps.values()] == ["stopped", "done"]
 
 
+@pytest.mark.slow
 def test_stopped_training_reports_its_curve(run):
     training = replace(STEP, limit=2, command="train x", tiny="train x")
     made = run(training)

@@ -34,7 +34,7 @@ def first_cache(steps: Any) -> Any:
     return steps.gi_frame.f_locals["cache"][0]
 
 
-QUICK = ("titans-grm",)
+QUICK = ("linear-soup",)
 
 
 @pytest.mark.usefixtures("float64")

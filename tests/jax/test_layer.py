@@ -21,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("linear", "dla-plain") else ())
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("linear", "swla", "dla-plain") else ()
+        )
         for name in CONFIGS
     ],
 )

@@ -332,7 +332,7 @@ def test_compiled_stream_past_capacity_is_nan():
     [
         pytest.param("full-conv3", 1, marks=pytest.mark.slow),
         pytest.param("full-conv3", 3, marks=pytest.mark.slow),
-        ("blocks-conv3", 1),
+        pytest.param("blocks-conv3", 1, marks=pytest.mark.slow),
         pytest.param("blocks-conv3", 3, marks=pytest.mark.slow),
     ],
 )

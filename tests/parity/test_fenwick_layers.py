@@ -143,7 +143,10 @@ def test_offloaded_buckets(package, config):
 
 
 @CONFIGS
-@pytest.mark.parametrize(("writer", "reader"), [(mc_jax, mc_torch), (mc_torch, mc_jax)])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [pytest.param(mc_jax, mc_torch, marks=pytest.mark.slow), (mc_torch, mc_jax)],
+)
 def test_saved_cache_continues_in_other_package(tmp_path, writer, reader, config):
     path = tmp_path / "stream.safetensors"
     module = build(writer, config)

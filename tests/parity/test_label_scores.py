@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 import mc_jax.cross_entropy as jax_scores
 import mc_torch.cross_entropy as torch_scores
+from helpers.covering_arrays import thinned
 from mc_jax.sharding import axes_sharding, make_mesh
 from train.planning.hlo import measure, parse
 
@@ -63,8 +64,7 @@ def reference(labels, read):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("package", ["jax", "torch"])
+@thinned(2, package=["jax", "torch"], limit=list(LIMITS))
 def test_losses_and_gradients_do_not_depend_on_blocks(monkeypatch, package, limit):
     """Labels out of range are NaN where they are read, and contribute no gradient."""
     module, run = {"jax": (jax_scores, run_jax), "torch": (torch_scores, run_torch)}[package]

@@ -285,7 +285,9 @@ def test_level_scales_start_at_one_and_have_no_weight_decay():
     assert jax_names.keys() == torch_names.keys()
 
 
-@pytest.mark.parametrize(("writer", "reader"), [("jax", "torch"), ("torch", "jax")])
+@pytest.mark.parametrize(
+    ("writer", "reader"), [pytest.param("jax", "torch", marks=pytest.mark.slow), ("torch", "jax")]
+)
 def test_saved_cache_continues_in_both_packages(tmp_path, writer, reader):
     path, config, (x, _) = tmp_path / "stream.safetensors", CONFIGS["token"], draw_inputs()
     _, cache = stream(writer, build(writer, config), x[:, :6], (6,))

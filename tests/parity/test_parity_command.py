@@ -56,7 +56,8 @@ SLOW = (
     "linear+none model output_norm", "linear+residual", "linear+soup", "swla+grm", "swla+mean",
     "swla+residual", "swla+ssc chunked", "dla+grm", "dla+residual chunked restart", "dla+soup",
     "titans+grm", "titans+mean", "titans+none", "titans+residual model", "titans+soup",
-    "titans+ssc", "delta+grm", "delta+mean", "delta+none", "delta+soup",
+    "titans+ssc", "delta+grm", "delta+mean", "delta+none", "delta+soup", "delta+ssc",
+    "dla+ssc", "dla+residual layer", "linear+grm chunked mask", "linear+none model 6+7",
 )  # fmt: skip
 
 

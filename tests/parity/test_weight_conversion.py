@@ -90,7 +90,7 @@ def test_files_follow_the_umask(saved):
         os.umask(previous)
 
 
-REPEATED = ("linear-head", "linear-learned", "linear-normalized")
+REPEATED = ("linear-head", "linear-learned", "linear-normalized", "swla")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,8 @@ model = LanguageModel.from_pretrained({path!r})
 """
 
 
-@pytest.mark.parametrize("package", ["mc_jax", pytest.param("mc_torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["mc_jax", "mc_torch"])
 def test_each_package_loads_without_the_other_framework(saved, package):
     path = saved("tied")
     blocked, run = {

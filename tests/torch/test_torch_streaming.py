@@ -274,7 +274,7 @@ def check_one_program_of_steps(config, size, backend):
         pytest.param(TITANS, 1, "eager", marks=pytest.mark.slow),
         pytest.param(SWLA, 3, "eager", marks=pytest.mark.slow),
         pytest.param(RESTART, 3, "eager", marks=pytest.mark.slow),
-        (SUM, 1, "aot_eager"),
+        pytest.param(SUM, 1, "aot_eager", marks=pytest.mark.slow),
     ],
     ids=["titans", "swla", "restart", "sum"],
 )

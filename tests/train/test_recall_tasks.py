@@ -31,7 +31,7 @@ def tiny(data: dict = MQAR, **run: object):
     return from_dict(TINY | {"data": data, "run": TINY["run"] | run})
 
 
-@pytest.mark.parametrize("data", [MQAR, NIAH])
+@pytest.mark.parametrize("data", [MQAR, pytest.param(NIAH, marks=pytest.mark.slow)])
 def test_loss_matches_full_logits_at_the_answers(data):
     config = tiny(data)
     graphdef, state, _ = build(config)

@@ -154,6 +154,7 @@ def test_unfinished_checkpoint_of_killed_run_is_removed(tmp_path, caplog, no_pic
     assert "temporary directory" not in caplog.text
 
 
+@pytest.mark.slow
 def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
     """A model with dropout draws the same numbers after a restart."""
     monkeypatch.setattr("train.step.LanguageModel", Dropping)
@@ -166,6 +167,7 @@ def test_random_streams_resume(tmp_path, monkeypatch, no_pictures):
     assert sum(".rest" in name for name in arrays) == 2
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_checkpoints(tmp_path, monkeypatch, no_pictures):
     """The previous checkpoint is unchanged, and the run resumes bit-exactly once there is space."""
     config = write_config(tmp_path)
@@ -245,6 +247,7 @@ def test_unwritable_curves_are_a_one_line_error(tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_incomplete_row_is_dropped(tmp_path, monkeypatch, no_pictures):
     config = write_config(tmp_path)
     run = tmp_path / "runs" / "tiny"

@@ -118,6 +118,7 @@ def test_peak_and_memory_of_known_devices(path, monkeypatch):
     assert find_chip("TPU v5 lite") is CHIPS["v5e"]
 
 
+@pytest.mark.slow
 def test_average_of_parameters_resumes_and_is_loaded(path):
     words = ["optimizer.ema_decay=0.8", "run.validate_every=0"]
     other = [*words, f"run.directory={path.parent / 'runs' / 'whole'}"]

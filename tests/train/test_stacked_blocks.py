@@ -63,13 +63,13 @@ def train(config: TrainConfig) -> tuple[list[float], TrainState]:
 
 
 @cache
-def unrolled() -> tuple[list[float], TrainState]:
-    return train(config_of(False))
+def unrolled(layers: int, mixers: tuple[str, ...]) -> tuple[list[float], TrainState]:
+    return train(config_of(False, layers=layers, mixers=list(mixers)))
 
 
 def assert_trains_like_single_blocks(config: TrainConfig) -> TrainState:
     metrics, state = train(config)
-    expected, single = unrolled()
+    expected, single = unrolled(config.model.num_layers, config.model.mixers)
     np.testing.assert_allclose(metrics, expected, rtol=1e-4)
     found = unstack_blocks(state)
     assert jax.tree.structure(found) == jax.tree.structure(single)
@@ -78,13 +78,21 @@ def assert_trains_like_single_blocks(config: TrainConfig) -> TrainState:
     return state
 
 
+def test_stack_of_two_trains_like_single_blocks():
+    state = assert_trains_like_single_blocks(config_of(True, layers=2, mixers=["memory"]))
+    assert {x.shape[0] for x in jax.tree.leaves(state.params[STACKED])} == {2}
+
+
+@pytest.mark.slow
 def test_stacked_blocks_train_like_single_blocks():
-    state = assert_trains_like_single_blocks(config_of(True))
+    """Two repetitions of two mixers, and a block of its own."""
+    config = config_of(True)
+    state = assert_trains_like_single_blocks(config)
     stacks = state.params[STACKED]
     assert {x.shape[0] for x in jax.tree.leaves(stacks)} == {2}
     assert list(state.params["blocks"]) == [4]
     for a, b in zip(
-        jax.tree.leaves(stack_blocks(unstack_blocks(state), stacking_of(config_of(True).model))),
+        jax.tree.leaves(stack_blocks(unstack_blocks(state), stacking_of(config.model))),
         jax.tree.leaves(state),
         strict=True,
     ):

@@ -300,7 +300,12 @@ def processes_of(group: int) -> list[str]:
 @two_cores
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(
-    ("ending", "begun"), [(signal.SIGINT, 2), (signal.SIGKILL, 2), (signal.SIGINT, 0)]
+    ("ending", "begun"),
+    [
+        (signal.SIGINT, 2),
+        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_workers_end_with_the_sweep(tmp_path, ending, begun):
     """Ctrl-C reaches the whole group, even while workers start; SIGKILL only the parent."""

@@ -50,7 +50,8 @@ def start(config: Path, *words: str) -> list[subprocess.Popen]:
 def outputs(folder: Path) -> list[str]:
     """Return stdout and stderr of both processes, without the lines of XLA's own libraries."""
     texts = [(folder / f"{name}{n}").read_text() for name in ("out", "err") for n in range(2)]
-    library = re.compile(r".*(?:\[Gloo\]|preemption_notifier\.cc).*\n")
+    # Lines of Gloo's threads are mixed: parts of a line, or an empty one, may stand alone.
+    library = re.compile(r"(?m)^(?:.*(?:\[Gloo\]|peer ranks|preemption_notifier).*|\d*)\n")
     return [library.sub("", text) for text in texts]
 
 
@@ -116,19 +117,33 @@ def assert_resumes(
     return texts
 
 
-@pytest.mark.slow
+def is_saved(run: Path) -> bool:
+    return any(path.name.isdecimal() for path in (run / "checkpoints").glob("*"))
+
+
 @pytest.mark.usefixtures("no_pictures")
-def test_killed_process_ends_the_run_and_both_resume_it(config):
-    """SIGKILL in mid-run; the resumed run equals that of one process with eight devices."""
+def test_run_resumes_after_sigkill_of_one_process(config):
+    """Killed in mid-run; the resumed run equals that of one process with eight devices.
 
-    def is_saved(run: Path) -> bool:
-        return any(path.name.isdecimal() for path in (run / "checkpoints").glob("*"))
+    The other process, which waits for the killed one, is killed as well, as by most clusters.
+    """
+    run, processes = config.parent / "runs" / "tiny", start(config, "run.mesh.data=8")
+    try:
+        wait_for(lambda: is_saved(run), processes)
+    finally:
+        for process in reversed(processes):
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+    assert len(read_rows(run)) < RUN["steps"], "ended too early"
+    assert "resuming from step" in assert_resumes(config, "run.mesh.data=8")[0]
 
+
+@pytest.mark.slow
+def test_sigkill_of_one_process_ends_the_other(config):
+    """JAX ends it, when the killed process has not answered for about 100 s."""
     codes = train_until(signal.SIGKILL, config, "run.mesh.data=8", when=is_saved)
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] != 0  # JAX aborts it
-    assert len(read_rows(config.parent / "runs" / "tiny")) < RUN["steps"], "ended too early"
-    assert "resuming from step" in assert_resumes(config, "run.mesh.data=8")[0]
+    assert codes[0] != 0
 
 
 @pytest.mark.slow

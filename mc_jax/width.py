@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -57,8 +58,11 @@ def width_dim(spec: PartitionSpec) -> int | None:
     return next((dim for dim, names in enumerate(_names(spec)) if names & {*RULES["embed"]}), None)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_parts(part: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Gather an array [...] from the parts of the devices, in a `jax.shard_map` over `fsdp`.
+
+    Its gradient is summed over the devices in at least float32, and scattered.
 
     Args:
         part: the device's part of an array along the width.
@@ -66,6 +70,19 @@ def gather_parts(part: jax.Array, spec: PartitionSpec) -> jax.Array:
     """
     gather = partial(jax.lax.all_gather, axis_name=RULES["embed"], axis=width_dim(spec), tiled=True)
     return _on_each_device(gather, part, spec)
+
+
+def _gather_forward(part: jax.Array, spec: PartitionSpec) -> tuple[jax.Array, None]:
+    return gather_parts(part, spec), None
+
+
+def _gather_backward(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    dtype = gradient.dtype
+    wide = gradient.astype(jnp.promote_types(dtype, jnp.float32))
+    return (scatter_sum(wide, spec).astype(dtype),)
+
+
+gather_parts.defvjp(_gather_forward, _gather_backward)
 
 
 def scatter_sum(x: jax.Array, spec: PartitionSpec) -> jax.Array:

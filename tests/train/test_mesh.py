@@ -247,6 +247,21 @@ def test_each_gradient_is_reduced_once(mesh, accumulation):
     assert {x.dtype for x in found if "reduce" in x.kind} <= {"f32", "pred"}
 
 
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_of_bfloat16_parameters_are_reduced_in_float32(accumulation):
+    """XLA for CPUs has no reduction in bfloat16, so only the program that it is given shows it."""
+    config = config_of(*QUICK, "rows", accumulation)
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, param_dtype="bfloat16")
+    )
+    _, state, step = build(config, open_mesh(config.run.mesh))
+    tokens = np.zeros((accumulation, config.run.batch_size, TOKENS + 1), np.int32)
+    text = step.lower(state, split_rows(tokens, state, axis=1)).as_text()
+    sums = r'"stablehlo\.(all_reduce|reduce_scatter)".*\s+\^bb0\(%\w+: tensor<(\w+)>'
+    reduced = set(re.findall(sums, text))
+    assert reduced == {("all_reduce", "f32"), ("reduce_scatter", "f32")}
+
+
 @pytest.mark.parametrize(("mesh", "accumulation"), [*CASES, *SLOW_CASES])
 def test_only_parameters_are_gathered(mesh, accumulation):
     """No state, score or activation is; parameters once, along the width."""

@@ -92,6 +92,10 @@ class MemoryConfig(Serializable):
         """True if W_0 is initialized at random, not at zero."""
         return False
 
+    def initial_draws(self, layers: int) -> tuple[str, ...]:
+        """Return how each layer of W_0 is initialized: `zero`, `normal` or `orthogonal`."""
+        return ("normal" if self.random_initial else "zero",) * layers
+
     @property
     def learns_initial(self) -> bool:
         """True if W_0 is a parameter."""

@@ -142,9 +142,12 @@ class MLPConfig(MemoryConfig):
     is standardized and scaled to norm 1. With the L2 loss, writes then follow the delta rule,
     exactly for every chunk size: the gradient of half the loss is taken at the memory before each
     token, after its decay, and the step is `η_t (1 - β_t)`, so that no step in (0, 1) overshoots.
-    `inner_clip` must be None, `norm` "none" and `residual` False. The default
-    steps are tuned for chunks of 64. Writes of a chunk are summed, so short chunks need
-    larger steps, especially for narrow memories (`expansion=1`).
+    `inner_clip` must be None, `norm` "none" and `residual` False.
+    `initial_weights` initializes the parameters W_0: `normal` draws all weights with variance
+    1 / fan-in. `orthogonal` draws all layers but the last with orthogonal rows or columns and the
+    same mean square, so that different keys stay apart, and starts the last layer at zero, like a
+    matrix memory. The default steps are tuned for chunks of 64. Writes of a chunk are summed, so
+    short chunks need larger steps, especially for narrow memories (`expansion=1`).
     """
 
     normalizes_qk: ClassVar[bool] = True
@@ -157,6 +160,7 @@ class MLPConfig(MemoryConfig):
     inner_clip: float | None = 1.0
     retention_target: str = "zero"  # zero | initial
     written_layers: str = "all"  # all | last
+    initial_weights: str = "normal"  # normal | orthogonal
     coefficients: str = "token"
 
     def __post_init__(self) -> None:
@@ -167,6 +171,7 @@ class MLPConfig(MemoryConfig):
         check_choice(self, "objective", ("dot", "l2"))
         check_choice(self, "retention_target", ("zero", "initial"))
         check_choice(self, "written_layers", ("all", "last"))
+        check_choice(self, "initial_weights", ("normal", "orthogonal"))
         check_range(self, "inner_clip", 0.0, open_low=True)
         if self.written_layers == "last":
             # A clipped or normalized error is not affine in the weights.
@@ -220,6 +225,12 @@ class MLPConfig(MemoryConfig):
     def random_initial(self) -> bool:
         """True, because all gradients of an MLP with zero weights vanish."""
         return True
+
+    def initial_draws(self, layers: int) -> tuple[str, ...]:
+        """Return how each layer of W_0 is initialized: `zero`, `normal` or `orthogonal`."""
+        if self.initial_weights == "normal":
+            return super().initial_draws(layers)
+        return (*["orthogonal"] * (layers - 1), "zero")
 
     @property
     def decays_to_initial(self) -> bool:

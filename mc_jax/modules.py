@@ -174,16 +174,32 @@ def split_heads(x: Array, heads: int) -> Array:
 
 
 def initial_memory(config: MCConfig, rngs: nnx.Rngs, dtype: Dtype) -> list[nnx.Variable]:
-    """Return the parameters W_0, each [h, out, in], random or zero; empty if not learned."""
+    """Return the parameters W_0, each [h, out, in]; empty if they are not learned."""
     memory, h, width = config.memory, config.num_heads, config.head_dim
     if not memory.learns_initial:
         return []
-    dims = memory.widths(width, width)
+    shapes = [(h, o, i) for i, o in pairwise(memory.widths(width, width))]
+    return [
+        sharded_param(DRAWS[how](rngs, shape, dtype), "heads", None, None)
+        for how, shape in zip(memory.initial_draws(len(shapes)), shapes, strict=True)
+    ]
 
-    def draw(i: int, o: int) -> Array:
-        if not memory.random_initial:
-            return jnp.zeros((h, o, i), dtype)
-        scale = np.asarray(i**-0.5, dtype)
-        return jax.random.normal(rngs.params(), (h, o, i), dtype) * scale
 
-    return [sharded_param(draw(i, o), "heads", None, None) for i, o in pairwise(dims)]
+def _zero(rngs: nnx.Rngs, shape: tuple[int, int, int], dtype: Dtype) -> Array:
+    return jnp.zeros(shape, dtype)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, int, int], dtype: Dtype) -> Array:
+    return jax.random.normal(rngs.params(), shape, dtype) * np.asarray(shape[-1] ** -0.5, dtype)
+
+
+def _orthogonal(rngs: nnx.Rngs, shape: tuple[int, int, int], dtype: Dtype) -> Array:
+    """Draw in at least float32, because QR decompositions have no bfloat16."""
+    h, o, i = shape
+    draw = jax.nn.initializers.orthogonal(max(1.0, o / i) ** 0.5)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    keys = jax.random.split(rngs.params(), h)
+    return jax.vmap(lambda key: draw(key, (o, i), wide))(keys).astype(dtype)
+
+
+DRAWS = {"zero": _zero, "normal": _normal, "orthogonal": _orthogonal}

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -289,15 +288,32 @@ def split_heads(x: Array, heads: int) -> Array:
 def initial_memory(
     config: MCConfig, device: torch.device | str | None = None, dtype: Dtype = None
 ) -> list[nn.Parameter]:
-    """Return the parameters W_0, each [h, out, in], random or zero; empty if not learned."""
+    """Return the parameters W_0, each [h, out, in]; empty if they are not learned."""
     memory, h, width = config.memory, config.num_heads, config.head_dim
     if not memory.learns_initial:
         return []
-    dims = memory.widths(width, width)
-    if not memory.random_initial:
-        zeros = partial(torch.zeros, device=device, dtype=dtype)
-        return [nn.Parameter(zeros(h, o, i)) for i, o in pairwise(dims)]
+    shapes = [(h, o, i) for i, o in pairwise(memory.widths(width, width))]
     return [
-        nn.Parameter(torch.randn(h, o, i, device=device, dtype=dtype) * i**-0.5)
-        for i, o in pairwise(dims)
+        nn.Parameter(DRAWS[how](torch.zeros(shape, device=device, dtype=dtype)))
+        for how, shape in zip(memory.initial_draws(len(shapes)), shapes, strict=True)
     ]
+
+
+def _zero(weights: Array) -> Array:
+    return weights
+
+
+def _normal(weights: Array) -> Array:
+    return torch.randn_like(weights) * weights.shape[-1] ** -0.5
+
+
+def _orthogonal(weights: Array) -> Array:
+    """Draw in at least float32, because QR decompositions have no bfloat16."""
+    _, o, i = weights.shape
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    for head in wide:
+        nn.init.orthogonal_(head, max(1.0, o / i) ** 0.5)
+    return wide.to(weights.dtype)
+
+
+DRAWS = {"zero": _zero, "normal": _normal, "orthogonal": _orthogonal}

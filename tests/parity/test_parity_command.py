@@ -52,12 +52,12 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
 SLOW = (
     "linear+grm chunked 2+1+10", "linear+grm chunked restart mask", "linear+grm layer",
     "linear+mean layer learn", "linear+none model restart",
-    "linear+none model mask=some conv_width",
-    "linear+none model output_norm", "linear+residual", "linear+soup", "swla+grm", "swla+mean",
-    "swla+residual", "swla+ssc chunked", "dla+grm", "dla+residual chunked restart", "dla+soup",
-    "titans+grm", "titans+mean", "titans+none", "titans+residual model", "titans+soup",
-    "titans+ssc", "delta+grm", "delta+mean", "delta+none", "delta+soup", "delta+ssc",
-    "dla+ssc", "dla+residual layer", "linear+grm chunked mask", "linear+none model 6+7",
+    "linear+none model mask=some conv_width", "linear+none model output_norm", "linear+residual",
+    "linear+soup", "swla+grm", "swla+mean", "swla+residual", "swla+ssc chunked", "dla+grm",
+    "dla+residual chunked restart", "dla+soup", "titans+grm", "titans+mean", "titans+none",
+    "titans+residual model", "titans+soup", "titans+ssc", "delta+grm", "delta+mean", "delta+none",
+    "delta+soup", "delta+ssc", "dla+ssc", "dla+residual layer", "linear+grm chunked mask",
+    "linear+none model 6+7",
 )  # fmt: skip
 
 

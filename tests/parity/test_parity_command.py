@@ -46,9 +46,6 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-# The two packages
-
-
 SLOW = (
     "linear+grm chunked 2+1+10", "linear+grm chunked restart mask", "linear+grm layer",
     "linear+mean layer learn", "linear+none model restart",

@@ -165,3 +165,10 @@ def test_readme_links_exist():
         headings = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(), re.M) if anchor else ()
         slugs = [re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings]
         assert not anchor or anchor in slugs, (target, anchor)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("C*.md")], ids=relative)
+def test_prose_has_at_most_120_columns(page):
+    """Tables, pictures and code blocks may be wider."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S).splitlines()
+    assert [line for line in prose if len(line) > 120 and not line.startswith(("|", "!["))] == []

@@ -354,7 +354,7 @@ def run_tokenizer(directory: Path) -> str | None:
     Raises:
         UserError: the last checkpoint cannot be read.
     """
-    meta = _last_meta(directory)
+    meta = last_meta(directory)
     if meta is None:
         return None
     data = config_of(directory, meta.config).data
@@ -367,12 +367,17 @@ def run_separator(directory: Path) -> str | None:
     Raises:
         UserError: the last checkpoint cannot be read.
     """
-    meta = _last_meta(directory)
+    meta = last_meta(directory)
     data = None if meta is None else config_of(directory, meta.config).data
     return getattr(data, "separator", None)
 
 
-def _last_meta(directory: Path) -> Meta | None:
+def last_meta(directory: Path) -> Meta | None:
+    """Return the metadata of a run's last checkpoint; None if there is none.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
     with Checkpoints(directory) as checkpoints:
         step = checkpoints.latest()
         return None if step is None else checkpoints.meta(step)

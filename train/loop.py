@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from train.checkpoint import Checkpoints, Meta, check_same_run, last_step, load_run
+from train.checkpoint import Checkpoints, Meta, check_same_run, last_meta, last_step, load_run
 from train.config import TrainConfig, to_dict
 from train.data.tokenizer_copy import copy_tokenizer, tokenizer_hash
 from train.distributed import is_main, lost_peers, own_rows, to_host, together
@@ -53,6 +53,7 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
         on_interrupt(lambda: _interrupt_message(directory)),
         lost_peers(f"the same command resumes {directory}"),
     ):
+        _check_same_config(config, may_grow=not claimed)
         with together():
             if locks and directory.is_dir():
                 lock.acquire()
@@ -61,6 +62,15 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
             if locks:
                 lock.acquire()
         return _train(config, mesh, task, console, may_grow=not claimed)
+
+
+def _check_same_config(config: TrainConfig, *, may_grow: bool) -> None:
+    """Check the configuration of an existing checkpoint before the corpus is read."""
+    directory = Path(config.run.directory)
+    saved = last_meta(directory)
+    if saved is not None:
+        now = Meta(to_dict(config), saved.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
+        check_same_run(directory, saved, now, may_grow=may_grow)
 
 
 def _interrupt_message(directory: Path) -> str:

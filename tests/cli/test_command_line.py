@@ -131,6 +131,11 @@ def test_checkpoint_of_another_config_is_refused(finished, monkeypatch, capsys, 
     fails(finished, monkeypatch, capsys, message, "train", finished, word)
 
 
+def test_other_config_is_found_before_the_corpus_is_read(finished, monkeypatch, capsys):
+    monkeypatch.setattr("train.loop.load_task", lambda config: pytest.fail("reads the corpus"))
+    fails(finished, monkeypatch, capsys, "another config", "train", finished, "run.seed=1")
+
+
 def test_checkpoint_of_other_text_is_refused(finished, monkeypatch, capsys):
     document = finished.parent / "text" / "0.txt"
     text = document.read_bytes()

@@ -51,7 +51,7 @@ def source_commit(root: Path = ROOT) -> str:
 
     Returns:
         12 hexadecimal digits, with "-modified" if tracked files differ from the commit; otherwise
-        "version" and the version.
+        "unknown" and the version.
     """
     if (root / ".git").exists():
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
@@ -59,7 +59,7 @@ def source_commit(root: Path = ROOT) -> str:
         if commit and changes is not None:
             return f"{commit}-modified" if changes else commit
     try:
-        return f"version {version(DISTRIBUTION)}"
+        return f"unknown (version {version(DISTRIBUTION)})"
     except PackageNotFoundError:
         return "unknown"
 

@@ -85,11 +85,18 @@ class ResultTable:
 
 
 def cell(value: Any) -> str:
-    """Format a value: numbers with three digits, None as an empty cell."""
+    """Format a value: three digits of a float, all digits of an integer, None as an empty cell."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and a noun, which gets an s unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mc_core.tables import counted
 from parity.compare import Outcome
 
 COLUMNS = ("case", "dtype", "leaves", "worst leaf", "error", "limit", "maximum", "cosine", "equal")
@@ -56,9 +57,8 @@ def summary(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:
     leaves = sum(len(outcome.differences) for outcome in outcomes)
     verdict = f"{failed} of {len(outcomes)} cases differ" if failed else "all equal"
     versions = ", ".join(f"{name} {version(name)}" for name in FRAMEWORKS)
-    return (
-        f"{verdict}: {len(outcomes)} cases, {leaves} leaves, {device}, {seconds:.0f} s ({versions})"
-    )
+    cases = counted(len(outcomes), "case")
+    return f"{verdict}: {cases}, {leaves:,} leaves, {device}, {seconds:.0f} s ({versions})"
 
 
 def as_json(outcomes: Sequence[Outcome], device: str, seconds: float) -> str:

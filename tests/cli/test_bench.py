@@ -17,7 +17,7 @@ from bench.timing import Subject, Timing, alternate, ratio
 from helpers.tiny_run import mc, write_config
 from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_core.errors import UserError
-from mc_core.tables import ResultTable
+from mc_core.tables import ResultTable, cell, counted
 from mc_jax import MemoryCachingLayer
 from mc_jax.sharding import axes_sharding, make_mesh, split_rows
 from parity.environment import SETTINGS
@@ -189,6 +189,20 @@ def test_report_has_command_machine_and_empty_cells():
         "| a\\|b | 1,234 |  |\n| c |  | 0.00123 |\n\na note.\ncores 2.\n"
     )
     assert json.loads(report.as_json())["rows"][0]["ms"] == 1234.5
+
+
+def test_cells_of_a_table():
+    values = (None, True, False, 7, 65_536, 99.96, 1234.5, 0.00123, "a")
+    assert [cell(value) for value in values] == [
+        *("", "yes", "NO", "7", "65,536", "100", "1,234", "0.00123", "a")
+    ]
+
+
+def test_counted_nouns_have_a_plural():
+    numbers = (0, 1, 2, 1000)
+    assert [counted(number, "document") for number in numbers] == [
+        *("0 documents", "1 document", "2 documents", "1,000 documents")
+    ]
 
 
 def test_layer_command_writes_results(monkeypatch, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_parity_command_writes_report(monkeypatch, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert not err
     assert "swla+residual recurrent" in out
-    assert "all equal: 1 cases, 22 leaves, cpu" in out
+    assert "all equal: 1 case, 22 leaves, cpu" in out
     report = json.loads(files["--json"].read_text())
     assert report["ok"]
     (case,) = report["cases"]
@@ -327,7 +327,7 @@ def test_parity_command_as_subprocess():
     """The command sets XLA flags before jax is imported."""
     done = run("", *ONE_CASE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "all equal: 1 cases, 22 leaves, cpu" in done.stdout
+    assert "all equal: 1 case, 22 leaves, cpu" in done.stdout
 
 
 @pytest.mark.parametrize(("release", "known"), [("0.10.2", True), ("0.12.0.1", False)])

@@ -1,9 +1,11 @@
 """Separators between documents, in training and in evaluation."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from helpers.tiny_run import TINY, fails, mc, write_config
@@ -224,7 +226,7 @@ def test_report_names_the_separator(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_single_documents_need_no_separator_note(tmp_path):
-    from train.evaluation.run_report import TextReport, text_notes
+    from train.evaluation.run_report import TextReport, print_report, text_notes
     from train.evaluation.validation import References
 
     report = TextReport(
@@ -232,3 +234,6 @@ def test_single_documents_need_no_separator_note(tmp_path):
         separator="a newline",
     )  # fmt: skip
     assert text_notes(report) == []
+    out = io.StringIO()
+    print_report(Console(file=out, width=200), tmp_path / "x", report)
+    assert "of 1 document; the training text has 1 other document;\n" in out.getvalue()

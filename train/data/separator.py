@@ -53,11 +53,14 @@ class Separator:
     @property
     def description(self) -> str:
         """Description of the separator."""
-        where = ", unless the document before it ends with one" if self.if_missing else ""
         if self.token is not None:
-            return f"the token {self.name!r} (id {self.token}), which has no bytes{where}"
+            where = (
+                ", unless the document before it ends with this token" if self.if_missing else ""
+            )
+            return f"the token {self.name!r} (id {self.token}, zero bytes){where}"
         if not self.text:
             return "nothing"
+        where = ", unless the document before it ends with one" if self.if_missing else ""
         words = self.text.decode(errors="replace")
         return f"{'a newline' if words == NEWLINE else repr(words)}{where}"
 

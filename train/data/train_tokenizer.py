@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mc_core.errors import UserError
 from mc_core.files import write_atomic
+from mc_core.tables import counted
 from train.config import TextConfig, TrainConfig
 from train.data.documents import (
     clip,
@@ -131,7 +132,7 @@ def _save(path: Path, trained: Trained, used: list[bytes], start: float, console
     write_atomic(path, trained.tokenizer.to_str().encode())
     console.print(
         f"{path}: {trained.tokens:,} tokens, trained on {sum(map(len, used)):,} bytes "
-        f"of {len(used):,} documents in {time.monotonic() - start:.0f} s; "
+        f"of {counted(len(used), 'document')} in {time.monotonic() - start:.0f} s; "
         f"{trained.bytes_per_token:.3f} bytes per token of the held-out text",
         soft_wrap=True,
         highlight=False,

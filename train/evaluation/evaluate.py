@@ -322,7 +322,7 @@ def tables(found: Evaluation, title: str) -> list[ResultTable]:
         )
         row = maps.setdefault(part[by], {by: words})
         interval = f"{100 * part['low']:.0f}-{100 * part['high']:.0f}"
-        row[f"{part['tokens']} tokens"] = f"{100 * part['accuracy']:.3g} ({interval})"
+        row[f"{part['tokens']:,} tokens"] = f"{100 * part['accuracy']:.3g} ({interval})"
     notes = [
         size_line(found.size),
         f"{found.examples} test examples per cell, seed {found.seed}",

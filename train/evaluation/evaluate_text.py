@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mc_core.errors import UserError
 from mc_core.files import to_json, write_atomic
-from mc_core.tables import ResultTable
+from mc_core.tables import ResultTable, counted
 from mc_jax import LanguageModel
 from parity.environment import command, machine
 from train.checkpoint import Meta, check_same_run
@@ -273,8 +273,8 @@ def tables(found: TextEvaluation, title: str) -> list[ResultTable]:
     texts = found.text if isinstance(found.text, str) else ", ".join(found.text)
     several = found.documents > 1
     notes = [
-        f"text: {texts}; {found.documents:,} document{'s' if several else ''}, {found.bytes:,} "
-        f"bytes, SHA-256 {found.sha256[:12]}",
+        f"text: {texts}; {counted(found.documents, 'document')}, {found.bytes:,} bytes, "
+        f"SHA-256 {found.sha256[:12]}",
         *([f"between documents: {found.separator}"] if several else []),
         f"{found.tokens:,} tokens, {found.tokens_per_byte:.3g} per byte; windows of "
         f"{found.window:,} tokens; {found.parameters:,} parameters",

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mc_core import Plan
 from mc_core.files import to_png, write_atomic
+from mc_core.tables import counted
 from train.data.round_trip import RoundTrip
 from train.evaluation.heads import HeadReport, print_heads
 from train.evaluation.sample import Sample, print_sample
@@ -107,8 +108,9 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
     The loss by position, recall and dead heads, and the sample of the run follow.
     """
     console.print(
-        f"\nvalidation: {report.validation_bytes:,} bytes of {report.documents[1]} documents that "
-        f"are not among the {report.documents[0]} trained on;\n"
+        f"\nvalidation: {report.validation_bytes:,} bytes of "
+        f"{counted(report.documents[1], 'document')}; the training text has "
+        f"{counted(report.documents[0], 'other document')};\n"
         "order-0 (entropy of the byte frequencies) and xz -9 use only these bytes"
     )
     for line in text_notes(report):

@@ -39,7 +39,8 @@ def run(configs: Sequence[TrainConfig], chip: str) -> ResultTable:
         costs = step_costs(config, open_mesh(config.run.mesh))
         extrapolated |= costs.extrapolated
         columns[describe(sizes)] = _column(costs, sizes, CHIPS[chip])
-    names = dict.fromkeys(name for column in columns.values() for name in column)
+    figures = dict.fromkeys(name for column in columns.values() for name in column)
+    names = sorted(figures, key=_section)
     rows: list[Row] = [
         {"per device": name + "*" * (extrapolated and name not in _EXACT)}
         | {mesh: column.get(name) for mesh, column in columns.items()}
@@ -49,13 +50,23 @@ def run(configs: Sequence[TrainConfig], chip: str) -> ResultTable:
 
 
 _EXACT = ("devices", "parameters GiB", "optimizer GiB")
+_SENT = "sent over "
+
+
+def _section(name: str) -> int:
+    """Return the place of a figure: what is sent comes before the times, also on other meshes."""
+    if name.startswith(_SENT):
+        return 1
+    return 2 if name == "bound" or name.endswith(" ms") else 0
 
 
 def _notes(config: TrainConfig, chip: str, extrapolated: bool) -> list[str]:
     run, model = config.run, config.model
     tokens = run.accumulation * run.batch_size * config.data.max_tokens
+    millions = model_parameters(model) / 1e6
+    size = f"{millions:,.0f}M" if millions >= 100 else f"{millions:.3g}M"
     notes = [
-        f"{model_parameters(model) / 1e6:,.0f}M parameters, {model.num_layers} blocks of "
+        f"{size} parameters, {model.num_layers} blocks of "
         f"{model.name}, {tokens:,} tokens per step in {run.accumulation} × {run.batch_size} "
         f"windows, {run.dtype}",
         "Temporary arrays and accessed bytes are those of XLA's program for CPUs, which holds some "
@@ -83,7 +94,7 @@ def _column(costs: StepCosts, sizes: Mapping[str, int], chip: Chip) -> dict[str,
         "accessed GB": costs.accessed / 1e9,
     }
     for axes, sent in costs.sent.items():
-        figures[f"sent over {' × '.join(axes)}, GB"] = sent / 1e9
+        figures[f"{_SENT}{' × '.join(axes)}, GB"] = sent / 1e9
     figures |= {f"{name} ms": 1e3 * seconds for name, seconds in times.items()}
     return figures | {"bound": max(times, key=times.__getitem__)}
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mc_core.errors import UserError
 from mc_core.files import to_json, write_atomic
+from mc_core.tables import counted
 from train.data.documents import FORMAT, MANIFEST, SHARD_SUFFIX
 from train.data.separator import choose_separator
 from train.data.tokenizer import load_tokenizer, read_tokenizer
@@ -202,12 +203,11 @@ def _finish(
 
 def _summary(folder: Path, manifest: Manifest, seconds: float) -> list[str]:
     held_out = manifest.held_out
-    noun = "shard" if len(manifest.shards) == 1 else "shards"
     lines = [
-        f"{folder}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} {noun}, "
+        f"{folder}: {counted(manifest.tokens, 'token')} of "
+        f"{counted(manifest.documents, 'document')} in {counted(len(manifest.shards), 'shard')}, "
         f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token; "
-        f"held out: {held_out.documents if held_out else 0:,} documents; {seconds:.0f} s"
+        f"held out: {counted(held_out.documents if held_out else 0, 'document')}; {seconds:.0f} s"
     ]
     if held_out is None:
         lines.append("no document is held out: set data.validation in runs on this folder")

@@ -235,5 +235,5 @@ def test_single_documents_need_no_separator_note(tmp_path):
     )  # fmt: skip
     assert text_notes(report) == []
     out = io.StringIO()
-    print_report(Console(file=out, width=200), tmp_path / "x", report)
-    assert "of 1 document; the training text has 1 other document;\n" in out.getvalue()
+    print_report(Console(file=out, width=40), tmp_path / "x", report)
+    assert "of 1 document; training: 1 other document\n" in out.getvalue()

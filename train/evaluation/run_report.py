@@ -109,9 +109,10 @@ def print_report(console: Console, run: Path, report: TextReport) -> None:
     """
     console.print(
         f"\nvalidation: {report.validation_bytes:,} bytes of "
-        f"{counted(report.documents[1], 'document')}; the training text has "
-        f"{counted(report.documents[0], 'other document')};\n"
-        "order-0 (entropy of the byte frequencies) and xz -9 use only these bytes"
+        f"{counted(report.documents[1], 'document')}; "
+        f"training: {counted(report.documents[0], 'other document')}\n"
+        "order-0 (entropy of the byte frequencies) and xz -9 use only the validation bytes",
+        soft_wrap=True,
     )
     for line in text_notes(report):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -242,6 +242,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("niah/fenwick", "niah_fenwick"),
         ("niah/delta", "niah_fenwick"),
         ("niah/titans", "niah_fenwick"),
+        ("mqar/orthogonal", "orthogonal"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/recall", "code"),

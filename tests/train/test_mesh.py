@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ def config_of(memory: str, aggregation: str, mesh: str, accumulation: int) -> Tr
     )
 
 
-@cache
+@lru_cache(maxsize=8)  # compiled programs use memory maps, and a process is limited to 65,530
 def compiled(memory: str, aggregation: str, mesh: str, accumulation: int):
     """Return the initial state, the batch on the mesh, and the compiled step."""
     config = config_of(memory, aggregation, mesh, accumulation)
@@ -75,7 +75,7 @@ def copy(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x), x.sharding), state)
 
 
-@cache
+@lru_cache(maxsize=8)
 def train_three_steps(*case) -> tuple[list[float], TrainState]:
     """Return losses and gradient norms, and the state after the first and the last step."""
     state, batch, step = compiled(*case)

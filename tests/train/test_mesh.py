@@ -111,8 +111,11 @@ def assert_equal_training(memory: str, aggregation: str, mesh: str, accumulation
     np.testing.assert_allclose(metrics[::2], expected[::2], rtol=2e-6)
     np.testing.assert_allclose(metrics[1], expected[1], rtol=1e-4)
     np.testing.assert_allclose(metrics[3::2], expected[3::2], rtol=5e-3)
-    # After the first step, Adam's moments are multiples of the gradient and of its square.
-    assert_close(first.optimizer, one_first.optimizer, 2e-4)
+    # After the first step, Adam's moments are multiples of the gradient and of its square, which
+    # has twice the relative error.
+    moments, one_moments = (state.optimizer[1][0] for state in (first, one_first))
+    assert_close(moments.mu, one_moments.mu, 1.5e-4)
+    assert_close(moments.nu, one_moments.nu, 3e-4)
     start = compiled(memory, aggregation, "one", 1)[0].params
     changes = [jax.tree.map(np.subtract, state.params, start) for state in (last, one_last)]
     assert_close(*changes, 5e-2)

@@ -115,7 +115,7 @@ def test_both_methods_match_oracle_on_large_grid(case):
         pytest.param("segments-of-one", "swla", "checkpoint", marks=pytest.mark.slow),
         ("uneven", "titans", "restart"),
         ("masked-segment", "swla", "restart"),
-        pytest.param("uneven", "delta", "checkpoint", marks=pytest.mark.slow),
+        ("uneven", "delta", "checkpoint"),
         ("uneven", "titans-last-initial", "checkpoint"),
     ],
 )

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on as experimental
 
 from mc_jax.numerics import Array
 
+# Before jax 0.12, `compute_on` is another function.
+compute_on: Any = getattr(experimental, "compute_on2", experimental.compute_on)
 HOST = jax.memory.Space.Host
 DEVICE = jax.memory.Space.Device
 HOST_KIND = "pinned_host"  # JAX memory kind
@@ -50,5 +52,5 @@ def on_host(x: Array) -> bool:
 
 def _run(function: Callable[..., Array], x: Array, *others: Any) -> Array:
     others = tuple(jax.device_put(other, HOST) for other in others)
-    with compute_on("device_host"):
-        return jax.jit(function)(x, *others)
+    run = compute_on(function, compute_type="device_host", out_memory_spaces=HOST)
+    return jax.jit(run)(x, *others)

@@ -65,11 +65,14 @@ def train(config: TrainConfig, console: Console, *, claimed: bool = False) -> An
 
 
 def _check_same_config(config: TrainConfig, *, may_grow: bool) -> None:
-    """Check the configuration of an existing checkpoint before the corpus is read."""
+    """Check the configuration of an existing checkpoint before the corpus is read.
+
+    Corpus and tokenizer are compared after they are read.
+    """
     directory = Path(config.run.directory)
     saved = last_meta(directory)
     if saved is not None:
-        now = Meta(to_dict(config), saved.fingerprint, 0.0, tokenizer=tokenizer_hash(config))
+        now = Meta(to_dict(config), saved.fingerprint, 0.0, tokenizer=saved.tokenizer)
         check_same_run(directory, saved, now, may_grow=may_grow)
 
 

@@ -31,7 +31,8 @@ from mc_jax.generation import _make_programs
 
 def first_cache(steps: Any) -> Any:
     """Return the cache of the first block of an unstarted iterator."""
-    return steps.gi_frame.f_locals["cache"][0]
+    cache, _, _ = steps.gi_frame.f_locals["state"]
+    return cache[0]
 
 
 QUICK = ("linear-soup",)

@@ -56,7 +56,7 @@ JAX_ONLY = {
     "numerics.py": {"SAVE_POLICY", "SUM_BLOCK", "save_for_backward"},
     # Host memory is a device in PyTorch and a memory space in JAX.
     "reads.py": {"SumReads"},
-    "offload.py": {"HOST", "DEVICE", "HOST_KIND"},
+    "offload.py": {"HOST", "DEVICE", "HOST_KIND", "compute_on"},
 }
 RENAMED = {"__call__": "forward"}
 # Constructor arguments: JAX has `rngs`, names of axes, and separate dtypes of compute and

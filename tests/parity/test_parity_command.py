@@ -395,4 +395,4 @@ def test_report_names_first_diverging_leaf():
     assert data["cases"][0]["first_to_diverge"] == "a"
     assert data["cases"][0]["worst"] == "b"
     assert line in as_markdown([outcome], "cpu", 1.0)
-    assert summary([outcome], "cpu", 1.0).startswith("1 of 1 cases differ: 1 cases, 2 leaves, cpu")
+    assert summary([outcome], "cpu", 1.0).startswith("1 of 1 cases differ: 1 case, 2 leaves, cpu")

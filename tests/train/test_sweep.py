@@ -155,7 +155,7 @@ def test_sweep_trains_tests_and_plots(tmp_path, monkeypatch, capsys):
     assert row["commit"] == source_commit()
     assert row["machine"].keys() == {"device", "processor", "cores", "Python", "NPROC"}
     assert (row["machine"]["cores"], row["machine"]["NPROC"]) == (len(cores()), "1")
-    assert f"| aggregation=none | {row['rate']:g} | 1 | {row['parameters']} |" in (
+    assert f"| aggregation=none | {row['rate']:g} | 1 | {row['parameters']:,} |" in (
         markdown.read_text()
     )
     assert "validation accuracy" in out

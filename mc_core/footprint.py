@@ -52,6 +52,7 @@ def cache_footprint(config: MCConfig, tokens: int, item: int = 4) -> Footprint:
     state += 4 * 3 * max(config.conv_width - 1, 0) * config.d_model
     state += 4 * 4  # length, slot, position, capacity
     state += 4 * h * config.sums_states  # retention of the online segment
+    state += 4 * h * config.memory.updates_at_chunk_end  # retention since the chunk's start
     slots = config.slots(tokens)
     cached = min(slots, _cached_count(config, tokens // config.segment_size))
     reads = min(cached, config.ssc_top_k) if config.rule.sparse else cached
@@ -117,7 +118,8 @@ def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     - MLP memory: inner forward pass `2 P` (`2 (P - P_L)` under the dot loss without a norm, whose
       gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
       within the chunk `2 C` times the input and output widths of its layers; momentum another
-      `4 P`;
+      `4 P`; orthogonal updates `30 P m` per chunk, with m the smaller width of a layer, if its
+      widths are equal;
     - layers that are not written: `2` times their weights for each query and key;
     - delta rule: similarities, inverse and maps of the errors, within the chunk;
     - cached memories `2 P n` (n = 1 if reads use their sum); gates `2 d (n + 1)`, with scores of
@@ -177,8 +179,9 @@ def _write_and_read(config: MCConfig, tokens: int) -> float:
     layers = list(pairwise(memory.widths(width, width)))[memory.fixed_layers :]
     size = memory_size(config)
     within = 2 * chunk * h * sum(a + b for a, b in layers)
-    flops = 4 * size + within + h * memory.gradient_flops(width, width)
+    flops: float = 4 * size + within + h * memory.gradient_flops(width, width)
     flops += 4 * h * sum(memory.sizes(width, width)[: memory.fixed_layers])
+    flops += h * memory.chunk_end_flops(width, width) / chunk
     if memory.delta_rule:
         flops += h * _delta_rule_flops(config, chunk)
     return flops + 4 * size * memory.has_momentum + 2 * size * memory.decays_to_initial

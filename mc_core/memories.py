@@ -35,6 +35,8 @@ class MemoryConfig(Serializable):
             the chunk, and depends on them.
         delta_rule: True if the error of token t is `α_t W_{t-1} a_t + e_t`, for every chunk size.
             The backend's `rank_one_updates` then returns a_t and e_t, those of the zero memory.
+        updates_at_chunk_end: True if the backend's `end_chunk` changes the memory after the last
+            token of each chunk. `gradient_uses_weights` must be True.
         uses_previous_token: True if the write of a token uses the previous token's key and value.
         normalizes_qk: True if q and k are L2-normalized by default.
         decay_only_transition: True if a write is `W_t = α_t W_{t-1} + U_t`, with α_t the retention
@@ -49,6 +51,7 @@ class MemoryConfig(Serializable):
     coefficient_fields: ClassVar[dict[str, str]] = {"step": "step", "retention": "retention"}
     gradient_uses_weights: ClassVar[bool] = False
     delta_rule: ClassVar[bool] = False
+    updates_at_chunk_end: ClassVar[bool] = False
     uses_previous_token: ClassVar[bool] = False
     normalizes_qk: ClassVar[bool] = False
     decay_only_transition: ClassVar[bool] = False
@@ -137,6 +140,10 @@ class MemoryConfig(Serializable):
         """Return the FLOPs per token and head of the inner gradient's matrix products."""
         return 2 * sum(self.sizes(key, value)) * self.gradient_uses_weights
 
+    def chunk_end_flops(self, key: int, value: int) -> int:
+        """Return the FLOPs per chunk and head of the matrix products at the end of a chunk."""
+        return 0
+
     @classmethod
     def variants(cls) -> Sequence[Self]:
         """Return small configurations that together cover the options of this kind."""
@@ -188,6 +195,11 @@ def register_memory(cls: type[M]) -> type[M]:
                 f"register_memory: {cls.__name__} sets {flag} and uses_previous_token: "
                 "a memory may have only one of them"
             )
+    if cls.updates_at_chunk_end is True and not cls.gradient_uses_weights:
+        raise ValueError(
+            f"register_memory: {cls.__name__} sets updates_at_chunk_end: gradient_uses_weights "
+            "must be True, because the state then has the memory at the start of the chunk"
+        )
     if cls.decay_only_transition and (cls.gradient_uses_weights or cls.delta_rule is True):
         raise ValueError(
             f"register_memory: {cls.__name__} sets decay_only_transition: gradient_uses_weights "

@@ -2,10 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Self
 
 from mc_core.checks import check_choice, check_range, check_types, raise_config_error
 from mc_core.memories import MemoryConfig, register_memory
+
+NEWTON_SCHULZ_STEPS = 5
+# (a, b, c) of an iteration `X <- a X + (b X Xᵀ + c (X Xᵀ)²) X`, as in Muon. After five iterations,
+# singular values from 0.002 to 1 are between 0.68 and 1.21.
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 
 
 @register_memory
@@ -146,8 +152,12 @@ class MLPConfig(MemoryConfig):
     `initial_weights` initializes the parameters W_0: `normal` draws all weights with variance
     1 / fan-in. `orthogonal` draws all layers but the last with orthogonal rows or columns and the
     same mean square, so that different keys stay apart, and starts the last layer at zero, like a
-    matrix memory. The default steps are tuned for chunks of 64. Writes of a chunk are summed, so
-    short chunks need larger steps, especially for narrow memories (`expansion=1`).
+    matrix memory. With `chunk_update="orthogonal"` each layer's update by a chunk is replaced,
+    after the chunk's last token, by one of the same Frobenius norm and almost equal singular values
+    (Newton-Schulz iterations, as in Muon), so that rare keys are written as strongly as frequent
+    ones. `written_layers` must be "all". The default steps are tuned for chunks of 64. Writes of a
+    chunk are summed, so short chunks need larger steps, especially for narrow memories
+    (`expansion=1`).
     """
 
     normalizes_qk: ClassVar[bool] = True
@@ -161,6 +171,7 @@ class MLPConfig(MemoryConfig):
     retention_target: str = "zero"  # zero | initial
     written_layers: str = "all"  # all | last
     initial_weights: str = "normal"  # normal | orthogonal
+    chunk_update: str = "sum"  # sum | orthogonal
     coefficients: str = "token"
 
     def __post_init__(self) -> None:
@@ -172,10 +183,13 @@ class MLPConfig(MemoryConfig):
         check_choice(self, "retention_target", ("zero", "initial"))
         check_choice(self, "written_layers", ("all", "last"))
         check_choice(self, "initial_weights", ("normal", "orthogonal"))
+        check_choice(self, "chunk_update", ("sum", "orthogonal"))
         check_range(self, "inner_clip", 0.0, open_low=True)
         if self.written_layers == "last":
-            # A clipped or normalized error is not affine in the weights.
+            # A clipped or normalized error is not affine in the weights, and the delta rule would
+            # not be exact for every chunk size.
             needed = [("inner_clip", None), ("norm", "none"), ("residual", False)]
+            needed += [("chunk_update", "sum")]
             needed += [("objective", "l2")] * self.has_momentum
             for field, allowed in needed:
                 if (value := getattr(self, field)) != allowed:
@@ -195,6 +209,11 @@ class MLPConfig(MemoryConfig):
     def gradient_uses_weights(self) -> bool:  # type: ignore[override]
         """True if all layers are written."""
         return self.written_layers == "all"
+
+    @property
+    def updates_at_chunk_end(self) -> bool:  # type: ignore[override]
+        """True if the updates of chunks are orthogonalized."""
+        return self.chunk_update == "orthogonal"
 
     @property
     def delta_rule(self) -> bool:  # type: ignore[override]
@@ -252,6 +271,15 @@ class MLPConfig(MemoryConfig):
         needs_output = self.objective == "l2" or self.has_layer_norm
         return 2 * (sum(sizes) - (not needs_output) * sizes[-1]) + 2 * (sum(sizes) - sizes[0])
 
+    def chunk_end_flops(self, key: int, value: int) -> int:
+        """Return the FLOPs per chunk and head of the Newton-Schulz iterations."""
+        if not self.updates_at_chunk_end:
+            return 0
+        layers = pairwise(self.widths(key, value))
+        return NEWTON_SCHULZ_STEPS * sum(
+            4 * a * b * min(a, b) + 2 * min(a, b) ** 3 for a, b in layers
+        )
+
 
 @register_memory
 @dataclass(frozen=True)
@@ -277,6 +305,7 @@ class DLAConfig(MLPConfig):
             cls(depth=3, expansion=1, objective="l2", residual=False),
             cls(expansion=1, norm="layer", inner_clip=0.5, coefficients="constant"),
             cls(expansion=1, retention=0.9, retention_target="initial"),
+            cls(expansion=2, retention=0.9, chunk_update="orthogonal"),
             cls(expansion=2, written_layers="last", inner_clip=None, residual=False),
         )
 
@@ -317,5 +346,6 @@ class TitansConfig(MLPConfig):
             cls(expansion=1, norm="layer", inner_clip=0.5, coefficients="head"),
             cls(depth=3, expansion=1, objective="dot"),
             cls(expansion=1, retention_target="initial"),
+            cls(expansion=1, retention=0.9, retention_target="initial", chunk_update="orthogonal"),
             cls(expansion=2, written_layers="last", inner_clip=None, residual=False),
         )

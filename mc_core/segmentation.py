@@ -77,6 +77,7 @@ class Plan:
         last_chunk: [n] flat index of the last chunk of each segment.
         restarts: [rows, chunks] True where a chunk starts from the initial memory.
         full_length: number of tokens of the last segment when complete.
+        full_chunk: number of tokens of a complete chunk, except for the last chunk of a segment.
         streams: True if the sequence can be extended, because its segments are those of a stream.
         has_buckets: True if cached memories are buckets of segments.
     """
@@ -88,6 +89,7 @@ class Plan:
     last_chunk: np.ndarray
     restarts: np.ndarray
     full_length: int
+    full_chunk: int
     streams: bool
     has_buckets: bool = False
 
@@ -150,8 +152,8 @@ class Plan:
     @cached_property
     def completes_segment(self) -> np.ndarray:
         """[t] True at the last token of a complete segment."""
-        full = np.asarray(self.lengths)[self.segment_of] == self.full_length
-        return full & (self.offset_of == self.full_length - 1)
+        last = np.arange(1, self.tokens + 1) == self.ends[self.segment_of]
+        return last & (self.segment_of < self.complete)
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -177,6 +179,17 @@ class Plan:
     def starts_chunk(self) -> np.ndarray:
         """[t] True at the first token of a chunk."""
         return self.offset_of % self.chunk_size == 0
+
+    @cached_property
+    def completes_chunk(self) -> np.ndarray:
+        """[t] True at the last token of a complete chunk."""
+        return ((self.offset_of + 1) % self.full_chunk == 0) | self.completes_segment
+
+    @cached_property
+    def complete_chunks(self) -> np.ndarray:
+        """[rows, chunks] True for complete chunks; False for chunks of padding."""
+        completes = np.append(self.completes_chunk, False)[self.chunk_tokens]
+        return completes.reshape(*self.restarts.shape, -1).any(axis=-1)
 
     @cached_property
     def first_chunk(self) -> np.ndarray:
@@ -264,6 +277,7 @@ def make_plan(tokens: int, config: MCConfig, lengths: Sequence[int] | None = Non
         last_chunk=first + np.asarray(counts) - 1,
         restarts=restarts.reshape(rows, chunks),
         full_length=config.segment_size if streams else lengths[-1],
+        full_chunk=config.chunk_size,
         streams=streams,
         has_buckets=config.has_buckets,
     )

@@ -72,6 +72,7 @@ class CallLayout(NamedTuple):
     chunk_positions: Array  # position of each token in the chunks, int32 [b, t]; g * c = none
     segment: Array  # segment of each token, int32 [b, t]
     has_first_token: Array  # bool [g, b, 1], True if the call contains the chunk's first token
+    completes_chunk: Array  # bool [g, b, 1], True if the call contains the chunk's last token
     starts_segment: Array  # bool [g, b, 1], True if this token is also the first of a segment
     completes_segment: Array  # bool [g, b, 1], True if the chunk completes a segment
     completing_chunk: Array  # chunks that complete the next s segments, int32 [b, s]
@@ -93,6 +94,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         chunk_positions   = [0, 1, 3, 6, 7, 8, 9, 12]
         segment           = [1, 1, 1, 2, 2, 2, 2, 3], slot = 3
         has_first_token   = [F, T, T, T, T]
+        completes_chunk   = [T, T, T, T, F]
         starts_segment    = [F, F, T, F, T]
         completes_segment = [F, T, F, T, F]
         completing_chunk  = [1, 3], completed_slots = [1, 2]
@@ -117,7 +119,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     chunk_tokens = first_here[..., None] + _range(width, 3)
     chunk_tokens = jnp.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)
-    ends = (chunk % per_segment == per_segment - 1) & (end <= count)
+    completes_chunk = end <= count
 
     # Tokens [b, t].
     token = _range(tokens, 2)
@@ -139,8 +141,9 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         chunk_positions=chunk_positions,
         segment=positions // size,
         has_first_token=chunks_first(has_first_token),
+        completes_chunk=chunks_first(completes_chunk),
         starts_segment=chunks_first(has_first_token & (chunk % per_segment == 0)),
-        completes_segment=chunks_first(ends),
+        completes_segment=chunks_first(completes_chunk & (chunk % per_segment == per_segment - 1)),
         completing_chunk=jnp.clip(last, 0, shape.chunks - 1),
         completed_slots=jnp.where(complete, following, np.iinfo(np.int32).max),
         slot=jnp.maximum(position + count - 1, 0)[:, 0] // size,

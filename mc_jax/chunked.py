@@ -34,6 +34,8 @@ class Chunks(NamedTuple):
     # bool [g, b, r], False where the chunk started in an earlier call, so that its gradients are
     # taken at `state.anchor`; else they are taken at the memory before the chunk. None = all True.
     has_first_token: Array | None = None
+    # bool [g, b or 1, r], True where the chunk ends with its last token; None = all True.
+    completes_chunk: Array | None = None
 
 
 class OnlineMemory(NamedTuple):
@@ -104,15 +106,16 @@ def write_chunks(
     coefficients = jax.tree.map(lambda x: to_chunks(x, plan), coefficients)
     write_mask = to_chunks(mask[:, :, None].astype(coefficients.step.dtype), plan)
     queries = None if q is None else to_chunks(q, plan)
-    restarts = jnp.asarray(plan.restarts.T)[:, None] if plan.restarts[:, 1:].any() else None
+    restarts = _by_chunk(plan.restarts) if plan.restarts[:, 1:].any() else None
     start = start_state(memory, initial, k[0], v[0])
-    chunks = Chunks(k, v, coefficients, write_mask, queries, restarts)
+    completes = None if plan.complete_chunks.all() else _by_chunk(plan.complete_chunks)
+    chunks = Chunks(k, v, coefficients, write_mask, queries, restarts, completes_chunk=completes)
     state = start
     if previous:
         before = zip(previous, start.previous, strict=True)
         state = start._replace(previous=tuple(x[:, None].astype(s.dtype) for x, s in before))
     scanned = scan_chunks(memory, chunks, state, start)
-    final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
+    final = _add_chunk_start(memory, scanned, plan)
     return WriteResult(
         online=online_memory(memory, scanned, start, restarts),
         read=scanned.read,
@@ -205,21 +208,30 @@ def online_apply(online: OnlineMemory, dtype: jnp.dtype) -> Apply:
 
 
 def write_chunk(
-    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, decay: ChunkDecay
+    memory: Memory,
+    state: MemoryState,
+    k: Array,
+    v: Array,
+    q: Array | None,
+    decay: ChunkDecay,
+    completes_chunk: Array | None = None,
 ) -> ChunkResult:
     """Write the tokens of one chunk; all gradients are taken at the same weights (section 6).
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
     3. Update weights and momentum by the sums of the gradients.
+    4. At the end of the chunk, call `Memory.end_chunk` if the memory kind has it.
 
     Args:
         memory: the memory kind.
-        state: state before the chunk [b, r, h, ...], with an `anchor`.
+        state: state before the chunk [b, r, h, ...], with an `anchor`, and with the `retention` up
+            to the chunk's last token, if used.
         k: keys [b, r, h, c, k], zero at masked tokens and padding.
         v: values [b, r, h, c, v], likewise.
         q: queries [b, r, h, c, k]; None = read the online memory after the scan.
         decay: the chunk's decay weights.
+        completes_chunk: bool [b or 1, r], True if the chunk ends; None = all True.
     """
     updates = memory.rank_one_updates(state.anchor, k, v)  # 1
 
@@ -229,33 +241,47 @@ def write_chunk(
         read = memory.read(online_apply(online, k.dtype), q)
 
     after = memory.apply_updates(state, updates, decay, k.dtype)  # 3
+    if memory.config.updates_at_chunk_end:  # 4
+        after = end_chunks(memory, after, completes_chunk)
     return ChunkResult(after.weights, after.momentum, updates if q is None else None, read)
+
+
+def end_chunks(memory: Memory, state: MemoryState, completes_chunk: Array | None) -> MemoryState:
+    """Apply `Memory.end_chunk` to the states [b, r, ...] whose chunk ends; None = all."""
+    if completes_chunk is None:
+        return memory.end_chunk(state)
+
+    def end(state: MemoryState) -> MemoryState:
+        return tree_where(completes_chunk, memory.end_chunk(state), state)
+
+    return jax.lax.cond(jnp.any(completes_chunk), end, lambda state: state, state)
 
 
 def _scan_with_weights(
     memory: Memory, chunks: Chunks, decay: ChunkDecay, state: MemoryState, start: MemoryState
 ) -> ScanResult:
-    k, v, _, _, q, restarts, has_first_token = chunks
+    k, v, _, _, q, restarts, has_first_token, completes_chunk = chunks
 
     @partial(jax.checkpoint, prevent_cse=False, policy=SAVE_POLICY)
     def write(*chunk: Any) -> ChunkResult:
         return write_chunk(memory, *chunk)
 
     def step(carry: MemoryState, chunk):  # type: ignore[no-untyped-def]
-        k, v, q, decay, restart, has_first_token = chunk
+        k, v, q, decay, restart, has_first_token, completes_chunk = chunk
         state = carry if restart is None else tree_where(restart, start, carry)
-        anchor = state.weights
+        begin = state.weights, jax.tree.map(jnp.ones_like, state.retention)
         if has_first_token is not None:
-            anchor = tree_where(has_first_token, state.weights, state.anchor)
-        state = state._replace(anchor=anchor)
-        new = write(state, k, v, q, decay)
+            begin = tree_where(has_first_token, begin, (state.anchor, state.retention))
+        retention = jax.tree.map(lambda x: x * decay.state[..., -1], begin[1])
+        state = state._replace(anchor=begin[0], retention=retention)
+        new = write(state, k, v, q, decay, completes_chunk)
         after = state._replace(weights=new.weights, momentum=new.momentum)
         if has_first_token is None:
             after = after._replace(anchor=carry.anchor)
         before = carry.weights, () if q is not None else carry.momentum
         return after, (*before, new.updates, new.read)
 
-    inputs = (k, v, q, decay, restarts, has_first_token)
+    inputs = (k, v, q, decay, restarts, has_first_token, completes_chunk)
     final, (before, momentum, updates, read) = jax.lax.scan(step, state, inputs)
     return ScanResult(before, momentum, updates, decay, final, read)
 
@@ -313,15 +339,21 @@ def _segment_ends(before: Array, final: Array, plan: Plan) -> Array:
     return jnp.concatenate([jnp.moveaxis(ends, 0, 1), final], axis=1)
 
 
-def _anchor(memory: Memory, scanned: ScanResult, plan: Plan) -> Weights:
-    """Return the weights [b, r, ...] at the start of the last token's chunk."""
+def _by_chunk(flags: np.ndarray) -> Array:
+    """Return bool [g, 1, r] from [r, g]."""
+    return jnp.asarray(flags.T)[:, None]
+
+
+def _add_chunk_start(memory: Memory, scanned: ScanResult, plan: Plan) -> MemoryState:
+    """Return the final state [b, r, ...] with anchor and retention of the last token's chunk."""
     if not memory.config.gradient_uses_weights:
-        return ()
+        return scanned.final
     last = int(plan.last_chunk[-1]) % plan.restarts.shape[1]
     # After a restart, the anchor is that of the initial state.
-    return (
-        scanned.final.anchor if plan.restarts[-1, last] else tuple(b[last] for b in scanned.before)
-    )
+    restarted = plan.restarts[-1, last]
+    anchor = scanned.final.anchor if restarted else tuple(b[last] for b in scanned.before)
+    retention = scanned.decay.state[last, ..., -1] if memory.config.updates_at_chunk_end else ()
+    return scanned.final._replace(anchor=anchor, retention=retention)
 
 
 def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mc_core.config import NORM_EPS
+from mc_core.config import NORM_EPS, UPDATE_EPS
+from mc_core.memory_kinds import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 Array = jax.Array
 Dtype = Any
@@ -127,6 +128,28 @@ def standardize(x: Array) -> tuple[Array, Array]:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + NORM_EPS)
     return centred * inverse, inverse
+
+
+def orthogonalize(x: Array) -> Array:
+    """Return matrices with the singular vectors and the Frobenius norm of x [..., o, i].
+
+    Newton-Schulz iterations make all singular values almost equal; those below 0.2% of the norm
+    remain smaller. Matrices of norm 1e-6 or less are returned unchanged: at zero, the gradient
+    would otherwise be infinite.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    squares = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    small = squares <= UPDATE_EPS
+    norm = jnp.sqrt(jnp.where(small, 1, squares))
+    unit = x / norm
+    linear, cubic, quintic = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = einsum_f32("...oi,...pi->...op", unit, unit)
+        factor = cubic * gram + quintic * einsum_f32("...op,...pq->...oq", gram, gram)
+        unit = linear * unit + einsum_f32("...op,...pi->...oi", factor, unit)
+    squares = jnp.sum(unit * unit, axis=(-2, -1), keepdims=True)
+    return jnp.where(small, x, unit * (norm / jnp.sqrt(jnp.where(small, 1, squares))))
 
 
 def is_static(size: Any) -> bool:

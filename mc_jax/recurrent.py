@@ -37,6 +37,7 @@ class Token(NamedTuple):
     segment: Array  # int32 []
     starts_segment: Array  # bool []
     starts_chunk: Array  # bool []
+    completes_chunk: Array  # bool []
     completes_segment: Array  # bool []
 
 
@@ -67,6 +68,7 @@ def run_tokens(
         plan.segment_of.astype(np.int32),
         plan.starts_segment,
         plan.starts_chunk,
+        plan.completes_chunk,
         plan.completes_segment,
     )
     by_step = Token(*(*by_token, *map(jnp.asarray, token_indices)))
@@ -105,10 +107,14 @@ def run_token(
     if config.state_init_mode == "restart":
         state = _where(token.starts_segment, start, state)
     if memory.config.gradient_uses_weights:
-        anchored = state._replace(anchor=state.weights)
+        one = jax.tree.map(jnp.ones_like, state.retention)
+        anchored = state._replace(anchor=state.weights, retention=one)
         state = _where(token.starts_chunk, anchored, state)
     q, k = (memory.encode(x[..., None, :]) for x in (token.q, token.k))
     updated = memory.update(state, k, token.v[..., None, :], token.coefficients)
+    if memory.config.updates_at_chunk_end:
+        retention = state.retention * token.coefficients.retention
+        updated = updated._replace(retention=retention)
     state = tree_where(token.mask, updated, state)
 
     pool_sum = _where(token.starts_segment, jnp.zeros_like(cache.pool_sum), cache.pool_sum)
@@ -122,6 +128,8 @@ def run_token(
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
+    if memory.config.updates_at_chunk_end:
+        state = jax.lax.cond(token.completes_chunk, memory.end_chunk, lambda x: x, state)
     online, stored, slot = Segments(state.weights, running, count), cache.stored, cache.slot
     retention = cache.retention
     if config.sums_states:

@@ -130,7 +130,9 @@ def _write(
     # Under `soup`, reads also need the segments that this call completes.
     read_in_scan = config.memory.gradient_uses_weights and not config.mixes_layers
     q = to_call_chunks(tokens.q, layout) if read_in_scan else None
-    chunks = Chunks(k, v, coefficients, write_mask, q, restarts, layout.has_first_token)
+    chunks = Chunks(
+        k, v, coefficients, write_mask, q, restarts, layout.has_first_token, layout.completes_chunk
+    )
     scanned = scan_chunks(memory, chunks, state, start)
     online = online_memory(memory, scanned, start, restarts)
     return scanned, WriteResult(online, scanned.read, (), scanned.final)

@@ -127,7 +127,13 @@ def start_state(memory: Memory, initial: Weights, k: Array, v: Array) -> MemoryS
     if memory.config.uses_previous_token:
         previous = tuple(torch.zeros_like(x[..., 0, :], dtype=dtype) for x in (k, v))
     return MemoryState(
-        weights, momentum, weights if memory.config.gradient_uses_weights else (), previous
+        weights,
+        momentum,
+        anchor=weights if memory.config.gradient_uses_weights else (),
+        previous=previous,
+        retention=(
+            torch.ones_like(weights[0][..., 0, 0]) if memory.config.updates_at_chunk_end else ()
+        ),
     )
 
 

@@ -49,12 +49,14 @@ class TensorPlan:
     restarts: tuple[
         bool, ...
     ]  # [chunks] restarts of the first row; other rows restart only at chunk 0
+    complete_chunks: Array | None  # bool [chunks, 1, rows], True for complete chunks; None = all
     first_chunk: Array  # [n] flat index of the first chunk of each segment, int64
     last_chunk: tuple[int, ...]  # [n] flat index of the last chunk of each segment
     chunk_segments: Array  # [rows * chunks] segment of each chunk, int64
     segment_of: tuple[int, ...]  # [t] segment of each token
     starts_segment: tuple[bool, ...]  # [t]
     starts_chunk: tuple[bool, ...]  # [t]
+    completes_chunk: tuple[bool, ...]  # [t]
     completes_segment: tuple[bool, ...]  # [t]
     cached_count: tuple[int, ...]  # [t] number of cached memories that each token may read
     bucket_ends: Array  # [n, slots] last segment of each bucket of a segment's tokens, int64
@@ -93,6 +95,9 @@ def _make_plan(
         return TokenIndex(tensor(x), np.array_equal(x, np.arange(size)), bool(x.max() == size))
 
     padded = plan.segment_tokens.reshape(-1)
+    complete = None
+    if not plan.complete_chunks.all():
+        complete = torch.tensor(plan.complete_chunks.T, device=device)[:, None]
     return TensorPlan(
         tokens=tokens,
         segments=plan.segments,
@@ -108,12 +113,14 @@ def _make_plan(
         segment_tokens=token_index(padded, tokens),
         segment_positions=token_index(plan.segment_positions, padded.size),
         restarts=tuple(plan.restarts[0].tolist()),
+        complete_chunks=complete,
         first_chunk=tensor(plan.first_chunk),
         last_chunk=tuple(plan.last_chunk.tolist()),
         chunk_segments=tensor(plan.chunk_segments),
         segment_of=tuple(plan.segment_of.tolist()),
         starts_segment=tuple(plan.starts_segment.tolist()),
         starts_chunk=tuple(plan.starts_chunk.tolist()),
+        completes_chunk=tuple(plan.completes_chunk.tolist()),
         completes_segment=tuple(plan.completes_segment.tolist()),
         cached_count=tuple(plan.cached_count.tolist()),
         bucket_ends=tensor(plan.bucket_ends),
@@ -168,6 +175,7 @@ class CallLayout(NamedTuple):
     chunk_positions: Array  # position of each token in the chunks, int64 [b, t]; g * c = none
     segment: Array  # segment of each token, int64 [b, t]
     has_first_token: Array  # bool [g, b, 1], True if the call contains the chunk's first token
+    completes_chunk: Array  # bool [g, b, 1], True if the call contains the chunk's last token
     starts_segment: Array  # bool [g, b, 1], True if this token is also the first of a segment
     completes_segment: Array  # bool [g, b, 1], True if the chunk completes a segment
     completing_chunk: Array  # chunks that complete the next s segments, int64 [b, s]
@@ -189,6 +197,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         chunk_positions   = [0, 1, 3, 6, 7, 8, 9, 12]
         segment           = [1, 1, 1, 2, 2, 2, 2, 3], slot = 3
         has_first_token   = [F, T, T, T, T]
+        completes_chunk   = [T, T, T, T, F]
         starts_segment    = [F, F, T, F, T]
         completes_segment = [F, T, F, T, F]
         completing_chunk  = [1, 3], completed_slots = [1, 2]
@@ -214,7 +223,7 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
     chunk_tokens = first_here[..., None] + _range(width, 3, device)
     chunk_tokens = torch.where(chunk_tokens < stop[..., None], chunk_tokens, tokens)
     has_first_token = (begin >= 0) & (begin < stop)
-    ends = (chunk % per_segment == per_segment - 1) & (end <= count)
+    completes_chunk = end <= count
 
     # Tokens [b, t].
     token = _range(tokens, 2, device)
@@ -236,8 +245,9 @@ def make_call_layout(position: Array, count: Array, tokens: int, config: MCConfi
         chunk_positions=chunk_positions,
         segment=positions // size,
         has_first_token=chunks_first(has_first_token),
+        completes_chunk=chunks_first(completes_chunk),
         starts_segment=chunks_first(has_first_token & (chunk % per_segment == 0)),
-        completes_segment=chunks_first(ends),
+        completes_segment=chunks_first(completes_chunk & (chunk % per_segment == per_segment - 1)),
         completing_chunk=last.clamp(0, shape.chunks - 1),
         completed_slots=torch.where(complete, following, torch.iinfo(torch.int32).max),
         slot=((position + count - 1).clamp(min=0)[:, 0] // size).to(torch.int32),

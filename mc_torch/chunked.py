@@ -33,6 +33,8 @@ class Chunks(NamedTuple):
     # bool [g, b, r], False where the chunk started in an earlier call, so that its gradients are
     # taken at `state.anchor`; else they are taken at the memory before the chunk. None = all True.
     has_first_token: Array | None = None
+    # bool [g, b or 1, r], True where the chunk ends with its last token; None = all True.
+    completes_chunk: Array | None = None
 
 
 class OnlineMemory(NamedTuple):
@@ -103,10 +105,11 @@ def write_chunks(
     queries = None if q is None else to_chunks(q, plan)
     restarts = plan.restarts if any(plan.restarts[1:]) else None
     start = start_state(memory, initial, k[0], v[0])
-    scanned = scan_chunks(
-        memory, Chunks(k, v, coefficients, write_mask, queries, restarts), start, start
+    chunks = Chunks(
+        k, v, coefficients, write_mask, queries, restarts, completes_chunk=plan.complete_chunks
     )
-    final = scanned.final._replace(anchor=_anchor(memory, scanned, plan))
+    scanned = scan_chunks(memory, chunks, start, start)
+    final = _add_chunk_start(memory, scanned, plan)
     return WriteResult(
         online=online_memory(memory, scanned, start, restarts),
         read=scanned.read,
@@ -198,21 +201,30 @@ def online_apply(online: OnlineMemory, dtype: torch.dtype) -> Apply:
 
 
 def write_chunk(
-    memory: Memory, state: MemoryState, k: Array, v: Array, q: Array | None, decay: ChunkDecay
+    memory: Memory,
+    state: MemoryState,
+    k: Array,
+    v: Array,
+    q: Array | None,
+    decay: ChunkDecay,
+    completes_chunk: Array | None = None,
 ) -> ChunkResult:
     """Write the tokens of one chunk; all gradients are taken at the same weights (section 6).
 
     1. Compute every token's gradient `G_i = δ_i a_iᵀ` at `state.anchor`.
     2. Read each query from the memory after its token, in the dual form.
     3. Update weights and momentum by the sums of the gradients.
+    4. At the end of the chunk, call `Memory.end_chunk` if the memory kind has it.
 
     Args:
         memory: the memory kind.
-        state: state before the chunk [b, r, h, ...], with an `anchor`.
+        state: state before the chunk [b, r, h, ...], with an `anchor`, and with the `retention` up
+            to the chunk's last token, if used.
         k: keys [b, r, h, c, k], zero at masked tokens and padding.
         v: values [b, r, h, c, v], likewise.
         q: queries [b, r, h, c, k]; None = read the online memory after the scan.
         decay: the chunk's decay weights.
+        completes_chunk: bool [b or 1, r], True if the chunk ends; None = all True.
     """
     updates = memory.rank_one_updates(state.anchor, k, v)  # 1
 
@@ -222,13 +234,21 @@ def write_chunk(
         read = memory.read(online_apply(online, k.dtype), q)
 
     after = memory.apply_updates(state, updates, decay, k.dtype)  # 3
+    if memory.config.updates_at_chunk_end:  # 4
+        after = end_chunks(memory, after, completes_chunk)
     return ChunkResult(after.weights, after.momentum, updates if q is None else None, read)
+
+
+def end_chunks(memory: Memory, state: MemoryState, completes_chunk: Array | None) -> MemoryState:
+    """Apply `Memory.end_chunk` to the states [b, r, ...] whose chunk ends; None = all."""
+    ended = memory.end_chunk(state)
+    return ended if completes_chunk is None else tree_where(completes_chunk, ended, state)
 
 
 def _loop_with_weights(
     memory: Memory, chunks: Chunks, decay: ChunkDecay, state: MemoryState, start: MemoryState
 ) -> ScanResult:
-    k, v, _, _, q, restarts, has_first_token = chunks
+    k, v, _, _, q, restarts, has_first_token, completes_chunk = chunks
 
     def write(*chunk: Any) -> ChunkResult:
         return write_chunk(memory, *chunk)
@@ -239,16 +259,20 @@ def _loop_with_weights(
         (None,) * number if q is None else q.unbind(0),
         _each(restarts, number),
         _each(has_first_token, number),
+        _each(completes_chunk, number),
         strict=True,
     )
-    for (keys, values, weights), queries, restart, has_first_token in inputs:
+    for (keys, values, weights), queries, restart, has_first_token, completes in inputs:
         before = state.weights, () if q is not None else state.momentum
         state = _restarted(restart, start, state)
-        anchor = state.weights
+        begin = state.weights, tree_map(torch.ones_like, state.retention)
         if has_first_token is not None:
-            anchor = tree_where(has_first_token, state.weights, state.anchor)
-            state = state._replace(anchor=anchor)
-        new = remat(write)(state._replace(anchor=anchor), keys, values, queries, weights)
+            begin = tree_where(has_first_token, begin, (state.anchor, state.retention))
+        factor = weights.state[..., -1]
+        retention = tree_map(lambda x, factor=factor: x * factor, begin[1])
+        anchored = state._replace(anchor=begin[0], retention=retention)
+        state = anchored if has_first_token is not None else state
+        new = remat(write)(anchored, keys, values, queries, weights, completes)
         state = state._replace(weights=new.weights, momentum=new.momentum)
         results.append((*before, new.updates, new.read))
     carried, momentum, updates, read = _stack(results)
@@ -333,13 +357,15 @@ def _segment_ends(before: Array, final: Array, plan: TensorPlan) -> Array:
     return torch.cat([*(chunks[last + 1] for last in plan.last_chunk[:-1]), final], dim=1)
 
 
-def _anchor(memory: Memory, scanned: ScanResult, plan: TensorPlan) -> Weights:
-    """Return the weights [b, r, ...] at the start of the last token's chunk."""
+def _add_chunk_start(memory: Memory, scanned: ScanResult, plan: TensorPlan) -> MemoryState:
+    """Return the final state [b, r, ...] with anchor and retention of the last token's chunk."""
     if not memory.config.gradient_uses_weights:
-        return ()
+        return scanned.final
     last = plan.last_chunk[-1] % len(plan.restarts)
     # After a restart, the anchor is that of the initial state.
-    return scanned.final.anchor if plan.restarts[last] else tuple(b[last] for b in scanned.before)
+    anchor = scanned.final.anchor if plan.restarts[last] else tuple(b[last] for b in scanned.before)
+    retention = scanned.decay.state[last, ..., -1] if memory.config.updates_at_chunk_end else ()
+    return scanned.final._replace(anchor=anchor, retention=retention)
 
 
 def _previous_tokens(chunks: Chunks, previous: Weights) -> tuple[Weights, Weights]:

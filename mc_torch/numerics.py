@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mc_core.config import NORM_EPS
+from mc_core.config import NORM_EPS, UPDATE_EPS
+from mc_core.memory_kinds import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 Array = torch.Tensor
 Dtype = torch.dtype | None
@@ -111,6 +112,28 @@ def standardize(x: Array) -> tuple[Array, Array]:
     centred = x - torch.mean(x, dim=-1, keepdim=True)
     inverse = torch.rsqrt(torch.mean(centred * centred, dim=-1, keepdim=True) + NORM_EPS)
     return centred * inverse, inverse
+
+
+def orthogonalize(x: Array) -> Array:
+    """Return matrices with the singular vectors and the Frobenius norm of x [..., o, i].
+
+    Newton-Schulz iterations make all singular values almost equal; those below 0.2% of the norm
+    remain smaller. Matrices of norm 1e-6 or less are returned unchanged: at zero, the gradient
+    would otherwise be infinite.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.transpose(-1, -2)).transpose(-1, -2)
+    squares = torch.sum(x * x, dim=(-2, -1), keepdim=True)
+    small = squares <= UPDATE_EPS
+    norm = torch.sqrt(torch.where(small, 1.0, squares))
+    unit = x / norm
+    linear, cubic, quintic = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = einsum_f32("...oi,...pi->...op", unit, unit)
+        factor = cubic * gram + quintic * einsum_f32("...op,...pq->...oq", gram, gram)
+        unit = linear * unit + einsum_f32("...op,...pi->...oi", factor, unit)
+    squares = torch.sum(unit * unit, dim=(-2, -1), keepdim=True)
+    return torch.where(small, x, unit * (norm / torch.sqrt(torch.where(small, 1.0, squares))))
 
 
 def remat(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:

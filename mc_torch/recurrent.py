@@ -19,7 +19,7 @@ from mc_torch.cache import (
 )
 from mc_torch.chunk_layout import TensorPlan
 from mc_torch.gates import dense_gates, finish_pooling, gate_scores
-from mc_torch.numerics import Array, unstack
+from mc_torch.numerics import Array, tree_map, unstack
 from mc_torch.reads import read_token
 
 
@@ -35,6 +35,7 @@ class Token(NamedTuple):
     segment: int  # its segment
     starts_segment: bool
     starts_chunk: bool
+    completes_chunk: bool
     completes_segment: bool
 
 
@@ -65,6 +66,7 @@ def run_tokens(
         plan.segment_of,
         plan.starts_segment,
         plan.starts_chunk,
+        plan.completes_chunk,
         plan.completes_segment,
         strict=True,
     )
@@ -104,9 +106,13 @@ def run_token(
     if config.state_init_mode == "restart" and token.starts_segment:
         state = start
     if memory.config.gradient_uses_weights and token.starts_chunk:
-        state = state._replace(anchor=state.weights)
+        one = tree_map(torch.ones_like, state.retention)
+        state = state._replace(anchor=state.weights, retention=one)
     q, k = (memory.encode(x[..., None, :]) for x in (token.q, token.k))
     updated = memory.update(state, k, token.v[..., None, :], token.coefficients)
+    if memory.config.updates_at_chunk_end:
+        retention = state.retention * token.coefficients.retention
+        updated = updated._replace(retention=retention)
     state = tree_where(token.mask, updated, state)
 
     pool_sum, count = cache.pool_sum, cache.length
@@ -121,6 +127,8 @@ def run_token(
     score = gate_scores(u, pools, running[:, None], segment, config, gate_bias)
     gates = dense_gates(score, segment, config)[:, 0]
     output = read_token(memory, config, state.weights, cache.stored.weights, q[..., 0, :], gates)
+    if memory.config.updates_at_chunk_end and token.completes_chunk:
+        state = memory.end_chunk(state)
     online, stored, slot = Segments(state.weights, running, count), cache.stored, cache.slot
     retention = cache.retention
     if config.sums_states:

@@ -35,6 +35,9 @@ LAYER = case(
 STREAM = case(
     TitansConfig(expansion=2), "grm", level="layer", conv_width=4, mask="some", splits=(5, 1, 7)
 )
+ORTHOGONAL = case(
+    TitansConfig(expansion=2, chunk_update="orthogonal"), "grm", mask="some", splits=(5, 1, 7)
+)
 STATE = "cache.stored.weights.0"
 
 
@@ -228,6 +231,14 @@ def _every_token_starts_a_chunk(make_call_layout: Any) -> Any:
     return refreshed
 
 
+def _every_call_ends_a_chunk(make_call_layout: Any) -> Any:
+    def ended(*args: Any) -> Any:
+        layout = make_call_layout(*args)
+        return layout._replace(completes_chunk=torch.ones_like(layout.completes_chunk))
+
+    return ended
+
+
 def _next_slot(write_slots: Any) -> Any:
     return lambda stored, segments, slots: write_slots(stored, segments, slots + 1)
 
@@ -342,6 +353,18 @@ FAULTS = (
         STREAM,
         STATE,
         {"mc_torch.streaming.make_call_layout": _every_token_starts_a_chunk},
+    ),
+    Fault(
+        "update of a chunk not orthogonalized",
+        ORTHOGONAL,
+        STATE,
+        {"mc_torch.backends.mlp.orthogonalize": lambda _: lambda update: update},
+    ),
+    Fault(
+        "update orthogonalized at the end of a call",
+        ORTHOGONAL,
+        STATE,
+        {"mc_torch.streaming.make_call_layout": _every_call_ends_a_chunk},
     ),
     Fault(
         "completed segment in the next slot",

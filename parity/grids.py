@@ -157,7 +157,12 @@ QUICK = (
         tokens=10,
     ),
     case(DLAConfig(depth=1, residual=False), "residual", "restart", mask="some"),
-    case(DLAConfig(expansion=1, residual=False), "grm", pooling="sum", tokens=11),
+    case(
+        DLAConfig(expansion=1, residual=False, chunk_update="orthogonal"),
+        "grm",
+        pooling="sum",
+        tokens=11,
+    ),
     case(DLAConfig(depth=3, expansion=1, objective="l2"), "soup", method="recurrent", mask="some"),
     case(_DLA, "ssc", "restart", mask="padded", detach_cached_context=True),
     case(DLAConfig(expansion=1, norm="layer"), "mean", level="layer", segmentation="logarithmic"),
@@ -190,7 +195,7 @@ QUICK = (
     case(_LINEAR, "mean", "restart", level="layer", conv_width=3, splits=(5, 8), padding=True),
     case(_DLA, "soup", "restart", splits=(6, 5), tokens=11, pooling="sum", gate="token"),
     case(
-        TitansConfig(expansion=2, retention_target="initial"),
+        TitansConfig(expansion=2, retention_target="initial", chunk_update="orthogonal"),
         "residual",
         level="model",
         conv_width=4,

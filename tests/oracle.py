@@ -13,7 +13,7 @@ import numpy as np
 
 from helpers.oracle_buckets import Block, Bucket, buckets_of
 from helpers.oracle_gates import gates_of, pooled
-from helpers.oracle_mlp import clipped, inner_gradient, mlp
+from helpers.oracle_mlp import clipped, inner_gradient, mlp, orthogonalized
 from mc_core import MCConfig, MemoryConfig
 from mc_core.config import NORMALIZER_FLOOR
 
@@ -134,6 +134,19 @@ def write(
     return State(Memory(weights, normalizer), momentum, (k, v), state.target)
 
 
+def end_chunk(state: State, anchor: Layers, decay: float, config: MemoryConfig) -> State:
+    """Return the state after a chunk whose update is orthogonalized, if it is.
+
+    `decay` is the product of the retention since the chunk's start, where the weights are `anchor`.
+    """
+    if getattr(config, "chunk_update", "sum") == "sum":
+        return state
+    kept = [t + decay * (w - t) for t, w in zip(state.target, anchor, strict=True)]
+    pairs = zip(kept, state.memory.weights, strict=True)
+    weights = tuple(base + orthogonalized(w - base) for base, w in pairs)
+    return state._replace(memory=state.memory._replace(weights=weights))
+
+
 def write_last_layer(
     state: State, k: Array, v: Array, by: Write, config: MemoryConfig
 ) -> tuple[Layers, Layers | None]:
@@ -167,6 +180,19 @@ def lengths_of(tokens: int, config: MCConfig, explicit: Sequence[int] | None = N
                 power *= 2
             lengths.append(power)
     return lengths
+
+
+def chunk_ends(lengths: Sequence[int], config: MCConfig) -> set[int]:
+    """Return the last token of each chunk; the last chunk may be open in a stream."""
+    ends, begin = set(), 0
+    for length in lengths:
+        ends |= set(range(begin + config.chunk_size - 1, begin + length, config.chunk_size))
+        begin += length
+        ends.add(begin - 1)
+    streams = list(lengths) == lengths_of(begin, config) and config.segmentation != "logarithmic"
+    if streams and lengths[-1] % config.chunk_size and lengths[-1] < config.segment_size:
+        ends.remove(begin - 1)
+    return ends
 
 
 def soup(memories: Sequence[Memory], gates: Array) -> Memory:
@@ -221,6 +247,7 @@ def _run_head(
     width, fenwick = k.shape[1], config.segmentation == "fenwick"
     slots = len(lengths).bit_length() if fenwick else len(lengths)
     output, gates = np.zeros_like(v), np.zeros((len(v), slots + 1))
+    ends = chunk_ends(lengths, config)
     blocks: list[Block] = []
     state = start(initial, config.memory)
     t = 0
@@ -231,8 +258,9 @@ def _run_head(
         block = Block(state.memory, [], 1.0)
         for place in range(length):
             if place % config.chunk_size == 0:
-                anchor = state.memory.weights
+                anchor, decay = state.memory.weights, 1.0
             if mask[t]:
+                decay *= writes[t].retention
                 state = write(state, anchor, k[t], v[t], writes[t], config.memory, norm)
                 keys = [*block.keys, k[t]]
                 block = Block(state.memory, keys, block.decay * writes[t].retention)
@@ -242,6 +270,9 @@ def _run_head(
                 memories = [*(bucket.memory for bucket in cached), state.memory]
                 output[t] = aggregate(memories, weight, q[t], config, norm)
                 gates[t, [*(bucket.exponent for bucket in cached), -1]] = weight
+            if t in ends:
+                state = end_chunk(state, anchor, decay, config.memory)
+                block = block._replace(memory=state.memory)
             t += 1
         blocks.append(block)
     if fenwick and lengths[-1] < config.segment_size:

@@ -42,6 +42,8 @@ class MemoryState(NamedTuple):
     momentum: Weights = ()  # S, same shapes as the weights; empty without momentum
     anchor: Weights = ()  # weights at the start of the chunk; empty if no gradient uses them
     previous: Weights = ()  # k [..., h, k] and v [..., h, v] of the last unmasked token, if used
+    # Product of the retention since the start of the chunk [..., h], if used.
+    retention: Any = ()
 
 
 class ChunkDecay(NamedTuple):
@@ -187,6 +189,13 @@ class Memory:
         gradients = sum_updates(updates, decay.momentum_updates, dtype)
         momentum = tuple(retention * s - g for s, g in zip(state.momentum, gradients, strict=True))
         return state._replace(weights=weights, momentum=momentum)
+
+    def end_chunk(self, state: MemoryState) -> MemoryState:
+        """Return the state after the last token of a chunk [..., h, o, i] has been read.
+
+        Only called if `updates_at_chunk_end`.
+        """
+        raise TypeError(f"{type(self).__name__} must define end_chunk")
 
     def chunk_decay(self, coefficients: Coefficients, write_mask: Array) -> ChunkDecay:
         """Return the decay weights of a chunk; `write_mask` [..., h, c] is 0 at masked tokens.

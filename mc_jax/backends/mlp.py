@@ -10,6 +10,7 @@ from mc_core.config import CLIP_EPS
 from mc_jax.backends.base import (
     Apply,
     Memory,
+    MemoryState,
     RankOneUpdates,
     Weights,
     apply_weights,
@@ -20,6 +21,7 @@ from mc_jax.numerics import (
     expand_leading_dims,
     gelu,
     gelu_slope,
+    orthogonalize,
     save_for_backward,
     scale_rows,
     standardize,
@@ -76,6 +78,15 @@ class MLPMemory(Memory):
             clip = self.config.inner_clip
             errors = [_clip_errors(d, a, clip) for d, a in zip(errors, activations, strict=True)]
         return RankOneUpdates(tuple(activations), tuple(errors))
+
+    def end_chunk(self, state: MemoryState) -> MemoryState:
+        """Orthogonalize the update of each layer by the chunk.
+
+        `W <- R + O(W - R)`, with the retained memory R of the chunk's start and `orthogonalize` O.
+        """
+        retained = self.retain(state.anchor, state.retention)
+        pairs = zip(retained, state.weights, strict=True)
+        return state._replace(weights=tuple(r + orthogonalize(w - r) for r, w in pairs))
 
     @property
     def _last(self) -> int:

@@ -10,6 +10,7 @@ from mc_core.config import CLIP_EPS
 from mc_torch.backends.base import (
     Apply,
     Memory,
+    MemoryState,
     RankOneUpdates,
     Weights,
     apply_weights,
@@ -21,6 +22,7 @@ from mc_torch.numerics import (
     gelu,
     gelu_slope,
     maximum,
+    orthogonalize,
     scale_rows,
     standardize,
     state_dtype,
@@ -75,6 +77,15 @@ class MLPMemory(Memory):
             clip = self.config.inner_clip
             errors = [_clip_errors(d, a, clip) for d, a in zip(errors, activations, strict=True)]
         return RankOneUpdates(tuple(activations), tuple(errors))
+
+    def end_chunk(self, state: MemoryState) -> MemoryState:
+        """Orthogonalize the update of each layer by the chunk.
+
+        `W <- R + O(W - R)`, with the retained memory R of the chunk's start and `orthogonalize` O.
+        """
+        retained = self.retain(state.anchor, state.retention)
+        pairs = zip(retained, state.weights, strict=True)
+        return state._replace(weights=tuple(r + orthogonalize(w - r) for r, w in pairs))
 
     @property
     def _last(self) -> int:

@@ -20,10 +20,14 @@ MEMORIES: dict[str, Any] = {
     "dla-flat": DLAConfig(depth=1, residual=False),
     "dla-initial": DLAConfig(expansion=1, retention_target="initial"),
     "dla-deep": DLAConfig(depth=3, expansion=1, objective="l2", residual=False, inner_clip=None),
+    "dla-orthogonal": DLAConfig(expansion=2, chunk_update="orthogonal"),
     "titans": TitansConfig(expansion=2),
     "titans-initial": TitansConfig(expansion=2, retention_target="initial"),
     "titans-flat": TitansConfig(depth=1, inner_clip=None),
     "titans-norm": TitansConfig(expansion=1, norm="layer", inner_clip=0.5),
+    "titans-orthogonal": TitansConfig(
+        expansion=1, retention_target="initial", chunk_update="orthogonal"
+    ),
     "titans-dot": TitansConfig(depth=3, expansion=1, objective="dot"),
     "delta": DeltaConfig(),
     "titans-last": TitansConfig(expansion=2, **LAST),

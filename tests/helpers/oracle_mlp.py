@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mc_core import MemoryConfig
-from mc_core.config import CLIP_EPS, NORM_EPS
+from mc_core.config import CLIP_EPS, NORM_EPS, UPDATE_EPS
+from mc_core.memory_kinds import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS
 
 Array = np.ndarray
 Norm = tuple[Array, Array] | None  # gain and bias of the layer norm, each [v]
@@ -86,6 +87,19 @@ def inner_gradient(
         delta = (weights[layer].T @ delta) * gelu_slope(outgoing[layer - 1])
         pairs.insert(0, (delta, entering[layer - 1]))
     return pairs
+
+
+def orthogonalized(update: Array) -> Array:
+    """Return the update [out, in] with almost equal singular values and its Frobenius norm."""
+    size = np.linalg.norm(update)
+    if size <= UPDATE_EPS**0.5:
+        return update
+    left, values, right = np.linalg.svd(update / size, full_matrices=False)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):  # a matrix polynomial acts on each singular value
+        values = a * values + b * values**3 + c * values**5
+    new = left @ np.diag(values) @ right
+    return size * new / np.linalg.norm(new)
 
 
 def clipped(delta: Array, activation: Array, clip: float | None) -> Array:

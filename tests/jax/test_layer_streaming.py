@@ -160,8 +160,9 @@ MODELS = {
     "swla-ssc": (SWLAConfig(), "ssc", "restart"),
     "linear-mean": (LinearConfig(coefficients="token"), "mean", "checkpoint"),
     "dla-soup": (DLAConfig(expansion=1), "soup", "restart"),
+    "dla-orthogonal": (DLAConfig(expansion=1, chunk_update="orthogonal"), "grm", "checkpoint"),
 }
-QUICK = ("linear-mean",)
+QUICK = ("linear-mean", "dla-orthogonal")
 
 
 @cached

@@ -48,8 +48,15 @@ pytestmark = pytest.mark.usefixtures("float64", "strict")
 VARIANTS = {
     "linear": ("linear", "linear-elu", "linear-normalized"),
     "swla": ("swla",),
-    "dla": ("dla", "dla-initial", "dla-flat", "dla-deep"),
-    "titans": ("titans", "titans-initial", "titans-flat", "titans-norm", "titans-dot"),
+    "dla": ("dla", "dla-initial", "dla-flat", "dla-deep", "dla-orthogonal"),
+    "titans": (
+        "titans",
+        "titans-initial",
+        "titans-flat",
+        "titans-norm",
+        "titans-dot",
+        "titans-orthogonal",
+    ),
 }
 CASES = pairwise(
     kind=KINDS,
@@ -117,6 +124,7 @@ def test_both_methods_match_oracle_on_large_grid(case):
         ("masked-segment", "swla", "restart"),
         ("uneven", "delta", "checkpoint"),
         ("uneven", "titans-last-initial", "checkpoint"),
+        ("uneven", "dla-orthogonal", "restart"),
     ],
 )
 def test_segment_edges_match_oracle(edge, memory, mode):
@@ -181,7 +189,12 @@ def test_chunked_matches_recurrent_with_zero_retention(memory):
 
 
 # All pairs are slow tests, also the first of these; PyTorch compares each memory quickly.
-PAIRS = (("titans-norm", "residual"), ("linear", "none"), ("titans-last-initial", "soup"))
+PAIRS = (
+    ("titans-norm", "residual"),
+    ("linear", "none"),
+    ("titans-last-initial", "soup"),
+    ("titans-orthogonal", "grm"),
+)
 
 
 def check_gradients(memory: str, aggregation: str, options: dict[str, Any]) -> None:

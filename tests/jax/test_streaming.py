@@ -115,9 +115,14 @@ def test_split_stream_matches_full_pass(number):
 
 @pytest.mark.parametrize(
     ("memory", "aggregation", "mode"),
-    [("delta", "grm", "checkpoint"), ("titans-last-initial", "soup", "restart")],
+    [
+        ("delta", "grm", "checkpoint"),
+        ("titans-last-initial", "soup", "restart"),
+        ("titans-orthogonal", "grm", "checkpoint"),
+        ("dla-orthogonal", "soup", "restart"),
+    ],
 )
-def test_delta_rule_stream_matches_full_pass(memory, aggregation, mode):
+def test_stream_of_options_matches_full_pass(memory, aggregation, mode):
     case = make_case(memory, aggregation, tokens=TOKENS, mask="some", state_init_mode=mode)
     expected = torch_calls.run(case)
     for splits in (SPLITS[0], SPLITS[2]):

@@ -64,17 +64,19 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
 
         start = oracle.start(tuple(w[head] for w in case.initial), memory)
         state, token = start, 0
+        ends = oracle.chunk_ends(lengths, config)
         for segment, length in enumerate(lengths):
             state = start if config.state_init_mode == "restart" else state
             first = state
             for place in range(length):
                 if place % config.chunk_size == 0:
-                    anchor = state.memory.weights
+                    anchor, decay = state.memory.weights, 1.0
                 before, k, v = state, case.k[row, token, head], case.v[row, token, head]
                 if case.mask is None or case.mask[row, token]:
                     at = case.coefficients._asdict()
                     at = {n: x[row, token, head] for n, x in at.items() if x is not None}
                     state = oracle.write(state, anchor, k, v, oracle.Write(**at), memory, gain)
+                    decay *= at["retention"]
                     losses = loss(before, k, v), loss(state, k, v)
                     statistics[3:, row, token, head] = losses
                 pairs = zip(tensors(state), tensors(before), strict=True)
@@ -84,6 +86,8 @@ def oracle_statistics(case: FunctionCase) -> mc_jax.InnerLoop:
                     norm(x - y for x, y in pairs),
                 )
                 statistics[:3, row, token, head] = norms
+                if token in ends:
+                    state = oracle.end_chunk(state, anchor, decay, memory)
                 token += 1
             tokens = [
                 (case.k[row, i, head], case.v[row, i, head])
@@ -154,6 +158,7 @@ QUICK = {
     "dla-initial",
     "dla-deep",
     "titans-norm",
+    "titans-orthogonal",
     "delta",
     "titans-last-initial",
 }

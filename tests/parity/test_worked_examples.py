@@ -53,6 +53,7 @@ def test_make_call_layout(framework):
         "chunk_positions": [0, 1, 3, 6, 7, 8, 9, 12],
         "segment": [1, 1, 1, 2, 2, 2, 2, 3],
         "has_first_token": [False, True, True, True, True],
+        "completes_chunk": [True, True, True, True, False],
         "starts_segment": [False, False, True, False, True],
         "completes_segment": [False, True, False, True, False],
         "completing_chunk": [1, 3],

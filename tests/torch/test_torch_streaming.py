@@ -12,7 +12,7 @@ from helpers.covering_arrays import thinned
 from helpers.recurrence_cases import examples
 from helpers.torch_calls import arrays, call, leaves, projected
 from helpers.torch_layers import draw, make_layer
-from mc_core import LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
+from mc_core import DLAConfig, LinearConfig, MCConfig, ModelConfig, SWLAConfig, TitansConfig
 from mc_torch import LanguageModel, extend, grow, init_cache
 from mc_torch.numerics import tree_map
 
@@ -24,8 +24,13 @@ RESTART = MCConfig(
     8, 2, TitansConfig(), "soup", segment_size=4, state_init_mode="restart", gate="token"
 )
 SUM = MCConfig(8, 2, LinearConfig(coefficients="token"), "mean", segment_size=3, pooling="sum")
+ORTHOGONAL = MCConfig(
+    8, 2, DLAConfig(chunk_update="orthogonal"), "soup", segment_size=5, chunk_size=3
+)
 LAYERS = pytest.mark.parametrize(
-    "config", [TITANS, SWLA, RESTART, SUM], ids=["titans", "swla", "restart", "sum"]
+    "config",
+    [TITANS, SWLA, RESTART, SUM, ORTHOGONAL],
+    ids=["titans", "swla", "restart", "sum", "orthogonal"],
 )
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import mc_jax.numerics
+import mc_torch.backends.mlp
 import mc_torch.numerics
 from helpers import jax_calls, torch_calls
 from helpers.cases import MODES, FunctionCase, assert_close, make_case
 from mc_core import DLAConfig, MemoryConfig, TitansConfig, register_memory
+from mc_torch.backends.dla import DLA
 
 pytestmark = pytest.mark.usefixtures("float64")
 CALLS = pytest.mark.parametrize("calls", [jax_calls, torch_calls], ids=["jax", "torch"])
@@ -130,6 +132,37 @@ def test_masked_chunks_have_finite_gradients(calls, mask):
     assert all(np.isfinite(np.asarray(x)).all() for x in leaves)
     # Gradients at masked tokens are zero, not the rounding errors of large terms.
     assert not np.asarray(calls.gradients(case)["v"])[~case.mask].any()
+
+
+@dataclass(frozen=True)
+class UnitRowsConfig(DLAConfig):
+    """DLA whose rows are normalized at the end of each chunk."""
+
+    kind = "unit_rows"
+    updates_at_chunk_end = True
+
+
+class UnitRows(DLA):
+    def end_chunk(self, state: mc_torch.backends.MemoryState) -> mc_torch.backends.MemoryState:
+        return state._replace(
+            weights=tuple(w / w.norm(dim=-1, keepdim=True) for w in state.weights)
+        )
+
+
+def test_custom_memory_changes_the_memory_at_chunk_ends(monkeypatch):
+    monkeypatch.setitem(mc_torch.backends.base.BACKENDS, "unit_rows", UnitRows)
+    case = make_case(UnitRowsConfig(), tokens=11, segment_size=6, chunk_size=4, mask="some")
+    results = [torch_calls.run(case, method) for method in ("chunked", "recurrent")]
+    assert_close(*results, 1e-12)
+    for weight in results[0].cache.segments.weights:
+        norms = np.linalg.norm(weight, axis=-1)
+        np.testing.assert_allclose(norms[:, 0], 1.0, rtol=1e-12)  # a complete segment
+        assert np.abs(norms[:, 1] - 1.0).max() > 1e-3  # its last chunk is open
+
+    monkeypatch.delattr(UnitRows, "end_chunk")
+    monkeypatch.delattr(mc_torch.backends.mlp.MLPMemory, "end_chunk")
+    with pytest.raises(TypeError, match="UnitRows must define end_chunk"):
+        torch_calls.run(case)
 
 
 def test_invalid_options_are_rejected():

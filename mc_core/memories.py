@@ -6,11 +6,11 @@ with `register_backend`; see `examples/custom_memory.py`.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Self, TypeVar
 
-from mc_core.checks import check_choice, check_range, check_types
+from mc_core.checks import check_choice, check_range, check_types, raise_config_error
 from mc_core.serialization import Serializable, Tag
 
 COEFFICIENTS = ("constant", "head", "token")
@@ -24,6 +24,10 @@ class MemoryConfig(Serializable):
     A subclass is a frozen dataclass with a field `coefficients` (one of `COEFFICIENTS`) and one
     field per write coefficient: its constant value, or the initial value of a learned one. Initial
     values are clipped to 0.1% of the range from its ends.
+
+    Attributes:
+        min_retention: lower end of the range of a learned retention, in [0, 1). A memory that is
+            cached after n tokens then keeps at least `min_retention ** n` of each write.
 
     Class attributes:
         kind: the memory's name in YAML files and on the command line.
@@ -45,6 +49,8 @@ class MemoryConfig(Serializable):
 
     tag: ClassVar[Tag] = Tag("kind", MEMORIES)
 
+    min_retention: float = field(default=0.0, kw_only=True)
+
     kind: ClassVar[str]
     description: ClassVar[str]
     ranges: ClassVar[dict[str, tuple[float, float]]]
@@ -64,6 +70,16 @@ class MemoryConfig(Serializable):
     def coefficient_mode(self) -> str:
         """The field `coefficients`: `constant`, `head` or `token`."""
         return vars(self)["coefficients"]
+
+    def coefficient_range(self, name: str) -> tuple[float, float]:
+        """Return (low, high) of a learned coefficient, by the name of its field."""
+        low, high = self.ranges[name]
+        return (self.min_retention if name == self._retention else low), high
+
+    @property
+    def _retention(self) -> str:
+        """Name of the field of the retention."""
+        return self.coefficient_fields["retention"]
 
     @property
     def linear_in_weights(self) -> bool:
@@ -152,15 +168,20 @@ class MemoryConfig(Serializable):
     def _check_coefficients(self) -> None:
         check_choice(self, "coefficients", COEFFICIENTS)
         learned = self.coefficient_mode != "constant"
-        for field, (low, high) in self.ranges.items():
-            if field == "retention":
-                check_range(self, field, low, high, open_low=True)
-            elif field == "momentum":
-                check_range(self, field, low, high, open_high=True)
+        check_range(self, "min_retention", 0.0, 1.0, open_high=True)
+        if self.min_retention and not learned:
+            reason = "0.0 if coefficients = 'constant'"
+            raise_config_error(type(self).__name__, "min_retention", self.min_retention, reason)
+        for name in self.ranges:
+            low, high = self.coefficient_range(name)
+            if name == self._retention:
+                check_range(self, name, low, high, open_low=low == 0.0)
+            elif name == "momentum":
+                check_range(self, name, low, high, open_high=True)
             elif learned:
-                check_range(self, field, low, high, open_low=field == "step")
-            elif field == "step":
-                check_range(self, field, 0.0, open_low=True)
+                check_range(self, name, low, high, open_low=name == "step")
+            elif name == "step":
+                check_range(self, name, 0.0, open_low=True)
 
 
 M = TypeVar("M", bound=MemoryConfig)

@@ -83,7 +83,7 @@ class Coefficient(nnx.Module):
         memory = config.memory
         self.mode = memory.coefficient_mode
         self.start = float(getattr(memory, name))
-        self.low, self.high = memory.ranges[name]
+        self.low, self.high = memory.coefficient_range(name)
         fraction = (self.start - self.low) / (self.high - self.low)
         fraction = min(max(fraction, START_MARGIN), 1 - START_MARGIN)
         self.heads = config.num_heads

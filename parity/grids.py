@@ -139,7 +139,7 @@ QUICK = (
     case(_SWLA, "grm", "restart", level="layer", segmentation="logarithmic", conv_width=3),
     case(_SWLA, "soup", mask="some", detach_cached_states=True),
     case(
-        SWLAConfig(coefficients="head"),
+        SWLAConfig(coefficients="head", min_retention=0.5),
         "ssc",
         level="layer",
         use_q_as_u=True,

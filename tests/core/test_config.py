@@ -50,6 +50,7 @@ CHOICES = {
 }
 FIELDS = [(cls, field.name) for cls in CONFIGS for field in dataclasses.fields(cls)]
 MLP, LEARNED = (DLAConfig, TitansConfig), {"coefficients": "token"}
+FLOOR = LEARNED | {"min_retention": 0.7}
 # (configurations, field, values, allowed, other fields)
 RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]] = [
     (MLP, "depth", (0, -1), ">= 1", {}),
@@ -60,6 +61,15 @@ RANGES: list[tuple[tuple[type, ...], str, tuple[Any, ...], str, dict[str, Any]]]
     (MLP, "step", (0.0, 1.1), "in (0.0, 1.0]", LEARNED),
     ((LinearConfig,), "step", (0.0, 2.1), "in (0.0, 2.0]", LEARNED),
     ((LinearConfig, *MLP), "step", (0.0, -1.0), "> 0.0", {"coefficients": "constant"}),
+    ((LinearConfig, *MLP), "min_retention", (-0.1, 1.0), "in [0.0, 1.0)", LEARNED),
+    ((LinearConfig, *MLP), "retention", (0.6, 1.1), "in [0.7, 1.0]", FLOOR),
+    (
+        MLP,
+        "min_retention",
+        (0.5,),
+        "0.0 if coefficients = 'constant'",
+        {"coefficients": "constant"},
+    ),
     ((SWLAConfig,), "newest", (-0.1, 2.1), "in [0.0, 2.0]", LEARNED),
     ((SWLAConfig,), "previous", (-1.1, 1.1), "in [-1.0, 1.0]", LEARNED),
     *(((MCConfig,), name, (0, -3), ">= 1", {}) for name in ("d_model", "num_heads")),
@@ -324,13 +334,13 @@ ARGUMENTS: list[tuple[str, str, Any, str]] = [
         "dla",
         "none",
         lambda x: {"norm": (1, 2)},
-        "norm is given: must be None for memory = DLAConfig(depth=2",
+        "norm is given: must be None for memory = DLAConfig(",
     ),
     (
         "titans-norm",
         "none",
         lambda x: {"norm": None},
-        "norm is None: must be (gain, bias) for memory = TitansConfig(depth=2",
+        "norm is None: must be (gain, bias) for memory = TitansConfig(",
     ),
     (
         "titans-norm",

@@ -59,6 +59,7 @@ def layer_oracle(
         if memory.coefficients == "constant":
             return np.full((b, t, h), float(getattr(memory, name)))
         low, high = memory.ranges[name]
+        low = memory.min_retention if name == "retention" else low
         at = p["coefficients"][name]
         logit = at["bias"] + (x @ at["kernel"] if memory.coefficients == "token" else 0.0)
         return np.broadcast_to(low + (high - low) / (1 + np.exp(-logit)), (b, t, h))
@@ -96,7 +97,8 @@ def layer_oracle(
 CONFIGS: dict[str, MCConfig] = {
     "linear": MCConfig(8, 2, LinearConfig(), "residual", segment_size=3),
     "linear-learned": MCConfig(
-        8, 2, LinearConfig("elu+1", True, "head", 0.7, 0.8, True), "soup", qk_norm="l2"
+        8, 2, LinearConfig("elu+1", True, "head", 0.7, 0.8, True, min_retention=0.5), "soup",
+        qk_norm="l2",
     ),
     "swla": MCConfig(
         8, 2, SWLAConfig(), "grm", conv_width=4, segment_size=3, chunk_size=2,
@@ -112,8 +114,8 @@ CONFIGS: dict[str, MCConfig] = {
         gate="token", value_norm="rms",
     ),
     "titans-norm": MCConfig(
-        8, 2, TitansConfig(2, 1, norm="layer", coefficients="head"), "grm", conv_width=2,
-        segment_size=4, state_init_mode="restart", softmax_temperature=0.5, output_norm="none",
+        8, 2, TitansConfig(2, 1, norm="layer", coefficients="head", min_retention=0.9), "grm",
+        conv_width=2, segment_size=4, state_init_mode="restart", softmax_temperature=0.5, output_norm="none",
         gate_bias=1.0,
     ),
     "dla-plain": MCConfig(

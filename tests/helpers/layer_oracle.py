@@ -115,8 +115,8 @@ CONFIGS: dict[str, MCConfig] = {
     ),
     "titans-norm": MCConfig(
         8, 2, TitansConfig(2, 1, norm="layer", coefficients="head", min_retention=0.9), "grm",
-        conv_width=2, segment_size=4, state_init_mode="restart", softmax_temperature=0.5, output_norm="none",
-        gate_bias=1.0,
+        conv_width=2, segment_size=4, state_init_mode="restart", softmax_temperature=0.5,
+        output_norm="none", gate_bias=1.0,
     ),
     "dla-plain": MCConfig(
         8, 2, DLAConfig(1, coefficients="constant", step=0.3), "mean", qk_norm="none",

@@ -55,8 +55,8 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
         spec: with the key `slices` or `lengths`, as in `slice_lines` or `length_lines`. Otherwise
             `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row with
             `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
-            (default: all), `value` (one or several of `accuracy`, `bits`, `state` and
-            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
+            (default: all), `value` (one or several of `accuracy`, `bits`, `recall`, `state`
+            and `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
             and `cost` (true: state and operations of the row's first run).
     """
     if "slices" in spec:
@@ -177,6 +177,7 @@ def _short(overrides: Selection) -> dict[str, Any]:
 def title(value: str) -> str:
     """Return the title of a column of values."""
     names = {"bits": "bits per byte", "state": "state", "accuracy": "accuracy, %"}
+    names["recall"] = "recall of a segment"
     return names.get(value) or value.removeprefix("test ") + " tokens, %"
 
 
@@ -187,7 +188,7 @@ def shown(runs: Sequence[RunResult], value: str) -> str:
     if value == "state":
         return f"{runs[0]['state_bytes'] / 1000:,.0f} kB"
     each = numbers(runs, value)
-    return _mean(each, 3 if value == "bits" else 1)
+    return _mean(each, {"bits": 3, "recall": 2}.get(value, 1))
 
 
 def _mean(each: Sequence[float], digits: int) -> str:
@@ -203,6 +204,8 @@ def numbers(runs: Sequence[RunResult], value: str) -> list[float]:
 def _number(run: RunResult, value: str) -> float:
     if value == "bits":
         return float(run["bits_per_byte"])
+    if value == "recall":
+        return mean(itertools.chain.from_iterable(run["recall"]))
     wanted = int(value.removeprefix("test ")) if value.startswith("test ") else None
     cells = [cell for cell in run["test"] if wanted in (None, cell["tokens"])]
     return 100 * sum(cell["right"] for cell in cells) / sum(cell["asked"] for cell in cells)

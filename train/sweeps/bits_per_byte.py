@@ -45,6 +45,8 @@ def measured_fields(report: TextReport) -> RunResult:
     """Return the measured fields of a result."""
     names = ("bits_per_byte", "validation_bytes", "validation_sha256", "unit", "positions")
     found = {name: getattr(report, name) for name in names}
+    if report.heads is not None:
+        found |= {"recall": report.heads.recall, "dead": report.heads.dead}
     if report.unit == "byte":
         return found
     lost = report.round_trip.lost if report.round_trip else 0.0

@@ -67,6 +67,8 @@ def test_cells_are_means_and_ranges():
     assert [run["seed"] for run in found] == [0, 1]
     assert shown(found, "accuracy") == "75.0 (50.0–100.0)"
     assert select(runs, {"kind": "x", "step": 1}) == []
+    texts = [{"recall": [[0.1, 0.3], [0.4, 0.4]]}, {"recall": [[0.0, None], [-0.2, 0.2]]}]
+    assert shown(texts, "recall") == "0.15 (0.00–0.30)"
 
 
 def test_missing_runs_and_tables_are_named():

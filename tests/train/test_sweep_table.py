@@ -245,6 +245,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("mqar/orthogonal", "orthogonal"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
+        ("text/retention", "retention"),
         ("text/recall", "code"),
         ("text/recall_seeds", "code"),
     ],

@@ -1,5 +1,6 @@
 """`mc sweep` on text: bits per byte, gains, and the shipped sweep."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from helpers.text_sweeps import CONFIG, result
 from helpers.tiny_run import TINY, mc, write_config
 from mc_core.footprint import flops_per_token, model_parameters, state_bytes
 from train.config import load_config
+from train.evaluation.heads import HeadReport
+from train.evaluation.run_report import TextReport
 from train.sweeps import bits_per_byte as subject
 from train.sweeps.accuracy_plot import draw_sweep
 from train.sweeps.results import best, read_results
@@ -124,6 +127,18 @@ class Axes:
             real(axes, place, values, look, name)
 
         monkeypatch.setattr(subject, "_band", band)
+
+
+def test_results_have_the_recall_of_each_head():
+    scores = {"bits_per_byte": 2.0, "validation_bytes": 9, "validation_sha256": "x", "unit": "byte"}
+    report = TextReport(
+        "run", "titans", 1, 1, 1, 1.0, documents=(1, 1), references=None, positions=[], **scores
+    )
+    assert subject.measured_fields(report).keys() == {*scores, "positions"}
+    heads = HeadReport(blocks=[1], recall=[[0.25, None]], dead=[[False, True]])
+    found = subject.measured_fields(dataclasses.replace(report, heads=heads))
+    assert found["recall"] == [[0.25, None]]
+    assert found["dead"] == [[False, True]]
 
 
 def test_plot_shows_bits_and_gain(monkeypatch):

@@ -205,7 +205,8 @@ def _number(run: RunResult, value: str) -> float:
     if value == "bits":
         return float(run["bits_per_byte"])
     if value == "recall":
-        return mean(itertools.chain.from_iterable(run["recall"]))
+        heads = itertools.chain.from_iterable(run["recall"])
+        return mean(recall for recall in heads if recall is not None)
     wanted = int(value.removeprefix("test ")) if value.startswith("test ") else None
     cells = [cell for cell in run["test"] if wanted in (None, cell["tokens"])]
     return 100 * sum(cell["right"] for cell in cells) / sum(cell["asked"] for cell in cells)

@@ -55,8 +55,8 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
         spec: with the key `slices` or `lengths`, as in `slice_lines` or `length_lines`. Otherwise
             `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row with
             `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
-            (default: all), `value` (one or several of `accuracy`, `bits`, `recall`, `state`
-            and `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
+            (default: all), `value` (one or several of `accuracy`, `bits`, `recall`, `state` and
+            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
             and `cost` (true: state and operations of the row's first run).
     """
     if "slices" in spec:

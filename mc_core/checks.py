@@ -97,8 +97,12 @@ def check_range(
     *,
     open_low: bool = False,
     open_high: bool = False,
+    reason: str = "",
 ) -> None:
-    """Check that a field is in an interval, which is closed by default."""
+    """Check that a field is in an interval, which is closed by default.
+
+    `reason` is appended to what is allowed.
+    """
     value = getattr(config, field)
     if value is None:
         return
@@ -110,7 +114,7 @@ def check_range(
             allowed = f"{sign} {low if low is not None else high}"
         else:
             allowed = f"in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
-        raise_config_error(type(config).__name__, field, value, allowed)
+        raise_config_error(type(config).__name__, field, value, allowed + reason)
 
 
 def check_bool(name: str, x: Any, shape: Collection[int]) -> None:

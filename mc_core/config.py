@@ -29,7 +29,7 @@ VALUE_NORMS = ("none", "l2", "rms")
 
 NORM_EPS = 1e-6  # added to the mean or sum of squares in RMS, layer and L2 norms
 CLIP_EPS = 1e-12  # added to the squared Frobenius norm of the inner gradient
-UPDATE_EPS = 1e-12  # squared Frobenius norm up to which updates are not orthogonalized
+UPDATE_EPS = 1e-12  # updates of at most this squared Frobenius norm are not orthogonalized
 NORMALIZER_FLOOR = 1e-6  # smallest denominator of a normalized linear read (equation 2)
 DEAD_NORM = 1e-3  # share of the norm of W_0 that no update of a dead head exceeds
 

@@ -118,8 +118,7 @@ def flops_per_token(config: LayerConfig | ModelConfig, tokens: int) -> float:
     - MLP memory: inner forward pass `2 P` (`2 (P - P_L)` under the dot loss without a norm, whose
       gradient needs no output), inner backward pass `2 (P - P_1)`, write and read `4 P`,
       within the chunk `2 C` times the input and output widths of its layers; momentum another
-      `4 P`; orthogonal updates `30 P m` per chunk, with m the smaller width of a layer, if its
-      widths are equal;
+      `4 P`; orthogonal updates of a layer of widths a <= b: `5 (4 a² b + 2 a³)` per chunk and head;
     - layers that are not written: `2` times their weights for each query and key;
     - delta rule: similarities, inverse and maps of the errors, within the chunk;
     - cached memories `2 P n` (n = 1 if reads use their sum); gates `2 d (n + 1)`, with scores of

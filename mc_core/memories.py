@@ -26,8 +26,8 @@ class MemoryConfig(Serializable):
     values are clipped to 0.1% of the range from its ends.
 
     Attributes:
-        min_retention: lower end of the range of a learned retention, in [0, 1). A memory that is
-            cached after n tokens then keeps at least `min_retention ** n` of each write.
+        min_retention: lower end of the range of a learned retention, in [0, 1). After n further
+            tokens, retention alone has left at least `min_retention ** n` of a write.
 
     Class attributes:
         kind: the memory's name in YAML files and on the command line.
@@ -168,6 +168,9 @@ class MemoryConfig(Serializable):
     def _check_coefficients(self) -> None:
         check_choice(self, "coefficients", COEFFICIENTS)
         learned = self.coefficient_mode != "constant"
+        if self.updates_at_chunk_end and not self.gradient_uses_weights:
+            reason = "False, because gradient_uses_weights is False"
+            raise_config_error(type(self).__name__, "updates_at_chunk_end", True, reason)
         check_range(self, "min_retention", 0.0, 1.0, open_high=True)
         if self.min_retention and not learned:
             reason = "0.0 if coefficients = 'constant'"
@@ -175,7 +178,8 @@ class MemoryConfig(Serializable):
         for name in self.ranges:
             low, high = self.coefficient_range(name)
             if name == self._retention:
-                check_range(self, name, low, high, open_low=low == 0.0)
+                reason = f" if min_retention = {low}" if low else ""
+                check_range(self, name, low, high, open_low=low == 0.0, reason=reason)
             elif name == "momentum":
                 check_range(self, name, low, high, open_high=True)
             elif learned:

@@ -9,7 +9,7 @@ import torch
 
 from mc_torch.backends import ChunkDecay, Coefficients, Memory, MemoryState, RankOneUpdates, Weights
 from mc_torch.backends.base import Apply, mask_coefficients, sum_updates
-from mc_torch.cache import start_state, tree_where
+from mc_torch.cache import is_traced, start_state, tree_where
 from mc_torch.chunk_layout import TensorPlan, to_chunks
 from mc_torch.delta_rule import ErrorMaps, chunk_errors, solve_chunks
 from mc_torch.numerics import Array, einsum_f32, remat, scale_rows, tree_map, unstack
@@ -105,9 +105,7 @@ def write_chunks(
     queries = None if q is None else to_chunks(q, plan)
     restarts = plan.restarts if any(plan.restarts[1:]) else None
     start = start_state(memory, initial, k[0], v[0])
-    chunks = Chunks(
-        k, v, coefficients, write_mask, queries, restarts, completes_chunk=plan.complete_chunks
-    )
+    chunks = Chunks(k, v, coefficients, write_mask, queries, restarts, None, plan.complete_chunks)
     scanned = scan_chunks(memory, chunks, start, start)
     final = _add_chunk_start(memory, scanned, plan)
     return WriteResult(
@@ -241,8 +239,11 @@ def write_chunk(
 
 def end_chunks(memory: Memory, state: MemoryState, completes_chunk: Array | None) -> MemoryState:
     """Apply `Memory.end_chunk` to the states [b, r, ...] whose chunk ends; None = all."""
-    ended = memory.end_chunk(state)
-    return ended if completes_chunk is None else tree_where(completes_chunk, ended, state)
+    if completes_chunk is None:
+        return memory.end_chunk(state)
+    if completes_chunk.is_cpu and not is_traced(completes_chunk) and not completes_chunk.any():
+        return state  # on a GPU, this test would wait for the device
+    return tree_where(completes_chunk, memory.end_chunk(state), state)
 
 
 def _loop_with_weights(
@@ -268,8 +269,7 @@ def _loop_with_weights(
         begin = state.weights, tree_map(torch.ones_like, state.retention)
         if has_first_token is not None:
             begin = tree_where(has_first_token, begin, (state.anchor, state.retention))
-        factor = weights.state[..., -1]
-        retention = tree_map(lambda x, factor=factor: x * factor, begin[1])
+        retention = tree_map(weights.state[..., -1].mul, begin[1])
         anchored = state._replace(anchor=begin[0], retention=retention)
         state = anchored if has_first_token is not None else state
         new = remat(write)(anchored, keys, values, queries, weights, completes)

@@ -31,6 +31,9 @@ class InnerLoop(NamedTuple):
     `-<M(k), v>` or `||M(k) - v||²`, without the normalizer of a matrix memory. The loss of a
     segment is the mean over its unmasked tokens at a fixed memory, and 0 if there are none.
 
+    At the first token of a chunk, W_{t-1} is the memory after `Memory.end_chunk`, whose change is
+    not part of any update norm.
+
     A head is dead if its memory hardly changes any more: in the second half of the unmasked tokens,
     all update norms are at most `DEAD_NORM ||W_0||`. If W_0 = 0, nothing is written there.
     """

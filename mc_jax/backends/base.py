@@ -191,9 +191,10 @@ class Memory:
         return state._replace(weights=weights, momentum=momentum)
 
     def end_chunk(self, state: MemoryState) -> MemoryState:
-        """Return the state after the last token of a chunk [..., h, o, i] has been read.
+        """Return the state [..., h, o, i] after a chunk; its last token has read the state before.
 
-        Only called if `updates_at_chunk_end`.
+        `state` has `anchor`, the weights at the start of the chunk, and `retention`. Only called if
+        `updates_at_chunk_end`.
         """
         raise TypeError(f"{type(self).__name__} must define end_chunk")
 

@@ -82,7 +82,8 @@ class MLPMemory(Memory):
     def end_chunk(self, state: MemoryState) -> MemoryState:
         """Orthogonalize the update of each layer by the chunk.
 
-        `W <- R + O(W - R)`, with the retained memory R of the chunk's start and `orthogonalize` O.
+        `W <- R + O(W - R)`, with what retention has left of the chunk's first memory, R, and
+        `orthogonalize`, O.
         """
         retained = self.retain(state.anchor, state.retention)
         pairs = zip(retained, state.weights, strict=True)

@@ -14,7 +14,7 @@ import mc_torch.backends.mlp
 import mc_torch.numerics
 from helpers import jax_calls, torch_calls
 from helpers.cases import MODES, FunctionCase, assert_close, make_case
-from mc_core import DLAConfig, MemoryConfig, TitansConfig, register_memory
+from mc_core import DLAConfig, MCConfig, MemoryConfig, TitansConfig, register_memory
 from mc_torch.backends.dla import DLA
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -159,10 +159,26 @@ def test_custom_memory_changes_the_memory_at_chunk_ends(monkeypatch):
         np.testing.assert_allclose(norms[:, 0], 1.0, rtol=1e-12)  # a complete segment
         assert np.abs(norms[:, 1] - 1.0).max() > 1e-3  # its last chunk is open
 
+    with pytest.raises(ValueError, match="updates_at_chunk_end = True: must be False, because"):
+        UnitRowsConfig(written_layers="last", inner_clip=None, residual=False)
+
     monkeypatch.delattr(UnitRows, "end_chunk")
     monkeypatch.delattr(mc_torch.backends.mlp.MLPMemory, "end_chunk")
     with pytest.raises(TypeError, match="UnitRows must define end_chunk"):
         torch_calls.run(case)
+
+
+def test_open_chunks_of_a_torch_stream_are_not_orthogonalized(monkeypatch):
+    """A call on a CPU that ends no chunk skips the iterations."""
+    calls = []
+    count = lambda self, state: calls.append(1) or state  # noqa: E731
+    monkeypatch.setattr(mc_torch.backends.mlp.MLPMemory, "end_chunk", count)
+    config = MCConfig(8, 2, MEMORY, segment_size=8, chunk_size=4)
+    layer = mc_torch.MemoryCachingLayer(config)
+    x, cache = torch.ones(2, 8, 8), layer.init_cache(2, 8)
+    for token in x.split(1, dim=1):
+        _, cache = layer.extend(token, cache)
+    assert len(calls) == 2
 
 
 def test_invalid_options_are_rejected():

@@ -54,9 +54,11 @@ class BackgroundErrors(logging.Filter):
     ) -> None:
         self._log.removeFilter(self)
         if self.found:
+            # Threads may still report writes of a failed checkpoint, so the hook stays.
             self._free_writes()
+        else:
+            sys.unraisablehook = self._hook
         self._warnings.__exit__(kind, error, at)
-        sys.unraisablehook = self._hook
 
     def _free_writes(self) -> None:
         """Free the writes that were never started while warnings about them are ignored."""

@@ -6,9 +6,12 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -295,6 +298,28 @@ def failing_write() -> None:
     except OSError as error:
         waiting.append(error)  # a cycle, as in Orbax
         raise
+
+
+def test_late_reports_of_a_failed_checkpoint_are_dropped(monkeypatch):
+    """Threads of TensorStore may report after the context; other errors are shown."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: reported.append(str(error.exc_value)))
+
+    def report(text: str) -> None:
+        error = SimpleNamespace(exc_value=RuntimeError(text))
+        thread = Thread(target=lambda: sys.unraisablehook(error))
+        thread.start()
+        thread.join()
+
+    with BackgroundErrors():
+        pass
+    report("Event loop is closed")
+    assert reported == ["Event loop is closed"]
+    with BackgroundErrors() as errors:
+        errors.found.append(OSError())
+    report("Event loop is closed")
+    report("another error")
+    assert reported == ["Event loop is closed", "another error"]
 
 
 def test_writes_that_never_started_are_freed_without_a_warning():

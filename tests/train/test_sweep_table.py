@@ -243,6 +243,7 @@ def test_recorded_results_cover_the_evidence(task):
         ("niah/delta", "niah_fenwick"),
         ("niah/titans", "niah_fenwick"),
         ("mqar/orthogonal", "orthogonal"),
+        ("mqar/rates", "rates"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/retention", "retention"),

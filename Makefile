@@ -15,7 +15,7 @@ demo: $(READY)
 # Use JOBS=1 on a machine with one core.
 JOBS ?= 2
 evidence: $(READY)
-	$(BIN)/mc sweep configs/mqar/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/mqar.jsonl
+	$(BIN)/mc sweep configs/mqar/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/recall.jsonl
 	$(BIN)/mc sweep configs/niah/evidence.yaml --jobs $(JOBS) --recorded docs/evidence/niah.jsonl
 
 test: $(READY)

@@ -7,7 +7,7 @@ import pytest
 
 from mc_core.errors import UserError
 from tools.results.plots import draw
-from tools.results.tables import read_specs, render, select, shown, table_lines
+from tools.results.tables import column_runs, read_specs, render, select, shown, table_lines
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
@@ -69,6 +69,15 @@ def test_cells_are_means_and_ranges():
     assert select(runs, {"kind": "x", "step": 1}) == []
     texts = [{"recall": [[0.1, 0.3], [0.4, 0.4]]}, {"recall": [[0.0, None], [-0.2, 0.2]]}]
     assert shown(texts, "recall") == "0.15 (0.00–0.30)"
+
+
+def test_rows_take_precedence_over_columns():
+    found = column_runs("recall", read_specs()["recall"])
+    modes = {
+        row: {run["overrides"]["model.layer.state_init_mode"] for run in found[row, "grm"]}
+        for row in ("linear", "Titans, orthogonal (hidden 16)")
+    }
+    assert list(modes.values()) == [{"restart"}, {"checkpoint"}]
 
 
 def test_missing_runs_and_tables_are_named():

@@ -205,11 +205,11 @@ def test_row_that_cannot_stream_has_no_state(monkeypatch):
     assert sum(len(line.get_xdata()) for line in right.lines) == 1
 
 
-@pytest.mark.parametrize(("task", "rows"), [("mqar", 5), ("niah", 2)])
-def test_evidence_is_a_subset_of_the_sweep(task, rows):
+@pytest.mark.parametrize(("task", "sweep", "rows"), [("mqar", "recall", 5), ("niah", "sweep", 2)])
+def test_evidence_is_a_subset_of_the_sweep(task, sweep, rows):
     """Rows have the same names, keys and fingerprints."""
     folder = ROOT / "configs" / task
-    part, whole = (load_sweep(folder / name) for name in ("evidence.yaml", "sweep.yaml"))
+    part, whole = (load_sweep(folder / f"{name}.yaml") for name in ("evidence", sweep))
     runs = {run.key: run for row in make_runs(whole).values() for run in row}
     own = [run for row in make_runs(part).values() for run in row]
     assert len(own) == rows
@@ -219,11 +219,11 @@ def test_evidence_is_a_subset_of_the_sweep(task, rows):
     assert set(part.seeds) <= set(whole.seeds)
 
 
-@pytest.mark.parametrize("task", ["mqar", "niah"])
-def test_recorded_results_cover_the_evidence(task):
+@pytest.mark.parametrize(("task", "record"), [("mqar", "recall"), ("niah", "niah")])
+def test_recorded_results_cover_the_evidence(task, record):
     config = load_sweep(ROOT / "configs" / task / "evidence.yaml")
     first = make_runs(config)
-    recorded = read_recorded(RECORDED / f"{task}.jsonl", config, first)
+    recorded = read_recorded(RECORDED / f"{record}.jsonl", config, first)
     assert recorded.rows.keys() == first.keys()
     assert len(recorded.notes) == 1, recorded.notes
 
@@ -241,9 +241,9 @@ def test_recorded_results_cover_the_evidence(task):
         ("mqar/fenwick", "fenwick"),
         ("niah/fenwick", "niah_fenwick"),
         ("niah/delta", "niah_fenwick"),
-        ("niah/titans", "niah_fenwick"),
+        ("niah/last_layer", "niah_fenwick"),
         ("mqar/orthogonal", "orthogonal"),
-        ("mqar/rates", "rates"),
+        ("mqar/recall", "recall"),
         ("text/memories", "memories"),
         ("text/gates", "memories"),
         ("text/retention", "retention"),

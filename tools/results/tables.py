@@ -54,10 +54,11 @@ def table_lines(name: str, spec: Mapping[str, Any]) -> list[str]:
         name: name of the table.
         spec: with the key `slices` or `lengths`, as in `slice_lines` or `length_lines`. Otherwise
             `record` (a file or list of files), `rows` and `columns` (label -> overrides; a row with
-            `only` has runs in that column alone), `common` (overrides of all cells), `seeds`
-            (default: all), `value` (one or several of `accuracy`, `bits`, `recall`, `state` and
-            `test <tokens>`), `empty` (text of cells without runs; without it, they are an error)
-            and `cost` (true: state and operations of the row's first run).
+            `only` has runs in that column alone), `common` (overrides of all cells; those of
+            columns and then of rows take precedence), `seeds` (default: all), `value` (one or
+            several of `accuracy`, `bits`, `recall`, `state` and `test <tokens>`), `empty` (text of
+            cells without runs; without it, they are an error) and `cost` (true: state and
+            operations of the row's first run).
     """
     if "slices" in spec:
         return slice_lines(spec)
@@ -140,7 +141,7 @@ def column_runs(name: str, spec: Mapping[str, Any]) -> dict[tuple[str, str], lis
             own = {key: value for key, value in row.items() if key != "only"}
             cells[label, head] = select(runs, own) if head == only else []
             continue
-        cells[label, head] = select(runs, spec.get("common", {}) | row | column)
+        cells[label, head] = select(runs, spec.get("common", {}) | column | row)
         if not cells[label, head] and "empty" not in spec:
             raise UserError(f"table {name!r}: no run of {label!r} with {dict(column)}")
     return cells

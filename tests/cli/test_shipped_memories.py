@@ -1,4 +1,4 @@
-"""Memories of the shipped configurations, before training, on 2,048 tokens of text."""
+"""Memories of the shipped configurations, before training, on 2,048 bytes of text."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,8 @@ def small_models(name: str) -> list[ModelConfig]:
     models: dict[tuple, ModelConfig] = {}
     for config in train_configs(name):
         model, layer = config.model, config.model.layer
-        if "memory" not in model.mixers or len(layer.memory.widths(4, 4)) == 2:
+        is_matrix = len(layer.memory.widths(4, 4)) == 2
+        if "memory" not in model.mixers or is_matrix:
             continue
         heads = min(4, layer.num_heads)
         width = layer.d_model // layer.num_heads * heads

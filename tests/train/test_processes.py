@@ -133,7 +133,10 @@ def test_run_resumes_after_sigkill_of_one_process(config):
     finally:
         for process in reversed(processes):
             process.kill()
-            assert process.wait() == -signal.SIGKILL
+        codes = [process.wait() for process in processes]
+    assert codes[1] == -signal.SIGKILL
+    # The other process may abort at the lost connection before it is killed.
+    assert codes[0] in (-signal.SIGKILL, -signal.SIGABRT)
     assert len(read_rows(run)) < RUN["steps"], "ended too early"
     assert "resuming from step" in assert_resumes(config, "run.mesh.data=8")[0]
 

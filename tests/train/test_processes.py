@@ -134,9 +134,9 @@ def test_run_resumes_after_sigkill_of_one_process(config):
         for process in reversed(processes):
             process.kill()
         codes = [process.wait() for process in processes]
-    assert codes[1] == -signal.SIGKILL
+    assert codes[1] == -signal.SIGKILL, outputs(config.parent)
     # The other process may abort at the lost connection before it is killed.
-    assert codes[0] in (-signal.SIGKILL, -signal.SIGABRT)
+    assert codes[0] in (-signal.SIGKILL, -signal.SIGABRT), outputs(config.parent)
     assert len(read_rows(run)) < RUN["steps"], "ended too early"
     assert "resuming from step" in assert_resumes(config, "run.mesh.data=8")[0]
 

@@ -150,12 +150,33 @@ def remat(function: Callable[..., Any], policy: str = "full") -> Callable[..., A
         return function
     contexts = partial(create_selective_checkpoint_contexts, list(_WEIGHT_PRODUCTS))
     options: dict[str, Any] = {"context_fn": contexts} if policy == "dots" else {}
+    recomputed = _without_cast_cache(function)
 
     def run(*args: Any) -> Any:
         # torch.compile decides what to save; torch.func does not support hooks on saved tensors.
         if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
             return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+        return checkpoint(
+            recomputed, *args, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    return run
+
+
+def _without_cast_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function cast parameters itself under autocast.
+
+    With casts cached by an earlier call, the recomputation would need more operations than the
+    first pass, which PyTorch refuses.
+    """
+
+    def run(*args: Any) -> Any:
+        enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return function(*args)
+        finally:
+            torch.set_autocast_cache_enabled(enabled)
 
     return run
 

@@ -285,6 +285,20 @@ def test_model_logits_and_traces():
         assert LanguageModel(MODEL)(tokens).dtype == torch.float32
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_of_a_second_call_in_the_same_autocast(remat):
+    """The first call has cached casts of the parameters, which the recomputation lacks."""
+    gradients, tokens = [], torch.arange(12).reshape(2, 6) % 11
+    for policy in ("none", remat):
+        torch.manual_seed(0)
+        model = LanguageModel(ModelConfig(**{**vars(MODEL), "remat": policy}))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [model(tokens).float().square().mean() for _ in range(2)]
+        gradients.append(torch.autograd.grad(losses[1], list(model.parameters())))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
 def test_remat_dots_does_not_recompute_products_with_weights():
     """`full` recomputes them; the products of memories are recomputed under both."""
     counts = {}
